@@ -1,0 +1,1 @@
+"""Learned retention policies: network, action distribution, training, adapters and export."""

@@ -1,0 +1,107 @@
+"""Two-way adapters: any policy as an agent that acts in the environment, any trained scorer as a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.network import RetentionNetwork
+from agents.subset import BudgetedSubset
+from far_env.contract import (
+    FrameMeta,
+    RetentionPolicy,
+    RolloutState,
+    TemporalCachePlan,
+    ask_policy,
+    copy_for_clip,
+    make_plan,
+)
+from far_env.frame_meta import frame_meta_list
+
+_USED = ("clip_id", "noise_seed", "step", "total_steps", "max_frames", "capacity_mb", "frame_features")
+
+
+class PolicyAgent:
+    """Runs a policy as a fixed agent in `FrameRetentionEnv` or its vector form; each episode gets its own copy of it.
+
+    Args:
+        policy: anything with ``build_temporal_cache_plan``.
+    """
+
+    def __init__(self, policy: RetentionPolicy) -> None:
+        self.policy = policy
+        self._copies: dict[int, tuple[tuple, int, RetentionPolicy]] = {}
+
+    def predict(self, obs: dict[str, np.ndarray], info: dict[str, Any]) -> np.ndarray:
+        """The policy's plan as a keep mask: int8 (N,), or (num_envs, N) for what a vector environment returned.
+
+        Raises:
+            PolicyError: if the policy raises or answers an invalid plan.
+        """
+        if obs["mask"].ndim == 1:
+            return self._act(0, obs["mask"], info)
+        return np.stack([self._act(row, mask, {key: info[key][row] for key in _USED}) for row, mask in enumerate(obs["mask"])])
+
+    def _act(self, row: int, mask: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+        num_frames, slots = int(mask.sum()), len(mask)
+        features = torch.from_numpy(np.asarray(info["frame_features"]))[slots - num_frames :]
+        step, max_frames, capacity = int(info["step"]), int(info["max_frames"]), float(info["capacity_mb"])
+        policy = self._copy_for(row, (int(info["clip_id"]), int(info["noise_seed"])), step)
+        metas = frame_meta_list(features, step, capacity / max_frames)
+        state = RolloutState(step, capacity, int(info["total_steps"]))
+        budget = {"max_frames": max_frames, "capacity_mb": capacity}
+        ids = ask_policy(policy, metas, state, budget, clip=info["clip_id"])
+        action = np.zeros(slots, dtype=np.int8)
+        action[slots - num_frames + np.array(ids)] = 1
+        return action
+
+    def _copy_for(self, row: int, clip: tuple, step: int) -> RetentionPolicy:
+        """The row's copy of the policy, made anew when another episode has begun there."""
+        known = self._copies.get(row)
+        is_new = known is None or known[0] != clip or step <= known[1]
+        policy = copy_for_clip(self.policy, clip[1]) if is_new else known[2]
+        self._copies[row] = (clip, step, policy)
+        return policy
+
+
+class AgentPolicy:
+    """A trained scorer as a policy: the most probable set of frames."""
+
+    def __init__(self, network: RetentionNetwork, name: str = "learned") -> None:
+        self.network = network.eval()
+        self.name = name
+
+    @torch.no_grad()
+    def build_temporal_cache_plan(
+        self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
+    ) -> TemporalCachePlan:
+        """Keep the newest frame and the up to budget − 1 others with the largest positive logits."""
+        num_frames, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
+        frames, mask, budget = observation_of(chunk_meta_list, rollout_state, max_frames)
+        logits = self.network(frames, mask, budget)
+        forced = torch.zeros(1, num_frames, dtype=torch.bool)
+        forced[:, -1] = True
+        mode = BudgetedSubset(logits, ~forced, forced, torch.tensor([max_frames])).mode()[0]
+        return make_plan(mode.nonzero().flatten().tolist(), num_frames, retention_family="anchor")
+
+
+def observation_of(
+    chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, max_frames: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the environment would show of this history, without padding: frames (1, N, 6), mask (1, N), budget (1, 3)."""
+    num_frames = len(chunk_meta_list)
+    rows = [
+        (
+            meta.age / num_frames,
+            meta.recentness,
+            meta.boundary_score,
+            meta.feature_drift,
+            meta.temporal_similarity,
+            meta.motion_strength / (1 + meta.motion_strength),
+        )
+        for meta in chunk_meta_list
+    ]
+    budget = (max_frames / num_frames, rollout_state.step / rollout_state.total_steps, 1.0)
+    return torch.tensor([rows]), torch.ones(1, num_frames), torch.tensor([budget])

@@ -1,0 +1,164 @@
+"""A trained scorer as one self-contained Python file: NumPy only, weights inside the class, no import of this project."""
+
+from __future__ import annotations
+
+import base64
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from agents.network import RetentionNetwork
+from agents.runs import load_scorer
+from far_env.config import write_text
+
+_TEMPLATE = '''\
+"""A learned frame-retention policy for ar-video-kv-temporal-policy, exported by far-env.
+
+{provenance}
+
+Paste the class over the benchmark's class of the same name, or import this file as it is. It needs NumPy alone.
+"""
+
+from dataclasses import dataclass, field
+
+if "ChunkDecision" not in globals():
+
+    @dataclass
+    class ChunkDecision:
+        chunk_id: int
+        action: str
+        priority: float = 0.0
+
+
+if "TemporalCachePlan" not in globals():
+
+    @dataclass
+    class TemporalCachePlan:
+        chunk_decisions: list = field(default_factory=list)
+        retention_family: str = "recency"
+        anchor_preservation_rule: str = "none"
+        boundary_transition_rule: str = "passthrough"
+        queue_depth: int = 0
+        long_term_budget_fraction: float = 0.0
+        chunkwise_reuse: bool = False
+        compression_mode: str = "none"
+
+
+class VideoTemporalKVPolicy:
+    """Scores the kept frames with a small set transformer and keeps the newest and the best positive ones."""
+
+    NUM_HEADS = {num_heads}
+    NUM_LAYERS = {num_layers}
+    SHAPES = {shapes}
+    WEIGHTS = (
+{weights}
+    )
+
+    def __init__(self):
+        import base64
+
+        import numpy as np
+
+        flat = np.frombuffer(base64.b64decode(self.WEIGHTS), dtype="<f4")
+        self.parameters, start = {{}}, 0
+        for name, shape in self.SHAPES.items():
+            size = int(np.prod(shape))
+            array = flat[start : start + size].reshape(shape)
+            self.parameters[name] = np.ascontiguousarray(array.T)
+            start += size
+
+    def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
+        import numpy as np
+
+        max_frames = int(budget_state["max_frames"])
+        logits = self.logits(chunk_meta_list, rollout_state, max_frames)
+        last = len(logits) - 1
+        order = np.argsort(-logits[:last], kind="stable")[: max(0, max_frames - 1)]
+        kept = {{last}} | {{int(i) for i in order if logits[i] > 0}}
+        decisions = [
+            ChunkDecision(meta.chunk_id, "keep" if i in kept else "drop", float(logits[i]))
+            for i, meta in enumerate(chunk_meta_list)
+        ]
+        return TemporalCachePlan(chunk_decisions=decisions, retention_family="anchor")
+
+    def logits(self, chunk_meta_list, rollout_state, max_frames):
+        import numpy as np
+
+        p, heads, n = self.parameters, self.NUM_HEADS, len(chunk_meta_list)
+        shared = (
+            np.log1p(max_frames) / 3,
+            rollout_state.step / rollout_state.total_steps,
+            np.log1p(n) / 3,
+        )
+        x = np.array(
+            [
+                (
+                    np.log1p(m.age) / 3,
+                    m.recentness,
+                    m.boundary_score,
+                    m.feature_drift,
+                    m.temporal_similarity,
+                    m.motion_strength / (1 + m.motion_strength),
+                    float(i == n - 1),
+                    *shared,
+                )
+                for i, m in enumerate(chunk_meta_list)
+            ],
+            dtype=np.float32,
+        )
+
+        def linear(name, y):
+            return y @ p[name + ".weight"] + p[name + ".bias"]
+
+        def norm(name, y):
+            centred = y - y.mean(axis=-1, keepdims=True)
+            scale = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + np.float32(1e-5))
+            return centred / scale * p[name + ".weight"] + p[name + ".bias"]
+
+        x = linear("embed", x)
+        width = x.shape[1]
+        for layer in range(self.NUM_LAYERS):
+            block = "blocks.%d." % layer
+            qkv = linear(block + "qkv", norm(block + "norm1", x)).reshape(n, 3, heads, width // heads)
+            query, key, value = qkv.transpose(1, 2, 0, 3)
+            scores = query @ key.transpose(0, 2, 1) / np.float32((width // heads) ** 0.5)
+            scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            mixed = scores @ value / scores.sum(axis=-1, keepdims=True)
+            x = x + linear(block + "out", mixed.transpose(1, 0, 2).reshape(n, width))
+            x = x + linear(block + "down", np.maximum(linear(block + "up", norm(block + "norm2", x)), 0))
+        return linear("head", norm("norm", x))[:, 0]
+'''
+
+
+def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> None:
+    """Write the file, whole or not at all.
+
+    Args:
+        network: the trained scorer.
+        path: the file to write.
+        provenance: lines for the file's docstring: what it was trained on, by which commit.
+    """
+    state = {name: value.detach().cpu().numpy().astype("<f4") for name, value in network.state_dict().items()}
+    packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
+    text = _TEMPLATE.format(
+        provenance=provenance.replace("\\", "/").replace('"""', "'''"),
+        num_heads=network.blocks[0].num_heads,
+        num_layers=len(network.blocks),
+        shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
+        weights="\n".join(f'        "{line}"' for line in textwrap.wrap(packed, 100)),
+    )
+    write_text(path, text)
+
+
+def export_run(run: Path, path: Path) -> None:
+    """Export the scorer of a run folder. Raises ValueError if the folder holds none or the file cannot be written."""
+    network, facts = load_scorer(run)
+    told = {key: value for key, value in facts.items() if key != "network"}
+    lines = [f"{key}: {value}" for key, value in told.items()]
+    export_policy(network, path, "\n".join(lines))
+
+
+def _shapes(state: dict[str, np.ndarray]) -> str:
+    lines = [f'    "{name}": {tuple(array.shape)},' for name, array in state.items()]
+    return "\n".join(["{", *lines, "}"])

@@ -1,0 +1,100 @@
+"""The scorer: a small set transformer over the rows of the FrameMeta matrix, one logit per history frame."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from far_env.episodes import ROW_FEATURES
+
+NUM_INPUTS = len(ROW_FEATURES) + 4
+_MASKED = -1e9
+
+
+def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
+    """Observations to network inputs (B, N, 10): counts are made independent of the number of slots N.
+
+    Per row log(1 + age) / 3, the other features as they are, then whether it is the newest, log(1 + budget) / 3,
+    the step's share of the rollout and log(1 + frames) / 3.
+
+    Args:
+        frames: observation["frames"] (B, N, 6).
+        budget: observation["budget"] (B, 3).
+    """
+    slots = frames.shape[1]
+    age = frames[..., :1] * slots
+    newest = torch.zeros_like(age)
+    newest[:, -1] = 1
+    counts = torch.log1p(budget[:, [0, 2]] * slots) / 3
+    shared = torch.stack([counts[:, 0], budget[:, 1], counts[:, 1]], dim=-1)[:, None].expand(-1, slots, -1)
+    return torch.cat([torch.log1p(age) / 3, frames[..., 1:], newest, shared], dim=-1)
+
+
+class SetBlock(nn.Module):
+    """Pre-norm attention across the rows, then a two-layer perceptron in each row."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, N, width); bias (B, 1, 1, N) is very negative on padding."""
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        )
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
+        x = x + self.out((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.norm2(x))))
+
+
+class RetentionNetwork(nn.Module):
+    """Logits over history frames; positive means worth a place. Rows carry their own position, their order does not matter.
+
+    Args:
+        width, num_layers, num_heads: size of the set transformer; the defaults make 67k weights.
+    """
+
+    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
+        self.embed = nn.Linear(NUM_INPUTS, width)
+        self.blocks = nn.ModuleList(SetBlock(width, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1)
+        # Start close to uniform over full subsets: small scores, all worth a place.
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.constant_(self.head.bias, 1.0)
+
+    def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
+        """Observation parts, batched (see `far_env.env.FrameRetentionEnv`), to logits (B, N)."""
+        return self.head(self.encode(frames, mask, budget)).squeeze(-1)
+
+    def encode(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
+        """Row representations (B, N, width)."""
+        bias = ((1 - mask) * _MASKED)[:, None, None, :]
+        x = self.embed(network_inputs(frames, budget))
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.norm(x)
+
+
+class ValueNetwork(nn.Module):
+    """The critic: the same trunk, the mean over rows, one number."""
+
+    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4) -> None:
+        super().__init__()
+        self.trunk = RetentionNetwork(width, num_layers, num_heads)
+        self.trunk.head = nn.Identity()
+
+    def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
+        """Observation parts to pooled features (B, width)."""
+        rows = self.trunk.encode(frames, mask, budget) * mask[..., None]
+        return rows.sum(dim=1) / mask.sum(dim=1, keepdim=True)

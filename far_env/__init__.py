@@ -1,0 +1,14 @@
+"""far-env: a clip goes in, a policy decides at every generated frame which history frames the frozen video model may still
+see, and a quality number comes out. Importing the package registers the Gymnasium environments."""
+
+import gymnasium
+
+__version__ = "0.1.0"
+
+for _name in ("Pan", "Cuts"):
+    gymnasium.register(
+        id=f"far_env/{_name}-v0",
+        entry_point="far_env.env:FrameRetentionEnv",
+        vector_entry_point="far_env.vector_env:FrameRetentionVectorEnv",
+        kwargs={"workload": _name.lower()},
+    )

@@ -1,0 +1,1 @@
+"""Where clips come from: procedural worlds and videos on disk."""

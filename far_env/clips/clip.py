@@ -1,0 +1,52 @@
+"""The unit of data: one clip of true frames. Sources of clips make them, workloads hand them to rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from far_env.contract import unknown_name
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Ground-truth frames with an identity.
+
+    Attributes:
+        clip_id: index within the source's split.
+        frames: float32 (T, 3, H, W) in [0, 1].
+        actions: int64 (T,) where the data has actions (``actions[i]`` leads to frame i), else None.
+    """
+
+    clip_id: int
+    frames: np.ndarray
+    actions: np.ndarray | None = None
+
+
+class ClipIdError(IndexError):
+    """A clip id that a source does not have."""
+
+
+class ClipSource(Protocol):
+    """A named, indexed collection of clips, the same on every machine and in every order of access."""
+
+    name: str
+
+    def num_clips(self, split: str) -> int:
+        """How many clips ``split`` holds; their ids are 0 … n-1."""
+
+    def clip(self, split: str, clip_id: int) -> Clip:
+        """One clip. Raises ValueError on an unknown split and ClipIdError on an id out of range."""
+
+
+def check_clip_id(source: ClipSource, split: str, clip_id: int) -> None:
+    """Raise one clear error unless ``clip_id`` is a clip of ``source``'s ``split``."""
+    if split not in SPLITS:
+        raise ValueError(unknown_name("split", split, SPLITS))
+    size = source.num_clips(split)
+    if not 0 <= clip_id < size:
+        raise ClipIdError(f"clip id {clip_id} is out of range: {source.name}/{split} has clips 0 to {size - 1}")

@@ -1,0 +1,200 @@
+"""The contract between a rollout and a retention policy: what a policy is told, what it may answer, what the answer does.
+
+The dataclasses and `apply_plan` follow the benchmark ``ar-video-kv-temporal-policy`` exactly, so a policy that works here works
+there. No torch in here: a policy file needs none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from numbers import Integral
+from typing import Any, Protocol, runtime_checkable
+
+UNLIMITED_FRAMES = 9999
+"""A budget from here on is full history: the policy is never asked."""
+KEEPING_ACTIONS = ("keep", "demote_to_long_term")
+ACTIONS = (*KEEPING_ACTIONS, "drop")
+
+
+@dataclass
+class FrameMeta:
+    """What a policy sees of one kept frame. ``age`` is a position in the kept history, not time; see `far_env.frame_meta`."""
+
+    chunk_id: int
+    age: int
+    dynamic_age: int
+    recentness: float
+    size_mb: float
+    access_count: int
+    recent_hit_count: int
+    last_access_step: int
+    boundary_score: float
+    feature_drift: float
+    temporal_similarity: float
+    motion_strength: float
+    keyframe_score: float
+    long_term_resident: bool = False
+    compression_state: str = "none"
+
+
+@dataclass
+class RolloutState:
+    """Where the rollout stands: ``step`` of ``total_steps`` predicted frames is done, the history may take this many MiB."""
+
+    step: int
+    budget_capacity_mb: float
+    total_steps: int
+
+
+@dataclass
+class ChunkDecision:
+    """The fate of one kept frame: "keep", "demote_to_long_term" (kept as well) or "drop". Priority is informational."""
+
+    chunk_id: int
+    action: str
+    priority: float = 0.0
+
+
+@dataclass
+class TemporalCachePlan:
+    """A policy's answer: one decision per kept frame, and tags that describe the method."""
+
+    chunk_decisions: list[ChunkDecision] = field(default_factory=list)
+    retention_family: str = "recency"
+    anchor_preservation_rule: str = "none"
+    boundary_transition_rule: str = "passthrough"
+    queue_depth: int = 0
+    long_term_budget_fraction: float = 0.0
+    chunkwise_reuse: bool = False
+    compression_mode: str = "none"
+
+
+@runtime_checkable
+class RetentionPolicy(Protocol):
+    """Anything that decides which frames of the history stay. It may keep state between calls; one object serves many clips."""
+
+    def build_temporal_cache_plan(
+        self,
+        chunk_meta_list: list[FrameMeta],
+        rollout_state: RolloutState,
+        budget_state: dict[str, float],
+    ) -> TemporalCachePlan:
+        """Decide about every frame in ``chunk_meta_list`` (oldest first); ``budget_state`` has max_frames and capacity_mb."""
+
+
+class PolicyError(Exception):
+    """A policy raised or answered something that is not a valid plan. The message names policy, clip and step."""
+
+
+def apply_plan(plan: Any, num_frames: int, max_frames: int) -> list[int]:
+    """Ids of the frames that stay, ascending: the benchmark's own lenient rule.
+
+    Frames whose action is keep or demote stay; any other string drops; ids without a decision drop; the newest frame always
+    stays; if more than ``max_frames`` remain, the highest ids do. Ids outside the history are ignored.
+    """
+    kept = {int(d.chunk_id) for d in plan.chunk_decisions if d.action in KEEPING_ACTIONS and 0 <= d.chunk_id < num_frames}
+    kept.add(num_frames - 1)
+    return sorted(kept)[-max_frames:]
+
+
+def check_plan(plan: Any, num_frames: int) -> None:
+    """Raise ValueError, in one sentence, unless ``plan`` is a plan with known actions and each id at most once."""
+    if not hasattr(plan, "chunk_decisions"):
+        raise ValueError(f"returned {type(plan).__name__}, not a TemporalCachePlan with chunk_decisions")
+    seen: set[int] = set()
+    for decision in plan.chunk_decisions:
+        chunk_id, action = getattr(decision, "chunk_id", None), getattr(decision, "action", None)
+        if action not in ACTIONS:
+            raise ValueError(f"gave frame {chunk_id} the unknown action {action!r}; use {', '.join(ACTIONS)}")
+        if isinstance(chunk_id, bool) or not isinstance(chunk_id, Integral) or not 0 <= chunk_id < num_frames:
+            raise ValueError(f"decided about chunk id {chunk_id!r}, but the history has ids 0 to {num_frames - 1}")
+        if chunk_id in seen:
+            raise ValueError(f"decided about chunk id {chunk_id} twice")
+        seen.add(chunk_id)
+
+
+def ask_policy(
+    policy: RetentionPolicy,
+    chunk_meta_list: list[FrameMeta],
+    rollout_state: RolloutState,
+    budget_state: dict[str, float],
+    *,
+    clip: object,
+    strict: bool = True,
+) -> list[int]:
+    """Call the policy and apply its plan; returns the ids that stay.
+
+    Args:
+        clip: name of the clip, for the error message.
+        strict: also require a well-formed plan. The benchmark path sets False and keeps the harness's lenient rules.
+
+    Raises:
+        PolicyError: if the policy raises or its plan is not valid, naming policy, clip and step.
+    """
+    # What the policy does to its arguments must not change what its plan is held against.
+    num_frames, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
+    where = f"policy {policy_name(policy)} on clip {clip}, step {rollout_state.step}"
+    try:
+        plan = policy.build_temporal_cache_plan(chunk_meta_list, rollout_state, dict(budget_state))
+    except Exception as error:
+        raise PolicyError(f"{where}: raised {type(error).__name__}: {error}") from error
+    try:
+        if strict:
+            check_plan(plan, num_frames)
+        return apply_plan(plan, num_frames, max_frames)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise PolicyError(f"{where}: {error}") from error
+
+
+def copy_for_clip(policy: RetentionPolicy | None, noise_seed: int) -> RetentionPolicy | None:
+    """A deep copy for one clip, so that neither memory nor randomness depends on which clips came before or share a batch.
+
+    A copy that has a method ``begin_clip(seed)`` is told the clip's noise seed.
+
+    Raises:
+        PolicyError: if the policy cannot be copied or its ``begin_clip`` raises.
+    """
+    try:
+        own = copy.deepcopy(policy)
+        begin_clip = getattr(own, "begin_clip", None)
+        if callable(begin_clip):
+            begin_clip(noise_seed)
+    except Exception as error:
+        name, reason = policy_name(policy), f"{type(error).__name__}: {error}"
+        raise PolicyError(f"policy {name} cannot be prepared for a clip (noise seed {noise_seed}): {reason}") from error
+    return own
+
+
+def make_plan(kept: Sequence[int], num_frames: int, **tags: Any) -> TemporalCachePlan:
+    """The plan that keeps exactly these ids, newer frames with higher priority."""
+    chosen = set(kept)
+    decisions = [ChunkDecision(i, "keep" if i in chosen else "drop", float(i)) for i in range(num_frames)]
+    return TemporalCachePlan(chunk_decisions=decisions, **tags)
+
+
+class NewestFrames:
+    """Keeps the newest frames up to the budget: the reference that every rule has to beat."""
+
+    name = "recent_fill"
+
+    def build_temporal_cache_plan(
+        self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
+    ) -> TemporalCachePlan:
+        """Keep the last min(n, budget) rows."""
+        num_frames = len(chunk_meta_list)
+        return make_plan(range(num_frames)[-int(budget_state["max_frames"]) :], num_frames)
+
+
+def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
+    """The sentence for a name that is none: with the nearest known one, or all of them."""
+    near = get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
+def policy_name(policy: RetentionPolicy) -> str:
+    """The policy's ``name`` attribute, else its class name."""
+    return getattr(policy, "name", None) or type(policy).__name__

@@ -1,0 +1,1 @@
+"""Policies compared on a fixed list of clips."""

@@ -1,0 +1,180 @@
+"""Hosts on disk: a folder with config.json and two safetensors files goes in, a frozen `Host` on a device comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from far_env.config import write_text
+from far_env.device import resolve_device
+from far_env.host.autoencoder import Autoencoder
+from far_env.host.far import FAR
+
+EMBEDDED_HOST = Path(__file__).parent.parent / "assets" / "embedded_host"
+_PARTS = ("autoencoder", "transformer")
+
+
+class WeightsError(ValueError):
+    """A weight file is missing, damaged, or does not fit its configuration; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The frozen video model on one device.
+
+    Attributes:
+        name: where it came from.
+        transformer, autoencoder: in eval mode, without gradients.
+        weights_hash: first eight hex digits of the SHA-256 of config.json, which holds those of both weight files.
+        latent_shape: (C, h, w) of one frame at ``frame_size``.
+        frame_size: side of the square frames it works on.
+        num_steps: ODE steps that its workloads use by default.
+    """
+
+    name: str
+    transformer: FAR
+    autoencoder: Autoencoder
+    weights_hash: str
+    latent_shape: tuple[int, int, int]
+    frame_size: int = 64
+    num_steps: int = 20
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which precision it computes."""
+        return next(self.transformer.parameters()).dtype
+
+
+def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:
+    """Load ``"embedded"`` or a folder written by `save_host`; loaded once per (name, device, dtype).
+
+    Raises:
+        WeightsError: if a file is missing or damaged, its hash differs from config.json, or keys or shapes do not fit.
+    """
+    folder = EMBEDDED_HOST if name == "embedded" else Path(name)
+    return _load_host(str(name), folder.resolve(), _read_config(folder), resolve_device(str(device)), dtype)
+
+
+@lru_cache(maxsize=4)
+def _load_host(name: str, folder: Path, config_text: str, device: torch.device, dtype: torch.dtype) -> Host:
+    # The text holds the weights' hashes, so a host that was trained anew is not taken for the cached one.
+    config = _check_config(folder, config_text)
+    modules: dict[str, nn.Module] = {}
+    for part, build in (("autoencoder", Autoencoder), ("transformer", FAR)):
+        path = folder / f"{part}.safetensors"
+        content_hash, expected = _file_hash(path), config["sha256"].get(part, "")
+        if content_hash != expected:
+            raise WeightsError(f"{path} has SHA-256 {content_hash[:8]}…, config.json expects {expected[:8]}…; restore the file")
+        try:
+            model = build(**config[part])
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"{folder / 'config.json'}: the {part} settings do not fit: {error}") from error
+        modules[part] = load_weights(model, path).to(device, dtype)
+    return Host(
+        name=name,
+        weights_hash=hashlib.sha256(config_text.encode()).hexdigest()[:8],
+        latent_shape=tuple(config["latent_shape"]),
+        frame_size=config["frame_size"],
+        num_steps=config["num_steps"],
+        **modules,
+    )
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load a safetensors file strictly into ``model``; returns it in eval mode, float32, without gradients.
+
+    Raises:
+        WeightsError: naming the first missing or unexpected key or wrong shape, or that the file is damaged.
+    """
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore it or train it again") from error
+    expected = model.state_dict()
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in state:
+            raise WeightsError(f"{path} lacks the key {key!r}; it was made for another configuration")
+        if key not in expected:
+            raise WeightsError(f"{path} has the unexpected key {key!r}; it was made for another configuration")
+        if state[key].shape != expected[key].shape:
+            found, wanted = tuple(state[key].shape), tuple(expected[key].shape)
+            raise WeightsError(f"{path}: {key!r} has shape {found}, the configuration needs {wanted}")
+    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
+    return model.eval().requires_grad_(False)
+
+
+def save_host(
+    folder: Path,
+    transformer: FAR,
+    autoencoder: Autoencoder,
+    configs: dict[str, dict],
+    *,
+    frame_size: int,
+    num_steps: int,
+) -> None:
+    """Write a host in float16: two safetensors files and config.json, each whole or not at all.
+
+    Args:
+        configs: constructor arguments under "transformer" and "autoencoder".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    hashes = {}
+    for part, module in (("autoencoder", autoencoder), ("transformer", transformer)):
+        path = folder / f"{part}.safetensors"
+        temporary = path.with_suffix(".part")
+        half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        save_file({key: value.cpu().contiguous() for key, value in half.items()}, temporary)
+        temporary.replace(path)
+        hashes[part] = _file_hash(path)
+    side = frame_size // autoencoder.compression
+    config = {
+        "frame_size": frame_size,
+        "latent_shape": [transformer.in_channels, side, side],
+        "num_steps": num_steps,
+        "sha256": hashes,
+        **configs,
+    }
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _read_config(folder: Path) -> str:
+    try:
+        return (folder / "config.json").read_text(encoding="utf-8")
+    except OSError as error:
+        raise WeightsError(
+            f"no host in {folder}: config.json cannot be read; use 'embedded' or a folder made by train-host"
+        ) from error
+
+
+def _check_config(folder: Path, text: str) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}); restore the file") from error
+    missing = [key for key in (*_PARTS, "sha256", "latent_shape", "frame_size", "num_steps") if key not in config]
+    if missing:
+        raise WeightsError(f"{path} lacks {', '.join(missing)}; restore the file")
+    return config
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"the weight file {path} cannot be read: {error.strerror}; restore it or train it again") from error

@@ -1,0 +1,123 @@
+"""Quality of predicted frames against the true continuation, per clip, as the benchmark computes it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from far_env.contract import unknown_name
+
+METRICS = ("psnr", "ssim", "lpips")
+LOWER_IS_BETTER = ("lpips",)
+ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
+_SSIM_RADIUS = 5
+
+
+class MetricUnavailable(RuntimeError):
+    """A metric cannot be computed here; the message gives the reason and the remedy."""
+
+
+def psnr(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, one MSE over all frames of a clip.
+
+    Args:
+        predicted, truth: (..., F, 3, H, W) in [0, 1]; compared in float32.
+
+    Returns:
+        float32 (...); equal clips give infinity.
+    """
+    mse = (predicted.float() - truth.float()).square().flatten(-4).mean(dim=-1)
+    return -10 * mse.log10()
+
+
+def ssim(predicted: Tensor, truth: Tensor) -> float:
+    """Structural similarity of one clip (F, 3, H, W) in [0, 1], the mean over frames.
+
+    Gaussian window 11, σ 1.5, K1 0.01, K2 0.03, population covariance, averaged over the whole image with mirrored borders:
+    scikit-image crops a 5-pixel border, so frames are mirrored by 5 pixels first. (Wang et al. 2004.)
+    """
+    margin = ((0, 0), (_SSIM_RADIUS, _SSIM_RADIUS), (_SSIM_RADIUS, _SSIM_RADIUS))
+    scores = []
+    for a, b in zip(predicted.float().cpu().numpy(), truth.float().cpu().numpy(), strict=True):
+        a, b = (np.pad(image, margin, mode="reflect") for image in (a, b))
+        scores.append(
+            structural_similarity(
+                a, b, channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            )
+        )
+    return float(np.mean(scores))
+
+
+def lpips_unavailable() -> str | None:
+    """None where LPIPS can be computed, else one sentence: why not and which command helps. Never touches the network."""
+    path = _alexnet_path()
+    if path.exists():
+        return None
+    return (
+        f"LPIPS needs AlexNet's ImageNet weights, which are not at {path}; with a network, "
+        "python -c \"import lpips; lpips.LPIPS(net='alex')\" fetches them (233 MB)"
+    )
+
+
+def require_metrics(names: tuple[str, ...] | list[str]) -> None:
+    """Raise ValueError for an unknown metric and `MetricUnavailable` for one that cannot be computed here."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(unknown_name("metric", name, METRICS))
+    if "lpips" in names and (reason := lpips_unavailable()):
+        raise MetricUnavailable(reason)
+
+
+@torch.no_grad()
+def lpips(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Learned perceptual distance (arXiv 1801.03924; AlexNet, version 0.1), lower is better, the mean over a clip's frames.
+
+    Args:
+        predicted, truth: (..., F, 3, H, W) in [0, 1].
+
+    Returns:
+        float32 (...).
+
+    Raises:
+        MetricUnavailable: where AlexNet's weights are not on disk.
+    """
+    require_metrics(["lpips"])
+    network = _lpips_network(predicted.device, _alexnet_path())
+    shape = predicted.shape[:-3]
+    distances = network(predicted.float().flatten(0, -4), truth.float().flatten(0, -4), normalize=True)
+    return distances.view(shape).mean(dim=-1)
+
+
+def clip_metrics(predicted: Tensor, truth: Tensor, names: tuple[str, ...]) -> list[dict[str, float]]:
+    """The named metrics of every clip in a batch (B, F, 3, H, W), one dict per clip."""
+    require_metrics(names)
+    columns: dict[str, list[float]] = {}
+    if "psnr" in names:
+        columns["psnr"] = psnr(predicted, truth).tolist()
+    if "ssim" in names:
+        columns["ssim"] = [ssim(a, b) for a, b in zip(predicted, truth, strict=True)]
+    if "lpips" in names:
+        columns["lpips"] = lpips(predicted, truth).tolist()
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _alexnet_path() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
+
+
+@lru_cache(maxsize=2)
+def _lpips_network(device: torch.device, path: Path) -> torch.nn.Module:
+    import lpips as lpips_package  # imports torchvision, which is slow and not needed for PSNR
+
+    try:
+        return lpips_package.LPIPS(net="alex", version="0.1", verbose=False).to(device).requires_grad_(False)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise MetricUnavailable(
+            f"LPIPS: the AlexNet weights at {path} cannot be used ({reason}); delete and fetch them again"
+        ) from error

@@ -1,0 +1,74 @@
+"""Where numbers come from: commit, versions, machine and command, kept beside every result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from far_env.config import write_text
+
+FILE = "run.json"
+
+
+def run_facts(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """The command, the commit, the versions and the machine of this process."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git_commit(),
+        "machine": machine(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+
+
+def save_facts(folder: Path, facts: dict[str, object]) -> None:
+    """Add a session's facts to the run folder; earlier sessions of the run stay."""
+    write_text(folder / FILE, json.dumps([*load_facts(folder), facts], indent=2) + "\n")
+
+
+def load_facts(folder: Path) -> list[dict]:
+    """Facts of every session that worked on a run, in order. Raises ValueError if the file is damaged."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another run folder") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def machine(device: torch.device) -> str:
+    """The GPU's name, or the number of CPU cores and their model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({torch.cpu.get_capabilities().get('cpu_name', platform.machine())})"
+
+
+def git_commit() -> str:
+    """Short commit of this source tree, marked if it was changed, or "unknown" where it is not part of a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        # Installed into an environment that lies inside another project's checkout, git would describe that project.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

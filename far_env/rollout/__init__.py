@@ -1,0 +1,1 @@
+"""Rollouts: the specification (`reference`) and the batched implementation behind everything else (`engine`)."""

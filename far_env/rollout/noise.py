@@ -1,0 +1,18 @@
+"""A rollout's noise: a function of its seed and the step alone, never of who else is in the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BENCHMARK_SEED = 42
+"""The benchmark seeds clip number i with 42 + i."""
+
+
+def rollout_noise(noise_seed: int, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+    """Initial noise of every step (num_steps, C, h, w), float32 on the CPU.
+
+    Drawn one step at a time from one generator, in the benchmark's order, so that step i does not depend on ``num_steps``.
+    """
+    generator = torch.Generator().manual_seed(noise_seed)
+    return torch.stack([torch.randn((1, 1, *latent_shape), generator=generator)[0, 0] for _ in range(num_steps)])

@@ -1,0 +1,79 @@
+"""The executable specification of a rollout: one clip, no cache, no batch, in the order of the benchmark's own sentences.
+
+Slow on purpose. `far_env.rollout.engine` must equal it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from far_env.clips.clip import Clip
+from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy
+from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
+from far_env.host.far import CLEAN_TIME
+from far_env.host.sampler import make_scheduler
+from far_env.rollout.noise import rollout_noise
+from far_env.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a finished rollout leaves.
+
+    Attributes:
+        latents: generated latents (n_predict, C, h, w).
+        frames: the same, decoded, (n_predict, 3, H, W) in [0, 1].
+        kept: per policy call, (step, true frame numbers that stayed); context frames are 0 … n_context-1.
+    """
+
+    latents: Tensor
+    frames: Tensor
+    kept: list[tuple[int, list[int]]]
+
+
+@torch.no_grad()
+def reference_rollout(
+    workload: Workload, clip: Clip, policy: RetentionPolicy | None, max_frames: int, noise_seed: int
+) -> Rollout:
+    """Generate the clip's continuation under a policy; ``policy`` None or a budget of 9999 keeps everything.
+
+    Raises:
+        PolicyError: if the policy raises or answers an invalid plan.
+    """
+    host = workload.host
+    noise = rollout_noise(noise_seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
+    context = torch.from_numpy(clip.frames[: workload.num_context]).to(host.device, host.dtype)
+    kept = list(host.autoencoder.encode(context[None])[0])
+    numbers = list(range(workload.num_context))
+    generated, history = [], []
+    for step in range(workload.num_predict):
+        frame = denoise_uncached(workload, torch.stack(kept), noise[step])
+        generated.append(frame)
+        kept.append(frame)
+        numbers.append(workload.num_context + step)
+        if policy is not None and max_frames < UNLIMITED_FRAMES and len(kept) > max_frames:
+            metas = frame_meta_list(frame_features(torch.stack(kept)[None])[0], step, frame_size_mb(host.latent_shape))
+            state = RolloutState(step, workload.capacity_mb(max_frames), workload.num_predict)
+            budget = {"max_frames": max_frames, "capacity_mb": workload.capacity_mb(max_frames)}
+            ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id)
+            kept, numbers = [kept[i] for i in ids], [numbers[i] for i in ids]
+            history.append((step, list(numbers)))
+    latents = torch.stack(generated)
+    return Rollout(latents, host.autoencoder.decode(latents[None])[0], history)
+
+
+@torch.no_grad()
+def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor) -> Tensor:
+    """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence."""
+    scheduler = make_scheduler(workload.num_steps, noise.device)
+    frame = noise
+    for time in scheduler.timesteps:
+        sequence = torch.cat([kept, frame[None]])[None]
+        times = torch.full(sequence.shape[:2], CLEAN_TIME, device=noise.device)
+        times[:, -1] = time
+        velocity = workload.host.transformer(sequence, times)[0, -1]
+        frame = scheduler.step(velocity, time, frame).prev_sample
+    return frame

@@ -1,0 +1,121 @@
+"""Workloads and budgets: which clips, which host, how many frames are given, predicted and may be kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from far_env.clips.clip import ClipSource
+from far_env.clips.ucf101 import UCF101
+from far_env.clips.worlds import WORLDS
+from far_env.contract import UNLIMITED_FRAMES, unknown_name
+from far_env.frame_meta import frame_size_mb
+from far_env.host.weights import Host, load_host
+
+BUDGETS = {
+    "full_history_budget": UNLIMITED_FRAMES,
+    "medium_history_budget": 8,
+    "tight_history_budget": 4,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything a rollout needs but the clip's number, the seed and the policy.
+
+    Attributes:
+        name: as registered.
+        clips: where clips come from.
+        host: the frozen video model.
+        num_context: true frames given at the start.
+        num_predict: frames generated after them.
+        num_steps: ODE steps per generated frame.
+        guidance_scale: classifier-free guidance; 1 is none.
+    """
+
+    name: str
+    clips: ClipSource
+    host: Host
+    num_context: int
+    num_predict: int
+    num_steps: int
+    guidance_scale: float = 1.0
+
+    @property
+    def num_frames(self) -> int:
+        """Context and predicted frames together."""
+        return self.num_context + self.num_predict
+
+    def capacity_mb(self, max_frames: int) -> float:
+        """MiB of float32 latents that a history of ``max_frames`` takes."""
+        return max_frames * frame_size_mb(self.host.latent_shape)
+
+
+def _world(name: str) -> Callable[[], ClipSource]:
+    return lambda: WORLDS[name]
+
+
+_CLIP_SOURCES: dict[str, Callable[..., ClipSource]] = {**{name: _world(name) for name in WORLDS}, "ucf101": UCF101}
+"""How each workload gets its clips. ucf101 shows real videos to whichever host is given."""
+
+
+def workload_names() -> list[str]:
+    """Names that `make_workload` accepts."""
+    return sorted(_CLIP_SOURCES)
+
+
+def make_workload(name: str, *, host: str | os.PathLike = "embedded", device: str = "auto", **clip_options: object) -> Workload:
+    """Build a registered workload.
+
+    Args:
+        name: one of `workload_names`.
+        host: "embedded" or a host folder.
+        device: "auto", "cpu", "cuda", ….
+        clip_options: passed to the clip source (a data folder, say).
+
+    Raises:
+        ValueError: on an unknown name (the nearest one is suggested) or options the source does not take.
+    """
+    if name not in _CLIP_SOURCES:
+        raise ValueError(unknown_name("workload", name, workload_names()))
+    loaded = load_host(host, device)
+    try:
+        clips = _CLIP_SOURCES[name](**clip_options)
+    except TypeError as error:
+        raise ValueError(f"workload {name} does not take these clip options: {error}") from error
+    return Workload(
+        name=name,
+        clips=clips,
+        host=loaded,
+        num_context=5,
+        num_predict=11,
+        num_steps=loaded.num_steps,
+    )
+
+
+def resolve_budget(budget: int | str) -> int:
+    """Frames that may be kept: a whole number, or one of the benchmark's budget names.
+
+    Raises:
+        ValueError: below 1, if unknown, or if neither a name nor a whole number.
+    """
+    if isinstance(budget, str) and not budget.lstrip("-").isdigit():
+        if budget not in BUDGETS:
+            raise ValueError(unknown_name("budget", budget, list(BUDGETS)) + " A number of frames works too")
+        return BUDGETS[budget]
+    if isinstance(budget, bool | float):
+        raise ValueError(f"the budget must be a whole number of frames, got {budget}")
+    max_frames = int(budget)
+    if max_frames < 1:
+        raise ValueError(f"the budget must be at least 1 frame, got {max_frames}")
+    return max_frames
+
+
+def check_decides(workload: Workload, max_frames: int) -> None:
+    """Raise ValueError if no decision under this budget can influence a frame of the workload."""
+    if max_frames > workload.num_frames - 2:
+        raise ValueError(
+            f"a budget of {max_frames} leaves nothing to decide in {workload.name}, whose clips have {workload.num_frames} "
+            f"frames; use at most {workload.num_frames - 2}"
+        )

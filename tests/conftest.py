@@ -1,0 +1,119 @@
+"""Shared fixtures: golden arrays, and a tiny host with random weights on which everything but quality can be tested fast."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from far_env.clips.worlds import WORLDS
+from far_env.host.autoencoder import Autoencoder
+from far_env.host.far import FAR
+from far_env.host.weights import load_host, save_host
+from far_env.workloads import Workload
+
+DATA = Path(__file__).parent / "data"
+INDEX = json.loads((DATA / "index.json").read_text())["files"]
+
+TINY_FAR = {
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "axes_dims_rope": [4, 6, 6],
+}
+TINY_DCAE = {
+    "in_channels": 3,
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": [8, 8, 8, 16],
+    "decoder_block_out_channels": [8, 8, 8, 16],
+    "encoder_layers_per_block": [0, 1, 1, 1],
+    "decoder_layers_per_block": [0, 1, 1, 1],
+    "encoder_qkv_multiscales": [[], [], [], []],
+    "decoder_qkv_multiscales": [[], [], [], []],
+    "decoder_norm_types": "batch_norm",
+    "decoder_act_fns": "silu",
+    "upsample_block_type": "pixel_shuffle",
+    "downsample_block_type": "pixel_unshuffle",
+}
+
+
+class Golden:
+    """One fixture file: its arrays as tensors, its configuration, and the model it describes."""
+
+    def __init__(self, name: str) -> None:
+        self.config = INDEX[name]["config"]
+        self.arrays = {key: torch.from_numpy(value) for key, value in np.load(DATA / name).items()}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.arrays[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        prefix = "weights."
+        return {key.removeprefix(prefix): value for key, value in self.arrays.items() if key.startswith(prefix)}
+
+    def far(self) -> FAR:
+        """The fixture's FAR in eval mode, class dropout off."""
+        model = FAR(**self.config)
+        model.load_state_dict(self.weights, strict=True)
+        for module in model.modules():
+            if hasattr(module, "embedding_table"):
+                module.dropout = 0.0
+        return model.eval()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return Golden
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Seeded normal parameters: a fresh FAR is zero by construction and would prove nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = 0.25 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def tiny_host_folder(tmp_path_factory) -> Path:
+    transformer, autoencoder = FAR(**TINY_FAR), Autoencoder(**TINY_DCAE, scaling_factor=0.8)
+    randomise(transformer, 1)
+    randomise(autoencoder, 2)
+    folder = tmp_path_factory.mktemp("tiny_host")
+    configs = {"transformer": TINY_FAR, "autoencoder": {**TINY_DCAE, "scaling_factor": 0.8}}
+    save_host(folder, transformer, autoencoder, configs, frame_size=64, num_steps=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_host(tiny_host_folder):
+    return load_host(tiny_host_folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_workload(tiny_host) -> Workload:
+    """The pan world on the tiny host: 5 + 11 frames, 3 ODE steps."""
+    return Workload("tiny_pan", WORLDS["pan"], tiny_host, num_context=5, num_predict=11, num_steps=3)
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Folder of real sample clips, which are not part of the repository."""
+    places = [os.environ.get("FAR_ENV_SAMPLES"), Path(__file__).parents[2] / "shared" / "samples"]
+    for place in places:
+        if place and Path(place).is_dir():
+            return Path(place)
+    pytest.skip("no sample clips: set FAR_ENV_SAMPLES to a folder that holds them")

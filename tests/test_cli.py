@@ -1,0 +1,241 @@
+"""The commands: what they print, and that bad input ends in one sentence and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train_agent
+from agents.network import RetentionNetwork
+from agents.runs import save_scorer
+from far_env import cli, metrics
+from far_env.host.weights import WeightsError, load_host
+
+POLICY = """
+class Policy:
+    def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
+        {body}
+"""
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_scorer(RetentionNetwork(), {"width": 64, "num_layers": 2, "num_heads": 4}, {"trained_on": "nothing"}, folder)
+    return folder
+
+
+def evaluate(capsys, host, *args):
+    status = cli.main(["evaluate", "--host", str(host), "--device", "cpu", "--clips", "3", *args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys, status, *fragments):
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2
+    assert "Traceback" not in error and error.count("error:") == 1
+    for fragment in fragments:
+        assert fragment in error
+    return error
+
+
+def test_evaluate_prints_one_json_object(capsys, tiny_host_folder, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert cli.main(["export", str(run_folder), "--out", str(tmp_path / "policy.py")]) == 0
+    capsys.readouterr()
+    names = f"recent_fill,full_history,{tmp_path / 'policy.py'},{run_folder}"
+    status, out, _ = evaluate(capsys, tiny_host_folder, "--policies", names, "--budget", "4", "--json", "-")
+    assert status == 0
+    result = json.loads(out)
+    assert list(result["policies"]) == names.split(",")
+    for name, scores in result["policies"].items():
+        assert scores["psnr"]["low"] <= scores["psnr"]["mean"] <= scores["psnr"]["high"] and scores["psnr"]["n"] == 3
+        assert "ssim" in scores and "lpips" not in scores
+        assert ("psnr_minus_recent_fill" in scores) == (name != "recent_fill")
+    assert result["policies"][names.split(",")[2]] == result["policies"][names.split(",")[3]]
+    assert result["unavailable"]["lpips"] == metrics.lpips_unavailable()
+    assert result["weights"] == load_host(tiny_host_folder, "cpu").weights_hash
+    assert (result["workload"], result["budget"], result["split"], result["clips"]) == ("pan", 4, "test", 3)
+    assert {"host", "commit", "dtype", "device", "noise_seed", "ode_steps", "versions", "seconds"} <= set(result)
+
+
+def test_evaluate_prints_a_table_whose_numbers_are_the_jsons(capsys, tiny_host_folder, tmp_path):
+    args = ("--policies", "random,recent_fill", "--metrics", "psnr", "--workload", "cuts", "--split", "validation")
+    status, table, _ = evaluate(capsys, tiny_host_folder, *args)
+    evaluate(capsys, tiny_host_folder, *args, "--json", str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert status == 0 and "cuts, budget 4, 3 validation clips" in table
+    for name in ("random", "recent_fill"):
+        (row,) = [line for line in table.splitlines() if line.startswith(name)]
+        assert f"{result['policies'][name]['psnr']['mean']:.2f}" in row
+    difference = result["policies"]["random"]["psnr_minus_recent_fill"]
+    assert f"[{difference['low']:+.2f}, {difference['high']:+.2f}]" in table
+
+
+def test_metrics_can_be_chosen_and_the_impossible_is_refused_before_any_rollout(
+    capsys, tiny_host_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    args = ("--policies", "random,recent_fill", "--metrics")
+    status, out, _ = evaluate(capsys, tiny_host_folder, *args, "ssim", "--json", "-")
+    assert status == 0 and set(json.loads(out)["policies"]["random"]) == {"ssim"}
+    assert "SSIM" in evaluate(capsys, tiny_host_folder, *args, "ssim")[1]
+    status, _, error = evaluate(capsys, tiny_host_folder, *args, "lpips")
+    assert status == 2 and "LPIPS needs AlexNet's ImageNet weights" in error and "frame/s" not in error
+
+
+def test_results_do_not_depend_on_the_batch_size(capsys, tiny_host_folder):
+    means = []
+    for size in ("1", "2", "64"):
+        _, out, _ = evaluate(
+            capsys,
+            tiny_host_folder,
+            "--policies",
+            "random,least_change_prev",
+            "--metrics",
+            "psnr",
+            "--batch-size",
+            size,
+            "--json",
+            "-",
+        )
+        means.append([scores["psnr"]["mean"] for scores in json.loads(out)["policies"].values()])
+    np.testing.assert_allclose(means, [means[0]] * 3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        (["--policies", "recent_fil"], ["no policy 'recent_fil'", "recent_fill"]),
+        (["--policies", ","], ["names no policy"]),
+        (["--policies", "recent_fill", "--budget", "0"], ["at least 1 frame, got 0"]),
+        (["--policies", "recent_fill", "--budget", "tight"], ["unknown budget 'tight'"]),
+        (
+            ["--policies", "recent_fill", "--workload", "ucf101", "--data-dir", "/tmp", "--protocol", "fars"],
+            ["did you mean 'far'"],
+        ),
+        (["--policies", "recent_fill", "--workload", "pans"], ["did you mean 'pan'"]),
+        (["--policies", "recent_fill", "--clips", "0"], ["0 clips"]),
+        (["--policies", "recent_fill", "--clips", "5000"], ["clip id 4999 is out of range"]),
+        (["--policies", "recent_fill", "--batch-size", "0"], ["batch size 0"]),
+        (["--policies", "recent_fill", "--json", "/dev/null/results.json"], ["/dev/null cannot be written"]),
+        (["--policies", "recent_fill", "--split", "dev"], ["unknown split 'dev'"]),
+        (["--policies", "recent_fill", "--metrics", "fvd"], ["unknown metric 'fvd'"]),
+        (["--policies", "recent_fill", "--device", "tpu9"], ["device 'tpu9'"]),
+        (["--policies", "recent_fill", "--workload", "ucf101", "--data-dir", "/nowhere"], ["/nowhere does not exist"]),
+    ],
+)
+def test_bad_arguments_are_one_sentence(capsys, tiny_host_folder, args, fragments):
+    base = ["evaluate", "--host", str(tiny_host_folder), "--clips", "3"]
+    refused(capsys, cli.main([*base, *args]), *fragments)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("x = (", ["cannot be loaded", "SyntaxError"]),
+        ("x = 1", ["must define exactly one class", "it has 0"]),
+        (POLICY.format(body="raise RuntimeError('no idea')"), ["bad.py on clip 0, step 0", "no idea"]),
+        (POLICY.format(body="return [0]"), ["bad.py on clip 0, step 0", "returned list"]),
+    ],
+)
+def test_bad_policy_files_are_one_sentence(capsys, tiny_host_folder, tmp_path, text, fragments):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    status = cli.main(["evaluate", "--host", str(tiny_host_folder), "--clips", "1", "--policies", str(path)])
+    refused(capsys, status, *fragments)
+
+
+def test_unknown_commands_and_configuration_keys_get_a_near_match(capsys, tmp_path):
+    refused(capsys, cli.main(["evalute"]), "did you mean 'evaluate'")
+    path = tmp_path / "config.yaml"
+    path.write_text("workload: pan\nppo:\n  learning_rat: 0.1\n")
+    refused(
+        capsys, train_agent.main(["--config", str(path)]), "config.yaml: ppo", "'learning_rat'", "did you mean 'learning_rate'"
+    )
+    path.write_text("budgett: 4\n")
+    refused(capsys, train_agent.main(["--config", str(path)]), "did you mean 'budget'")
+    path.write_text("budget: [4\n")
+    refused(capsys, train_agent.main(["--config", str(path)]), "is not valid YAML")
+    refused(capsys, train_agent.main(["--config", str(tmp_path / "none.yaml")]), "cannot read the configuration")
+    refused(capsys, train_agent.main(["--config"]), "--config needs a file name")
+    refused(capsys, cli.main(["train-host", "--config", str(tmp_path / "none.yaml")]), "cannot read the configuration")
+
+
+def test_run_folders_that_cannot_be_written_are_refused_before_any_work(capsys, tmp_path, tiny_host_folder):
+    (tmp_path / "file").touch()
+    status = train_agent.main(["--run-dir", str(tmp_path / "file" / "run"), "--host", str(tiny_host_folder)])
+    refused(capsys, status, "run folder", "cannot be written")
+    refused(capsys, cli.main(["export", str(tmp_path), "--out", str(tmp_path / "p.py")]), "holds no trained policy")
+    assert not (tmp_path / "p.py").exists()
+
+
+def test_exports_that_cannot_be_written_are_refused(capsys, run_folder, tmp_path):
+    refused(capsys, cli.main(["export", str(run_folder), "--out", str(tmp_path / "no" / "p.py")]), "cannot write")
+
+
+@pytest.fixture
+def broken_host(tiny_host_folder, tmp_path):
+    return shutil.copytree(tiny_host_folder, tmp_path / "host")
+
+
+def rewrite(folder, part, state, fix_hash=True):
+    from far_env.host.weights import _file_hash
+
+    save_file(state, folder / f"{part}.safetensors")
+    if fix_hash:
+        config = json.loads((folder / "config.json").read_text())
+        config["sha256"][part] = _file_hash(folder / f"{part}.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_damaged_or_foreign_weights_are_named(broken_host):
+    path = broken_host / "transformer.safetensors"
+    state = {key: value.clone() for key, value in load_file(path).items()}  # not mapped to the file that is damaged below
+    original = path.read_bytes()
+
+    path.write_bytes(original[: len(original) // 2])
+    with pytest.raises(WeightsError, match=r"transformer\.safetensors has SHA-256 .* config\.json expects"):
+        load_host(broken_host, "cpu")
+    rewrite(broken_host, "transformer", {**state, "proj_out.weight": torch.zeros(3, 3)}, fix_hash=False)
+    with pytest.raises(WeightsError, match="SHA-256"):
+        load_host(broken_host, "cpu")
+    rewrite(broken_host, "transformer", {**state, "proj_out.weight": torch.zeros(3, 3)})
+    with pytest.raises(WeightsError, match=r"'proj_out.weight' has shape \(3, 3\), the configuration needs \(16, 32\)"):
+        load_host(broken_host, "cpu")
+    rewrite(broken_host, "transformer", {k: v for k, v in state.items() if k != "proj_out.bias"})
+    with pytest.raises(WeightsError, match=r"lacks the key 'proj_out.bias'"):
+        load_host(broken_host, "cpu")
+    rewrite(broken_host, "transformer", {**state, "extra": torch.zeros(1)})
+    with pytest.raises(WeightsError, match=r"unexpected key 'extra'"):
+        load_host(broken_host, "cpu")
+    path.unlink()
+    with pytest.raises(WeightsError, match=r"transformer\.safetensors cannot be read"):
+        load_host(broken_host, "cpu")
+
+
+def test_hosts_that_are_none_are_refused(capsys, broken_host, tmp_path):
+    with pytest.raises(WeightsError, match=r"config\.json cannot be read; use 'embedded'"):
+        load_host(tmp_path / "nothing", "cpu")
+    (broken_host / "config.json").write_text('{"sha256": {}}')
+    with pytest.raises(WeightsError, match="lacks autoencoder, transformer"):
+        load_host(broken_host, "cpu")
+    (broken_host / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="not valid JSON"):
+        load_host(broken_host, "cpu")
+    status = cli.main(["evaluate", "--policies", "recent_fill", "--host", str(broken_host)])
+    refused(capsys, status, "config.json is not valid JSON")
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
