@@ -1,0 +1,64 @@
+"""The README's commands exist, and its Python runs as printed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from agents.ppo import AgentTraining
+from far_env.cli import COMMANDS, EvaluateOptions, ExportOptions
+from far_env.config import load_yaml, parse
+from far_env.train_host import HostTraining, check_models
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+OPTIONS = {"evaluate": EvaluateOptions, "export": ExportOptions, "train-host": HostTraining}
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    assert len(lines) >= 6
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_python_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_commands_are_understood(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seen = set()
+    for program, *args in commands():
+        if program == "far-env":
+            name, *args = args
+            assert name in COMMANDS
+            parse(OPTIONS[name], args, program, "")
+            seen.add(name)
+        elif args[:1] == ["train_agent.py"]:
+            parse(AgentTraining, args[1:], "train_agent.py", "")
+            seen.add("train_agent.py")
+    assert seen == {*COMMANDS, "train_agent.py"}
+
+
+def test_the_files_it_names_exist():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    paths = re.findall(r"`((?:configs|far_env|agents|baselines|benchmarks)/[\w/.]*)`", README)
+    assert links and paths
+    for name in links + paths:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_loads(path):
+    if path.name.startswith("host"):
+        check_models(load_yaml(HostTraining, path))
+    else:
+        load_yaml(AgentTraining, path)
