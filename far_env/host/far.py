@@ -199,13 +199,16 @@ class FAR(nn.Module):
         return (latents.shape[-2] // self.patch_size) * (latents.shape[-1] // self.patch_size)
 
     def _attention_bias(self, queries: Tensor, keys: Tensor, visible: Tensor, tokens: int) -> Tensor:
-        """Who sees whom, per token: frame positions (…, Fq) and (…, Fk), visible (…, Fq, Fk) to (…, 1, Fq·S, Fk·S)."""
+        """Who sees whom, per token: frame positions (B, Fq) and (B, Fk), visible (B, Fq, Fk) to (B, 1, Fq·S, Fk·S).
+
+        Without a batch axis the first axis is 1. Four axes always: torch has no fused CPU attention for a mask of three.
+        """
         bias = visible
         if self.slope_scale != 0:
             distance = keys[..., None, :] - queries[..., :, None]
             bias = (self.slope_scale * distance).to(torch.float32).masked_fill(~visible, float("-inf"))
         bias = bias.repeat_interleave(tokens, dim=-2).repeat_interleave(tokens, dim=-1)
-        return bias.unsqueeze(-3)
+        return bias.unsqueeze(-3) if bias.ndim == 3 else bias[None, None]
 
     def _condition(self, timesteps: Tensor, label: Tensor | None, action: Tensor | None, dtype: torch.dtype) -> Tensor:
         """SiLU of time plus class embedding, (B, F, D). Upstream rounds the time to the latents' dtype first."""
