@@ -174,8 +174,12 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
     )
     names = " and ".join(config.worlds)
     sessions = load_facts(run_dir)
-    first = sessions[0]
-    commits = ", ".join(dict.fromkeys(session["commit"] for session in sessions))
+
+    def told(key: str) -> str:
+        """What the sessions say of themselves, each thing once, in order."""
+        return ", then ".join(dict.fromkeys(session[key] for session in sessions))
+
+    torch_version = sessions[-1]["versions"]["torch"]
     return f"""\
 # Model card: a small FAR host for the procedural worlds {names}
 
@@ -189,9 +193,9 @@ downloads or a GPU. It predicts these worlds and nothing else.
   for the transformer.
 - Training: autoencoder {config.autoencoder.steps:,} steps of {config.autoencoder.batch_size} frames
   ({hours["autoencoder"]} h), transformer {config.transformer.steps:,} steps of {config.transformer.batch_size} histories
-  ({hours["transformer"]} h), in {first["dtype"]} on {first["machine"]}, torch {first["versions"]["torch"]},
-  {time.strftime("%Y-%m")}, commit {commits}.
-- Command: `{first["command"]}`; all settings are in training.yaml.
+  ({hours["transformer"]} h), in {told("dtype")} on {told("machine")}, torch {torch_version},
+  {time.strftime("%Y-%m")}, commit {told("commit")}.
+- Command: `{told("command")}`; all settings are in training.yaml.
 
 ## Measured quality
 
