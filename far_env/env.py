@@ -192,7 +192,7 @@ class FrameRetentionEnv(gym.Env):
         if action.shape != self.action_space.shape:
             raise ValueError(f"an action has shape {self.action_space.shape}, got {action.shape}")
         repaired = self.episodes.retain(0, action)
-        self._history.append((self.episodes.last_step(0), list(self.episodes.rollouts.frame_numbers[0])))
+        self._history.append((self.episodes.last_step(0), list(self.episodes.rollouts.frame_numbers(0))))
         self.episodes.run([0])
         rewards, finals = self.episodes.rewards([0])
         observation = self._observation()

@@ -121,7 +121,7 @@ class EpisodeBatch:
 
         Padding slots count for nothing, the newest frame stays, and of more than ``max_frames`` the newest stay.
         """
-        num_frames = len(self.rollouts.frame_numbers[row])
+        num_frames = len(self.rollouts.frame_numbers(row))
         wanted = np.asarray(action[self.num_slots - num_frames :]) > 0
         kept = np.flatnonzero(wanted | (np.arange(num_frames) == num_frames - 1))[-self.max_frames :]
         self.rollouts.retain(row, kept.tolist())
@@ -141,7 +141,7 @@ class EpisodeBatch:
 
     def awaits_decision(self, row: int) -> bool:
         """The history is over budget and a frame is still to come. A context over budget is first cut after one new frame."""
-        over = len(self.rollouts.frame_numbers[row]) > self.max_frames
+        over = len(self.rollouts.frame_numbers(row)) > self.max_frames
         return over and self.rollouts.steps[row] > 0 and not self.ended(row)
 
     def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:
@@ -190,7 +190,7 @@ class EpisodeBatch:
         Also what `info` tells of the frames is brought up to date.
         """
         slots = self.num_slots
-        lengths = np.array([len(self.rollouts.frame_numbers[row]) for row in rows])
+        lengths = np.array([len(self.rollouts.frame_numbers(row)) for row in rows])
         frames = np.zeros((len(rows), slots, len(ROW_FEATURES)), dtype=np.float32)
         mask = np.zeros((len(rows), slots), dtype=np.float32)
         ages = np.arange(slots - 1, -1, -1, dtype=np.float32)
@@ -212,7 +212,7 @@ class EpisodeBatch:
 
     def action_mask(self, row: int) -> np.ndarray:
         """int8 (slots,): 0 must drop (padding), 1 must keep (the newest frame), 2 free."""
-        length = len(self.rollouts.frame_numbers[row])
+        length = len(self.rollouts.frame_numbers(row))
         mask = np.full(self.num_slots, FREE, dtype=np.int8)
         mask[: self.num_slots - length] = MUST_DROP
         mask[-1] = MUST_KEEP
@@ -235,7 +235,7 @@ class EpisodeBatch:
             "max_frames": self.max_frames,
             "capacity_mb": self.workload.capacity_mb(self.max_frames),
             "action_mask": self.action_mask(row),
-            "kept_frames": list(self.rollouts.frame_numbers[row]),
+            "kept_frames": list(self.rollouts.frame_numbers(row)),
             "frame_features": self._features[row].copy(),
         }
 

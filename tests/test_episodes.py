@@ -45,12 +45,12 @@ def test_any_mask_has_the_effect_of_the_benchmarks_rule(tiny_workload):
     rng = np.random.default_rng(0)
     for _ in range(300):
         n = int(rng.integers(5, 7))
-        episodes.rollouts.frame_numbers[0] = list(range(n))
+        episodes.rollouts._rows[0].kept = list(range(n))
         mask = rng.integers(0, 2, episodes.num_slots)
         repaired = episodes.retain(0, mask)
         wanted = np.flatnonzero(mask[episodes.num_slots - n :]).tolist()
         expected = apply_plan(make_plan(wanted, n), n, 4)
-        assert episodes.rollouts.frame_numbers[0] == expected
+        assert episodes.rollouts.frame_numbers(0) == expected
         padding = mask[: episodes.num_slots - n].sum()
         assert repaired == len(set(wanted) ^ set(expected)) + padding
 
@@ -68,7 +68,7 @@ def test_whole_episodes_equal_the_specification(tiny_workload):
 
         rng = np.random.default_rng(budget)
         while not episodes.ended(0):
-            n = len(episodes.rollouts.frame_numbers[0])
+            n = len(episodes.rollouts.frame_numbers(0))
             mask = rng.integers(0, 2, episodes.num_slots)
             taken.append(np.flatnonzero(mask[episodes.num_slots - n :]).tolist())
             episodes.retain(0, mask)

@@ -15,6 +15,7 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.statistics import mean_interval
 from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, require_metrics
 from far_env.provenance import git_commit, versions
+from far_env.rollout.memo import DEFAULT_BYTES, LatentMemo
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 from far_env.workloads import Workload
@@ -76,6 +77,7 @@ def evaluate(
     split: str = "test",
     metrics: Sequence[str] = METRICS,
     batch_size: int = 64,
+    memo_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
 ) -> Evaluation:
     """Play every policy on every clip, noise seed 42 + clip id.
@@ -83,6 +85,7 @@ def evaluate(
     Args:
         policies: name → policy; None is full history.
         metrics: those that cannot be computed here are left out with the reason.
+        memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
 
     Raises:
         PolicyError: if a policy raises or answers an invalid plan.
@@ -100,6 +103,7 @@ def evaluate(
     for clip_id in (min(clip_ids), max(clip_ids)):
         check_clip_id(workload.clips, split, clip_id)
     columns: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in names} for name in policies}
+    memo = LatentMemo(memo_bytes)
     total = len(policies) * len(clip_ids) * workload.num_predict
     with tqdm(total=total, unit="frame", desc="evaluate", disable=not progress, dynamic_ncols=True) as bar:
         for first in range(0, len(clip_ids), batch_size):
@@ -109,7 +113,7 @@ def evaluate(
             seeds = [BENCHMARK_SEED + i for i in ids]
             for name, policy in policies.items():
                 bar.set_postfix_str(name)
-                rollouts, _ = play(workload, clips, seeds, policy, max_frames, on_frame=bar.update)
+                rollouts, _ = play(workload, clips, seeds, policy, max_frames, memo=memo, on_frame=bar.update)
                 predicted = rollouts.decode(range(len(clips))).float()
                 for scores in clip_metrics(predicted, truth.to(predicted.device), names):
                     for metric, value in scores.items():

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
 
-KeyValue = tuple[Tensor, Tensor]
-"""Rotated keys and values of one layer, both (B, heads, tokens, head_dim)."""
+Modulation = tuple[Tensor, ...]
+"""What a frame's time and class do to one block: shift, factor and gate of attention, then of the MLP, each (B, F, 1, D)."""
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
@@ -36,8 +36,8 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
     return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, frames, -1, height, width)
 
 
-def rotary_tables(positions: Tensor, rows: int, columns: int, axes_dims: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token of frames at the given time positions.
+def rotary_table(positions: Tensor, rows: int, columns: int, axes_dims: tuple[int, int, int]) -> Tensor:
+    """The complex unit numbers by which every token's pairs of features are turned.
 
     Args:
         positions: (..., F) frame indices, any dtype.
@@ -45,7 +45,7 @@ def rotary_tables(positions: Tensor, rows: int, columns: int, axes_dims: tuple[i
         axes_dims: head dimensions given to (t, y, x), each even.
 
     Returns:
-        cos and sin, both float32 (..., F·rows·columns, sum(axes_dims) / 2), angles computed in float64.
+        complex64 (..., F·rows·columns, 1, sum(axes_dims) / 2), angles computed in float64.
     """
     device = positions.device
 
@@ -58,45 +58,52 @@ def rotary_tables(positions: Tensor, rows: int, columns: int, axes_dims: tuple[i
     across = angles(torch.arange(columns, device=device), axes_dims[2])[None, :, :]
     shape = (*positions.shape, rows, columns)
     table = torch.cat([part.expand(*shape, part.shape[-1]) for part in (time, down, across)], dim=-1)
-    table = table.flatten(-4, -2)
-    return table.cos().float(), table.sin().float()
+    table = table.flatten(-4, -2).unsqueeze(-2)
+    return torch.complex(table.cos().float(), table.sin().float())
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs of x (B, heads, tokens, d) by the tables (B or 1, tokens, d/2); float32 inside, x's dtype out."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent pairs of x (B, tokens, heads, d) by a `rotary_table` (B or 1, …); float32 inside, x's dtype out."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """LayerNorm of x (B, F, S, D) without weights, times ``factor`` plus ``shift``, both (B or 1, F or 1, 1, D)."""
+    if shift.numel() == x.shape[-1]:
+        # All frames alike, as in sampling without labels or actions: one fused kernel.
+        return F.layer_norm(x, x.shape[-1:], factor.flatten(), shift.flatten(), eps=NORM_EPS)
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * factor + shift
 
 
 class AdaptiveNorm(nn.Module):
-    """LayerNorm without weights, shifted and scaled by the frame's condition; also returns the branch's gate."""
+    """Turns a frame's condition into the shift and factor of a `modulated_norm` and the gate of the branch behind it."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, 3 * dim)
 
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, F, S, D), condition (B, F, D) already through SiLU; returns (B, F, S, D) and the gate (B, F, 1, D)."""
+    def forward(self, condition: Tensor) -> Modulation:
+        """Condition (B, F, D), already through SiLU, to shift, factor and gate (B, F, 1, D)."""
         shift, scale, gate = self.linear(condition)[:, :, None].chunk(3, dim=-1)
-        return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift, gate
+        return shift, 1 + scale, gate
 
 
 class FinalNorm(nn.Module):
-    """The adaptive norm before the output projection. Its chunks come as (scale, shift), the reverse of the blocks'."""
+    """The same for the norm before the output projection. Its chunks come as (scale, shift), the reverse of the blocks'."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, F, S, D), condition (B, F, D) already through SiLU; returns (B, F, S, D)."""
+    def forward(self, condition: Tensor) -> Modulation:
+        """Condition (B, F, D), already through SiLU, to shift and factor (B, F, 1, D)."""
         scale, shift = self.linear(condition)[:, :, None].chunk(2, dim=-1)
-        return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+        return shift, 1 + scale
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised, rotated queries and keys; optionally over keys and values of an earlier call too."""
+    """Self-attention with normalised, rotated queries and keys."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -109,34 +116,35 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue]:
-        """Attend.
+    def query(self, x: Tensor, table: Tensor) -> Tensor:
+        """(B, tokens, D) to (B, tokens, heads, d)."""
+        return rotate(self.norm_q(self._split(self.to_q(x))), table)
+
+    def key_value(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, tokens, D) to keys and values, both (B, tokens, heads, d)."""
+        return rotate(self.norm_k(self._split(self.to_k(x))), table), self._split(self.to_v(x))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend and project.
 
         Args:
-            x: (B, tokens, D).
-            rotary: tables of x's tokens, see `rotary_tables`.
-            mask: boolean (True attends) or additive float, broadcastable to (B, heads, tokens, past + tokens), or None.
-            past: keys and values that precede x's own, or None.
+            query: (B, T, heads, d).
+            key, value: (B, K, heads, d).
+            mask: boolean (True attends) or additive float, broadcastable to (B, heads, T, K), or None.
 
         Returns:
-            (B, tokens, D) and x's own keys and values.
+            (B, T, D).
         """
-        query, key, value = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        query = rotate(self.norm_q(query), *rotary)
-        key = rotate(self.norm_k(key), *rotary)
-        own = (key, value)
-        if past is not None:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2)), own
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
 
 
 class TransformerBlock(nn.Module):
-    """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)); the condition is one vector per frame."""
+    """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)); the modulation is one per frame."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -146,20 +154,45 @@ class TransformerBlock(nn.Module):
         self.norm2 = AdaptiveNorm(dim)
         self.mlp = FeedForward(dim, mult=4, activation_fn="gelu-approximate")
 
+    def modulation(self, condition: Tensor) -> Modulation:
+        """Of frames with this condition (B, F, D), already through SiLU."""
+        return (*self.norm1(condition), *self.norm2(condition))
+
     def forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        past: KeyValue | None,
-    ) -> tuple[Tensor, KeyValue]:
-        """x (B, F, S, D), condition (B, F, D); see `Attention.forward` for the rest."""
-        normed, gate = self.norm1(x, condition)
-        attended, own = self.attn(normed.flatten(1, 2), rotary, mask, past)
-        x = x + gate * attended.view_as(x)
-        normed, gate = self.norm2(x, condition)
-        return x + gate * self.mlp(normed), own
+        self, x: Tensor, modulation: Modulation, table: Tensor, mask: Tensor | None, memory: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: (B, F, S, D).
+            modulation: of x's frames.
+            table: rotary table of x's tokens.
+            mask: see `Attention.forward`.
+            memory: None, or keys and values (B, K, heads, d) of which x's own are the last and are written here, in place.
+
+        Returns:
+            (B, F, S, D).
+        """
+        shift, factor, gate, mlp_shift, mlp_factor, mlp_gate = modulation
+        normed = modulated_norm(x, shift, factor).flatten(1, 2)
+        key, value = self.attn.key_value(normed, table)
+        if memory is not None:
+            key, value = write_tail(memory, key, value)
+        attended = self.attn(self.attn.query(normed, table), key, value, mask)
+        x = torch.addcmul(x, gate, attended.view_as(x))
+        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_factor)))
+
+    def remember(self, x: Tensor, modulation: Modulation, table: Tensor, memory: tuple[Tensor, Tensor]) -> None:
+        """Only write x's keys and values into the memory, see `forward`."""
+        normed = modulated_norm(x, *modulation[:2]).flatten(1, 2)
+        write_tail(memory, *self.attn.key_value(normed, table))
+
+
+def write_tail(memory: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Write keys and values (B, T, heads, d) over the last T tokens of the memory; returns all of it."""
+    for whole, own in zip(memory, (key, value), strict=True):
+        whole[:, -own.shape[1] :] = own
+    return memory
 
 
 class ConditionEmbedding(nn.Module):

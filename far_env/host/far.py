@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from far_env.host.blocks import (
     ConditionEmbedding,
     FinalNorm,
-    KeyValue,
+    Modulation,
     TransformerBlock,
     initialise,
+    modulated_norm,
     patchify,
-    rotary_tables,
+    rotary_table,
     unpatchify,
 )
 
@@ -25,18 +26,26 @@ CLEAN_TIME = -1.0
 
 
 @dataclass(frozen=True)
-class ContextCache:
-    """Keys and values of clean context frames, one pair per layer.
+class Modulations:
+    """What the times and classes of some frames do to every block and to the final norm; frames with B = F = 1 are shared."""
+
+    blocks: list[Modulation]
+    final: Modulation
+
+
+@dataclass(frozen=True)
+class NextFrame:
+    """Everything about a frame that stays the same while it is denoised.
 
     Attributes:
-        layers: rotated keys and values, each (B, heads, K·S, head_dim).
-        lengths: int64 (B,), how many of the K frames are real in each row; the rest is padding at the end. None: all.
-        num_frames: K.
+        memory: keys and values (layers, 2, B, (K + 1)·S, heads, d) of K clean frames; the last S tokens are room for the frame.
+        table: its rotary table.
+        mask: who sees whom (B or 1, 1, S, (K + 1)·S), or None where every token sees all.
     """
 
-    layers: list[KeyValue]
-    lengths: Tensor | None
-    num_frames: int
+    memory: Tensor
+    table: Tensor
+    mask: Tensor | None
 
 
 class FAR(nn.Module):
@@ -131,87 +140,24 @@ class FAR(nn.Module):
         action: Tensor | None = None,
     ) -> Tensor:
         """As `forward`, with the frames' time positions (F,) and who sees whom, boolean (F, F), given by the caller."""
-        bias = self._attention_bias(positions, positions, visible, self._tokens_per_frame(latents))
-        return self._run(latents, timesteps, positions[None], bias, None, label, action)[0]
+        batch, num_frames, _, height, width = latents.shape
+        if timesteps.ndim == 1:
+            timesteps = timesteps[:, None]
+        modulations = self.modulate(timesteps.expand(batch, num_frames), label=label, action=action, dtype=latents.dtype)
+        x, table = self._embed(latents), self._table(positions[None], latents)
+        mask = self._mask(positions[None], positions[None], visible[None], latents)
+        for block, modulation in zip(self.transformer_blocks, modulations.blocks, strict=True):
+            x = block(x, modulation, table, mask, None)
+        return self._project(x, modulations, height, width)
 
-    def encode_context(
-        self,
-        context: Tensor,
-        *,
-        lengths: Tensor | None = None,
-        label: Tensor | None = None,
-        action: Tensor | None = None,
-    ) -> ContextCache:
-        """Keys and values of clean context frames, computed once and reused by every `denoise` call.
+    def modulate(
+        self, timesteps: Tensor, *, label: Tensor | None = None, action: Tensor | None = None, dtype: torch.dtype
+    ) -> Modulations:
+        """What times (B, F) and classes do; see `forward`. Upstream rounds times to the latents' dtype first.
 
-        Args:
-            context: (B, K, C, h, w), K ≥ 1; rows shorter than K are padded at the end.
-            lengths: (B,) number of real frames per row; None where every row is full.
-            label: (B,); action: (B, K). As in `forward`.
+        Raises:
+            ValueError: if the model needs a label or actions and gets none.
         """
-        batch, num_frames = context.shape[:2]
-        positions = torch.arange(num_frames, device=context.device)
-        visible = torch.ones(num_frames, num_frames, dtype=torch.bool, device=context.device).tril()
-        bias = self._attention_bias(positions, positions, visible, self._tokens_per_frame(context))
-        times = torch.full((batch, num_frames), CLEAN_TIME, device=context.device)
-        layers = self._run(context, times, positions[None], bias, None, label, action, velocity=False)[1]
-        return ContextCache(layers, lengths, num_frames)
-
-    def denoise(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        cache: ContextCache | None,
-        *,
-        label: Tensor | None = None,
-        action: Tensor | None = None,
-    ) -> Tensor:
-        """Velocity of one noisy frame per row, which follows the cached context.
-
-        Args:
-            noisy: (B, 1, C, h, w).
-            timesteps: (B, 1).
-            cache: from `encode_context` with the same B, or None for no context.
-            label: (B,); action: (B, 1), the action of the noisy frame.
-
-        Returns:
-            (B, 1, C, h, w).
-        """
-        device = noisy.device
-        if cache is None:
-            return self._run(noisy, timesteps, torch.zeros(1, 1, device=device), None, None, label, action)[0]
-        context_positions = torch.arange(cache.num_frames + 1, device=device)
-        if cache.lengths is None:
-            positions = context_positions[-1:][None]
-            visible = None if self.slope_scale == 0 else torch.ones(1, 1, len(context_positions), device=device) > 0
-        else:
-            positions = cache.lengths[:, None]
-            visible = (context_positions < positions) | (context_positions == cache.num_frames)
-            visible = visible[:, None]
-        bias = None
-        if visible is not None:
-            key_positions = context_positions.expand(len(positions), -1).clone()
-            key_positions[:, -1:] = positions
-            bias = self._attention_bias(positions, key_positions, visible, self._tokens_per_frame(noisy))
-        return self._run(noisy, timesteps, positions, bias, cache.layers, label, action)[0]
-
-    def _tokens_per_frame(self, latents: Tensor) -> int:
-        return (latents.shape[-2] // self.patch_size) * (latents.shape[-1] // self.patch_size)
-
-    def _attention_bias(self, queries: Tensor, keys: Tensor, visible: Tensor, tokens: int) -> Tensor:
-        """Who sees whom, per token: frame positions (B, Fq) and (B, Fk), visible (B, Fq, Fk) to (B, 1, Fq·S, Fk·S).
-
-        Without a batch axis the first axis is 1. Four axes always: torch has no fused CPU attention for a mask of three.
-        """
-        bias = visible
-        if self.slope_scale != 0:
-            distance = keys[..., None, :] - queries[..., :, None]
-            bias = (self.slope_scale * distance).to(torch.float32).masked_fill(~visible, float("-inf"))
-        bias = bias.repeat_interleave(tokens, dim=-2).repeat_interleave(tokens, dim=-1)
-        return bias.unsqueeze(-3) if bias.ndim == 3 else bias[None, None]
-
-    def _condition(self, timesteps: Tensor, label: Tensor | None, action: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """SiLU of time plus class embedding, (B, F, D). Upstream rounds the time to the latents' dtype first."""
         features = self.time_features(timesteps.to(dtype).flatten()).to(dtype)
         embedding = self.timestep_embedder(features).unflatten(0, timesteps.shape)
         if self.condition == "label":
@@ -222,36 +168,114 @@ class FAR(nn.Module):
             if action is None:
                 raise ValueError("this model is conditioned on actions: pass action, one index per frame")
             embedding = embedding + self.action_embedder(action)
-        return F.silu(embedding)
+        condition = F.silu(embedding)
+        return Modulations([block.modulation(condition) for block in self.transformer_blocks], self.norm_out(condition))
 
-    def _run(
+    def encode_context(
         self,
-        latents: Tensor,
-        timesteps: Tensor,
-        positions: Tensor,
-        bias: Tensor | None,
-        past: list[KeyValue] | None,
-        label: Tensor | None,
-        action: Tensor | None,
-        velocity: bool = True,
-    ) -> tuple[Tensor | None, list[KeyValue]]:
-        """All layers over frames at ``positions`` (B or 1, F); returns velocity (or None) and each layer's own keys, values."""
-        batch, num_frames, _, height, width = latents.shape
-        p = self.patch_size
-        if height % p or width % p:
-            raise ValueError(f"latents of {height}×{width} cannot be cut into patches of {p}")
-        if timesteps.ndim == 1:
-            timesteps = timesteps[:, None].expand(-1, num_frames)
-        condition = self._condition(timesteps.expand(batch, num_frames), label, action, latents.dtype)
-        # Positions are rounded to the latents' dtype as upstream does; in bfloat16 that matters beyond frame 256.
-        rotary = rotary_tables(positions.to(latents.dtype), height // p, width // p, self.axes_dims_rope)
-        if bias is not None and bias.is_floating_point():
-            bias = bias.to(latents.dtype)
-        x = self.x_embedder(patchify(latents, p))
-        keys_values = []
-        for index, block in enumerate(self.transformer_blocks):
-            x, own = block(x, condition, rotary, bias, None if past is None else past[index])
-            keys_values.append(own)
-        if not velocity:
-            return None, keys_values
-        return unpatchify(self.proj_out(self.norm_out(x, condition)), p, height, width), keys_values
+        frames: Tensor,
+        past: Tensor | None = None,
+        *,
+        modulations: Modulations | None = None,
+        label: Tensor | None = None,
+        action: Tensor | None = None,
+    ) -> Tensor:
+        """Keys and values of clean frames, which no later frame changes.
+
+        Args:
+            frames: (B, n, C, h, w), at positions K, K + 1, …; rows may be padded at the end.
+            past: keys and values (layers, 2, B, K·S, heads, d) of the frames before them, or None for K = 0.
+            modulations: of clean frames, where the caller has them already; else label (B,) or action (B, n) as in `forward`.
+
+        Returns:
+            (layers, 2, B, n·S, heads, d).
+        """
+        batch, num_frames = frames.shape[:2]
+        tokens = self.tokens_per_frame(frames)
+        num_past = 0 if past is None else past.shape[3] // tokens
+        if modulations is None:
+            times = torch.full((1, 1) if self.condition is None else (batch, num_frames), CLEAN_TIME, device=frames.device)
+            modulations = self.modulate(times, label=label, action=action, dtype=frames.dtype)
+        positions = torch.arange(num_past + num_frames, device=frames.device)
+        own = positions[num_past:]
+        table = self._table(own[None], frames)
+        mask = None
+        if num_frames > 1 or self.slope_scale != 0:
+            mask = self._mask(own[None], positions[None], (positions <= own[:, None])[None], frames)
+        memory = self.new_memory(batch, num_past + num_frames, frames)
+        if past is not None:
+            memory[:, :, :, : past.shape[3]] = past
+        x = self._embed(frames)
+        *blocks, last = self.transformer_blocks
+        for block, modulation, layer in zip(blocks, modulations.blocks, memory, strict=False):
+            x = block(x, modulation, table, mask, (layer[0], layer[1]))
+        last.remember(x, modulations.blocks[-1], table, (memory[-1, 0], memory[-1, 1]))
+        return memory[:, :, :, num_past * tokens :]
+
+    def new_memory(self, batch: int, num_frames: int, like: Tensor) -> Tensor:
+        """Uninitialised keys and values (layers, 2, B, num_frames·S, heads, d) for latents such as ``like``."""
+        attention = self.transformer_blocks[0].attn
+        tokens = num_frames * self.tokens_per_frame(like)
+        head_dim = attention.to_k.out_features // attention.num_heads
+        shape = (len(self.transformer_blocks), 2, batch, tokens, attention.num_heads, head_dim)
+        return like.new_empty(shape)
+
+    def next_frame(self, memory: Tensor, latents: Tensor, lengths: Tensor | None = None) -> NextFrame:
+        """Prepare a frame that follows K clean ones.
+
+        Args:
+            memory: from `new_memory` for K + 1 frames; the first K·S tokens hold the clean frames' keys and values.
+            latents: tells size, device and dtype of the frame, (B, 1, C, h, w).
+            lengths: (B,) how many of the K frames are real in each row, the rest being padding; None where all are.
+        """
+        num_context = memory.shape[3] // self.tokens_per_frame(latents) - 1
+        slots = torch.arange(num_context + 1, device=latents.device)
+        if lengths is None:
+            positions = slots[-1:][None]
+            keys, visible = slots[None], torch.ones(1, 1, num_context + 1, dtype=torch.bool, device=latents.device)
+        else:
+            positions = lengths[:, None]
+            keys = torch.where(slots == num_context, positions, slots)
+            visible = ((slots < positions) | (slots == num_context))[:, None]
+        unmasked = lengths is None and self.slope_scale == 0
+        mask = None if unmasked else self._mask(positions, keys, visible, latents)
+        return NextFrame(memory, self._table(positions, latents), mask)
+
+    def denoise(self, noisy: Tensor, modulations: Modulations, frame: NextFrame) -> Tensor:
+        """Velocity (B, 1, C, h, w) of one noisy frame per row, (B, 1, C, h, w), that follows clean ones."""
+        x = self._embed(noisy)
+        for block, modulation, layer in zip(self.transformer_blocks, modulations.blocks, frame.memory, strict=True):
+            x = block(x, modulation, frame.table, frame.mask, (layer[0], layer[1]))
+        return self._project(x, modulations, *noisy.shape[-2:])
+
+    def tokens_per_frame(self, latents: Tensor) -> int:
+        """Tokens of one frame of latents (…, h, w)."""
+        return (latents.shape[-2] // self.patch_size) * (latents.shape[-1] // self.patch_size)
+
+    def _embed(self, latents: Tensor) -> Tensor:
+        """(B, F, C, h, w) to (B, F, S, D)."""
+        height, width = latents.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"latents of {height}×{width} cannot be cut into patches of {self.patch_size}")
+        return self.x_embedder(patchify(latents, self.patch_size))
+
+    def _project(self, x: Tensor, modulations: Modulations, height: int, width: int) -> Tensor:
+        """(B, F, S, D) to velocities (B, F, C, height, width)."""
+        return unpatchify(self.proj_out(modulated_norm(x, *modulations.final)), self.patch_size, height, width)
+
+    def _table(self, positions: Tensor, latents: Tensor) -> Tensor:
+        """Rotary table of frames at ``positions`` (B or 1, F), rounded to the latents' dtype first, as upstream does."""
+        rows, columns = (side // self.patch_size for side in latents.shape[-2:])
+        return rotary_table(positions.to(latents.dtype), rows, columns, self.axes_dims_rope)
+
+    def _mask(self, queries: Tensor, keys: Tensor, visible: Tensor, latents: Tensor) -> Tensor:
+        """Who sees whom, per token: frame positions (B, Fq) and (B, Fk), visible (B, Fq, Fk) to (B, 1, Fq·S, Fk·S).
+
+        Four axes always: torch has no fused CPU attention for a mask of three.
+        """
+        mask = visible
+        if self.slope_scale != 0:
+            distance = keys[..., None, :] - queries[..., :, None]
+            mask = (self.slope_scale * distance).to(latents.dtype).masked_fill(~visible, float("-inf"))
+        tokens = self.tokens_per_frame(latents)
+        return mask.repeat_interleave(tokens, dim=-2).repeat_interleave(tokens, dim=-1).unsqueeze(1)

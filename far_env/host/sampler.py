@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from far_env.host.far import FAR
+from far_env.host.far import FAR, Modulations
 
 
 def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMatchEulerDiscreteScheduler:
@@ -20,6 +22,89 @@ def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMa
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(num_steps, device=device)
     return scheduler
+
+
+class FrameSampler:
+    """Solves the ODE of one new frame per row, again and again with the same model and steps.
+
+    Args:
+        model: a frozen FAR transformer.
+        num_steps: Euler steps.
+        guidance_scale: above 1, classifier-free guidance null + scale · (conditional − null), the null class on all frames.
+
+    Raises:
+        ValueError: on guidance for an unconditional model, or num_steps below 1.
+    """
+
+    def __init__(self, model: FAR, num_steps: int, guidance_scale: float = 1.0) -> None:
+        self.model = model
+        self.guidance_scale = guidance_scale
+        self.guided = guidance_scale > 1
+        if self.guided and model.null_class is None:
+            raise ValueError(f"guidance_scale {guidance_scale} needs a model with labels or actions; this one is unconditional")
+        self._device = next(model.parameters()).device
+        scheduler = make_scheduler(num_steps)
+        self.times = scheduler.timesteps.tolist()
+        self.sigma_changes = scheduler.sigmas.diff().tolist()
+        self._shared: dict[tuple[float, torch.dtype], Modulations] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        memory: Tensor,
+        noise: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        label: Tensor | None = None,
+        action: Tensor | None = None,
+    ) -> Tensor:
+        """Generate the frame that follows K clean ones.
+
+        Args:
+            memory: see `FAR.next_frame`; with guidance 2B rows, those of the null class first.
+            noise: initial noise (B, 1, C, h, w).
+            lengths: (B,) real clean frames per row, or None where all K are.
+            label: (B,), action: (B, 1) of the new frame, where the model takes them.
+
+        Returns:
+            The clean latent (B, 1, C, h, w).
+        """
+        if self.guided:
+            label, action = (with_null_class(self.model, given) for given in (label, action))
+            lengths = None if lengths is None else torch.cat([lengths, lengths])
+        frame = self.model.next_frame(memory, noise, lengths)
+        latent = noise
+        steps = zip(self._modulations(memory.shape[2], noise.dtype, label, action), self.sigma_changes, strict=True)
+        for modulations, change in steps:
+            velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame)
+            if self.guided:
+                null, conditional = velocity.chunk(2)
+                velocity = null + self.guidance_scale * (conditional - null)
+            # Euler in float32, as diffusers' scheduler does it.
+            latent = (latent.float() + change * velocity.float()).to(noise.dtype)
+        return latent
+
+    def _modulations(
+        self, batch: int, dtype: torch.dtype, label: Tensor | None, action: Tensor | None
+    ) -> Iterable[Modulations]:
+        """One per step."""
+        if self.model.condition is not None:
+            times = (torch.full((batch, 1), time, device=self._device) for time in self.times)
+            return (self.model.modulate(time, label=label, action=action, dtype=dtype) for time in times)
+        return (self.shared_modulations(time, dtype) for time in self.times)
+
+    @torch.no_grad()
+    def shared_modulations(self, time: float, dtype: torch.dtype) -> Modulations:
+        """Of all frames at this time, for a model that nothing else conditions; computed once."""
+        key = time, dtype
+        if key not in self._shared:
+            self._shared[key] = self.model.modulate(torch.full((1, 1), time, device=self._device), dtype=dtype)
+        return self._shared[key]
+
+
+def with_null_class(model: FAR, classes: Tensor | None) -> Tensor | None:
+    """Rows of the null class, then the given ones, as one batch."""
+    return None if classes is None else torch.cat([torch.full_like(classes, model.null_class), classes])
 
 
 @torch.no_grad()
@@ -57,28 +142,14 @@ def sample_next_frame(
         raise ValueError(
             f"action has {action.shape[1]} entries; {num_context} context frames and the new one need {num_context + 1}"
         )
-    guided = guidance_scale > 1
-    if guided and model.null_class is None:
-        raise ValueError(f"guidance_scale {guidance_scale} needs a model with labels or actions; this one is unconditional")
-    if guided:
-        # Rows of the null condition first, then the given one, as one batch.
+    sampler = FrameSampler(model, num_steps, guidance_scale)
+    if sampler.guided:
         context = None if context is None else torch.cat([context, context])
-        label = None if label is None else torch.cat([torch.full_like(label, model.null_class), label])
-        action = None if action is None else torch.cat([torch.full_like(action, model.null_class), action])
-        lengths = None if lengths is None else torch.cat([lengths, lengths])
-
-    context_action, frame_action = (None, None) if action is None else (action[:, :-1], action[:, -1:])
-    cache = None
+    memory = model.new_memory(len(noise) * (1 + sampler.guided), num_context + 1, noise)
     if num_context:
-        cache = model.encode_context(context, lengths=lengths, label=label, action=context_action)
-    scheduler = make_scheduler(num_steps, noise.device)
-    frame = noise
-    for time in scheduler.timesteps:
-        stacked = torch.cat([frame, frame]) if guided else frame
-        times = time.expand(len(stacked), 1)
-        velocity = model.denoise(stacked, times, cache, label=label, action=frame_action)
-        if guided:
-            null, conditional = velocity.chunk(2)
-            velocity = null + guidance_scale * (conditional - null)
-        frame = scheduler.step(velocity, time, frame).prev_sample
-    return frame
+        context_label, context_action = label, None if action is None else action[:, :-1]
+        if sampler.guided:
+            context_label, context_action = (with_null_class(model, given) for given in (context_label, context_action))
+        known = model.encode_context(context, label=context_label, action=context_action)
+        memory[:, :, :, : known.shape[3]] = known
+    return sampler(memory, noise, lengths=lengths, label=label, action=None if action is None else action[:, -1:])

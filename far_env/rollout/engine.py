@@ -1,12 +1,20 @@
-"""Many rollouts in lock-step: the batched implementation behind the environments and the evaluation.
+"""Many rollouts in lock-step: the fast implementation behind the environments and the evaluation.
 
-The context of every generated frame is encoded once for all ODE steps, rows with histories of different lengths share one
-padded batch, and encoding and decoding are batched. The result is that of `far_env.rollout.reference`.
+What makes it fast, and exact:
+
+- Keys and values of clean frames are computed once per frame, not once per ODE step, and outlive an eviction as long as no
+  frame before them was dropped.
+- Rows share every forward pass, whatever their histories; shorter ones are padded and masked.
+- A latent is a pure function of host, clip, noise seed, step and kept frames: a memo under a hash of these answers what was
+  computed before, for another policy, say.
+
+The result is that of `far_env.rollout.reference`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,9 +22,39 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.frame_meta import frame_features
-from far_env.host.sampler import sample_next_frame
+from far_env.host.far import CLEAN_TIME
+from far_env.host.sampler import FrameSampler
+from far_env.rollout.memo import LatentMemo, content_key
 from far_env.rollout.noise import rollout_noise
 from far_env.workloads import Workload
+
+
+@dataclass
+class Rollout:
+    """One row. Tensors are never changed in place, so that copies may share them.
+
+    Attributes:
+        steps: generated frames.
+        kept: true numbers of the history's frames; context frames are 0 … n_context-1.
+        frames: clean latents (C, h, w) of all frames so far, kept or not, by true number.
+        keys: their content keys.
+        prefix: keys and values (layers, 2, S, heads, d) of the first frames of the history, as far as they are known.
+        noise: (n_predict, C, h, w).
+        noise_seed: what it was drawn with.
+    """
+
+    steps: int
+    noise: Tensor
+    noise_seed: int
+    kept: list[int] = field(default_factory=list)
+    frames: list[Tensor] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    prefix: list[Tensor] = field(default_factory=list)
+
+    def copy(self) -> Rollout:
+        """A rollout that goes on from here on its own; the tensors are shared."""
+        lists = {name: list(getattr(self, name)) for name in ("kept", "frames", "keys", "prefix")}
+        return replace(self, **lists)
 
 
 class RolloutBatch:
@@ -25,100 +63,182 @@ class RolloutBatch:
     A row is begun with a clip and a noise seed, then advanced frame by frame and cut down by `retain`. Rows may stand at
     different steps and hold histories of different lengths.
 
-    Attributes:
-        steps: int (rows,), generated frames per row.
-        frame_numbers: per row, true numbers of the kept frames; context frames are 0 … n_context-1.
+    Args:
+        workload: what is rolled out.
+        num_rows: rollouts side by side.
+        memo: shared with other batches to reuse their frames, or None.
     """
 
-    def __init__(self, workload: Workload, num_rows: int) -> None:
+    def __init__(self, workload: Workload, num_rows: int, memo: LatentMemo | None = None) -> None:
         host = workload.host
         self.workload = workload
-        shape = host.latent_shape
-        self.steps = np.full(num_rows, workload.num_predict)
-        self.frame_numbers: list[list[int]] = [[] for _ in range(num_rows)]
-        self._latents = torch.zeros(num_rows, workload.num_frames, *shape, device=host.device, dtype=host.dtype)
-        self._noise = torch.zeros(num_rows, workload.num_predict, *shape, device=host.device, dtype=host.dtype)
+        self.memo = LatentMemo(0) if memo is None else memo
+        self._empty = torch.zeros(host.latent_shape, device=host.device, dtype=host.dtype)
+        self._rows = [self._unbegun() for _ in range(num_rows)]
+        self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance_scale)
+        self._origin = (host.weights_hash, str(host.dtype), str(host.device), workload.num_steps, workload.guidance_scale)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Generated frames per row, int (rows,)."""
+        return np.array([row.steps for row in self._rows])
+
+    def frame_numbers(self, row: int) -> list[int]:
+        """True numbers of the row's history, oldest first; context frames are 0 … n_context-1."""
+        return list(self._rows[row].kept)
 
     def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
         """Start a rollout in each of ``rows``: encode its clip's context frames, draw its noise."""
-        if not rows:
-            return
         workload, host = self.workload, self.workload.host
-        context = np.stack([clip.frames[: workload.num_context] for clip in clips])
-        frames = torch.from_numpy(context).to(host.device, host.dtype)
-        index = torch.as_tensor(rows, device=host.device)
-        self._latents[index, : workload.num_context] = host.autoencoder.encode(frames)
-        noise = torch.stack([rollout_noise(seed, workload.num_predict, host.latent_shape) for seed in noise_seeds])
-        self._noise[index] = noise.to(host.device, host.dtype)
-        for row in rows:
-            self.steps[row] = 0
-            self.frame_numbers[row] = list(range(workload.num_context))
+        keys, known = [], []
+        for clip in clips:
+            context = np.ascontiguousarray(clip.frames[: workload.num_context])
+            keys.append(content_key(*self._origin, context.data.cast("B")))
+            known.append(self.memo.get(keys[-1]))
+        missing = [i for i, latents in enumerate(known) if latents is None]
+        if missing:
+            pixels = np.stack([clips[i].frames[: workload.num_context] for i in missing])
+            encoded = host.autoencoder.encode(torch.from_numpy(pixels).to(host.device, host.dtype))
+            for i, latents in zip(missing, encoded, strict=True):
+                known[i] = latents.clone()
+                self.memo.put(keys[i], known[i])
+        for row, key, latents, seed in zip(rows, keys, known, noise_seeds, strict=True):
+            noise = rollout_noise(seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
+            numbers = list(range(workload.num_context))
+            self._rows[row] = Rollout(
+                steps=0,
+                noise=noise,
+                noise_seed=int(seed),
+                kept=numbers,
+                frames=list(latents),
+                keys=[content_key(key, number) for number in numbers],
+            )
+
+    def fork(self, row: int, onto: Sequence[int]) -> None:
+        """Let the rows ``onto`` go on from where ``row`` stands. Nothing is computed or copied but references."""
+        for other in onto:
+            self._rows[other] = self._rows[row].copy()
 
     def history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Kept latents (R, K, C, h, w), oldest first, shorter rows padded with zeros at the end, and lengths (R,)."""
-        numbers = [self.frame_numbers[row] for row in rows]
-        lengths = torch.tensor([len(kept) for kept in numbers], device=self._latents.device)
-        longest = max(len(kept) for kept in numbers)
-        padded = torch.tensor([kept + [0] * (longest - len(kept)) for kept in numbers], device=self._latents.device)
-        index = torch.as_tensor(rows, device=self._latents.device)
-        latents = self._latents[index[:, None], padded]
-        padding = torch.arange(longest, device=latents.device) >= lengths[:, None]
-        return latents.masked_fill(padding[:, :, None, None, None], 0.0), lengths
+        histories = [[own.frames[number] for number in own.kept] for own in self._chosen(rows)]
+        longest = max(map(len, histories))
+        padded = [frame for history in histories for frame in history + [self._empty] * (longest - len(history))]
+        lengths = torch.tensor([len(history) for history in histories], device=self._empty.device)
+        return torch.stack(padded).unflatten(0, (len(histories), longest)), lengths
 
     def features(self, rows: Sequence[int]) -> np.ndarray:
         """`frame_features` of the kept histories, float32 (R, K, 4), padded with zeros at the end."""
         return frame_features(*self.history(rows)).cpu().numpy()
 
+    @torch.no_grad()
     def advance(self, rows: Sequence[int]) -> None:
         """Generate the next frame of each row and append it to its history."""
-        if not rows:
-            return
-        context, lengths = self.history(rows)
-        ragged = bool((lengths != context.shape[1]).any())
-        index = torch.as_tensor(rows, device=context.device)
-        steps = torch.as_tensor(self.steps[list(rows)], device=context.device)
-        frames = sample_next_frame(
-            self.workload.host.transformer,
-            context,
-            self._noise[index, steps][:, None],
-            num_steps=self.workload.num_steps,
-            guidance_scale=self.workload.guidance_scale,
-            lengths=lengths if ragged else None,
-        )
-        self._latents[index, self.workload.num_context + steps] = frames[:, 0]
-        for row in rows:
-            self.frame_numbers[row].append(self.workload.num_context + int(self.steps[row]))
-            self.steps[row] += 1
+        missing: list[tuple[Rollout, str]] = []
+        for own in self._chosen(rows):
+            key = content_key(*self._origin, own.noise_seed, own.steps, *(own.keys[number] for number in own.kept))
+            latent = self.memo.get(key)
+            if latent is None:
+                missing.append((own, key))
+            else:
+                self._append(own, latent, key)
+        if missing:
+            self._encode_histories([own for own, _ in missing])
+            for (own, key), latent in zip(missing, self._sample([own for own, _ in missing]), strict=True):
+                # A view would keep the frames of all rows alive for as long as one of them.
+                latent = latent.clone()
+                self.memo.put(key, latent)
+                self._append(own, latent, key)
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep the frames at these positions of the row's history, ascending."""
-        self.frame_numbers[row] = [self.frame_numbers[row][i] for i in ids]
+        own = self._rows[row]
+        unchanged = next((place for place, i in enumerate(ids) if place != i), len(ids))
+        own.kept = [own.kept[i] for i in ids]
+        own.prefix = own.prefix[:unchanged]
 
     def finished(self, row: int) -> bool:
         """Whether the row has generated all its frames (or was never begun)."""
-        return bool(self.steps[row] >= self.workload.num_predict)
+        return self._rows[row].steps >= self.workload.num_predict
 
-    def generated(self, rows: Sequence[int]) -> Tensor:
-        """Generated latents (R, n_predict, C, h, w), zero where not generated yet."""
-        index = torch.as_tensor(rows, device=self._latents.device)
-        return self._latents[index, self.workload.num_context :]
+    def generated(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
+        """Generated latents first … last-1 (R, n, C, h, w), zero where not generated yet."""
+        numbers = range(self.workload.num_frames)[self.workload.num_context :][first:last]
+        frames = [own.frames[n] if n < len(own.frames) else self._empty for own in self._chosen(rows) for n in numbers]
+        return torch.stack(frames).unflatten(0, (len(rows), len(numbers)))
 
     def decode(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
         """Predicted frames first … last-1 of each row as pixels (R, last − first, 3, H, W)."""
-        return self.workload.host.autoencoder.decode(self.generated(rows)[:, first:last])
+        return self.workload.host.autoencoder.decode(self.generated(rows, first, last))
 
     def state_dict(self) -> dict:
         """The rollouts as tensors and plain values."""
         return {
             "steps": self.steps.tolist(),
-            "frame_numbers": [list(kept) for kept in self.frame_numbers],
-            "latents": self._latents.cpu().clone(),
-            "noise": self._noise.cpu().clone(),
+            "kept": [list(own.kept) for own in self._rows],
+            "keys": [list(own.keys) for own in self._rows],
+            "noise_seeds": [own.noise_seed for own in self._rows],
+            "frames": [torch.stack(own.frames).cpu() if own.frames else None for own in self._rows],
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Restore rollouts saved by `state_dict` from a batch of the same size."""
-        self.steps = np.array(state["steps"])
-        self.frame_numbers = [list(kept) for kept in state["frame_numbers"]]
-        self._latents.copy_(state["latents"])
-        self._noise.copy_(state["noise"])
+        host = self.workload.host
+        for row, frames in enumerate(state["frames"]):
+            if frames is None:
+                self._rows[row] = self._unbegun()
+                continue
+            seed = state["noise_seeds"][row]
+            self._rows[row] = Rollout(
+                steps=state["steps"][row],
+                noise=rollout_noise(seed, self.workload.num_predict, host.latent_shape).to(host.device, host.dtype),
+                noise_seed=seed,
+                kept=list(state["kept"][row]),
+                frames=list(frames.to(host.device, host.dtype)),
+                keys=list(state["keys"][row]),
+            )
+
+    def _unbegun(self) -> Rollout:
+        return Rollout(steps=self.workload.num_predict, noise=self._empty[None], noise_seed=0)
+
+    def _chosen(self, rows: Sequence[int]) -> list[Rollout]:
+        return [self._rows[row] for row in rows]
+
+    def _append(self, own: Rollout, latent: Tensor, key: bytes) -> None:
+        own.kept.append(len(own.frames))
+        own.frames.append(latent)
+        own.keys.append(key)
+        own.steps += 1
+
+    def _encode_histories(self, rollouts: Sequence[Rollout]) -> None:
+        """Compute the keys and values that are not known yet, rows with alike histories together."""
+        groups: dict[tuple[int, int], list[Rollout]] = {}
+        for own in rollouts:
+            if len(own.prefix) < len(own.kept):
+                groups.setdefault((len(own.prefix), len(own.kept)), []).append(own)
+        model = self._sampler.model
+        clean = self._sampler.shared_modulations(CLEAN_TIME, self._empty.dtype)
+        for (num_known, num_kept), alike in groups.items():
+            frames = torch.stack([own.frames[number] for own in alike for number in own.kept[num_known:]])
+            frames = frames.unflatten(0, (len(alike), num_kept - num_known))
+            past = None
+            if num_known:
+                past = torch.cat([torch.cat(own.prefix, dim=2)[:, :, None] for own in alike], dim=2)
+            encoded = model.encode_context(frames, past, modulations=clean)
+            for i, own in enumerate(alike):
+                own.prefix += [block.clone() for block in encoded[:, :, i].unflatten(2, (num_kept - num_known, -1)).unbind(2)]
+
+    def _sample(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """The next latent (R, C, h, w) of rollouts whose histories are encoded."""
+        noise = torch.stack([own.noise[own.steps] for own in rollouts])[:, None]
+        lengths = [len(own.kept) for own in rollouts]
+        longest = max(lengths)
+        memory = self._sampler.model.new_memory(len(rollouts), longest + 1, noise)
+        tokens = memory.shape[3] // (longest + 1)
+        for row, own in enumerate(rollouts):
+            for place, block in enumerate(own.prefix):
+                memory[:, :, row, place * tokens : (place + 1) * tokens] = block
+            # Masked, but 0 times what memory happens to hold might not be 0.
+            memory[:, :, row, len(own.prefix) * tokens : longest * tokens] = 0
+        ragged = min(lengths) < longest
+        return self._sampler(memory, noise, lengths=torch.tensor(lengths, device=noise.device) if ragged else None)[:, 0]

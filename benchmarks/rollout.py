@@ -1,0 +1,321 @@
+"""Rollouts per second of the batched engine against the reference loop, and where the time goes.
+
+python -m benchmarks.rollout [--quick] [--json -] [--host FOLDER]
+
+Workload pan at budget 4 under the policy random, memo off, decoding and PSNR included. A speedup is the engine's rollouts per
+second over those of the float32 reference loop with the same ODE steps, both measured in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+from agents.runs import load_policy
+from far_env.contract import RetentionPolicy
+from far_env.evaluation.evaluate import evaluate
+from far_env.host.far import FAR
+from far_env.host.sampler import sample_next_frame
+from far_env.host.weights import Host, load_host
+from far_env.metrics import psnr
+from far_env.provenance import git_commit, machine, versions
+from far_env.rollout.memo import DEFAULT_BYTES
+from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.rollout.play import play
+from far_env.rollout.reference import denoise_uncached, reference_rollout
+from far_env.workloads import Workload, make_workload
+
+BUDGET = 4
+POLICY = "random"
+MEMO_POLICIES = (
+    "recent_fill",
+    "recent_window",
+    "packcache",
+    "flowcache",
+    "causalcache_vdm",
+    "random",
+    "least_change_prev",
+    "least_change_next",
+)
+SHARE_WIDTHS = {"transformer": 9, "autoencoder": 9, "metrics": 9, "python": 8}
+FAR_B = {
+    "patch_size": 1,
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_layers": 12,
+    "attention_head_dim": 64,
+    "num_attention_heads": 12,
+    "axes_dims_rope": [16, 24, 24],
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    quick: bool = False
+    """Less of everything, and neither the FAR-B-size host nor the memo: under a minute."""
+    json: str | None = None
+    """ "-" prints one JSON object instead of text."""
+    host: str = "embedded"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One configuration of the engine."""
+
+    rollouts_per_second: float
+    shares: dict[str, float]
+    """Of wall time: transformer, autoencoder, metrics, python."""
+    gflop: float
+    """Floating-point operations of the transformer per rollout, 1e9."""
+    matmul_fraction: float
+    """Rate inside the transformer over the rate of a large matrix product at the same dtype in this run."""
+
+
+class Stopwatch:
+    """Adds up the seconds spent inside functions that are wrapped for a while."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._depth = 0
+
+    def wrap(self, name: str, function: Callable) -> Callable:
+        """The function, its outermost calls timed under ``name``."""
+
+        def timed(*args: object, **kwargs: object) -> object:
+            if self._depth:
+                return function(*args, **kwargs)
+            self._depth += 1
+            synchronize(self.device)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronize(self.device)
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+                self._depth -= 1
+
+        return timed
+
+
+@contextmanager
+def watched(host: Host, watch: Stopwatch) -> Iterator[None]:
+    """Time the host's arithmetic while the block runs."""
+    places = [
+        *((host.transformer, name, "transformer") for name in ("encode_context", "denoise", "modulate", "next_frame")),
+        *((host.autoencoder, name, "autoencoder") for name in ("encode", "decode")),
+    ]
+    for target, name, label in places:
+        setattr(target, name, watch.wrap(label, getattr(target, name)))
+    try:
+        yield
+    finally:
+        for target, name, _ in places:
+            delattr(target, name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, where there is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """FLOP/s of a large square matrix product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    repeats = 4 if device.type == "cpu" else 50
+    for _ in range(2):
+        a @ b
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    synchronize(device)
+    return 2 * size**3 * repeats / (time.perf_counter() - start)
+
+
+def run_engine(workload: Workload, policy: RetentionPolicy, clip_ids: Sequence[int], watch: Stopwatch | None = None) -> float:
+    """Play, decode and score the clips in one batch; returns the mean PSNR."""
+    clips = [workload.clips.clip("test", i) for i in clip_ids]
+    batch, _ = play(workload, clips, [BENCHMARK_SEED + i for i in clip_ids], policy, BUDGET)
+    frames = batch.decode(range(len(clips)))
+    truth = torch.stack([torch.from_numpy(clip.frames[workload.num_context :]) for clip in clips]).to(frames.device)
+    score = psnr if watch is None else watch.wrap("metrics", psnr)
+    return float(score(frames, truth).mean())
+
+
+def time_engine(workload: Workload, batch: int, num_clips: int, rate: float) -> Timing:
+    """Rollouts per second of ``num_clips`` clips in batches, and where the time goes."""
+    device, policy = workload.host.device, load_policy(POLICY)
+    batches = [range(first, first + batch) for first in range(0, num_clips, batch)]
+    with FlopCounterMode(display=False) as counter:
+        run_engine(workload, policy, batches[0])
+    # The autoencoder's operations are convolutions, the transformer has none.
+    counted = counter.get_flop_counts()["Global"]
+    flops = sum(count for operation, count in counted.items() if "convolution" not in str(operation)) / batch
+    synchronize(device)
+    start = time.perf_counter()
+    for ids in batches:
+        run_engine(workload, policy, ids)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    watch = Stopwatch(device)
+    with watched(workload.host, watch):
+        start = time.perf_counter()
+        run_engine(workload, policy, batches[0], watch)
+        watched_seconds = time.perf_counter() - start
+    shares = {name: watch.seconds.get(name, 0.0) / watched_seconds for name in ("transformer", "autoencoder", "metrics")}
+    shares["python"] = 1 - sum(shares.values())
+    fraction = flops * batch / watch.seconds["transformer"] / rate
+    return Timing(num_clips / seconds, shares, flops / 1e9, fraction)
+
+
+def time_reference(workload: Workload, num_clips: int) -> float:
+    """Rollouts per second of the reference loop, with PSNR."""
+    device, policy = workload.host.device, load_policy(POLICY)
+    clips = [workload.clips.clip("test", i) for i in range(num_clips + 1)]
+    start = 0.0
+    for i, clip in enumerate(clips):
+        if i == 1:  # the first one warms up
+            synchronize(device)
+            start = time.perf_counter()
+        policy.begin_clip(BENCHMARK_SEED + i)
+        frames = reference_rollout(workload, clip, policy, BUDGET, BENCHMARK_SEED + i).frames
+        psnr(frames, torch.from_numpy(clip.frames[workload.num_context :]).to(frames.device)).item()
+    synchronize(device)
+    return num_clips / (time.perf_counter() - start)
+
+
+def far_b_speedup(device: torch.device, num_kept: int = 8, num_steps: int = 20) -> dict[str, float]:
+    """Seconds for one new frame of a FAR-B-size model with random weights, batch 1, by the reference loop and the sampler."""
+    torch.manual_seed(0)
+    model = FAR(**FAR_B).to(device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    host = Host("FAR-B size, random weights", model, None, "", (32, 8, 8), 64, num_steps)
+    workload = Workload("far_b", None, host, num_context=num_kept, num_predict=1, num_steps=num_steps)
+    kept, noise = torch.randn(num_kept, 32, 8, 8, device=device), torch.randn(32, 8, 8, device=device)
+    sample_next_frame(model, kept[None], noise[None, None], num_steps=1)
+    seconds = {}
+    for name, function in {
+        "engine": lambda: sample_next_frame(model, kept[None], noise[None, None], num_steps=num_steps),
+        "reference": lambda: denoise_uncached(workload, kept, noise),
+    }.items():
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds[name] = time.perf_counter() - start
+    return {**seconds, "speedup": seconds["reference"] / seconds["engine"]}
+
+
+def memo_cost(workload: Workload, num_clips: int) -> dict[str, float]:
+    """Seconds to evaluate eight policies with the memo and without, and their ratio."""
+    policies = {name: load_policy(name) for name in MEMO_POLICIES}
+    seconds = {}
+    for name, memo_bytes in (("without", 0), ("with", DEFAULT_BYTES)):
+        start = time.perf_counter()
+        evaluate(workload, BUDGET, policies, range(num_clips), metrics=("psnr",), memo_bytes=memo_bytes, progress=False)
+        seconds[name] = time.perf_counter() - start
+    return {**seconds, "ratio": seconds["with"] / seconds["without"]}
+
+
+def metric_change(workload: Workload, dtype: torch.dtype, num_clips: int) -> float:
+    """Mean clip PSNR at this dtype minus that at float32, in dB, on the same clips and noise."""
+    policies = {POLICY: load_policy(POLICY)}
+    means = []
+    for own in (workload, with_dtype(workload, dtype)):
+        result = evaluate(own, BUDGET, policies, range(num_clips), metrics=("psnr",), progress=False)
+        means.append(float(result.scores[POLICY]["psnr"].mean()))
+    return means[1] - means[0]
+
+
+def with_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
+    """The same workload on a host of another dtype."""
+    return replace(workload, host=load_host(workload.host.name, str(workload.host.device), dtype))
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Highest memory so far: of the process, or allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
+    """All measurements; ``say`` gets each line of text as soon as it is known."""
+    torch.set_flush_denormal(True)
+    base = make_workload("pan", host=options.host, device=options.device)
+    device = base.host.device
+    dtypes = {"float32": torch.float32} if options.quick else {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    result: dict[str, object] = {
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "host": base.host.name,
+        "weights": base.host.weights_hash,
+        "commit": git_commit(),
+        "versions": versions(),
+        "policy": POLICY,
+        "budget": BUDGET,
+    }
+    say("{machine}, {threads} threads, host {host} ({weights}), pan, budget {budget}".format(**result))
+    reference = {steps: time_reference(replace(base, num_steps=steps), 2 if options.quick else 8) for steps in (4, 20)}
+    result["reference_rollouts_per_second"] = {f"steps{steps}": rate for steps, rate in reference.items()}
+    say("reference loop, float32: " + ", ".join(f"{rate:.2f} rollouts/s at {steps} steps" for steps, rate in reference.items()))
+    speedup, timings, rates = {}, {}, {}
+    columns = "".join(f"{name[:8]:>{width}}" for name, width in SHARE_WIDTHS.items())
+    say(f"\n{'engine':<26}{'rollouts/s':>11}{'speedup':>9}{columns}{'GFLOP':>7}{'of matmul':>10}")
+    for name, dtype in dtypes.items():
+        rates[name] = matmul_rate(dtype, device)
+        workload = with_dtype(base, dtype)
+        for steps in (4, 20):
+            for batch in (1, 8, 64):
+                num_clips = batch if options.quick or batch == 64 else max(batch, 8)
+                timing = time_engine(replace(workload, num_steps=steps), batch, num_clips, rates[name])
+                key = f"{name}_batch{batch}_steps{steps}"
+                speedup[key] = timing.rollouts_per_second / reference[steps]
+                timings[key] = asdict(timing)
+                shares = "".join(f"{timing.shares[part]:>{width}.0%}" for part, width in SHARE_WIDTHS.items())
+                say(
+                    f"{key:<26}{timing.rollouts_per_second:>11.2f}{speedup[key]:>9.1f}{shares}{timing.gflop:>7.1f}"
+                    f"{timing.matmul_fraction:>10.0%}"
+                )
+    result |= {"speedup": speedup, "engine": timings, "matmul_gflops": {name: rate / 1e9 for name, rate in rates.items()}}
+    say("\nmatrix product: " + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items()))
+    if not options.quick:
+        result["far_b"] = far_b_speedup(device)
+        line = "FAR-B size, batch 1, 8 kept frames, 20 steps: {reference:.1f} s, engine {engine:.1f} s, {speedup:.1f} x"
+        say(line.format(**result["far_b"]))
+        result["memo"] = memo_cost(base, 64)
+        say("8 policies on 64 clips: {without:.1f} s, with the memo {with:.1f} s, ratio {ratio:.2f}".format(**result["memo"]))
+        result["bfloat16_minus_float32_db"] = metric_change(base, torch.bfloat16, 256)
+        say(f"bfloat16 changes the mean PSNR of 256 clips by {result['bfloat16_minus_float32_db']:+.4f} dB")
+    result["peak_memory_mib"] = peak_memory_mib(device)
+    say(f"peak memory {result['peak_memory_mib']:.0f} MiB")
+    return result
+
+
+def main() -> None:
+    """Measure and print."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.json not in (None, "-"):
+        sys.exit("benchmarks.rollout: error: --json takes only '-', the standard output")
+    result = measure(options, print if options.json is None else lambda line: None)
+    if options.json is not None:
+        print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Latents by content: what was computed once from the same host, clip, noise and kept frames is not computed again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+DEFAULT_BYTES = 256 * 2**20
+
+
+def content_key(*parts: object) -> str:
+    """32 hex digits that stand for all parts together: bytes as they are, everything else as its ``repr``."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        content = part if isinstance(part, bytes | memoryview) else repr(part).encode()
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+@dataclass
+class MemoStatistics:
+    """How often a memo was asked and knew the answer, and what it threw away."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+class LatentMemo:
+    """Tensors by key, at most ``max_bytes`` of them; the least recently used are thrown away first.
+
+    Args:
+        max_bytes: 0 remembers nothing.
+
+    Attributes:
+        num_bytes: held now.
+        statistics: since it was made.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.statistics = MemoStatistics()
+        self._entries: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> Tensor | None:
+        """The tensor under the key, not to be changed, or None."""
+        value = self._entries.get(key)
+        if value is None:
+            self.statistics.misses += 1
+            return None
+        self.statistics.hits += 1
+        self._entries.move_to_end(key)
+        return value
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Remember a tensor that owns its memory (a view would keep the whole it is part of)."""
+        if value.nbytes > self.max_bytes:
+            return
+        if (before := self._entries.pop(key, None)) is not None:
+            self.num_bytes -= before.nbytes
+        self._entries[key] = value
+        self.num_bytes += value.nbytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self.num_bytes -= oldest.nbytes
+            self.statistics.evictions += 1

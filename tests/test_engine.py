@@ -1,0 +1,174 @@
+"""What makes the engine fast must not change what it computes: prefixes that outlive evictions, the memo, forks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from far_env.contract import make_plan
+from far_env.evaluation.evaluate import evaluate
+from far_env.host.weights import load_host
+from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.memo import LatentMemo, content_key
+from far_env.rollout.play import play
+from far_env.rollout.reference import reference_rollout
+
+ATOL = 1e-4
+
+
+class Drops:
+    """Drops the frame at one place of the history whenever it is over budget."""
+
+    def __init__(self, place: int):
+        self.place = place
+
+    def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
+        n, surplus = len(chunk_meta_list), len(chunk_meta_list) - budget_state["max_frames"]
+        first = min(self.place, n - 1 - surplus)
+        return make_plan([i for i in range(n) if not first <= i < first + surplus], n)
+
+
+@pytest.fixture
+def encoded(tiny_workload, monkeypatch):
+    """(rows, frames) of every context encoding."""
+    calls, model = [], tiny_workload.host.transformer
+    original = type(model).encode_context
+    monkeypatch.setattr(
+        type(model),
+        "encode_context",
+        lambda self, frames, *args, **kwargs: calls.append(tuple(frames.shape[:2])) or original(self, frames, *args, **kwargs),
+    )
+    return calls
+
+
+@pytest.mark.parametrize(("place", "frames_per_step"), [(0, 4), (1, 3), (3, 1)])
+def test_only_frames_after_the_first_dropped_one_are_encoded_again(tiny_workload, encoded, place, frames_per_step):
+    clip = tiny_workload.clips.clip("test", 0)
+    batch, _ = play(tiny_workload, [clip], [7], Drops(place), 4)
+    # five context frames, then a history of four in which everything from the dropped place on is new
+    assert encoded == [(1, 5)] + [(1, frames_per_step)] * 10
+    expected = reference_rollout(tiny_workload, clip, Drops(place), 4, 7)
+    torch.testing.assert_close(batch.generated([0])[0], expected.latents, atol=ATOL, rtol=0)
+
+
+def test_rows_with_different_prefixes_share_a_batch(tiny_workload):
+    clips = [tiny_workload.clips.clip("test", i) for i in range(4)]
+    batch = RolloutBatch(tiny_workload, 4)
+    batch.begin(range(4), clips, [0, 1, 2, 3])
+    kept = {0: [[1, 2, 4]], 1: [[0, 1, 2, 3, 5]], 2: [[5]], 3: [[0, 5]]}
+    for step in range(4):
+        batch.advance(range(4))
+        for row in range(4):
+            if step < len(kept[row]):
+                batch.retain(row, kept[row][step])
+    for row, clip in enumerate(clips):
+        alone = RolloutBatch(tiny_workload, 1)
+        alone.begin([0], [clip], [row])
+        for step in range(4):
+            alone.advance([0])
+            if step < len(kept[row]):
+                alone.retain(0, kept[row][step])
+        torch.testing.assert_close(batch.generated([row]), alone.generated([0]), atol=ATOL, rtol=0)
+
+
+def test_the_memo_answers_what_was_computed_before(tiny_workload, encoded):
+    clips = [tiny_workload.clips.clip("test", i) for i in range(3)]
+    memo = LatentMemo()
+    plain, _ = play(tiny_workload, clips, [1, 2, 3], Drops(1), 4)
+    first, _ = play(tiny_workload, clips, [1, 2, 3], Drops(1), 4, memo=memo)
+    assert memo.statistics.hits == 0 and memo.statistics.misses == 3 * 12 and len(memo) == 3 * 12
+    encoded.clear()
+    again, _ = play(tiny_workload, clips, [1, 2, 3], Drops(1), 4, memo=memo)
+    assert memo.statistics.hits == 3 * 12 and not encoded
+    assert torch.equal(first.generated(range(3)), again.generated(range(3)))
+    torch.testing.assert_close(first.generated(range(3)), plain.generated(range(3)), atol=ATOL, rtol=0)
+    # another policy shares the contexts and what comes before its first other decision, and is right from there on
+    other, _ = play(tiny_workload, clips, [1, 2, 3], Drops(2), 8, memo=memo)
+    assert memo.statistics.hits == 3 * 12 + 3 * 2
+    alone, _ = play(tiny_workload, clips, [1, 2, 3], Drops(2), 8)
+    torch.testing.assert_close(other.generated(range(3)), alone.generated(range(3)), atol=ATOL, rtol=0)
+    assert not torch.equal(other.generated(range(3)), first.generated(range(3)))
+
+
+def test_another_seed_or_clip_is_another_frame(tiny_workload):
+    memo = LatentMemo()
+    play(tiny_workload, [tiny_workload.clips.clip("test", 0)], [1], None, 9999, memo=memo)
+    play(tiny_workload, [tiny_workload.clips.clip("test", 0)], [2], None, 9999, memo=memo)
+    assert memo.statistics.hits == 1, "the context"
+    play(tiny_workload, [tiny_workload.clips.clip("test", 1)], [1], None, 9999, memo=memo)
+    assert memo.statistics.hits == 1
+
+
+def test_the_memo_keeps_its_budget_and_forgets_the_least_recently_used():
+    memo = LatentMemo(max_bytes=3 * 40)
+    for name in "abc":
+        memo.put(name, torch.full((10,), 1.0))
+    assert memo.get("a") is not None
+    memo.put("d", torch.zeros(10))
+    assert memo.get("b") is None and memo.get("a") is not None and memo.get("d") is not None
+    assert memo.num_bytes == 120 and len(memo) == 3 and memo.statistics.evictions == 1
+    memo.put("a", torch.zeros(5))
+    assert memo.num_bytes == 100
+    memo.put("too large", torch.zeros(31))
+    assert memo.get("too large") is None and len(memo) == 3
+
+
+def test_content_keys_tell_parts_apart():
+    keys = {content_key("ab", "c"), content_key("a", "bc"), content_key("abc"), content_key(b"ab", "c"), content_key(1, 2)}
+    assert len(keys) == 5 and content_key("a", 1) == content_key("a", 1)
+
+
+def test_a_finished_rollout_leaves_nothing_behind(tiny_workload):
+    """Frames own their memory: a view would keep the batch it was computed in alive."""
+    clips = [tiny_workload.clips.clip("test", i) for i in range(3)]
+    memo = LatentMemo()
+    batch, _ = play(tiny_workload, clips, [1, 2, 3], Drops(1), 4, memo=memo)
+    rows = batch._rows
+    for tensor in [t for row in rows for t in [*row.frames[5:], *row.prefix]] + list(memo._entries.values()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_fork_goes_on_as_the_rollout_would_have_and_shares_its_frames(tiny_workload, encoded):
+    clip = tiny_workload.clips.clip("test", 0)
+    batch = RolloutBatch(tiny_workload, 3)
+    batch.begin([0], [clip], [5])
+    for _ in range(3):
+        batch.advance([0])
+    before = len(encoded)
+    batch.fork(0, [1, 2])
+    assert len(encoded) == before
+    for row in (1, 2):
+        assert all(a is b for a, b in zip(batch._rows[0].frames, batch._rows[row].frames, strict=True))
+    batch.retain(1, [0, 3, 7])
+    assert batch.frame_numbers(0) == batch.frame_numbers(2) == list(range(8)) and batch.frame_numbers(1) == [0, 3, 7]
+    for _ in range(3):
+        batch.advance([0, 1, 2])
+    whole = RolloutBatch(tiny_workload, 2)
+    whole.begin([0, 1], [clip, clip], [5, 5])
+    for step in range(6):
+        whole.advance([0, 1])
+        if step == 2:
+            whole.retain(1, [0, 3, 7])
+    torch.testing.assert_close(batch.generated([0, 1, 2]), whole.generated([0, 1, 0]), atol=ATOL, rtol=0)
+
+
+def test_policies_that_agree_share_frames_in_an_evaluation(tiny_workload):
+    policies = {"a": Drops(0), "b": Drops(0), "c": Drops(2), "full": None}
+    shared = evaluate(tiny_workload, 4, policies, range(3), metrics=("psnr",), progress=False)
+    alone = evaluate(tiny_workload, 4, policies, range(3), metrics=("psnr",), memo_bytes=0, progress=False)
+    for name in policies:
+        assert shared.scores[name]["psnr"] == pytest.approx(alone.scores[name]["psnr"], abs=1e-3)
+    assert (shared.scores["a"]["psnr"] == shared.scores["b"]["psnr"]).all()
+
+
+def test_bfloat16_stays_close(tiny_host_folder, tiny_workload):
+    clips = [tiny_workload.clips.clip("test", i) for i in range(2)]
+    half = replace(tiny_workload, host=load_host(tiny_host_folder, "cpu", torch.bfloat16))
+    exact, _ = play(tiny_workload, clips, [1, 2], Drops(1), 4)
+    rounded, _ = play(half, clips, [1, 2], Drops(1), 4)
+    latents = rounded.generated(range(2))
+    assert latents.dtype == torch.bfloat16
+    error = (latents.float() - exact.generated(range(2))).norm() / exact.generated(range(2)).norm()
+    assert error < 0.1
