@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from far_env.clips.worlds import WORLDS
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
-from far_env.host.weights import load_host, save_host
+from far_env.host.far_long import FARLong
+from far_env.host.weights import Host, load_host, save_host
 from far_env.workloads import Workload
 
 DATA = Path(__file__).parent / "data"
@@ -66,13 +68,24 @@ class Golden:
         return {key.removeprefix(prefix): value for key, value in self.arrays.items() if key.startswith(prefix)}
 
     def far(self) -> FAR:
-        """The fixture's FAR in eval mode, class dropout off."""
-        model = FAR(**self.config)
+        """The fixture's FAR or FARLong in eval mode, class dropout off."""
+        model = (FARLong if "context_patch_size" in self.config else FAR)(**self.config)
         model.load_state_dict(self.weights, strict=True)
         for module in model.modules():
             if hasattr(module, "embedding_table"):
                 module.dropout = 0.0
         return model.eval()
+
+
+def cached_velocity(model, context, noisy, time, context_conditions=None, frame_conditions=None, lengths=None) -> torch.Tensor:
+    """Velocity of one noisy frame per row after context frames that are encoded first."""
+    k = context.shape[1]
+    num_tokens = sum(model.token_counts(k, noisy))
+    memory = model.new_memory(len(noisy), num_tokens + model.tokens_per_frame(noisy), noisy)
+    if k:
+        memory[:, :, :, :num_tokens] = model.encode_context(context, **(context_conditions or {}))
+    modulations = model.modulate(time, **(frame_conditions or {}), dtype=noisy.dtype)
+    return model.denoise(noisy, modulations, model.next_frame(memory, noisy, lengths or [k] * len(noisy)))
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +114,28 @@ def tiny_host_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_host(tiny_host_folder):
     return load_host(tiny_host_folder, "cpu")
+
+
+TINY_FAR_LONG = {
+    **TINY_FAR,
+    "short_term_ctx_winsize": 6,
+    "context_patch_size": 4,
+    "condition_cfg": {"type": "action", "num_action_classes": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_long_host(tiny_host) -> Host:
+    """The tiny host with a FAR-Long whose window is six frames."""
+    transformer = FARLong(**TINY_FAR_LONG)
+    randomise(transformer, 3)
+    return replace(tiny_host, name="tiny_long", transformer=transformer.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def tiny_long_workload(tiny_long_host) -> Workload:
+    """The pan world on the tiny long host: 5 + 11 frames, 3 ODE steps."""
+    return Workload("tiny_long_pan", WORLDS["pan"], tiny_long_host, num_context=5, num_predict=11, num_steps=3)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from far_env.host import FAR
+from tests.conftest import cached_velocity
 
 CASES = [f"far_tiny_{name}.npz" for name in ("base", "patch2", "label", "action", "slope", "eps")]
 ATOL = 2e-5
@@ -18,17 +19,6 @@ def conditions(fixture, frames: slice = slice(None)) -> dict[str, torch.Tensor]:
     if "in.action" in fixture:
         given["action"] = fixture["in.action"][:, frames]
     return given
-
-
-def cached_velocity(model, context, noisy, time, fixture, lengths=None) -> torch.Tensor:
-    """Velocity of a frame after context frames that are encoded first."""
-    k = context.shape[1]
-    memory = model.new_memory(len(noisy), k + 1, noisy)
-    if k:
-        known = model.encode_context(context, **conditions(fixture, slice(k)))
-        memory[:, :, :, : known.shape[3]] = known
-    modulations = model.modulate(time, **conditions(fixture, slice(k, k + 1)), dtype=noisy.dtype)
-    return model.denoise(noisy, modulations, model.next_frame(memory, noisy, lengths))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -64,7 +54,8 @@ def test_cached_and_uncached_frames_agree_with_both_paths_of_the_published_model
         noisy, time = fixture[f"in.noise_{call}"][:, k : k + 1], fixture[f"in.t_{call}"][:, k : k + 1]
         times = torch.cat([torch.full((len(latents), k), -1.0), time], dim=1)
         uncached = model(torch.cat([latents[:, :k], noisy], dim=1), times, **conditions(fixture, slice(k + 1)))[:, -1]
-        cached = cached_velocity(model, latents[:, :k], noisy, time, fixture)[:, 0]
+        given, own = conditions(fixture, slice(k)), conditions(fixture, slice(k, k + 1))
+        cached = cached_velocity(model, latents[:, :k], noisy, time, given, own)[:, 0]
         for path in ("cached", "nocache"):
             expected = fixture[f"out.incr_{path}_{call}"][:, k]
             torch.testing.assert_close(uncached, expected, atol=ATOL, rtol=0)
@@ -78,23 +69,23 @@ def test_context_encoded_piece_by_piece_is_the_context_encoded_at_once(golden):
         model, frames = fixture.far(), fixture["in.latents"][:, :3]
         whole = model.encode_context(frames)
         one = model.encode_context(frames[:, :1])
-        rest = model.encode_context(frames[:, 1:], one)
+        rest = model.encode_context(frames[:, 1:], one, 1)
         torch.testing.assert_close(torch.cat([one, rest], dim=3), whole, atol=ATOL, rtol=0)
 
 
 @torch.no_grad()
-def test_padding_of_shorter_contexts_changes_nothing(golden):
+def test_shorter_contexts_share_a_batch_with_longer_ones(golden):
     for case in ("far_tiny_base.npz", "far_tiny_slope.npz"):
         fixture = golden(case)
         model, latents = fixture.far(), fixture["in.latents"]
         noisy, time = fixture["in.noise_a"][:, -1:], torch.full((2, 1), 400.0)
         alone = [
-            cached_velocity(model, latents[row : row + 1, :length], noisy[row : row + 1], time[:1], fixture)
+            cached_velocity(model, latents[row : row + 1, :length], noisy[row : row + 1], time[:1])
             for row, length in enumerate((1, 3))
         ]
         padded = latents[:, :3].clone()
         padded[0, 1:] = 1e3
-        together = cached_velocity(model, padded, noisy, time, fixture, torch.tensor([1, 3]))
+        together = cached_velocity(model, padded, noisy, time, lengths=[1, 3])
         torch.testing.assert_close(together, torch.cat(alone), atol=ATOL, rtol=0)
 
 

@@ -40,8 +40,11 @@ def specified(workload, clip, policy, budget, seed):
     return reference.reference_rollout(workload, clip, policy, budget, seed)
 
 
+@pytest.mark.parametrize("kind", ["far", "far_long"])
 @pytest.mark.parametrize("budget", [1, 2, 4, 8, 14, 9999])
-def test_a_ragged_batch_equals_the_specification_row_by_row(tiny_workload, budget):
+def test_a_ragged_batch_equals_the_specification_row_by_row(tiny_workload, tiny_long_workload, budget, kind):
+    """FAR-Long's window of six frames is crossed, both ways, by all but the smallest budgets."""
+    tiny_workload = tiny_workload if kind == "far" else tiny_long_workload
     clips = [tiny_workload.clips.clip("test", i) for i in range(5)]
     seeds = [100 + i for i in range(5)]
     batch, decisions = play(tiny_workload, clips, seeds, Sloppy(), budget)
@@ -80,9 +83,9 @@ class Identity(torch.nn.Module):
     decode = encode
 
 
-@pytest.fixture
-def published(golden):
-    fixture = golden("rollout_far.npz")
+@pytest.fixture(params=["rollout_far.npz", "rollout_far_long.npz"])
+def published(golden, request):
+    fixture = golden(request.param)
     host = Host("fixture", fixture.far(), Identity(), "", (4, 4, 4), 4, 20)
     return fixture, Workload("fixture", None, host, num_context=5, num_predict=6, num_steps=20)
 

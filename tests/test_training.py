@@ -20,12 +20,14 @@ from far_env.train_host import HostTraining, train_host
 from tests.conftest import TINY_DCAE, TINY_FAR
 
 
-def test_fars_training_loss_and_gradients_equal_the_published_ones(golden):
-    fixture = golden("train_loss_far.npz")
+@pytest.mark.parametrize("case", ["train_loss_far.npz", "train_loss_far_long.npz"])
+def test_fars_training_loss_and_gradients_equal_the_published_ones(golden, case):
+    fixture = golden(case)
+    conditions = {"action": fixture["in.action"]} if "in.action" in fixture else {}
     model = fixture.far().train()
     latents = fixture["in.latents_raw"] * fixture["in.scaling_factor"]
-    times = 1000 - (1000 * fixture["in.u"]).floor().reshape(2, 5)
-    loss = tt.far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"])
+    times = 1000 - (1000 * fixture["in.u"]).floor().reshape(2, -1)
+    loss = tt.far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"], **conditions)
     loss.backward()
     torch.testing.assert_close(loss.detach()[None], fixture["out.loss"], rtol=1e-5, atol=0)
     norms = {}

@@ -7,6 +7,7 @@ RMS-normalised queries and keys. Parameter names are upstream's, so its state di
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
 
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one layer, both (B, tokens, heads, head_dim)."""
 Modulation = tuple[Tensor, ...]
 """What a frame's time and class do to one block: shift, factor and gate of attention, then of the MLP, each (B, F, 1, D)."""
 
@@ -36,13 +39,14 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
     return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, frames, -1, height, width)
 
 
-def rotary_table(positions: Tensor, rows: int, columns: int, axes_dims: tuple[int, int, int]) -> Tensor:
+def rotary_table(positions: Tensor, rows: int, columns: int, axes_dims: tuple[int, int, int], spacing: int = 1) -> Tensor:
     """The complex unit numbers by which every token's pairs of features are turned.
 
     Args:
         positions: (..., F) frame indices, any dtype.
         rows, columns: tokens per frame along y and x.
         axes_dims: head dimensions given to (t, y, x), each even.
+        spacing: distance of neighbouring tokens along y and x; a token stands at its upper left corner.
 
     Returns:
         complex64 (..., F·rows·columns, 1, sum(axes_dims) / 2), angles computed in float64.
@@ -54,8 +58,8 @@ def rotary_table(positions: Tensor, rows: int, columns: int, axes_dims: tuple[in
         return index.double()[..., None] * ROPE_THETA**-exponent
 
     time = angles(positions, axes_dims[0])[..., :, None, None, :]
-    down = angles(torch.arange(rows, device=device), axes_dims[1])[:, None, :]
-    across = angles(torch.arange(columns, device=device), axes_dims[2])[None, :, :]
+    down = angles(spacing * torch.arange(rows, device=device), axes_dims[1])[:, None, :]
+    across = angles(spacing * torch.arange(columns, device=device), axes_dims[2])[None, :, :]
     shape = (*positions.shape, rows, columns)
     table = torch.cat([part.expand(*shape, part.shape[-1]) for part in (time, down, across)], dim=-1)
     table = table.flatten(-4, -2).unsqueeze(-2)
@@ -102,6 +106,17 @@ class FinalNorm(nn.Module):
         return shift, 1 + scale
 
 
+class Projections(NamedTuple):
+    """The layers that one kind of token goes through in attention."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    norm_query: nn.Module
+    norm_key: nn.Module
+    out: nn.Module
+
+
 class Attention(nn.Module):
     """Self-attention with normalised, rotated queries and keys."""
 
@@ -116,41 +131,73 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def query(self, x: Tensor, table: Tensor) -> Tensor:
+    def projections(self, coarse: bool) -> Projections:
+        """Of the tokens of whole-resolution frames; coarse ones exist in FAR-Long alone."""
+        return Projections(self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k, self.to_out[0])
+
+    def query(self, x: Tensor, table: Tensor, coarse: bool = False) -> Tensor:
         """(B, tokens, D) to (B, tokens, heads, d)."""
-        return rotate(self.norm_q(self._split(self.to_q(x))), table)
+        own = self.projections(coarse)
+        return rotate(own.norm_query(self._split(own.query(x))), table)
 
-    def key_value(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def key_value(self, x: Tensor, table: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor]:
         """(B, tokens, D) to keys and values, both (B, tokens, heads, d)."""
-        return rotate(self.norm_k(self._split(self.to_k(x))), table), self._split(self.to_v(x))
+        own = self.projections(coarse)
+        return rotate(own.norm_key(self._split(own.key(x))), table), self._split(own.value(x))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, coarse: bool = False) -> Tensor:
         """Attend and project.
 
         Args:
             query: (B, T, heads, d).
             key, value: (B, K, heads, d).
             mask: boolean (True attends) or additive float, broadcastable to (B, heads, T, K), or None.
+            coarse: which projection the queries' tokens take.
 
         Returns:
             (B, T, D).
         """
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        return self.projections(coarse).out(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
 
+class LongAttention(Attention):
+    """Attention in which the tokens of coarse frames have projections of their own.
+
+    Args:
+        last: the last block of a model, whose coarse tokens take the heads as they are.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, last: bool) -> None:
+        super().__init__(num_heads, head_dim)
+        dim = num_heads * head_dim
+        self.norm_added_q = nn.RMSNorm(head_dim, eps=NORM_EPS)
+        self.norm_added_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
+        self.add_q_proj = nn.Linear(dim, dim)
+        self.add_k_proj = nn.Linear(dim, dim)
+        self.add_v_proj = nn.Linear(dim, dim)
+        self.to_add_out = nn.Identity() if last else nn.Linear(dim, dim)
+
+    def projections(self, coarse: bool) -> Projections:
+        """Of coarse tokens, or of the others."""
+        if not coarse:
+            return super().projections(coarse)
+        return Projections(
+            self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k, self.to_add_out
+        )
+
+
 class TransformerBlock(nn.Module):
     """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)); the modulation is one per frame."""
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    def __init__(self, attention: Attention, dim: int) -> None:
         super().__init__()
-        dim = num_heads * head_dim
         self.norm1 = AdaptiveNorm(dim)
-        self.attn = Attention(num_heads, head_dim)
+        self.attn = attention
         self.norm2 = AdaptiveNorm(dim)
         self.mlp = FeedForward(dim, mult=4, activation_fn="gelu-approximate")
 
@@ -159,7 +206,13 @@ class TransformerBlock(nn.Module):
         return (*self.norm1(condition), *self.norm2(condition))
 
     def forward(
-        self, x: Tensor, modulation: Modulation, table: Tensor, mask: Tensor | None, memory: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        table: Tensor,
+        mask: Tensor | None,
+        memory: KeyValue | None = None,
+        coarse: bool = False,
     ) -> Tensor:
         """Run the block.
 
@@ -169,26 +222,27 @@ class TransformerBlock(nn.Module):
             table: rotary table of x's tokens.
             mask: see `Attention.forward`.
             memory: None, or keys and values (B, K, heads, d) of which x's own are the last and are written here, in place.
+            coarse: x are FAR-Long's coarse frames.
 
         Returns:
             (B, F, S, D).
         """
         shift, factor, gate, mlp_shift, mlp_factor, mlp_gate = modulation
         normed = modulated_norm(x, shift, factor).flatten(1, 2)
-        key, value = self.attn.key_value(normed, table)
+        key, value = self.attn.key_value(normed, table, coarse)
         if memory is not None:
             key, value = write_tail(memory, key, value)
-        attended = self.attn(self.attn.query(normed, table), key, value, mask)
+        attended = self.attn(self.attn.query(normed, table, coarse), key, value, mask, coarse)
         x = torch.addcmul(x, gate, attended.view_as(x))
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_factor)))
 
-    def remember(self, x: Tensor, modulation: Modulation, table: Tensor, memory: tuple[Tensor, Tensor]) -> None:
+    def remember(self, x: Tensor, modulation: Modulation, table: Tensor, memory: KeyValue, coarse: bool = False) -> None:
         """Only write x's keys and values into the memory, see `forward`."""
         normed = modulated_norm(x, *modulation[:2]).flatten(1, 2)
-        write_tail(memory, *self.attn.key_value(normed, table))
+        write_tail(memory, *self.attn.key_value(normed, table, coarse))
 
 
-def write_tail(memory: tuple[Tensor, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def write_tail(memory: KeyValue, key: Tensor, value: Tensor) -> KeyValue:
     """Write keys and values (B, T, heads, d) over the last T tokens of the memory; returns all of it."""
     for whole, own in zip(memory, (key, value), strict=True):
         whole[:, -own.shape[1] :] = own

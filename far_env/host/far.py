@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from far_env.host.blocks import (
+    Attention,
     ConditionEmbedding,
     FinalNorm,
     Modulation,
@@ -23,6 +25,8 @@ from far_env.host.blocks import (
 
 CLEAN_TIME = -1.0
 """The time of a clean context frame; noisy frames have times in (0, 1000]."""
+COARSE_TIME_FACTOR = 2
+"""What times of FAR-Long's coarse frames are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class NextFrame:
     """Everything about a frame that stays the same while it is denoised.
 
     Attributes:
-        memory: keys and values (layers, 2, B, (K + 1)·S, heads, d) of K clean frames; the last S tokens are room for the frame.
+        memory: keys and values (layers, 2, B, T, heads, d) of clean frames; the last S tokens are room for this one.
         table: its rotary table.
-        mask: who sees whom (B or 1, 1, S, (K + 1)·S), or None where every token sees all.
+        mask: who sees whom (B or 1, 1, S, T), or None where every token sees all.
     """
 
     memory: Tensor
@@ -97,7 +101,8 @@ class FAR(nn.Module):
         elif self.condition is not None:
             raise ValueError(f"condition_cfg type {self.condition!r} is unknown; use 'label', 'action' or None")
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(num_attention_heads, attention_head_dim) for _ in range(num_layers)
+            TransformerBlock(self._attention(num_attention_heads, attention_head_dim, index == num_layers - 1), dim)
+            for index in range(num_layers)
         )
         self.norm_out = FinalNorm(dim)
         self.proj_out = nn.Linear(dim, out_channels * patch_size**2)
@@ -140,15 +145,16 @@ class FAR(nn.Module):
         action: Tensor | None = None,
     ) -> Tensor:
         """As `forward`, with the frames' time positions (F,) and who sees whom, boolean (F, F), given by the caller."""
-        batch, num_frames, _, height, width = latents.shape
-        if timesteps.ndim == 1:
-            timesteps = timesteps[:, None]
-        modulations = self.modulate(timesteps.expand(batch, num_frames), label=label, action=action, dtype=latents.dtype)
-        x, table = self._embed(latents), self._table(positions[None], latents)
-        mask = self._mask(positions[None], positions[None], visible[None], latents)
+        modulations = self.modulate(frame_times(timesteps, latents), label=label, action=action, dtype=latents.dtype)
+        tokens = self.tokens_per_frame(latents)
+        per_token = positions.repeat_interleave(tokens)[None]
+        seen = visible.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)[None]
+        mask = self._mask(per_token, per_token, seen, latents.dtype)
+        table = self._table(positions[None], latents)
+        x = self._embed(latents)
         for block, modulation in zip(self.transformer_blocks, modulations.blocks, strict=True):
-            x = block(x, modulation, table, mask, None)
-        return self._project(x, modulations, height, width)
+            x = block(x, modulation, table, mask)
+        return self._project(x, modulations, latents)
 
     def modulate(
         self, timesteps: Tensor, *, label: Tensor | None = None, action: Tensor | None = None, dtype: torch.dtype
@@ -171,74 +177,88 @@ class FAR(nn.Module):
         condition = F.silu(embedding)
         return Modulations([block.modulation(condition) for block in self.transformer_blocks], self.norm_out(condition))
 
+    def null_conditions(self, batch: int, num_frames: int, device: torch.device) -> dict[str, Tensor]:
+        """The label (B,) or action (B, F) argument that says "none"; empty for an unconditional model."""
+        if self.condition is None:
+            return {}
+        shape = (batch,) if self.condition == "label" else (batch, num_frames)
+        return {self.condition: torch.full(shape, self.null_class, device=device)}
+
     def encode_context(
         self,
         frames: Tensor,
         past: Tensor | None = None,
+        num_past: int = 0,
         *,
-        modulations: Modulations | None = None,
+        shared: Callable[[float], Modulations] | None = None,
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """Keys and values of clean frames, which no later frame changes.
+        """Keys and values of clean frames, for the frame that follows them.
 
         Args:
-            frames: (B, n, C, h, w), at positions K, K + 1, …; rows may be padded at the end.
-            past: keys and values (layers, 2, B, K·S, heads, d) of the frames before them, or None for K = 0.
-            modulations: of clean frames, where the caller has them already; else label (B,) or action (B, n) as in `forward`.
+            frames: (B, n, C, h, w), at positions num_past, num_past + 1, …; rows may be padded at the end.
+            past: keys and values (layers, 2, B, T, heads, d) of the ``num_past`` frames before them, or None for none.
+            shared: modulations by time, where they are the same for all frames and known; else label (B,) or action (B, n).
 
         Returns:
-            (layers, 2, B, n·S, heads, d).
+            (layers, 2, B, tokens of the n frames, heads, d), see `token_counts`.
         """
         batch, num_frames = frames.shape[:2]
-        tokens = self.tokens_per_frame(frames)
-        num_past = 0 if past is None else past.shape[3] // tokens
-        if modulations is None:
-            times = torch.full((1, 1) if self.condition is None else (batch, num_frames), CLEAN_TIME, device=frames.device)
-            modulations = self.modulate(times, label=label, action=action, dtype=frames.dtype)
-        positions = torch.arange(num_past + num_frames, device=frames.device)
-        own = positions[num_past:]
-        table = self._table(own[None], frames)
-        mask = None
-        if num_frames > 1 or self.slope_scale != 0:
-            mask = self._mask(own[None], positions[None], (positions <= own[:, None])[None], frames)
-        memory = self.new_memory(batch, num_past + num_frames, frames)
+        counts = self.token_counts(num_past + num_frames, frames)
+        num_known = sum(counts[:num_past])
+        memory = self.new_memory(batch, sum(counts), frames)
         if past is not None:
-            memory[:, :, :, : past.shape[3]] = past
-        x = self._embed(frames)
-        *blocks, last = self.transformer_blocks
-        for block, modulation, layer in zip(blocks, modulations.blocks, memory, strict=False):
-            x = block(x, modulation, table, mask, (layer[0], layer[1]))
-        last.remember(x, modulations.blocks[-1], table, (memory[-1, 0], memory[-1, 1]))
-        return memory[:, :, :, num_past * tokens :]
+            memory[:, :, :, :num_known] = past
+        num_coarse = max(0, min(self.num_coarse(num_past + num_frames + 1) - num_past, num_frames))
+        start = num_past
+        for coarse, piece in ((True, slice(0, num_coarse)), (False, slice(num_coarse, num_frames))):
+            own = frames[:, piece]
+            if own.shape[1] == 0:
+                continue
+            time = CLEAN_TIME * (COARSE_TIME_FACTOR if coarse else 1)
+            if shared is not None:
+                modulations = shared(time)
+            else:
+                times = torch.full(own.shape[:2], time, device=own.device)
+                actions = None if action is None else action[:, piece]
+                modulations = self.modulate(times, label=label, action=actions, dtype=own.dtype)
+            end = start + own.shape[1]
+            self._remember(own, memory[:, :, :, : sum(counts[:end])], counts[:end], start, modulations, coarse)
+            start = end
+        return memory[:, :, :, num_known:]
 
-    def new_memory(self, batch: int, num_frames: int, like: Tensor) -> Tensor:
-        """Uninitialised keys and values (layers, 2, B, num_frames·S, heads, d) for latents such as ``like``."""
+    def new_memory(self, batch: int, num_tokens: int, like: Tensor) -> Tensor:
+        """Uninitialised keys and values (layers, 2, B, num_tokens, heads, d) of ``like``'s device and dtype."""
+        return like.new_empty((len(self.transformer_blocks), 2, *self.layer_shape(batch, num_tokens)))
+
+    def layer_shape(self, batch: int, num_tokens: int) -> tuple[int, int, int, int]:
+        """Of the keys, or values, of one layer: (batch, num_tokens, heads, d)."""
         attention = self.transformer_blocks[0].attn
-        tokens = num_frames * self.tokens_per_frame(like)
-        head_dim = attention.to_k.out_features // attention.num_heads
-        shape = (len(self.transformer_blocks), 2, batch, tokens, attention.num_heads, head_dim)
-        return like.new_empty(shape)
+        return batch, num_tokens, attention.num_heads, attention.to_k.out_features // attention.num_heads
 
-    def next_frame(self, memory: Tensor, latents: Tensor, lengths: Tensor | None = None) -> NextFrame:
-        """Prepare a frame that follows K clean ones.
+    def next_frame(self, memory: Tensor, latents: Tensor, lengths: Sequence[int]) -> NextFrame:
+        """Prepare a frame that follows clean ones.
 
         Args:
-            memory: from `new_memory` for K + 1 frames; the first K·S tokens hold the clean frames' keys and values.
+            memory: keys and values (layers, 2, B, T + S, heads, d); a row begins with those of its clean frames, one after
+                the other, and its last S tokens are room for the new frame.
             latents: tells size, device and dtype of the frame, (B, 1, C, h, w).
-            lengths: (B,) how many of the K frames are real in each row, the rest being padding; None where all are.
+            lengths: B numbers of clean frames.
         """
-        num_context = memory.shape[3] // self.tokens_per_frame(latents) - 1
-        slots = torch.arange(num_context + 1, device=latents.device)
-        if lengths is None:
-            positions = slots[-1:][None]
-            keys, visible = slots[None], torch.ones(1, 1, num_context + 1, dtype=torch.bool, device=latents.device)
-        else:
-            positions = lengths[:, None]
-            keys = torch.where(slots == num_context, positions, slots)
-            visible = ((slots < positions) | (slots == num_context))[:, None]
-        unmasked = lengths is None and self.slope_scale == 0
-        mask = None if unmasked else self._mask(positions, keys, visible, latents)
+        own = self.tokens_per_frame(latents)
+        num_tokens = memory.shape[3] - own
+        lengths = list(lengths) if len(set(lengths)) > 1 else list(lengths)[:1]
+        keys = torch.full((len(lengths), num_tokens + own), -1)
+        for row, length in enumerate(lengths):
+            counts = torch.tensor(self.token_counts(length, latents), dtype=torch.int64)
+            keys[row, : int(counts.sum())] = torch.arange(length).repeat_interleave(counts)
+            keys[row, num_tokens:] = length
+        keys = keys.to(latents.device)
+        positions = keys[:, -1:]
+        mask = None
+        if self.slope_scale != 0 or bool((keys < 0).any()):
+            mask = self._mask(positions.expand(-1, own), keys, (keys >= 0)[:, None].expand(-1, own, -1), latents.dtype)
         return NextFrame(memory, self._table(positions, latents), mask)
 
     def denoise(self, noisy: Tensor, modulations: Modulations, frame: NextFrame) -> Tensor:
@@ -246,36 +266,85 @@ class FAR(nn.Module):
         x = self._embed(noisy)
         for block, modulation, layer in zip(self.transformer_blocks, modulations.blocks, frame.memory, strict=True):
             x = block(x, modulation, frame.table, frame.mask, (layer[0], layer[1]))
-        return self._project(x, modulations, *noisy.shape[-2:])
+        return self._project(x, modulations, noisy)
 
-    def tokens_per_frame(self, latents: Tensor) -> int:
+    def num_coarse(self, num_frames: int) -> int:
+        """How many of the oldest of so many frames are coarse: none."""
+        return 0
+
+    def token_counts(self, num_context: int, latents: Tensor) -> list[int]:
+        """Tokens of each of so many clean frames (…, h, w), the newest of which precedes a new one."""
+        num_coarse = self.num_coarse(num_context + 1)
+        coarse = [self.tokens_per_frame(latents, True)] * num_coarse
+        return coarse + [self.tokens_per_frame(latents)] * (num_context - num_coarse)
+
+    def tokens_per_frame(self, latents: Tensor, coarse: bool = False) -> int:
         """Tokens of one frame of latents (…, h, w)."""
-        return (latents.shape[-2] // self.patch_size) * (latents.shape[-1] // self.patch_size)
+        rows, columns = self._grid(latents, coarse)
+        return rows * columns
 
-    def _embed(self, latents: Tensor) -> Tensor:
-        """(B, F, C, h, w) to (B, F, S, D)."""
+    def _attention(self, num_heads: int, head_dim: int, last: bool) -> Attention:
+        return Attention(num_heads, head_dim)
+
+    def _ends(self, coarse: bool) -> tuple[int, nn.Module, nn.Module]:
+        """Patch size, embedding and projection of frames."""
+        return self.patch_size, self.x_embedder, self.proj_out
+
+    def _grid(self, latents: Tensor, coarse: bool) -> tuple[int, int]:
+        patch_size = self._ends(coarse)[0]
         height, width = latents.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"latents of {height}×{width} cannot be cut into patches of {self.patch_size}")
-        return self.x_embedder(patchify(latents, self.patch_size))
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"latents of {height}×{width} cannot be cut into patches of {patch_size}")
+        return height // patch_size, width // patch_size
 
-    def _project(self, x: Tensor, modulations: Modulations, height: int, width: int) -> Tensor:
-        """(B, F, S, D) to velocities (B, F, C, height, width)."""
-        return unpatchify(self.proj_out(modulated_norm(x, *modulations.final)), self.patch_size, height, width)
+    def _embed(self, latents: Tensor, coarse: bool = False) -> Tensor:
+        """(B, F, C, h, w) to (B, F, S, D)."""
+        patch_size, embedder, _ = self._ends(coarse)
+        self._grid(latents, coarse)
+        return embedder(patchify(latents, patch_size))
 
-    def _table(self, positions: Tensor, latents: Tensor) -> Tensor:
+    def _project(self, x: Tensor, modulations: Modulations, latents: Tensor, coarse: bool = False) -> Tensor:
+        """(B, F, S, D) to velocities (B, F, C, h, w), with the size of ``latents``."""
+        patch_size, _, projector = self._ends(coarse)
+        return unpatchify(projector(modulated_norm(x, *modulations.final)), patch_size, *latents.shape[-2:])
+
+    def _table(self, positions: Tensor, latents: Tensor, coarse: bool = False) -> Tensor:
         """Rotary table of frames at ``positions`` (B or 1, F), rounded to the latents' dtype first, as upstream does."""
-        rows, columns = (side // self.patch_size for side in latents.shape[-2:])
-        return rotary_table(positions.to(latents.dtype), rows, columns, self.axes_dims_rope)
+        spacing = self._ends(coarse)[0] // self.patch_size
+        return rotary_table(positions.to(latents.dtype), *self._grid(latents, coarse), self.axes_dims_rope, spacing)
 
-    def _mask(self, queries: Tensor, keys: Tensor, visible: Tensor, latents: Tensor) -> Tensor:
-        """Who sees whom, per token: frame positions (B, Fq) and (B, Fk), visible (B, Fq, Fk) to (B, 1, Fq·S, Fk·S).
+    def _mask(self, queries: Tensor, keys: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """Who sees whom: frame positions of tokens (B, Tq) and (B, Tk), visible (B, Tq, Tk) to (B, 1, Tq, Tk).
 
         Four axes always: torch has no fused CPU attention for a mask of three.
         """
-        mask = visible
-        if self.slope_scale != 0:
-            distance = keys[..., None, :] - queries[..., :, None]
-            mask = (self.slope_scale * distance).to(latents.dtype).masked_fill(~visible, float("-inf"))
-        tokens = self.tokens_per_frame(latents)
-        return mask.repeat_interleave(tokens, dim=-2).repeat_interleave(tokens, dim=-1).unsqueeze(1)
+        if self.slope_scale == 0:
+            return visible[:, None]
+        distance = keys[:, None, :] - queries[:, :, None]
+        return (self.slope_scale * distance).to(dtype).masked_fill(~visible, float("-inf"))[:, None]
+
+    def _remember(
+        self, frames: Tensor, memory: Tensor, counts: list[int], start: int, modulations: Modulations, coarse: bool
+    ) -> None:
+        """Write keys and values of clean frames at positions start, … over the last tokens of the memory."""
+        positions = torch.arange(start, len(counts), device=frames.device)
+        keys = torch.arange(len(counts), device=frames.device)
+        keys = keys.repeat_interleave(torch.tensor(counts, device=frames.device))
+        queries = keys[sum(counts[:start]) :]
+        mask = None
+        if frames.shape[1] > 1 or self.slope_scale != 0:
+            mask = self._mask(queries[None], keys[None], (keys <= queries[:, None])[None], frames.dtype)
+        table = self._table(positions[None], frames, coarse)
+        x = self._embed(frames, coarse)
+        *blocks, last = self.transformer_blocks
+        for block, modulation, layer in zip(blocks, modulations.blocks, memory, strict=False):
+            x = block(x, modulation, table, mask, (layer[0], layer[1]), coarse)
+        # Nothing but keys and values is needed of the last block.
+        last.remember(x, modulations.blocks[-1], table, (memory[-1, 0], memory[-1, 1]), coarse)
+
+
+def frame_times(timesteps: Tensor, latents: Tensor) -> Tensor:
+    """Times (B, F) from (B, F), or from (B,) for all frames alike."""
+    if timesteps.ndim == 1:
+        timesteps = timesteps[:, None]
+    return timesteps.expand(latents.shape[:2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -42,39 +42,40 @@ class FrameSampler:
         self.guided = guidance_scale > 1
         if self.guided and model.null_class is None:
             raise ValueError(f"guidance_scale {guidance_scale} needs a model with labels or actions; this one is unconditional")
-        self._device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
         scheduler = make_scheduler(num_steps)
-        self.times = scheduler.timesteps.tolist()
+        self.times: list[float] = scheduler.timesteps.tolist()
         self.sigma_changes = scheduler.sigmas.diff().tolist()
-        self._shared: dict[tuple[float, torch.dtype], Modulations] = {}
+        self._shared: dict[float, Modulations] = {}
 
     @torch.no_grad()
     def __call__(
         self,
         memory: Tensor,
         noise: Tensor,
+        lengths: Sequence[int],
         *,
-        lengths: Tensor | None = None,
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """Generate the frame that follows K clean ones.
+        """Generate the frame that follows clean ones.
 
         Args:
             memory: see `FAR.next_frame`; with guidance 2B rows, those of the null class first.
             noise: initial noise (B, 1, C, h, w).
-            lengths: (B,) real clean frames per row, or None where all K are.
-            label: (B,), action: (B, 1) of the new frame, where the model takes them.
+            lengths: B numbers of clean frames.
+            label: (B,), action: (B, 1) of the new frame; None for the null class, where the model takes them.
 
         Returns:
             The clean latent (B, 1, C, h, w).
         """
         if self.guided:
             label, action = (with_null_class(self.model, given) for given in (label, action))
-            lengths = None if lengths is None else torch.cat([lengths, lengths])
+            lengths = [*lengths, *lengths]
         frame = self.model.next_frame(memory, noise, lengths)
         latent = noise
-        steps = zip(self._modulations(memory.shape[2], noise.dtype, label, action), self.sigma_changes, strict=True)
+        steps = zip(self._modulations(memory.shape[2], label, action), self.sigma_changes, strict=True)
         for modulations, change in steps:
             velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame)
             if self.guided:
@@ -84,22 +85,21 @@ class FrameSampler:
             latent = (latent.float() + change * velocity.float()).to(noise.dtype)
         return latent
 
-    def _modulations(
-        self, batch: int, dtype: torch.dtype, label: Tensor | None, action: Tensor | None
-    ) -> Iterable[Modulations]:
-        """One per step."""
-        if self.model.condition is not None:
-            times = (torch.full((batch, 1), time, device=self._device) for time in self.times)
-            return (self.model.modulate(time, label=label, action=action, dtype=dtype) for time in times)
-        return (self.shared_modulations(time, dtype) for time in self.times)
-
     @torch.no_grad()
-    def shared_modulations(self, time: float, dtype: torch.dtype) -> Modulations:
-        """Of all frames at this time, for a model that nothing else conditions; computed once."""
-        key = time, dtype
-        if key not in self._shared:
-            self._shared[key] = self.model.modulate(torch.full((1, 1), time, device=self._device), dtype=dtype)
-        return self._shared[key]
+    def shared_modulations(self, time: float) -> Modulations:
+        """Of all frames at this time, of the null class if there are classes; computed once."""
+        if time not in self._shared:
+            times = torch.full((1, 1), time, device=self._device)
+            null = self.model.null_conditions(1, 1, self._device)
+            self._shared[time] = self.model.modulate(times, **null, dtype=self._dtype)
+        return self._shared[time]
+
+    def _modulations(self, batch: int, label: Tensor | None, action: Tensor | None) -> Iterable[Modulations]:
+        """One per step."""
+        if label is None and action is None:
+            return map(self.shared_modulations, self.times)
+        times = (torch.full((batch, 1), time, device=self._device) for time in self.times)
+        return (self.model.modulate(time, label=label, action=action, dtype=self._dtype) for time in times)
 
 
 def with_null_class(model: FAR, classes: Tensor | None) -> Tensor | None:
@@ -117,7 +117,6 @@ def sample_next_frame(
     guidance_scale: float = 1.0,
     label: Tensor | None = None,
     action: Tensor | None = None,
-    lengths: Tensor | None = None,
 ) -> Tensor:
     """Generate the frame that follows the context.
 
@@ -129,7 +128,6 @@ def sample_next_frame(
         guidance_scale: above 1, classifier-free guidance null + scale · (conditional − null), the null class on all frames.
         label: (B,) class indices, where the model takes them.
         action: (B, K+1) action indices, the last one belongs to the new frame, where the model takes them.
-        lengths: (B,) real context frames per row where rows differ; shorter rows are padded at the end. Not with actions.
 
     Returns:
         The clean latent (B, 1, C, h, w).
@@ -143,13 +141,18 @@ def sample_next_frame(
             f"action has {action.shape[1]} entries; {num_context} context frames and the new one need {num_context + 1}"
         )
     sampler = FrameSampler(model, num_steps, guidance_scale)
+    # Checked here, because the sampler itself takes no class for the null class.
+    for kind, given in (("label", label), ("action", action)):
+        if model.condition == kind and given is None:
+            raise ValueError(f"this model is conditioned on {kind}s: pass {kind}")
     if sampler.guided:
         context = None if context is None else torch.cat([context, context])
-    memory = model.new_memory(len(noise) * (1 + sampler.guided), num_context + 1, noise)
+    num_tokens = sum(model.token_counts(num_context, noise))
+    memory = model.new_memory(len(noise) * (1 + sampler.guided), num_tokens + model.tokens_per_frame(noise), noise)
     if num_context:
         context_label, context_action = label, None if action is None else action[:, :-1]
         if sampler.guided:
             context_label, context_action = (with_null_class(model, given) for given in (context_label, context_action))
-        known = model.encode_context(context, label=context_label, action=context_action)
-        memory[:, :, :, : known.shape[3]] = known
-    return sampler(memory, noise, lengths=lengths, label=label, action=None if action is None else action[:, -1:])
+        memory[:, :, :, :num_tokens] = model.encode_context(context, label=context_label, action=context_action)
+    frame_action = None if action is None else action[:, -1:]
+    return sampler(memory, noise, [num_context] * len(noise), label=label, action=frame_action)

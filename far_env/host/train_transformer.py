@@ -123,7 +123,14 @@ def teacher_forcing_loss(
     return (velocity.float() - (noise - target)).square().mean()
 
 
-def far_training_loss(model: FAR, latents: Tensor, noise: Tensor, times: Tensor, context_mask: Tensor) -> Tensor:
+def far_training_loss(
+    model: FAR,
+    latents: Tensor,
+    noise: Tensor,
+    times: Tensor,
+    context_mask: Tensor,
+    **conditions: Tensor,
+) -> Tensor:
     """FAR's own objective: every frame noisy at its own level and seeing the noisy frames before it (arXiv 2503.19325, §3).
 
     Args:
@@ -131,6 +138,7 @@ def far_training_loss(model: FAR, latents: Tensor, noise: Tensor, times: Tensor,
         latents, noise: (B, F, C, h, w), latents scaled.
         times: (B, F) in 1 … 1000.
         context_mask: (B, F), 1 where a frame is given clean at time −1 and left out of the loss.
+        conditions: label (B,) or action (B, F), where the model takes them.
 
     Returns:
         Per clip the mean over unmasked frames among the last ``short_term_ctx_winsize``, then the mean over clips.
@@ -138,7 +146,7 @@ def far_training_loss(model: FAR, latents: Tensor, noise: Tensor, times: Tensor,
     given = context_mask.bool()
     sigma = (times / 1000).masked_fill(given, 0.0)[..., None, None, None]
     noisy = sigma * noise + (1 - sigma) * latents
-    velocity = model(noisy, times.masked_fill(given, CLEAN_TIME))
+    velocity = model(noisy, times.masked_fill(given, CLEAN_TIME), **conditions)
     error = (velocity - (noise - latents)).square().mean(dim=(2, 3, 4))
     window = slice(-model.short_term_ctx_winsize, None)
     counted = (~given[:, window]).float()

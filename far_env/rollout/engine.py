@@ -22,7 +22,6 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.frame_meta import frame_features
-from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import FrameSampler
 from far_env.rollout.memo import LatentMemo, content_key
 from far_env.rollout.noise import rollout_noise
@@ -38,7 +37,8 @@ class Rollout:
         kept: true numbers of the history's frames; context frames are 0 … n_context-1.
         frames: clean latents (C, h, w) of all frames so far, kept or not, by true number.
         keys: their content keys.
-        prefix: keys and values (layers, 2, S, heads, d) of the first frames of the history, as far as they are known.
+        prefix: keys and values (layers, 2, tokens, heads, d) of the first frames of the history, as far as they are known.
+        num_coarse: how many of the history's oldest frames were coarse when these were computed.
         noise: (n_predict, C, h, w).
         noise_seed: what it was drawn with.
     """
@@ -50,6 +50,7 @@ class Rollout:
     frames: list[Tensor] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     prefix: list[Tensor] = field(default_factory=list)
+    num_coarse: int = 0
 
     def copy(self) -> Rollout:
         """A rollout that goes on from here on its own; the tensors are shared."""
@@ -212,33 +213,39 @@ class RolloutBatch:
 
     def _encode_histories(self, rollouts: Sequence[Rollout]) -> None:
         """Compute the keys and values that are not known yet, rows with alike histories together."""
+        model = self._sampler.model
         groups: dict[tuple[int, int], list[Rollout]] = {}
         for own in rollouts:
+            num_coarse = model.num_coarse(len(own.kept) + 1)
+            if num_coarse != own.num_coarse:
+                # A frame that becomes coarse or fine is another one, and so is every finer frame that saw it.
+                own.prefix = own.prefix[: min(num_coarse, own.num_coarse)]
+                own.num_coarse = num_coarse
             if len(own.prefix) < len(own.kept):
                 groups.setdefault((len(own.prefix), len(own.kept)), []).append(own)
-        model = self._sampler.model
-        clean = self._sampler.shared_modulations(CLEAN_TIME, self._empty.dtype)
         for (num_known, num_kept), alike in groups.items():
             frames = torch.stack([own.frames[number] for own in alike for number in own.kept[num_known:]])
             frames = frames.unflatten(0, (len(alike), num_kept - num_known))
             past = None
             if num_known:
                 past = torch.cat([torch.cat(own.prefix, dim=2)[:, :, None] for own in alike], dim=2)
-            encoded = model.encode_context(frames, past, modulations=clean)
-            for i, own in enumerate(alike):
-                own.prefix += [block.clone() for block in encoded[:, :, i].unflatten(2, (num_kept - num_known, -1)).unbind(2)]
+            encoded = model.encode_context(frames, past, num_known, shared=self._sampler.shared_modulations)
+            counts = model.token_counts(num_kept, frames)[num_known:]
+            for row, own in enumerate(alike):
+                own.prefix += [block.clone() for block in encoded[:, :, row].split(counts, dim=2)]
 
     def _sample(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The next latent (R, C, h, w) of rollouts whose histories are encoded."""
         noise = torch.stack([own.noise[own.steps] for own in rollouts])[:, None]
-        lengths = [len(own.kept) for own in rollouts]
-        longest = max(lengths)
-        memory = self._sampler.model.new_memory(len(rollouts), longest + 1, noise)
-        tokens = memory.shape[3] // (longest + 1)
+        model = self._sampler.model
+        num_tokens = max(sum(block.shape[2] for block in own.prefix) for own in rollouts)
+        memory = model.new_memory(len(rollouts), num_tokens + model.tokens_per_frame(noise), noise)
         for row, own in enumerate(rollouts):
-            for place, block in enumerate(own.prefix):
-                memory[:, :, row, place * tokens : (place + 1) * tokens] = block
+            start = 0
+            for block in own.prefix:
+                end = start + block.shape[2]
+                memory[:, :, row, start:end] = block
+                start = end
             # Masked, but 0 times what memory happens to hold might not be 0.
-            memory[:, :, row, len(own.prefix) * tokens : longest * tokens] = 0
-        ragged = min(lengths) < longest
-        return self._sampler(memory, noise, lengths=torch.tensor(lengths, device=noise.device) if ragged else None)[:, 0]
+            memory[:, :, row, start:num_tokens] = 0
+        return self._sampler(memory, noise, [len(own.kept) for own in rollouts])[:, 0]

@@ -68,12 +68,14 @@ def reference_rollout(
 @torch.no_grad()
 def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor) -> Tensor:
     """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence."""
+    transformer = workload.host.transformer
+    conditions = transformer.null_conditions(1, len(kept) + 1, noise.device)
     scheduler = make_scheduler(workload.num_steps, noise.device)
     frame = noise
     for time in scheduler.timesteps:
         sequence = torch.cat([kept, frame[None]])[None]
         times = torch.full(sequence.shape[:2], CLEAN_TIME, device=noise.device)
         times[:, -1] = time
-        velocity = workload.host.transformer(sequence, times)[0, -1]
+        velocity = transformer(sequence, times, **conditions)[0, -1]
         frame = scheduler.step(velocity, time, frame).prev_sample
     return frame
