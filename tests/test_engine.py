@@ -73,6 +73,29 @@ def test_rows_with_different_prefixes_share_a_batch(tiny_workload):
         torch.testing.assert_close(batch.generated([row]), alone.generated([0]), atol=ATOL, rtol=0)
 
 
+def test_rows_of_different_lengths_and_budgets_share_a_batch(tiny_workload, tiny_long_workload):
+    for workload in (tiny_workload, tiny_long_workload):
+        clips = [workload.clips.clip("test", i) for i in range(3)]
+        lengths = [(5, 11), (2, 6), (9, 4)]
+        batch = RolloutBatch(workload, 3)
+        for row, (clip, (given, predicted)) in enumerate(zip(clips, lengths, strict=True)):
+            batch.begin([row], [clip], [row], num_context=given, num_predict=predicted)
+        while active := [row for row in range(3) if not batch.finished(row)]:
+            batch.advance(active)
+        latents = batch.generated([0, 1, 2])
+        assert latents.shape[1] == 11
+        for row, (clip, (given, predicted)) in enumerate(zip(clips, lengths, strict=True)):
+            own = replace(workload, num_context=given, num_predict=predicted)
+            expected = reference_rollout(own, clip, None, 9999, row).latents
+            torch.testing.assert_close(latents[row, :predicted], expected, atol=ATOL, rtol=0)
+            assert not latents[row, predicted:].any()
+        budgets = [1, 4, 9999]
+        mixed, _ = play(workload, clips, [0, 1, 2], Drops(1), budgets)
+        for row, (clip, budget) in enumerate(zip(clips, budgets, strict=True)):
+            expected = reference_rollout(workload, clip, Drops(1), budget, row).latents
+            torch.testing.assert_close(mixed.generated([row])[0], expected, atol=ATOL, rtol=0)
+
+
 def test_the_memo_answers_what_was_computed_before(tiny_workload, encoded):
     clips = [tiny_workload.clips.clip("test", i) for i in range(3)]
     memo = LatentMemo()

@@ -33,6 +33,7 @@ class Rollout:
     """One row. Tensors are never changed in place, so that copies may share them.
 
     Attributes:
+        num_context, num_predict: frames given and to be generated.
         steps: generated frames.
         kept: true numbers of the history's frames; context frames are 0 … n_context-1.
         frames: clean latents (C, h, w) of all frames so far, kept or not, by true number.
@@ -43,6 +44,8 @@ class Rollout:
         noise_seed: what it was drawn with.
     """
 
+    num_context: int
+    num_predict: int
     steps: int
     noise: Tensor
     noise_seed: int
@@ -61,8 +64,8 @@ class Rollout:
 class RolloutBatch:
     """The state of ``num_rows`` independent rollouts of one workload.
 
-    A row is begun with a clip and a noise seed, then advanced frame by frame and cut down by `retain`. Rows may stand at
-    different steps and hold histories of different lengths.
+    A row is begun with a clip and a noise seed, then advanced frame by frame and cut down by `retain`. Rows may have different
+    lengths, stand at different steps and hold different histories.
 
     Args:
         workload: what is rolled out.
@@ -88,31 +91,42 @@ class RolloutBatch:
         """True numbers of the row's history, oldest first; context frames are 0 … n_context-1."""
         return list(self._rows[row].kept)
 
-    def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
-        """Start a rollout in each of ``rows``: encode its clip's context frames, draw its noise."""
-        workload, host = self.workload, self.workload.host
-        keys, known = [], []
-        for clip in clips:
-            context = np.ascontiguousarray(clip.frames[: workload.num_context])
-            keys.append(content_key(*self._origin, context.data.cast("B")))
-            known.append(self.memo.get(keys[-1]))
+    def begin(
+        self,
+        rows: Sequence[int],
+        clips: Sequence[Clip],
+        noise_seeds: Sequence[int],
+        *,
+        num_context: int | None = None,
+        num_predict: int | None = None,
+    ) -> None:
+        """Start a rollout in each of ``rows``: encode its clip's context frames, draw its noise.
+
+        Args:
+            num_context, num_predict: other lengths than the workload's.
+        """
+        host = self.workload.host
+        num_context = self.workload.num_context if num_context is None else num_context
+        num_predict = self.workload.num_predict if num_predict is None else num_predict
+        contexts = [np.ascontiguousarray(clip.frames[:num_context]) for clip in clips]
+        keys = [content_key(*self._origin, context.data.cast("B")) for context in contexts]
+        known = [self.memo.get(key) for key in keys]
         missing = [i for i, latents in enumerate(known) if latents is None]
         if missing:
-            pixels = np.stack([clips[i].frames[: workload.num_context] for i in missing])
-            encoded = host.autoencoder.encode(torch.from_numpy(pixels).to(host.device, host.dtype))
-            for i, latents in zip(missing, encoded, strict=True):
+            pixels = torch.from_numpy(np.stack([contexts[i] for i in missing]))
+            for i, latents in zip(missing, host.autoencoder.encode(pixels.to(host.device, host.dtype)), strict=True):
                 known[i] = latents.clone()
                 self.memo.put(keys[i], known[i])
         for row, key, latents, seed in zip(rows, keys, known, noise_seeds, strict=True):
-            noise = rollout_noise(seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
-            numbers = list(range(workload.num_context))
             self._rows[row] = Rollout(
+                num_context=num_context,
+                num_predict=num_predict,
                 steps=0,
-                noise=noise,
+                noise=self._draw_noise(seed, num_predict),
                 noise_seed=int(seed),
-                kept=numbers,
+                kept=list(range(num_context)),
                 frames=list(latents),
-                keys=[content_key(key, number) for number in numbers],
+                keys=[content_key(key, number) for number in range(num_context)],
             )
 
     def fork(self, row: int, onto: Sequence[int]) -> None:
@@ -160,13 +174,14 @@ class RolloutBatch:
 
     def finished(self, row: int) -> bool:
         """Whether the row has generated all its frames (or was never begun)."""
-        return self._rows[row].steps >= self.workload.num_predict
+        return self._rows[row].steps >= self._rows[row].num_predict
 
     def generated(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
-        """Generated latents first … last-1 (R, n, C, h, w), zero where not generated yet."""
-        numbers = range(self.workload.num_frames)[self.workload.num_context :][first:last]
-        frames = [own.frames[n] if n < len(own.frames) else self._empty for own in self._chosen(rows) for n in numbers]
-        return torch.stack(frames).unflatten(0, (len(rows), len(numbers)))
+        """Generated latents first … last-1 (R, n, C, h, w), zero where there is none (yet)."""
+        chosen = self._chosen(rows)
+        steps = range(max(own.num_predict for own in chosen))[first:last]
+        frames = [own.frames[own.num_context + step] if step < own.steps else self._empty for own in chosen for step in steps]
+        return torch.stack(frames).unflatten(0, (len(chosen), len(steps)))
 
     def decode(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
         """Predicted frames first … last-1 of each row as pixels (R, last − first, 3, H, W)."""
@@ -175,6 +190,7 @@ class RolloutBatch:
     def state_dict(self) -> dict:
         """The rollouts as tensors and plain values."""
         return {
+            "lengths": [(own.num_context, own.num_predict) for own in self._rows],
             "steps": self.steps.tolist(),
             "kept": [list(own.kept) for own in self._rows],
             "keys": [list(own.keys) for own in self._rows],
@@ -184,23 +200,29 @@ class RolloutBatch:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore rollouts saved by `state_dict` from a batch of the same size."""
-        host = self.workload.host
         for row, frames in enumerate(state["frames"]):
             if frames is None:
                 self._rows[row] = self._unbegun()
                 continue
             seed = state["noise_seeds"][row]
+            num_context, num_predict = state["lengths"][row]
             self._rows[row] = Rollout(
+                num_context=num_context,
+                num_predict=num_predict,
                 steps=state["steps"][row],
-                noise=rollout_noise(seed, self.workload.num_predict, host.latent_shape).to(host.device, host.dtype),
+                noise=self._draw_noise(seed, num_predict),
                 noise_seed=seed,
                 kept=list(state["kept"][row]),
-                frames=list(frames.to(host.device, host.dtype)),
+                frames=list(frames.to(self._empty)),
                 keys=list(state["keys"][row]),
             )
 
     def _unbegun(self) -> Rollout:
-        return Rollout(steps=self.workload.num_predict, noise=self._empty[None], noise_seed=0)
+        lengths = {"num_context": self.workload.num_context, "num_predict": self.workload.num_predict}
+        return Rollout(**lengths, steps=self.workload.num_predict, noise=self._empty[None], noise_seed=0)
+
+    def _draw_noise(self, seed: int, num_predict: int) -> Tensor:
+        return rollout_noise(seed, num_predict, self.workload.host.latent_shape).to(self._empty)
 
     def _chosen(self, rows: Sequence[int]) -> list[Rollout]:
         return [self._rows[row] for row in rows]
