@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -30,7 +31,7 @@ class EvaluateOptions:
     """The first so many clips of the split."""
     metrics: str = "psnr,ssim,lpips"
     host: str = "embedded"
-    """"embedded" or a host folder."""
+    """"embedded", a released transformer (see far-env weights list) or a host folder."""
     device: str = "auto"
     batch_size: int = 64
     data_dir: str | None = None
@@ -48,6 +49,15 @@ class ExportOptions:
     run: tyro.conf.Positional[str]
     """Run folder of train_agent.py."""
     out: str = "policy.py"
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """The released FAR models: list them, fetch them, or check their files."""
+
+    action: tyro.conf.Positional[Literal["list", "download", "verify"]]
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """As in the list; a transformer brings its autoencoder. verify without names checks all that are there."""
 
 
 def run_train_host(args: Sequence[str]) -> None:
@@ -105,10 +115,35 @@ def run_export(args: Sequence[str]) -> None:
     print(f"wrote {options.out}")
 
 
+def run_weights(args: Sequence[str]) -> None:
+    """List, download or verify the released models."""
+    options = parse(WeightsOptions, args, "far-env weights", WeightsOptions.__doc__ or "")
+    from far_env.host import zoo
+
+    names = list(options.names)
+    for name in options.names:
+        autoencoder = zoo.find_released(name).autoencoder
+        if autoencoder is not None and autoencoder not in names:
+            names.append(autoencoder)
+    if options.action == "list":
+        print(zoo.listing(names or list(zoo.RELEASED)))
+        return
+    if options.action == "download" and not names:
+        raise ValueError("weights download needs the names of released models; far-env weights list shows them")
+    if not names:
+        names = [name for name, released in zoo.RELEASED.items() if released.path.exists()]
+        if not names:
+            raise ValueError(f"no released weights in {zoo.weights_dir()}; far-env weights download NAME fetches some")
+    for name in names:
+        path = (zoo.download if options.action == "download" else zoo.verify)(name)
+        print(f"{name}: {path} is complete")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train-host": run_train_host,
     "evaluate": run_evaluate,
     "export": run_export,
+    "weights": run_weights,
 }
 
 

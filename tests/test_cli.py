@@ -188,12 +188,12 @@ def broken_host(tiny_host_folder, tmp_path):
 
 
 def rewrite(folder, part, state, fix_hash=True):
-    from far_env.host.weights import _file_hash
+    from far_env.host.state_files import file_hash
 
     save_file(state, folder / f"{part}.safetensors")
     if fix_hash:
         config = json.loads((folder / "config.json").read_text())
-        config["sha256"][part] = _file_hash(folder / f"{part}.safetensors")
+        config["sha256"][part] = file_hash(folder / f"{part}.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -18,13 +18,11 @@ from far_env.config import write_text
 from far_env.device import resolve_device
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
+from far_env.host.state_files import WeightsError, check_state, file_hash
+from far_env.host.zoo import RELEASED, load_released
 
 EMBEDDED_HOST = Path(__file__).parent.parent / "assets" / "embedded_host"
 _PARTS = ("autoencoder", "transformer")
-
-
-class WeightsError(ValueError):
-    """A weight file is missing, damaged, or does not fit its configuration; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,8 @@ class Host:
     Attributes:
         name: where it came from.
         transformer, autoencoder: in eval mode, without gradients.
-        weights_hash: first eight hex digits of the SHA-256 of config.json, which holds those of both weight files.
+        weights_hash: eight hex digits: of the SHA-256 of config.json, which holds those of both weight files, or, of a released
+            model, of the transformer's file.
         latent_shape: (C, h, w) of one frame at ``frame_size``.
         frame_size: side of the square frames it works on.
         num_steps: ODE steps that its workloads use by default.
@@ -60,11 +59,13 @@ class Host:
 
 
 def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:
-    """Load ``"embedded"`` or a folder written by `save_host`; loaded once per (name, device, dtype).
+    """Load ``"embedded"``, a released transformer by name, or a folder written by `save_host`; once per (name, device, dtype).
 
     Raises:
-        WeightsError: if a file is missing or damaged, its hash differs from config.json, or keys or shapes do not fit.
+        WeightsError: if a file is missing or damaged, its hash is not the expected one, or keys or shapes do not fit.
     """
+    if str(name) in RELEASED:
+        return _released_host(str(name), resolve_device(str(device)), dtype)
     folder = EMBEDDED_HOST if name == "embedded" else Path(name)
     return _load_host(str(name), folder.resolve(), _read_config(folder), resolve_device(str(device)), dtype)
 
@@ -76,7 +77,7 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
     modules: dict[str, nn.Module] = {}
     for part, build in (("autoencoder", Autoencoder), ("transformer", FAR)):
         path = folder / f"{part}.safetensors"
-        content_hash, expected = _file_hash(path), config["sha256"].get(part, "")
+        content_hash, expected = file_hash(path), config["sha256"].get(part, "")
         if content_hash != expected:
             raise WeightsError(f"{path} has SHA-256 {content_hash[:8]}…, config.json expects {expected[:8]}…; restore the file")
         try:
@@ -94,6 +95,23 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
     )
 
 
+@lru_cache(maxsize=1)
+def _released_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
+    released = RELEASED[name]
+    if released.autoencoder is None:
+        raise WeightsError(f"{name} is an autoencoder; name a transformer, whose autoencoder comes with it")
+    autoencoder = load_released(released.autoencoder).to(device, dtype)
+    side = released.frame_size // autoencoder.compression
+    return Host(
+        name=name,
+        transformer=load_released(name).to(device, dtype),
+        autoencoder=autoencoder,
+        weights_hash=released.hash_prefix,
+        latent_shape=(released.config.get("in_channels", 32), side, side),
+        frame_size=released.frame_size,
+    )
+
+
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """Load a safetensors file strictly into ``model``; returns it in eval mode, float32, without gradients.
 
@@ -105,14 +123,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore it or train it again") from error
     expected = model.state_dict()
-    for key in sorted(expected.keys() | state.keys()):
-        if key not in state:
-            raise WeightsError(f"{path} lacks the key {key!r}; it was made for another configuration")
-        if key not in expected:
-            raise WeightsError(f"{path} has the unexpected key {key!r}; it was made for another configuration")
-        if state[key].shape != expected[key].shape:
-            found, wanted = tuple(state[key].shape), tuple(expected[key].shape)
-            raise WeightsError(f"{path}: {key!r} has shape {found}, the configuration needs {wanted}")
+    check_state(state, expected, path)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
     return model.eval().requires_grad_(False)
 
@@ -139,7 +150,7 @@ def save_host(
         half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
         save_file({key: value.cpu().contiguous() for key, value in half.items()}, temporary)
         temporary.replace(path)
-        hashes[part] = _file_hash(path)
+        hashes[part] = file_hash(path)
     side = frame_size // autoencoder.compression
     config = {
         "frame_size": frame_size,
@@ -170,11 +181,3 @@ def _check_config(folder: Path, text: str) -> dict:
     if missing:
         raise WeightsError(f"{path} lacks {', '.join(missing)}; restore the file")
     return config
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(f"the weight file {path} cannot be read: {error.strerror}; restore it or train it again") from error

@@ -1,0 +1,238 @@
+"""The released FAR models (Gu et al., arXiv 2503.19325): which files, configurations and data, where they lie, loading them.
+
+Facts from the Hugging Face repository guyuchao/FAR_Models; the eight hex digits in a file's name begin its SHA-256.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from far_env.contract import unknown_name
+from far_env.host.autoencoder import Autoencoder
+from far_env.host.far import FAR
+from far_env.host.far_long import FARLong
+from far_env.host.state_files import WeightsError, check_state, file_hash
+
+REPOSITORY = "guyuchao/FAR_Models"
+CITATION = "FAR: Gu et al., arXiv 2503.19325; DCAE: Chen et al., arXiv 2410.10733"
+DIRECTORY_VARIABLE = "FAR_WEIGHTS_DIR"
+
+
+@dataclass(frozen=True)
+class Released:
+    """One released checkpoint.
+
+    Attributes:
+        file: path in the repository, and below the weights folder.
+        data: what it was trained on.
+        frame_size: side of its frames in pixels.
+        config: constructor arguments of the model.
+        kind: FAR, FARLong or Autoencoder.
+        autoencoder: name of the one that a transformer's latents are of; None for autoencoders.
+    """
+
+    file: str
+    data: str
+    frame_size: int
+    config: dict[str, Any] = field(repr=False)
+    kind: type[nn.Module] = FAR
+    autoencoder: str | None = None
+
+    @property
+    def hash_prefix(self) -> str:
+        """First eight hex digits of the file's SHA-256."""
+        return Path(self.file).stem.rsplit("-", 1)[1]
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies on this machine, whether it is there or not."""
+        return weights_dir() / self.file
+
+    def build(self) -> nn.Module:
+        """The model, not initialised, on torch's meta device."""
+        with torch.device("meta"):
+            return self.kind(**self.config)
+
+
+def _far(num_layers: int, num_heads: int, **changes: Any) -> dict[str, Any]:
+    return {"num_layers": num_layers, "num_attention_heads": num_heads, **changes}
+
+
+def _dcae(num_coarse_stages: int) -> dict[str, Any]:
+    """Configuration of the autoencoder with compression 8, 16 or 32: one, two or three EfficientViT stages."""
+    widths = [128, 256, 512, 512] + [1024] * (num_coarse_stages - 1)
+    blocks = ["ResBlock"] * 3 + ["EfficientViTBlock"] * num_coarse_stages
+    multiscales: list[list[int]] = [[] for _ in blocks]
+    return {
+        "in_channels": 3,
+        "latent_channels": 32,
+        "attention_head_dim": 32,
+        "encoder_block_types": blocks,
+        "decoder_block_types": blocks,
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "encoder_layers_per_block": [0, 4, 8] + [2] * num_coarse_stages,
+        "decoder_layers_per_block": [0, 5, 10] + [2] * num_coarse_stages,
+        "encoder_qkv_multiscales": multiscales,
+        "decoder_qkv_multiscales": multiscales,
+        "upsample_block_type": "pixel_shuffle",
+        "downsample_block_type": "pixel_unshuffle",
+        "decoder_norm_types": ["batch_norm"] * 3 + ["rms_norm"] * num_coarse_stages,
+        "decoder_act_fns": ["relu"] * 3 + ["silu"] * num_coarse_stages,
+        "scaling_factor": 0.2889,
+    }
+
+
+_ACTIONS = {"condition_cfg": {"type": "action", "num_action_classes": 4}}
+_LABELS = {"condition_cfg": {"type": "label", "num_classes": 101}}
+_SHORT, _LONG, _VIDEO = "short_video_prediction", "long_video_prediction", "video_generation"
+
+RELEASED: dict[str, Released] = {
+    "far_b_ucf101": Released(
+        f"{_SHORT}/FAR_B_UCF101_Uncond64-381d295f.pth", "UCF-101", 64, _far(12, 12), FAR, "dcae_ucf101_64"
+    ),
+    "far_b_bair": Released(
+        f"{_SHORT}/FAR_B_BAIR_Uncond64-1983191b.pth",
+        "BAIR",
+        64,
+        _far(12, 12, short_term_ctx_winsize=30),
+        FAR,
+        "dcae_bair_64",
+    ),
+    "far_b_long_dmlab": Released(
+        f"{_LONG}/FAR_B_Long_DMLab_Action64-c09441dc.pth", "DMLab", 64, _far(12, 12, **_ACTIONS), FARLong, "dcae_dmlab_64"
+    ),
+    "far_m_long_minecraft": Released(
+        f"{_LONG}/FAR_M_Long_Minecraft_Action128-4c041561.pth",
+        "Minecraft",
+        128,
+        _far(12, 16, **_ACTIONS),
+        FARLong,
+        "dcae_minecraft_128",
+    ),
+    "far_l_ucf101_128": Released(
+        f"{_VIDEO}/FAR_L_UCF101_Uncond128-c19abd2c.pth", "UCF-101", 128, _far(24, 16), FAR, "dcae_ucf101_128"
+    ),
+    "far_l_ucf101_128_label": Released(
+        f"{_VIDEO}/FAR_L_UCF101_Cond128-c6f798bf.pth", "UCF-101", 128, _far(24, 16, **_LABELS), FAR, "dcae_ucf101_128"
+    ),
+    "far_l_ucf101_256": Released(
+        f"{_VIDEO}/FAR_L_UCF101_Uncond256-adea51e9.pth", "UCF-101", 256, _far(24, 16), FAR, "dcae_ucf101_256"
+    ),
+    "far_l_ucf101_256_label": Released(
+        f"{_VIDEO}/FAR_L_UCF101_Cond256-41c6033f.pth", "UCF-101", 256, _far(24, 16, **_LABELS), FAR, "dcae_ucf101_256"
+    ),
+    "far_xl_ucf101_256": Released(
+        f"{_VIDEO}/FAR_XL_UCF101_Uncond256-3594ce6b.pth", "UCF-101", 256, _far(28, 18), FAR, "dcae_ucf101_256"
+    ),
+    "far_xl_ucf101_256_label": Released(
+        f"{_VIDEO}/FAR_XL_UCF101_Cond256-28a88f56.pth", "UCF-101", 256, _far(28, 18, **_LABELS), FAR, "dcae_ucf101_256"
+    ),
+    "dcae_ucf101_64": Released("dcae/DCAE_UCF101_Res64-9da18dcf.pth", "UCF-101", 64, _dcae(1), Autoencoder),
+    "dcae_bair_64": Released("dcae/DCAE_BAIR_Res64-1a8547fb.pth", "BAIR", 64, _dcae(1), Autoencoder),
+    "dcae_dmlab_64": Released("dcae/DCAE_DMLab_Res64-17035ae5.pth", "DMLab", 64, _dcae(1), Autoencoder),
+    "dcae_minecraft_128": Released("dcae/DCAE_Minecraft_Res128-a5677f66.pth", "Minecraft", 128, _dcae(2), Autoencoder),
+    "dcae_ucf101_128": Released("dcae/DCAE_UCF101_Res128-bb9d1258.pth", "UCF-101", 128, _dcae(2), Autoencoder),
+    "dcae_ucf101_256": Released("dcae/DCAE_UCF101_Res256-9c4355c8.pth", "UCF-101", 256, _dcae(3), Autoencoder),
+}
+
+
+def find_released(name: str) -> Released:
+    """The released checkpoint of this name. Raises ValueError, with the nearest name, if there is none."""
+    if name not in RELEASED:
+        raise ValueError(unknown_name("released model", name, list(RELEASED)))
+    return RELEASED[name]
+
+
+def weights_dir() -> Path:
+    """The folder of the environment variable FAR_WEIGHTS_DIR, else one in the user's cache."""
+    given = os.environ.get(DIRECTORY_VARIABLE)
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env" / "weights"
+
+
+def listing(names: Sequence[str]) -> str:
+    """A table of released models: name, parameters, data, frame size, file, and whether it is on this machine."""
+    rows = [("name", "parameters", "data", "frames", "here", "file")]
+    for name in names:
+        released = find_released(name)
+        count = sum(parameter.numel() for parameter in released.build().parameters())
+        here = "yes" if released.path.exists() else "no"
+        rows.append((name, f"{count / 1e6:.1f} M", released.data, f"{released.frame_size}²", here, released.file))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"from {REPOSITORY} on Hugging Face, to {weights_dir()}", CITATION])
+
+
+def verify(name: str) -> Path:
+    """The checkpoint's file, after comparing its hash with its name.
+
+    Raises:
+        WeightsError: if the file is missing, truncated or another one.
+    """
+    released = find_released(name)
+    path = released.path
+    if not path.exists():
+        raise WeightsError(
+            f"the released weights {name} are not at {path}; far-env weights download {name} fetches them, or set "
+            f"{DIRECTORY_VARIABLE} to the folder that holds {released.file}"
+        )
+    found = file_hash(path)
+    if not found.startswith(released.hash_prefix):
+        raise WeightsError(
+            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it and "
+            f"run far-env weights download {name}"
+        )
+    return path
+
+
+def download(name: str) -> Path:
+    """Fetch the checkpoint from Hugging Face, with progress and resume, unless it is there already; then verify it.
+
+    Raises:
+        WeightsError: if it cannot be fetched or is not what its name says; what was fetched is then removed.
+    """
+    from huggingface_hub import hf_hub_download
+
+    released = find_released(name)
+    if released.path.exists():
+        return verify(name)
+    try:
+        hf_hub_download(REPOSITORY, released.file, local_dir=weights_dir())
+    except Exception as error:
+        raise WeightsError(
+            f"{released.file} could not be fetched from {REPOSITORY} ({str(error).splitlines()[0]}); with a network try again, "
+            f"or put the file at {released.path}"
+        ) from error
+    try:
+        return verify(name)
+    except WeightsError:
+        released.path.unlink(missing_ok=True)
+        raise
+
+
+def load_released(name: str) -> nn.Module:
+    """The released model in eval mode, float32, on the CPU, without gradients.
+
+    Raises:
+        WeightsError: if the file is missing, its hash or its tensors are not the expected ones, or it holds more than tensors.
+    """
+    released, path = find_released(name), verify(name)
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise WeightsError(
+            f"{path} is no plain state dict of tensors and is not loaded: {str(error).splitlines()[0]}"
+        ) from error
+    model = released.build()
+    # The release holds diffusers' own autoencoder, which ours wraps.
+    target = model.dcae if isinstance(model, Autoencoder) else model
+    check_state(state, target.state_dict(), path)
+    target.load_state_dict(state, assign=True)
+    return model.float().eval().requires_grad_(False)
