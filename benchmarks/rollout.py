@@ -242,6 +242,24 @@ def memo_cost(workload: Workload, num_clips: int) -> dict[str, float]:
     return {**seconds, "ratio": seconds["with"] / seconds["without"]}
 
 
+def scaling(workload: Workload, batch: int = 16) -> list[dict[str, float]]:
+    """Milliseconds and GFLOP per generated frame for several budgets and for a rollout four times as long."""
+    policy, clips, rows = load_policy("recent_fill"), [workload.clips.clip("test", i) for i in range(batch)], []
+    for max_frames, num_predict in ((1, 11), (4, 11), (8, 11), (4, 44), (8, 44)):
+        longer = replace(workload, num_predict=num_predict)
+        with FlopCounterMode(display=False) as counter:
+            play(longer, clips, range(batch), policy, max_frames)
+        synchronize(workload.host.device)
+        start = time.perf_counter()
+        play(longer, clips, range(batch), policy, max_frames)
+        synchronize(workload.host.device)
+        frames = batch * num_predict
+        milliseconds = 1000 * (time.perf_counter() - start) / frames
+        gflop = counter.get_total_flops() / frames / 1e9
+        rows.append({"budget": max_frames, "predicted": num_predict, "milliseconds": milliseconds, "gflop": gflop})
+    return rows
+
+
 def metric_change(workload: Workload, dtype: torch.dtype, num_clips: int) -> float:
     """Mean clip PSNR at this dtype minus that at float32, in dB, on the same clips and noise."""
     policies = {POLICY: load_policy(POLICY)}
@@ -312,6 +330,11 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
         say(line.format(**result["far_b"]))
         result["memo"] = memo_cost(base, 64)
         say("8 policies on 64 clips: {without:.1f} s, with the memo {with:.1f} s, ratio {ratio:.2f}".format(**result["memo"]))
+        result["scaling"] = scaling(base)
+        say("per generated frame, batch 16, 4 steps, recent_fill:")
+        for row in result["scaling"]:
+            line = "  budget {budget}, {predicted} frames: {milliseconds:.2f} ms, {gflop:.3f} GFLOP"
+            say(line.format(**row) + f", {row['gflop'] / row['milliseconds'] * 1000:.0f} GFLOP/s")
         result["bfloat16_minus_float32_db"] = metric_change(base, torch.bfloat16, 256)
         say(f"bfloat16 changes the mean PSNR of 256 clips by {result['bfloat16_minus_float32_db']:+.4f} dB")
     result["peak_memory_mib"] = peak_memory_mib(device)

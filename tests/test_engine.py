@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,30 @@ def test_a_finished_rollout_leaves_nothing_behind(tiny_workload):
     rows = batch._rows
     for tensor in [t for row in rows for t in [*row.frames[5:], *row.prefix]] + list(memo._entries.values()):
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_memory_of_finished_episodes_is_given_back(tiny_workload):
+    memo, batch = LatentMemo(max_bytes=64 * 1024), RolloutBatch(tiny_workload, 2)
+    batch.memo = memo
+
+    def live_bytes():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    held = []
+    for episode in range(40):
+        clips = [tiny_workload.clips.clip("train", 2 * episode + i) for i in range(2)]
+        batch.begin([0, 1], clips, [2 * episode, 2 * episode + 1])
+        while not batch.finished(0):
+            batch.advance([0, 1])
+            if len(batch.frame_numbers(0)) > 4:
+                for row in (0, 1):
+                    batch.retain(row, [0, 1, 2, len(batch.frame_numbers(row)) - 1])
+        if episode in (9, 39):
+            held.append(live_bytes())
+    assert memo.num_bytes <= 64 * 1024 and memo.statistics.evictions > 100
+    assert held[1] <= held[0] + 64 * 1024
 
 
 def test_a_fork_goes_on_as_the_rollout_would_have_and_shares_its_frames(tiny_workload, encoded):
