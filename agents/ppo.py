@@ -88,7 +88,8 @@ class AgentTraining:
     reward: RewardSettings = field(default_factory=RewardSettings)
     workload: str = "pan"
     budget: int | str = 4
-    host: str = "embedded"
+    host: str | None = None
+    """"embedded", a released transformer or a host folder; by default the workload's own."""
     device: str = "auto"
     """Where the host runs; the scorer is small and stays on the CPU."""
     seed: int = 0

@@ -5,10 +5,15 @@ import gymnasium
 
 __version__ = "0.1.0"
 
-for _name in ("Pan", "Cuts"):
+for _name, _workload in {
+    "Pan": "pan",
+    "Cuts": "cuts",
+    "UCF101Short": "ucf101_short_prediction",
+    "DMLabLong": "dmlab_long_prediction",
+}.items():
     gymnasium.register(
         id=f"far_env/{_name}-v0",
         entry_point="far_env.env:FrameRetentionEnv",
         vector_entry_point="far_env.vector_env:FrameRetentionVectorEnv",
-        kwargs={"workload": _name.lower()},
+        kwargs={"workload": _workload},
     )

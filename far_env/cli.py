@@ -30,8 +30,8 @@ class EvaluateOptions:
     clips: int = 256
     """The first so many clips of the split."""
     metrics: str = "psnr,ssim,lpips"
-    host: str = "embedded"
-    """"embedded", a released transformer (see far-env weights list) or a host folder."""
+    host: str | None = None
+    """"embedded", a released transformer (see far-env weights list) or a host folder; by default the workload's own."""
     device: str = "auto"
     batch_size: int = 64
     data_dir: str | None = None

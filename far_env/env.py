@@ -32,7 +32,7 @@ class EpisodeSettings:
         metrics: Sequence[str],
         split: str,
         num_clips: int | None,
-        host: str,
+        host: str | None,
         device: str,
         clip_options: dict[str, Any] | None,
     ) -> None:
@@ -156,7 +156,7 @@ class FrameRetentionEnv(gym.Env):
         metrics: Sequence[str] = (),
         split: str = "train",
         num_clips: int | None = None,
-        host: str = "embedded",
+        host: str | None = None,
         device: str = "auto",
         clip_options: dict[str, Any] | None = None,
         render_mode: str | None = None,

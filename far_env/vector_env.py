@@ -42,7 +42,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         metrics: Sequence[str] = (),
         split: str = "train",
         num_clips: int | None = None,
-        host: str = "embedded",
+        host: str | None = None,
         device: str = "auto",
         clip_options: dict[str, Any] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from far_env.clips.clip import ClipSource
+from far_env.clips.dmlab import DMLab
 from far_env.clips.ucf101 import UCF101
 from far_env.clips.worlds import WORLDS
 from far_env.contract import UNLIMITED_FRAMES, unknown_name
@@ -52,46 +54,63 @@ class Workload:
         return max_frames * frame_size_mb(self.host.latent_shape)
 
 
+@dataclass(frozen=True)
+class WorkloadSpec:
+    """How a registered workload is built.
+
+    Attributes:
+        clips: makes the clip source.
+        num_context, num_predict: as in `Workload`.
+        host: what predicts unless another host is given.
+        num_steps: ODE steps; None leaves them to the host.
+    """
+
+    clips: Callable[..., ClipSource]
+    num_context: int
+    num_predict: int
+    host: str = "embedded"
+    num_steps: int | None = None
+
+
 def _world(name: str) -> Callable[[], ClipSource]:
     return lambda: WORLDS[name]
 
 
-_CLIP_SOURCES: dict[str, Callable[..., ClipSource]] = {**{name: _world(name) for name in WORLDS}, "ucf101": UCF101}
-"""How each workload gets its clips. ucf101 shows real videos to whichever host is given."""
+WORKLOADS: dict[str, WorkloadSpec] = {
+    **{name: WorkloadSpec(_world(name), 5, 11) for name in WORLDS},
+    "ucf101_short_prediction": WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20),
+    "dmlab_long_prediction": WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20),
+}
+"""The embedded worlds, and the benchmark's two workloads (without guidance; DMLab's host gets the null action)."""
 
 
-def workload_names() -> list[str]:
-    """Names that `make_workload` accepts."""
-    return sorted(_CLIP_SOURCES)
-
-
-def make_workload(name: str, *, host: str | os.PathLike = "embedded", device: str = "auto", **clip_options: object) -> Workload:
+def make_workload(
+    name: str, *, host: str | os.PathLike | None = None, device: str = "auto", **clip_options: object
+) -> Workload:
     """Build a registered workload.
 
     Args:
-        name: one of `workload_names`.
-        host: "embedded" or a host folder.
+        name: one of `WORKLOADS`.
+        host: "embedded", a released transformer, a host folder, or None for the workload's own.
         device: "auto", "cpu", "cuda", ….
         clip_options: passed to the clip source (a data folder, say).
 
     Raises:
-        ValueError: on an unknown name (the nearest one is suggested) or options the source does not take.
+        ValueError: on an unknown name (the nearest one is suggested), options the source does not take, or a host for frames
+            of another size.
     """
-    if name not in _CLIP_SOURCES:
-        raise ValueError(unknown_name("workload", name, workload_names()))
-    loaded = load_host(host, device)
+    if name not in WORKLOADS:
+        raise ValueError(unknown_name("workload", name, list(WORKLOADS)))
+    spec = WORKLOADS[name]
     try:
-        clips = _CLIP_SOURCES[name](**clip_options)
+        clips = spec.clips(**clip_options)
     except TypeError as error:
         raise ValueError(f"workload {name} does not take these clip options: {error}") from error
-    return Workload(
-        name=name,
-        clips=clips,
-        host=loaded,
-        num_context=5,
-        num_predict=11,
-        num_steps=loaded.num_steps,
-    )
+    loaded = load_host(spec.host if host is None else host, device)
+    if loaded.frame_size != clips.size:
+        raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
+    num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
+    return Workload(name, clips, loaded, spec.num_context, spec.num_predict, num_steps)
 
 
 def resolve_budget(budget: int | str) -> int:

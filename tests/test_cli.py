@@ -119,7 +119,7 @@ def test_results_do_not_depend_on_the_batch_size(capsys, tiny_host_folder):
         (["--policies", "recent_fill", "--budget", "0"], ["at least 1 frame, got 0"]),
         (["--policies", "recent_fill", "--budget", "tight"], ["unknown budget 'tight'"]),
         (
-            ["--policies", "recent_fill", "--workload", "ucf101", "--data-dir", "/tmp", "--protocol", "fars"],
+            ["--policies", "recent_fill", "--workload", "ucf101_short_prediction", "--data-dir", "/tmp", "--protocol", "fars"],
             ["did you mean 'far'"],
         ),
         (["--policies", "recent_fill", "--workload", "pans"], ["did you mean 'pan'"]),
@@ -130,7 +130,10 @@ def test_results_do_not_depend_on_the_batch_size(capsys, tiny_host_folder):
         (["--policies", "recent_fill", "--split", "dev"], ["unknown split 'dev'"]),
         (["--policies", "recent_fill", "--metrics", "fvd"], ["unknown metric 'fvd'"]),
         (["--policies", "recent_fill", "--device", "tpu9"], ["device 'tpu9'"]),
-        (["--policies", "recent_fill", "--workload", "ucf101", "--data-dir", "/nowhere"], ["/nowhere does not exist"]),
+        (
+            ["--policies", "recent_fill", "--workload", "ucf101_short_prediction", "--data-dir", "/nowhere"],
+            ["/nowhere does not exist"],
+        ),
     ],
 )
 def test_bad_arguments_are_one_sentence(capsys, tiny_host_folder, args, fragments):

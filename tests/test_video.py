@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 
+from far_env.clips.dmlab import DMLab
 from far_env.clips.ucf101 import UCF101
 from far_env.clips.video import VideoError, count_frames, crop_centre, read_frames, squeeze
 from far_env.env import FrameRetentionEnv
-from far_env.workloads import make_workload
+from far_env.workloads import WORKLOADS, Workload, make_workload
 
 
 def write_video(path, num_frames, width=96, height=64, codec="mpeg4"):
@@ -65,7 +67,7 @@ def test_squeezing_keeps_everything_and_cropping_keeps_the_aspect():
 
 
 def test_the_benchmark_protocol_shuffles_the_sorted_list(folder):
-    source = UCF101(folder, "benchmark")
+    source = UCF101(folder, "benchmark", num_frames=16)
     videos = sorted(p for p in folder.rglob("*.*"))
     random.Random(42).shuffle(videos)
     splits = {
@@ -78,12 +80,12 @@ def test_the_benchmark_protocol_shuffles_the_sorted_list(folder):
         clip = source.clip("train", clip_id)
         assert clip.frames.shape == (16, 3, 64, 64) and clip.actions is None
         starts.append(round(clip.frames[0, :, 10:-10, 40:].mean() * 255 / 8))
-        np.testing.assert_array_equal(UCF101(folder).clip("train", clip_id).frames, clip.frames)
+        np.testing.assert_array_equal(UCF101(folder, num_frames=16).clip("train", clip_id).frames, clip.frames)
     assert len(set(starts)) > 1 and max(starts) <= 7
 
 
 def test_fars_protocol_takes_every_tenth_file_from_its_start(folder):
-    source = UCF101(folder, "far")
+    source = UCF101(folder, "far", num_frames=16)
     videos = sorted(p for p in folder.rglob("*.*"))
     assert [source.path("test", i) for i in range(2)] == videos[::10] and source.num_clips("test") == 2
     assert [source.path("validation", i) for i in range(2)] == videos[1::10]
@@ -99,7 +101,7 @@ def test_unusable_files_are_skipped_counted_and_logged(folder, caplog):
     (folder / "cut.avi").write_bytes(good[:300])
     write_video(folder / "short.mp4", 15)
     with caplog.at_level(logging.WARNING):
-        source = UCF101(folder)
+        source = UCF101(folder, num_frames=16)
     reasons = {path.name: reason for path, reason in source.skipped.items()}
     assert set(reasons) == {"empty.mp4", "text.mp4", "cut.mp4", "cut.avi", "short.mp4"}
     assert reasons["empty.mp4"].endswith("is empty")
@@ -120,16 +122,16 @@ def test_a_file_that_promises_more_than_it_holds_is_an_error_when_read(tmp_path)
 def test_missing_data_is_told_plainly(tmp_path, monkeypatch):
     monkeypatch.delenv("UCF101_DATA_DIR", raising=False)
     with pytest.raises(ValueError, match="give data_dir, or set UCF101_DATA_DIR"):
-        UCF101()
+        UCF101(num_frames=16)
     with pytest.raises(ValueError, match="does not exist"):
-        UCF101(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no \.mp4 or \.avi"):
-        UCF101(tmp_path)
+        UCF101(tmp_path / "nowhere", num_frames=16)
+    with pytest.raises(ValueError, match=r"holds no \.mp4, \.avi or \.npz"):
+        UCF101(tmp_path, num_frames=16)
     (tmp_path / "a.mp4").touch()
     with pytest.raises(ValueError, match="no usable video"):
-        UCF101(tmp_path)
-    with pytest.raises(ValueError, match="unknown UCF-101 protocol"):
-        UCF101(tmp_path, "mcvd")
+        UCF101(tmp_path, num_frames=16)
+    with pytest.raises(ValueError, match="unknown ucf101 protocol"):
+        UCF101(tmp_path, "mcvd", num_frames=16)
     with pytest.raises(ValueError, match="workload pan does not take these clip options"):
         make_workload("pan", data_dir=str(tmp_path))
 
@@ -137,12 +139,70 @@ def test_missing_data_is_told_plainly(tmp_path, monkeypatch):
 @pytest.mark.parametrize("protocol", ["benchmark", "far"])
 def test_an_episode_runs_on_a_real_clip_with_the_embedded_host(samples, protocol):
     options = {"data_dir": str(samples), "protocol": protocol}
-    env = FrameRetentionEnv("ucf101", 4, split="test", device="cpu", clip_options=options, metrics=("ssim",))
+    env = FrameRetentionEnv(
+        "ucf101_short_prediction", 4, host="embedded", split="test", device="cpu", clip_options=options, metrics=("ssim",)
+    )
     env.reset(seed=0)
     done, steps = False, 0
     while not done:
         _, reward, done, _, info = env.step(np.ones(6, dtype=np.int8))
         steps += 1
     assert steps == 10 and reward == info["psnr"] > 0 and -1 <= info["ssim"] <= 1
-    with pytest.raises(ValueError, match="ucf101/train has no clips"):
-        FrameRetentionEnv("ucf101", 4, device="cpu", clip_options=options)
+    with pytest.raises(ValueError, match="ucf101_short_prediction/train has no clips"):
+        FrameRetentionEnv("ucf101_short_prediction", 4, host="embedded", device="cpu", clip_options=options)
+
+
+def write_episode(path, num_frames, **arrays):
+    video = np.zeros((num_frames, 64, 64, 3), dtype=np.uint8)
+    video[:] = np.arange(num_frames, dtype=np.uint8)[:, None, None, None]
+    np.savez_compressed(path, **({"video": video, "actions": np.zeros(num_frames, dtype=np.int64)} | arrays))
+    return path
+
+
+def test_npz_episodes_are_read_like_videos(tmp_path):
+    path = write_episode(tmp_path / "episode_1.npz", 80)
+    assert count_frames(path) == 80
+    np.testing.assert_array_equal(read_frames(path, 4, 3)[:, 0, 0, 0], [4, 5, 6])
+    with pytest.raises(VideoError, match="frames 79 to 80 were asked for, 80 are there"):
+        read_frames(path, 79, 2)
+    clip = DMLab(tmp_path, "far", num_frames=72).clip("test", 0)
+    np.testing.assert_allclose(clip.frames[:, 1, 3, 3] * 255, np.arange(72), atol=1e-3)
+
+
+def test_damaged_npz_episodes_are_skipped_with_the_reason(tmp_path):
+    good = write_episode(tmp_path / "good.npz", 80)
+    content = good.read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.npz").touch()
+    write_episode(tmp_path / "float.npz", 80, video=np.zeros((80, 64, 64, 3)))
+    np.savez(tmp_path / "other.npz", frames=np.zeros(3))
+    np.savez(tmp_path / "pickle.npz", video=np.array([{"a": 1}], dtype=object))
+    source = DMLab(tmp_path, num_frames=72)
+    reasons = {path.name: reason for path, reason in source.skipped.items()}
+    assert set(reasons) == {"cut.npz", "empty.npz", "float.npz", "other.npz", "pickle.npz"}
+    assert "must be uint8 (T, H, W, 3), got float64" in reasons["float.npz"]
+    assert "holds no array 'video'" in reasons["other.npz"]
+    assert sum(source.num_clips(split) for split in ("train", "validation", "test")) == 1
+
+
+def test_the_long_workload_runs_on_a_real_episode_with_a_far_long(samples, tmp_path, tiny_long_host):
+    (tmp_path / "episode.npz").symlink_to(samples / "dmlab_episode_5.npz")
+    spec = WORKLOADS["dmlab_long_prediction"]
+    assert (spec.num_context, spec.num_predict, spec.num_steps) == (36, 36, 20)
+    source = spec.clips(data_dir=tmp_path)
+    workload = Workload("dmlab_long_prediction", source, tiny_long_host, 36, 36, num_steps=1)
+    env = FrameRetentionEnv(workload, 8, split="test")
+    obs, info = env.reset(seed=0)
+    assert obs["mask"].sum() == 37 and len(info["kept_frames"]) == 37, "the first decision is from 37 frames"
+    done, steps = False, 0
+    while not done:
+        _, reward, done, _, info = env.step(np.ones(env.action_space.n, dtype=np.int8))
+        steps += 1
+    assert steps == 35 and info["kept_frames"] == list(range(63, 72)) and reward == info["psnr"] > 0
+
+
+def test_a_host_for_other_frame_sizes_is_refused(tmp_path, monkeypatch, tiny_host):
+    write_episode(tmp_path / "good.npz", 80)
+    monkeypatch.setattr("far_env.workloads.load_host", lambda *_: replace(tiny_host, frame_size=128))
+    with pytest.raises(ValueError, match="works on frames of 128², the clips of dmlab_long_prediction have 64²"):
+        make_workload("dmlab_long_prediction", data_dir=str(tmp_path))

@@ -35,6 +35,8 @@ class ClipSource(Protocol):
     """A named, indexed collection of clips, the same on every machine and in every order of access."""
 
     name: str
+    size: int
+    """Side of its square frames in pixels."""
 
     def num_clips(self, split: str) -> int:
         """How many clips ``split`` holds; their ids are 0 … n-1."""

@@ -1,7 +1,9 @@
-"""Video files to square frames: decoding with PyAV, then squeezing or cropping to the host's size."""
+"""Video files to square frames: decoding with PyAV (or NumPy, for .npz), then squeezing or cropping to the host's size."""
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import av
@@ -9,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-VIDEO_SUFFIXES = (".mp4", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".npz")
+NPZ_ARRAY = "video"
 
 
 class VideoError(ValueError):
@@ -17,12 +20,12 @@ class VideoError(ValueError):
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """All .mp4 and .avi files below ``folder``, sorted by path. Raises ValueError if there is no such folder or no video."""
+    """All video files below ``folder``, sorted by path. Raises ValueError if there is no such folder or no video in it."""
     if not folder.is_dir():
-        raise ValueError(f"the data folder {folder} does not exist; point data_dir at a folder with .mp4 or .avi files")
+        raise ValueError(f"the data folder {folder} does not exist; point data_dir at a folder with .mp4, .avi or .npz files")
     videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if not videos:
-        raise ValueError(f"the data folder {folder} holds no .mp4 or .avi file")
+        raise ValueError(f"the data folder {folder} holds no .mp4, .avi or .npz file")
     return videos
 
 
@@ -32,6 +35,8 @@ def count_frames(path: Path) -> int:
     Raises:
         VideoError: if the file is empty, not a video, or damaged.
     """
+    if path.suffix.lower() == ".npz":
+        return len(_npz_frames(path))
     with _opened(path) as container:
         stream = container.streams.video[0]
         if stream.frames > 0:
@@ -48,6 +53,12 @@ def read_frames(path: Path, start: int, count: int) -> np.ndarray:
     Raises:
         VideoError: if the file cannot be decoded or ends before the last of them.
     """
+    if path.suffix.lower() == ".npz":
+        episode = _npz_frames(path)
+        if start + count > len(episode):
+            last = start + count - 1
+            raise VideoError(f"{path} ends early: frames {start} to {last} were asked for, {len(episode)} are there")
+        return episode[start : start + count]
     frames: list[np.ndarray] = []
     with _opened(path) as container:
         try:
@@ -80,6 +91,20 @@ def _resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     resized = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True, align_corners=False)
     return resized.clamp(0, 1).numpy()
+
+
+def _npz_frames(path: Path) -> np.ndarray:
+    """The frames of an .npz episode, uint8 (T, H, W, 3); nothing in the file is executed."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            frames = arrays[NPZ_ARRAY]
+    except KeyError as error:
+        raise VideoError(f"{path} holds no array {NPZ_ARRAY!r}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise VideoError(f"{path} cannot be read as an .npz file: {error}") from error
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise VideoError(f"{path}: {NPZ_ARRAY!r} must be uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
+    return frames
 
 
 def _opened(path: Path) -> av.container.InputContainer:

@@ -71,6 +71,7 @@ class World(ABC):
 
     name: str
     tag: int
+    size: int = SIZE
     num_frames: int = RING
 
     def num_clips(self, split: str) -> int:
