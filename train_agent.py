@@ -45,7 +45,9 @@ def train(config: AgentTraining) -> None:
     torch.set_flush_denormal(True)
     max_frames = resolve_budget(config.budget)
     table_policies = {name: load_policy(name) for name in config.table}
-    workload = make_workload(config.workload, host=config.host, device=config.device, **config.clip_options)
+    workload = make_workload(
+        config.workload, host=config.host, device=config.device, precision=config.precision, **config.clip_options
+    )
     _check_fits(config, workload, max_frames)
     run_dir = make_run_dir(config.run_dir)
     _check_run_dir(config, run_dir)

@@ -92,6 +92,8 @@ class AgentTraining:
     """"embedded", a released transformer or a host folder; by default the workload's own."""
     device: str = "auto"
     """Where the host runs; the scorer is small and stays on the CPU."""
+    precision: str = "float32"
+    """Of the host: float32, bfloat16 or auto."""
     seed: int = 0
     run_dir: str = "runs/agent"
     resume: bool = False

@@ -8,6 +8,7 @@ The call is timed on a history of 9 frames at budget 8, against the benchmark's 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 import tyro
 
 from agents.runs import load_policy
+from far_env.cli import run_guarded
 from far_env.clips.worlds import WORLDS
 from far_env.contract import RetentionPolicy, RolloutState
 from far_env.frame_meta import frame_meta_list
@@ -56,17 +58,21 @@ def milliseconds_per_call(policy: RetentionPolicy, calls: int, num_frames: int =
     return 1000 * statistics.median(times)
 
 
-def main() -> None:
+def run() -> None:
     """Print both tables."""
     options = tyro.cli(Options, description=__doc__)
+    policies = {name: load_policy(name) for name in (YARDSTICK, *options.policies.split(","))}
     for name in WORLDS:
         print(f"{name:<20} {frames_per_second(name, options.clips):8.0f} frames/s")
-    yardstick = milliseconds_per_call(load_policy(YARDSTICK), options.calls)
-    print(f"\n{YARDSTICK:<20} {yardstick:8.3f} ms per call")
-    for name in options.policies.split(","):
-        duration = milliseconds_per_call(load_policy(name), options.calls)
-        print(f"{name:<20} {duration:8.3f} ms per call, {duration / yardstick:.1f} x {YARDSTICK}")
+    print()
+    milliseconds: dict[str, float] = {}
+    for name, policy in policies.items():
+        if policy is None:
+            raise ValueError(f"{name} is no policy whose calls could be timed; name others with --policies")
+        milliseconds[name] = milliseconds_per_call(policy, options.calls)
+        ratio = milliseconds[name] / milliseconds[YARDSTICK]
+        print(f"{name:<20} {milliseconds[name]:8.3f} ms per call, {ratio:.1f} x {YARDSTICK}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded("benchmarks.parts", run))

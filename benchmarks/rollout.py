@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import tyro
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from agents.runs import load_policy
+from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.contract import RetentionPolicy
 from far_env.evaluation.evaluate import evaluate
@@ -38,6 +40,8 @@ from far_env.workloads import Workload, make_workload
 
 BUDGET = 4
 POLICY = "random"
+BATCHES = {1: (2, 8), 8: (8, 32), 64: (64, 128)}
+"""Batch size to clips that are played, quickly or at leisure."""
 MEMO_POLICIES = (
     "recent_fill",
     "recent_window",
@@ -113,19 +117,40 @@ class Stopwatch:
 
 
 @contextmanager
-def watched(host: Host, watch: Stopwatch) -> Iterator[None]:
-    """Time the host's arithmetic while the block runs."""
+def instrumented(host: Host, wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
+    """While the block runs, the host's arithmetic goes through ``wrap(label, function)``."""
     places = [
         *((host.transformer, name, "transformer") for name in ("encode_context", "denoise", "modulate", "next_frame")),
         *((host.autoencoder, name, "autoencoder") for name in ("encode", "decode")),
     ]
     for target, name, label in places:
-        setattr(target, name, watch.wrap(label, getattr(target, name)))
+        setattr(target, name, wrap(label, getattr(target, name)))
     try:
         yield
     finally:
         for target, name, _ in places:
             delattr(target, name)
+
+
+def transformer_flops(host: Host, function: Callable[[], object]) -> int:
+    """Floating-point operations of the transformer in one call of ``function``."""
+    counted = 0
+
+    def wrap(label: str, method: Callable) -> Callable:
+        def counting(*args: object, **kwargs: object) -> object:
+            nonlocal counted
+            if label != "transformer":
+                return method(*args, **kwargs)
+            with FlopCounterMode(display=False) as counter:
+                result = method(*args, **kwargs)
+            counted += counter.get_total_flops()
+            return result
+
+        return counting
+
+    with instrumented(host, wrap):
+        function()
+    return counted
 
 
 def synchronize(device: torch.device) -> None:
@@ -158,15 +183,6 @@ def run_engine(
     return float(score(frames, truth).mean())
 
 
-def count_flops(workload: Workload, clips: Sequence[Clip]) -> float:
-    """Floating-point operations of the transformer per rollout."""
-    with FlopCounterMode(display=False) as counter:
-        run_engine(workload, load_policy(POLICY), clips)
-    # The autoencoder's operations are convolutions, the transformer has none.
-    counted = counter.get_flop_counts()["Global"].items()
-    return sum(count for operation, count in counted if "convolution" not in str(operation)) / len(clips)
-
-
 def time_engine(workload: Workload, batch: int, num_clips: int, flops: float, rate: float) -> Timing:
     """Rollouts per second of ``num_clips`` clips in batches, and where the time goes."""
     device, policy = workload.host.device, load_policy(POLICY)
@@ -182,7 +198,7 @@ def time_engine(workload: Workload, batch: int, num_clips: int, flops: float, ra
         return time.perf_counter() - start
 
     watch = Stopwatch(device)
-    with watched(workload.host, watch):
+    with instrumented(workload.host, watch.wrap):
         watched_seconds = run(watch.wrap("metrics", psnr))
     # On a GPU the watch makes everything wait, so the run that counts is another one.
     seconds = watched_seconds if device.type == "cpu" else run(psnr)
@@ -247,15 +263,15 @@ def scaling(workload: Workload, batch: int = 16) -> list[dict[str, float]]:
     policy, clips, rows = load_policy("recent_fill"), [workload.clips.clip("test", i) for i in range(batch)], []
     for max_frames, num_predict in ((1, 11), (4, 11), (8, 11), (4, 44), (8, 44)):
         longer = replace(workload, num_predict=num_predict)
-        with FlopCounterMode(display=False) as counter:
-            play(longer, clips, range(batch), policy, max_frames)
+        run = partial(play, longer, clips, range(batch), policy, max_frames)
+        flops = transformer_flops(workload.host, run)
         synchronize(workload.host.device)
         start = time.perf_counter()
-        play(longer, clips, range(batch), policy, max_frames)
+        run()
         synchronize(workload.host.device)
         frames = batch * num_predict
         milliseconds = 1000 * (time.perf_counter() - start) / frames
-        gflop = counter.get_total_flops() / frames / 1e9
+        gflop = flops / frames / 1e9
         rows.append({"budget": max_frames, "predicted": num_predict, "milliseconds": milliseconds, "gflop": gflop})
     return rows
 
@@ -310,10 +326,10 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
         workload = with_dtype(base, dtype)
         for steps in (4, 20):
             own = replace(workload, num_steps=steps)
-            flops = count_flops(own, [own.clips.clip("test", i) for i in range(8)])
-            for batch in (1, 8, 64):
-                num_clips = {1: 2, 8: 8, 64: 64} if options.quick else {1: 8, 8: 32, 64: 128}
-                timing = time_engine(own, batch, num_clips[batch], flops, rates[name])
+            clips = [own.clips.clip("test", i) for i in range(8)]
+            flops = transformer_flops(own.host, partial(run_engine, own, load_policy(POLICY), clips)) / len(clips)
+            for batch, (quick_clips, num_clips) in BATCHES.items():
+                timing = time_engine(own, batch, quick_clips if options.quick else num_clips, flops, rates[name])
                 key = f"{name}_batch{batch}_steps{steps}"
                 speedup[key] = timing.rollouts_per_second / reference[steps]
                 timings[key] = asdict(timing)
@@ -342,15 +358,15 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
     return result
 
 
-def main() -> None:
+def run() -> None:
     """Measure and print."""
     options = tyro.cli(Options, description=__doc__)
     if options.json not in (None, "-"):
-        sys.exit("benchmarks.rollout: error: --json takes only '-', the standard output")
+        raise ValueError("--json takes only '-', the standard output")
     result = measure(options, print if options.json is None else lambda line: None)
     if options.json is not None:
         print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded("benchmarks.rollout", run))

@@ -33,6 +33,8 @@ class EvaluateOptions:
     host: str | None = None
     """"embedded", a released transformer (see far-env weights list) or a host folder; by default the workload's own."""
     device: str = "auto"
+    precision: str = "float32"
+    """float32, bfloat16 (as the benchmark computes) or auto."""
     batch_size: int = 64
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
@@ -86,7 +88,9 @@ def run_evaluate(args: Sequence[str]) -> None:
     max_frames = resolve_budget(options.budget)
     policies = {name: load_policy(name) for name in names}
     clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
-    workload = make_workload(options.workload, host=options.host, device=options.device, **clip_options)
+    workload = make_workload(
+        options.workload, host=options.host, device=options.device, precision=options.precision, **clip_options
+    )
     result = evaluate(
         workload,
         max_frames,
@@ -134,9 +138,15 @@ def run_weights(args: Sequence[str]) -> None:
         names = [name for name, released in zoo.RELEASED.items() if released.path.exists()]
         if not names:
             raise ValueError(f"no released weights in {zoo.weights_dir()}; far-env weights download NAME fetches some")
+    failures = []
     for name in names:
-        path = (zoo.download if options.action == "download" else zoo.verify)(name)
-        print(f"{name}: {path} is complete")
+        try:
+            path = (zoo.download if options.action == "download" else zoo.verify)(name)
+            print(f"{name}: {path} is complete")
+        except zoo.WeightsError as error:
+            failures.append(str(error))
+    if failures:
+        raise ValueError("; ".join(failures))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -195,6 +195,11 @@ def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
     return f"unknown {kind} {name!r}; {hint}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def policy_name(policy: RetentionPolicy) -> str:
     """The policy's ``name`` attribute, else its class name."""
     return getattr(policy, "name", None) or type(policy).__name__

@@ -10,16 +10,29 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU. Raises ValueError on a device torch cannot use here."""
+    """``"auto"`` is CUDA where there is one, else the CPU; a GPU comes with its number.
+
+    Raises:
+        ValueError: on anything but the CPU and a GPU that torch sees.
+    """
+    available = torch.cuda.is_available()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if available else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here; use auto or cpu")
-    return resolved
+    if resolved.type == "cpu":
+        return resolved
+    if resolved.type != "cuda":
+        raise ValueError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if available else 0
+    index = resolved.index
+    if index is None and count:
+        index = torch.cuda.current_device()
+    if index is None or index >= count:
+        raise ValueError(f"device {device!r} was asked for, but torch sees {count} CUDA devices here; use auto or cpu")
+    return torch.device("cuda", index)
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -28,7 +41,10 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     On a CPU that is measured, which takes a few hundredths of a second: features that a CPU claims do not tell it.
     """
     if precision == "auto":
-        fast = device.type == "cuda" or _product_seconds(torch.float32) > 1.5 * _product_seconds(torch.bfloat16)
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = _product_seconds(torch.float32) > 1.5 * _product_seconds(torch.bfloat16)
         return torch.bfloat16 if fast else torch.float32
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; use auto, {' or '.join(PRECISIONS)}")

@@ -34,10 +34,12 @@ class EpisodeSettings:
         num_clips: int | None,
         host: str | None,
         device: str,
+        precision: str,
+        memo_bytes: int,
         clip_options: dict[str, Any] | None,
     ) -> None:
         if isinstance(workload, str):
-            workload = make_workload(workload, host=host, device=device, **(clip_options or {}))
+            workload = make_workload(workload, host=host, device=device, precision=precision, **(clip_options or {}))
         if split not in SPLITS:
             raise ValueError(unknown_name("split", split, SPLITS))
         available = workload.clips.num_clips(split)
@@ -48,7 +50,8 @@ class EpisodeSettings:
         max_frames = resolve_budget(budget)
         self.split = split
         self.num_clips = available if num_clips is None else num_clips
-        self.episodes = EpisodeBatch(workload, max_frames, num_rows, Reward.make(reward, relative_to, telescoping), metrics)
+        scoring = Reward.make(reward, relative_to, telescoping)
+        self.episodes = EpisodeBatch(workload, max_frames, num_rows, scoring, metrics, memo_bytes)
         slots = self.episodes.num_slots
         self.action_space = spaces.MultiBinary(slots)
         self.observation_space = spaces.Dict(
@@ -131,7 +134,10 @@ class FrameRetentionEnv(gym.Env):
     - ``telescoping``: pay the change of the running clip score at every decision; the sum is the same.
     - ``metrics``: further metrics for ``info`` at the end.
     - ``split``, ``num_clips``: which clips reset draws from, the first ``num_clips`` of the split.
-    - ``host``, ``device``: "embedded" or a host folder; "auto" uses a GPU where there is one.
+    - ``host``: "embedded", a released transformer or a host folder; None for the workload's own.
+    - ``device``, ``precision``: "auto" uses a GPU where there is one; "float32", "bfloat16" or "auto".
+    - ``memo_bytes``: memory for frames that come up again, 0 for none. Drawing the same few clips often becomes cheaper;
+      results then depend on what came before in their last bits.
     - ``clip_options``: arguments of the clip source, such as a data folder.
     - ``render_mode``: None or "rgb_array".
 
@@ -158,6 +164,8 @@ class FrameRetentionEnv(gym.Env):
         num_clips: int | None = None,
         host: str | None = None,
         device: str = "auto",
+        precision: str = "float32",
+        memo_bytes: int = 0,
         clip_options: dict[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -165,7 +173,20 @@ class FrameRetentionEnv(gym.Env):
             raise ValueError(f"unknown render_mode {render_mode!r}; use 'rgb_array' or None")
         self.render_mode = render_mode
         self._settings = EpisodeSettings(
-            1, workload, budget, reward, relative_to, telescoping, metrics, split, num_clips, host, device, clip_options
+            1,
+            workload,
+            budget,
+            reward,
+            relative_to,
+            telescoping,
+            metrics,
+            split,
+            num_clips,
+            host,
+            device,
+            precision,
+            memo_bytes,
+            clip_options,
         )
         self.episodes = self._settings.episodes
         self.action_space = self._settings.action_space

@@ -19,6 +19,7 @@ from far_env.contract import NewestFrames, RetentionPolicy
 from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
 from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.memo import LatentMemo
 from far_env.rollout.play import play
 from far_env.workloads import Workload, check_decides
 
@@ -75,6 +76,7 @@ class EpisodeBatch:
         num_rows: episodes side by side.
         reward: how they are scored.
         metrics: metrics reported at the end, besides those of the reward.
+        memo_bytes: memory for frames that come up again, see `far_env.rollout.memo.LatentMemo`.
 
     Raises:
         ValueError: if no decision under this budget can influence a frame.
@@ -84,12 +86,21 @@ class EpisodeBatch:
             right-aligned: the newest frame is always in the last slot.
     """
 
-    def __init__(self, workload: Workload, max_frames: int, num_rows: int, reward: Reward, metrics: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        max_frames: int,
+        num_rows: int,
+        reward: Reward,
+        metrics: Sequence[str] = (),
+        memo_bytes: int = 0,
+    ) -> None:
         check_decides(workload, max_frames)
         self.workload = workload
         self.max_frames = max_frames
         self.num_slots = max(workload.num_context, max_frames) + 1
-        self.rollouts = RolloutBatch(workload, num_rows)
+        self.memo = LatentMemo(memo_bytes)
+        self.rollouts = RolloutBatch(workload, num_rows, self.memo)
         self.reward = reward
         self.metric_names = tuple(dict.fromkeys([*reward.weights, *metrics]))
         require_metrics(self.metric_names)
@@ -121,7 +132,7 @@ class EpisodeBatch:
 
         Padding slots count for nothing, the newest frame stays, and of more than ``max_frames`` the newest stay.
         """
-        num_frames = len(self.rollouts.frame_numbers(row))
+        num_frames = self.rollouts.history_length(row)
         wanted = np.asarray(action[self.num_slots - num_frames :]) > 0
         kept = np.flatnonzero(wanted | (np.arange(num_frames) == num_frames - 1))[-self.max_frames :]
         self.rollouts.retain(row, kept.tolist())
@@ -141,8 +152,8 @@ class EpisodeBatch:
 
     def awaits_decision(self, row: int) -> bool:
         """The history is over budget and a frame is still to come. A context over budget is first cut after one new frame."""
-        over = len(self.rollouts.frame_numbers(row)) > self.max_frames
-        return over and self.rollouts.steps[row] > 0 and not self.ended(row)
+        over = self.rollouts.history_length(row) > self.max_frames
+        return over and self.rollouts.step(row) > 0 and not self.ended(row)
 
     def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:
         """What each row earned since the last call, and the final metrics of rows that ended (else None)."""
@@ -151,7 +162,7 @@ class EpisodeBatch:
         by_step: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             if self.reward.telescoping or self.ended(row):
-                by_step.setdefault(int(self.rollouts.steps[row]), []).append(index)
+                by_step.setdefault(self.rollouts.step(row), []).append(index)
         for done, indices in by_step.items():
             alike = [rows[index] for index in indices]
             ended = done == self.workload.num_predict
@@ -176,7 +187,7 @@ class EpisodeBatch:
 
     def predicted(self, rows: Sequence[int]) -> Tensor:
         """Frames generated so far, decoded, of rows that stand at the same step: (R, step, 3, H, W)."""
-        done = int(self.rollouts.steps[rows[0]])
+        done = self.rollouts.step(rows[0])
         for first in np.unique(self._decoded[rows]).tolist():
             behind = [row for row in rows if self._decoded[row] == first]
             if first < done:
@@ -190,7 +201,7 @@ class EpisodeBatch:
         Also what `info` tells of the frames is brought up to date.
         """
         slots = self.num_slots
-        lengths = np.array([len(self.rollouts.frame_numbers(row)) for row in rows])
+        lengths = np.array([self.rollouts.history_length(row) for row in rows])
         frames = np.zeros((len(rows), slots, len(ROW_FEATURES)), dtype=np.float32)
         mask = np.zeros((len(rows), slots), dtype=np.float32)
         ages = np.arange(slots - 1, -1, -1, dtype=np.float32)
@@ -212,7 +223,7 @@ class EpisodeBatch:
 
     def action_mask(self, row: int) -> np.ndarray:
         """int8 (slots,): 0 must drop (padding), 1 must keep (the newest frame), 2 free."""
-        length = len(self.rollouts.frame_numbers(row))
+        length = self.rollouts.history_length(row)
         mask = np.full(self.num_slots, FREE, dtype=np.int8)
         mask[: self.num_slots - length] = MUST_DROP
         mask[-1] = MUST_KEEP
@@ -220,7 +231,7 @@ class EpisodeBatch:
 
     def last_step(self, row: int) -> int:
         """The benchmark's ``step``: number of the frame generated last."""
-        return int(self.rollouts.steps[row]) - 1
+        return self.rollouts.step(row) - 1
 
     def info(self, row: int) -> dict:
         """What a user may want to know of a row, as of the last `observe`.
@@ -281,7 +292,7 @@ class EpisodeBatch:
         clips = [self.clips[row] for row in origin]
         reference = self.reward.relative_to
         policy = {"full_history": None, "recent_fill": NewestFrames()}[reference] if isinstance(reference, str) else reference
-        rollouts, _ = play(self.workload, clips, [key[2] for key in keys], policy, self.max_frames)
+        rollouts, _ = play(self.workload, clips, [key[2] for key in keys], policy, self.max_frames, memo=self.memo)
         frames = rollouts.decode(range(len(keys)))
         num_scored = range(1, self.workload.num_predict + 1) if self.reward.telescoping else [self.workload.num_predict]
         truth = torch.stack([self.truth(row, self.workload.num_predict) for row in origin])

@@ -10,7 +10,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from far_env.contract import unknown_name
+from far_env.contract import first_line, unknown_name
 
 METRICS = ("psnr", "ssim", "lpips")
 LOWER_IS_BETTER = ("lpips",)
@@ -117,7 +117,7 @@ def _lpips_network(device: torch.device, path: Path) -> torch.nn.Module:
     try:
         return lpips_package.LPIPS(net="alex", version="0.1", verbose=False).to(device).requires_grad_(False)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise MetricUnavailable(
             f"LPIPS: the AlexNet weights at {path} cannot be used ({reason}); delete and fetch them again"
         ) from error

@@ -44,6 +44,8 @@ class FrameRetentionVectorEnv(VectorEnv):
         num_clips: int | None = None,
         host: str | None = None,
         device: str = "auto",
+        precision: str = "float32",
+        memo_bytes: int = 0,
         clip_options: dict[str, Any] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: None = None,
@@ -66,6 +68,8 @@ class FrameRetentionVectorEnv(VectorEnv):
             num_clips,
             host,
             device,
+            precision,
+            memo_bytes,
             clip_options,
         )
         self.episodes = self._settings.episodes

@@ -11,7 +11,9 @@ from far_env.clips.clip import ClipSource
 from far_env.clips.dmlab import DMLab
 from far_env.clips.ucf101 import UCF101
 from far_env.clips.worlds import WORLDS
+from far_env.config import require_positive
 from far_env.contract import UNLIMITED_FRAMES, unknown_name
+from far_env.device import resolve_device, resolve_precision
 from far_env.frame_meta import frame_size_mb
 from far_env.host.weights import Host, load_host
 
@@ -33,7 +35,9 @@ class Workload:
         num_context: true frames given at the start.
         num_predict: frames generated after them.
         num_steps: ODE steps per generated frame.
-        guidance_scale: classifier-free guidance; 1 is none.
+
+    Raises:
+        ValueError: if a length or the number of steps is below 1.
     """
 
     name: str
@@ -42,7 +46,9 @@ class Workload:
     num_context: int
     num_predict: int
     num_steps: int
-    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_context", "num_predict", "num_steps")
 
     @property
     def num_frames(self) -> int:
@@ -85,7 +91,12 @@ WORKLOADS: dict[str, WorkloadSpec] = {
 
 
 def make_workload(
-    name: str, *, host: str | os.PathLike | None = None, device: str = "auto", **clip_options: object
+    name: str,
+    *,
+    host: str | os.PathLike | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    **clip_options: object,
 ) -> Workload:
     """Build a registered workload.
 
@@ -93,6 +104,7 @@ def make_workload(
         name: one of `WORKLOADS`.
         host: "embedded", a released transformer, a host folder, or None for the workload's own.
         device: "auto", "cpu", "cuda", ….
+        precision: "float32", "bfloat16" (as the released models were trained and the benchmark runs them), or "auto".
         clip_options: passed to the clip source (a data folder, say).
 
     Raises:
@@ -106,7 +118,8 @@ def make_workload(
         clips = spec.clips(**clip_options)
     except TypeError as error:
         raise ValueError(f"workload {name} does not take these clip options: {error}") from error
-    loaded = load_host(spec.host if host is None else host, device)
+    place = resolve_device(device)
+    loaded = load_host(spec.host if host is None else host, str(place), resolve_precision(precision, place))
     if loaded.frame_size != clips.size:
         raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps

@@ -14,7 +14,9 @@ import train_agent
 from agents.network import RetentionNetwork
 from agents.runs import save_scorer
 from far_env import cli, metrics
-from far_env.host.weights import WeightsError, load_host
+from far_env.host.far_long import FARLong
+from far_env.host.weights import WeightsError, load_host, save_host
+from tests.conftest import TINY_DCAE, TINY_FAR_LONG
 
 POLICY = """
 class Policy:
@@ -198,6 +200,15 @@ def rewrite(folder, part, state, fix_hash=True):
         config = json.loads((folder / "config.json").read_text())
         config["sha256"][part] = file_hash(folder / f"{part}.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_host_with_a_far_long_is_saved_and_loaded(tmp_path, tiny_long_host):
+    configs = {"transformer": TINY_FAR_LONG, "autoencoder": {**TINY_DCAE, "scaling_factor": 0.8}}
+    save_host(tmp_path, tiny_long_host.transformer, tiny_long_host.autoencoder, configs, frame_size=64, num_steps=3)
+    loaded = load_host(tmp_path, "cpu")
+    assert isinstance(loaded.transformer, FARLong)
+    weights = tiny_long_host.transformer.state_dict()
+    assert all(torch.equal(value, weights[key].half().float()) for key, value in loaded.transformer.state_dict().items())
 
 
 def test_damaged_or_foreign_weights_are_named(broken_host):

@@ -13,6 +13,10 @@ def test_auto_is_the_gpu_where_there_is_one():
     assert device.resolve_device("auto").type == expected
     with pytest.raises(ValueError, match="unknown device 'toaster'"):
         device.resolve_device("toaster")
+    with pytest.raises(ValueError, match="device 'mps' is not supported"):
+        device.resolve_device("mps")
+    with pytest.raises(ValueError, match=r"device 'cuda:77' was asked for, but torch sees \d+ CUDA devices"):
+        device.resolve_device("cuda:77")
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [((3.0, 1.0), torch.bfloat16), ((1.0, 3.0), torch.float32)])
@@ -20,7 +24,6 @@ def test_auto_precision_is_the_one_that_multiplies_faster(monkeypatch, seconds, 
     timed = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
     monkeypatch.setattr(device, "_product_seconds", timed.get)
     assert device.resolve_precision("auto", torch.device("cpu")) == expected
-    assert device.resolve_precision("auto", torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_precision_is_taken_by_name():

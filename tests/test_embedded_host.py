@@ -32,6 +32,15 @@ def test_what_ships_is_small_and_described():
     assert json.loads((EMBEDDED_HOST / "config.json").read_text())["num_steps"] == 4
 
 
+def test_the_measured_quality_is_what_was_wanted():
+    """Of the card, on 256 clips: the smallest full-history PSNR, and 10 dB of it that recency loses."""
+    card = (EMBEDDED_HOST / "README.md").read_text()
+    for world, wanted in (("pan", 32.5), ("cuts", 28.0)):
+        (row,) = re.findall(rf"^\| {world} \|(.*)\|$", card, re.MULTILINE)
+        reconstruction, full, recent = (float(cell) for cell in row.split("|"))
+        assert reconstruction >= 38 and full >= wanted and full - recent >= 10
+
+
 def test_the_autoencoder_reconstructs(workload):
     frames = torch.stack([torch.from_numpy(workload.clips.clip("test", i).frames) for i in range(8)])
     autoencoder = workload.host.autoencoder

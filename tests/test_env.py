@@ -53,6 +53,30 @@ def test_registered_ids_make_single_and_vector_environments(name, tiny_host_fold
     assert vector.reset(seed=1)[0]["frames"].shape == (3, 9, 6)
 
 
+def test_the_ids_of_the_real_data_ask_for_it(monkeypatch):
+    for variable in ("UCF101_DATA_DIR", "DMLAB_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    for name, data in (("UCF101Short", "ucf101"), ("DMLabLong", "dmlab")):
+        with pytest.raises(ValueError, match=f"{data} needs a folder of videos"):
+            gym.make(f"far_env/{name}-v0")
+
+
+def test_precision_and_memo_are_options(tiny_host_folder, make):
+    half = FrameRetentionEnv("pan", host=str(tiny_host_folder), device="cpu", precision="bfloat16")
+    assert half.episodes.workload.host.dtype == torch.bfloat16
+    rewards = []
+    for env in (half, make(), make(memo_bytes=2**20)):
+        for _ in range(2):
+            env.reset(options={"clip_id": 3})
+            done = False
+            while not done:
+                _, reward, done, _, _ = env.step(np.ones(env.action_space.n, dtype=np.int8))
+            rewards.append(reward)
+    assert env.episodes.memo.statistics.hits == 12, "the context and eleven frames, the second time"
+    np.testing.assert_allclose(rewards[2:], rewards[2], atol=1e-3)
+    np.testing.assert_allclose(rewards[:2], rewards[2], atol=0.3)
+
+
 def play_out(env, seed, act):
     obs, info = env.reset(seed=seed)
     record = [(obs, 0.0, info)]

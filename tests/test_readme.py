@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
 from agents.ppo import AgentTraining
 from far_env.cli import COMMANDS, EvaluateOptions, ExportOptions, WeightsOptions
@@ -45,7 +47,12 @@ def test_the_commands_are_understood(monkeypatch):
         elif args[:1] == ["train_agent.py"]:
             parse(AgentTraining, args[1:], "train_agent.py", "")
             seen.add("train_agent.py")
-    assert seen == {*COMMANDS, "train_agent.py"}
+        elif args[:1] == ["-m"]:
+            tyro.cli(importlib.import_module(args[1]).Options, args=args[2:])
+            seen.add(args[1])
+        else:
+            assert (program, args[:1]) == ("tensorboard", ["--logdir"])
+    assert seen == {*COMMANDS, "train_agent.py", "benchmarks.rollout", "benchmarks.parts"}
 
 
 def test_the_files_it_names_exist():

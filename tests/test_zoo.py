@@ -105,6 +105,8 @@ def test_a_released_model_is_a_host_by_name(small_zoo):
     batch, _ = play(workload, [clip], [1], None, 9999)
     expected = reference_rollout(workload, clip, None, 9999, 1)
     torch.testing.assert_close(batch.generated([0])[0], expected.latents, atol=1e-4, rtol=0)
+    convolution = next(module for module in host.autoencoder.modules() if isinstance(module, torch.nn.Conv2d))
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(WeightsError, match="is an autoencoder"):
         load_host("small_dcae", "cpu")
 
@@ -153,20 +155,23 @@ def test_a_pickle_with_code_in_it_is_not_executed(small_zoo, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_download_fetches_what_is_missing_and_keeps_only_what_is_right(small_zoo, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError("no route to host\nlong story"), "no route to host"), (TimeoutError(), "TimeoutError")]
+)
+def test_download_fetches_what_is_missing_and_keeps_only_what_is_right(small_zoo, monkeypatch, error, told):
     path = small_zoo["small_far"].path
     good, served, calls = path.read_bytes(), {}, []
 
     def serve(repository, file, local_dir):
         calls.append((repository, file))
         if "content" not in served:
-            raise OSError("no route to host\nlong story")
+            raise error
         path.write_bytes(served["content"])
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", serve)
     assert zoo.download("small_far") == path and not calls, "it is there already"
     path.unlink()
-    with pytest.raises(WeightsError, match=r"could not be fetched from guyuchao/FAR_Models \(no route to host\)"):
+    with pytest.raises(WeightsError, match=rf"could not be fetched from guyuchao/FAR_Models \({told}\)"):
         zoo.download("small_far")
     served["content"] = good[:-1]
     with pytest.raises(WeightsError, match="damaged or incomplete"):
@@ -188,6 +193,10 @@ def test_the_command_lists_verifies_and_refuses(small_zoo, capsys):
     for args, message in ((["download"], "needs the names"), (["verify", "far_c"], "unknown released model 'far_c'")):
         assert cli.main(["weights", *args]) == 2
         assert message in capsys.readouterr().err
+    for released in small_zoo.values():
+        released.path.write_bytes(b"")
+    assert cli.main(["weights", "verify"]) == 2
+    assert capsys.readouterr().err.count("damaged or incomplete") == 2, "all that are damaged are told"
     for released in small_zoo.values():
         released.path.unlink()
     assert cli.main(["weights", "verify"]) == 2

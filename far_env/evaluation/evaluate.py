@@ -118,6 +118,7 @@ def evaluate(
                 for scores in clip_metrics(predicted, truth.to(predicted.device), names):
                     for metric, value in scores.items():
                         columns[name][metric].append(value)
+                del rollouts  # before the next policy's are made
     scores = {name: {metric: np.array(values) for metric, values in own.items()} for name, own in columns.items()}
     seconds = time.perf_counter() - start
     facts = provenance(workload, max_frames) | {"split": split, "clips": len(clip_ids), "seconds": round(seconds, 1)}

@@ -198,7 +198,8 @@ class FAR(nn.Module):
 
         Args:
             frames: (B, n, C, h, w), at positions num_past, num_past + 1, …; rows may be padded at the end.
-            past: keys and values (layers, 2, B, T, heads, d) of the ``num_past`` frames before them, or None for none.
+            past: keys and values (layers, 2, B, T, heads, d) of the ``num_past`` frames before them, or None for none. Of
+                FAR-Long only those may be given that are as coarse or fine now as when they were computed.
             shared: modulations by time, where they are the same for all frames and known; else label (B,) or action (B, n).
 
         Returns:

@@ -36,7 +36,9 @@ class FARLong(FAR):
         pixels = context_patch_size**2
         self.context_embedder = nn.Linear(self.in_channels * pixels, dim)
         self.context_proj_out = nn.Linear(dim, self.proj_out.out_features // self.patch_size**2 * pixels)
-        initialise(self, zeroed=("norm1.linear", "norm2.linear", "norm_out.linear", "proj_out"))
+        initialise(self.context_embedder, zeroed=())
+        for parameter in self.context_proj_out.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, *, label: Tensor | None = None, action: Tensor | None = None

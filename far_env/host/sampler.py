@@ -81,8 +81,8 @@ class FrameSampler:
             if self.guided:
                 null, conditional = velocity.chunk(2)
                 velocity = null + self.guidance_scale * (conditional - null)
-            # Euler in float32, as diffusers' scheduler does it.
-            latent = (latent.float() + change * velocity.float()).to(noise.dtype)
+            # Euler as diffusers' scheduler does it: the product in the model's dtype, the sum in float32.
+            latent = (latent.float() + change * velocity).to(noise.dtype)
         return latent
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
     """Raise WeightsError naming the first missing or unexpected key or wrong shape of a state dict read from ``path``."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} is no plain state dict of tensors")
-    for key in sorted(expected.keys() | state.keys()):
+    for key in sorted(expected.keys() | state.keys(), key=str):
         if key not in state:
             raise WeightsError(f"{path} lacks the key {key!r}; it was made for another configuration")
         if key not in expected:

@@ -18,6 +18,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+from far_env.contract import first_line
+
 
 class Stateful(Protocol):
     """What a checkpoint holds: models, optimisers, averages."""
@@ -45,7 +47,7 @@ def load_tensors(path: Path) -> dict:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"the checkpoint {path} cannot be read ({reason}); delete it to start this stage again") from error
 
 

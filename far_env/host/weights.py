@@ -18,6 +18,7 @@ from far_env.config import write_text
 from far_env.device import resolve_device
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
+from far_env.host.far_long import FARLong
 from far_env.host.state_files import WeightsError, check_state, file_hash
 from far_env.host.zoo import RELEASED, load_released
 
@@ -75,7 +76,8 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
     # The text holds the weights' hashes, so a host that was trained anew is not taken for the cached one.
     config = _check_config(folder, config_text)
     modules: dict[str, nn.Module] = {}
-    for part, build in (("autoencoder", Autoencoder), ("transformer", FAR)):
+    transformer = FARLong if "context_patch_size" in config["transformer"] else FAR
+    for part, build in (("autoencoder", Autoencoder), ("transformer", transformer)):
         path = folder / f"{part}.safetensors"
         content_hash, expected = file_hash(path), config["sha256"].get(part, "")
         if content_hash != expected:
@@ -140,7 +142,7 @@ def save_host(
     """Write a host in float16: two safetensors files and config.json, each whole or not at all.
 
     Args:
-        configs: constructor arguments under "transformer" and "autoencoder".
+        configs: constructor arguments under "transformer" and "autoencoder". A FARLong is told by its context_patch_size.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
@@ -167,7 +169,8 @@ def _read_config(folder: Path) -> str:
         return (folder / "config.json").read_text(encoding="utf-8")
     except OSError as error:
         raise WeightsError(
-            f"no host in {folder}: config.json cannot be read; use 'embedded' or a folder made by train-host"
+            f"no host in {folder}: config.json cannot be read; use 'embedded', a released model of far-env weights list, or a "
+            "folder made by train-host"
         ) from error
 
 
@@ -177,6 +180,8 @@ def _check_config(folder: Path, text: str) -> dict:
         config = json.loads(text)
     except json.JSONDecodeError as error:
         raise WeightsError(f"{path} is not valid JSON ({error}); restore the file") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} must hold a JSON object; restore the file")
     missing = [key for key in (*_PARTS, "sha256", "latent_shape", "frame_size", "num_steps") if key not in config]
     if missing:
         raise WeightsError(f"{path} lacks {', '.join(missing)}; restore the file")

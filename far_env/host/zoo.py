@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from far_env.contract import unknown_name
+from far_env.contract import first_line, unknown_name
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong
@@ -23,6 +23,7 @@ from far_env.host.state_files import WeightsError, check_state, file_hash
 REPOSITORY = "guyuchao/FAR_Models"
 CITATION = "FAR: Gu et al., arXiv 2503.19325; DCAE: Chen et al., arXiv 2410.10733"
 DIRECTORY_VARIABLE = "FAR_WEIGHTS_DIR"
+BENCHMARK_DIRECTORY = Path("/data/far_weights")
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,11 @@ def find_released(name: str) -> Released:
 
 
 def weights_dir() -> Path:
-    """The folder of the environment variable FAR_WEIGHTS_DIR, else one in the user's cache."""
+    """The folder of the environment variable FAR_WEIGHTS_DIR, else the benchmark's own if it is there, else one in a cache."""
     given = os.environ.get(DIRECTORY_VARIABLE)
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env" / "weights"
+    if given:
+        return Path(given).expanduser()
+    return BENCHMARK_DIRECTORY if BENCHMARK_DIRECTORY.is_dir() else Path.home() / ".cache" / "far_env" / "weights"
 
 
 def listing(names: Sequence[str]) -> str:
@@ -186,8 +189,8 @@ def verify(name: str) -> Path:
     found = file_hash(path)
     if not found.startswith(released.hash_prefix):
         raise WeightsError(
-            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it and "
-            f"run far-env weights download {name}"
+            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; without it, "
+            f"far-env weights download {name} fetches it again"
         )
     return path
 
@@ -207,7 +210,7 @@ def download(name: str) -> Path:
         hf_hub_download(REPOSITORY, released.file, local_dir=weights_dir())
     except Exception as error:
         raise WeightsError(
-            f"{released.file} could not be fetched from {REPOSITORY} ({str(error).splitlines()[0]}); with a network try again, "
+            f"{released.file} could not be fetched from {REPOSITORY} ({first_line(error)}); with a network try again, "
             f"or put the file at {released.path}"
         ) from error
     try:
@@ -227,12 +230,12 @@ def load_released(name: str) -> nn.Module:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise WeightsError(
-            f"{path} is no plain state dict of tensors and is not loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise WeightsError(f"{path} is no plain state dict of tensors and is not loaded: {first_line(error)}") from error
     model = released.build()
     # The release holds diffusers' own autoencoder, which ours wraps.
     target = model.dcae if isinstance(model, Autoencoder) else model
     check_state(state, target.state_dict(), path)
     target.load_state_dict(state, assign=True)
+    if isinstance(model, Autoencoder):
+        model.to(memory_format=torch.channels_last)  # the loaded tensors are as they lay in the file
     return model.float().eval().requires_grad_(False)

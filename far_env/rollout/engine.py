@@ -79,13 +79,16 @@ class RolloutBatch:
         self.memo = LatentMemo(0) if memo is None else memo
         self._empty = torch.zeros(host.latent_shape, device=host.device, dtype=host.dtype)
         self._rows = [self._unbegun() for _ in range(num_rows)]
-        self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance_scale)
-        self._origin = (host.weights_hash, str(host.dtype), str(host.device), workload.num_steps, workload.guidance_scale)
+        self._sampler = FrameSampler(host.transformer, workload.num_steps)
+        self._origin = (self.memo.host_number(host), workload.num_steps)
 
-    @property
-    def steps(self) -> np.ndarray:
-        """Generated frames per row, int (rows,)."""
-        return np.array([row.steps for row in self._rows])
+    def step(self, row: int) -> int:
+        """How many frames the row has generated."""
+        return self._rows[row].steps
+
+    def history_length(self, row: int) -> int:
+        """How many frames the row's history holds."""
+        return len(self._rows[row].kept)
 
     def frame_numbers(self, row: int) -> list[int]:
         """True numbers of the row's history, oldest first; context frames are 0 … n_context-1."""
@@ -149,20 +152,25 @@ class RolloutBatch:
     @torch.no_grad()
     def advance(self, rows: Sequence[int]) -> None:
         """Generate the next frame of each row and append it to its history."""
-        missing: list[tuple[Rollout, str]] = []
+        missing: dict[str, list[Rollout]] = {}
         for own in self._chosen(rows):
             key = content_key(*self._origin, own.noise_seed, own.steps, *(own.keys[number] for number in own.kept))
             latent = self.memo.get(key)
             if latent is None:
-                missing.append((own, key))
+                missing.setdefault(key, []).append(own)
             else:
                 self._append(own, latent, key)
-        if missing:
-            self._encode_histories([own for own, _ in missing])
-            for (own, key), latent in zip(missing, self._sample([own for own, _ in missing]), strict=True):
-                # A view would keep the frames of all rows alive for as long as one of them.
-                latent = latent.clone()
-                self.memo.put(key, latent)
+        if not missing:
+            return
+        # Rows that would become the same frame are computed once.
+        first = [alike[0] for alike in missing.values()]
+        self._encode_histories(first)
+        for (key, alike), latent in zip(missing.items(), self._sample(first), strict=True):
+            # A view would keep the frames of all rows alive for as long as one of them.
+            latent = latent.clone()
+            self.memo.put(key, latent)
+            for own in alike:
+                own.prefix, own.num_coarse = list(alike[0].prefix), alike[0].num_coarse
                 self._append(own, latent, key)
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
@@ -190,8 +198,9 @@ class RolloutBatch:
     def state_dict(self) -> dict:
         """The rollouts as tensors and plain values."""
         return {
+            "host": self.workload.host.weights_hash,
             "lengths": [(own.num_context, own.num_predict) for own in self._rows],
-            "steps": self.steps.tolist(),
+            "steps": [own.steps for own in self._rows],
             "kept": [list(own.kept) for own in self._rows],
             "keys": [list(own.keys) for own in self._rows],
             "noise_seeds": [own.noise_seed for own in self._rows],
@@ -199,7 +208,12 @@ class RolloutBatch:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore rollouts saved by `state_dict` from a batch of the same size."""
+        """Restore rollouts saved by `state_dict`. Raises ValueError if they are of another host or number of rows."""
+        host = self.workload.host.weights_hash
+        if (state["host"], len(state["frames"])) != (host, len(self._rows)):
+            raise ValueError(
+                f"these rollouts are {len(state['frames'])} rows of host {state['host']}; here are {len(self._rows)} of {host}"
+            )
         for row, frames in enumerate(state["frames"]):
             if frames is None:
                 self._rows[row] = self._unbegun()
@@ -227,11 +241,13 @@ class RolloutBatch:
     def _chosen(self, rows: Sequence[int]) -> list[Rollout]:
         return [self._rows[row] for row in rows]
 
-    def _append(self, own: Rollout, latent: Tensor, key: bytes) -> None:
+    def _append(self, own: Rollout, latent: Tensor, key: str) -> None:
         own.kept.append(len(own.frames))
         own.frames.append(latent)
         own.keys.append(key)
         own.steps += 1
+        if own.steps == own.num_predict:
+            own.prefix = []
 
     def _encode_histories(self, rollouts: Sequence[Rollout]) -> None:
         """Compute the keys and values that are not known yet, rows with alike histories together."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from far_env.host.weights import Host
+
 DEFAULT_BYTES = 256 * 2**20
 
 
@@ -46,9 +48,18 @@ class LatentMemo:
         self.num_bytes = 0
         self.statistics = MemoStatistics()
         self._entries: OrderedDict[str, Tensor] = OrderedDict()
+        self._hosts: list[Host] = []
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def host_number(self, host: Host) -> int:
+        """A number that stands for this very host in keys. (A hash of weights may be missing where a host is made by hand.)"""
+        for number, known in enumerate(self._hosts):
+            if known is host:
+                return number
+        self._hosts.append(host)
+        return len(self._hosts) - 1
 
     def get(self, key: str) -> Tensor | None:
         """The tensor under the key, not to be changed, or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -59,26 +60,27 @@ def play(
     Raises:
         PolicyError: if the policy raises or answers an invalid plan.
     """
+    budgets = [int(max_frames)] * len(clips) if isinstance(max_frames, Integral) else list(max_frames)
+    if not len(clips) == len(noise_seeds) == len(budgets):
+        counts = f"{len(clips)} clips, {len(noise_seeds)} noise seeds and {len(budgets)} budgets"
+        raise ValueError(f"a rollout needs a noise seed and a budget for every clip, got {counts}")
     batch = RolloutBatch(workload, len(clips), memo)
     rows = range(len(clips))
     batch.begin(rows, clips, noise_seeds)
     decisions: list[list[Decision]] = [[] for _ in rows]
     policies = [copy_for_clip(policy, seed) for seed in noise_seeds]
-    budgets = [max_frames] * len(clips) if isinstance(max_frames, int) else list(max_frames)
     limited = [policy is not None and budget < UNLIMITED_FRAMES for budget in budgets]
     while active := [row for row in rows if not batch.finished(row)]:
         batch.advance(active)
         if on_frame is not None:
             on_frame(len(active))
-        full = [
-            row for row in active if limited[row] and len(batch.frame_numbers(row)) > budgets[row] and not batch.finished(row)
-        ]
+        full = [row for row in active if limited[row] and batch.history_length(row) > budgets[row] and not batch.finished(row)]
         if not full:
             continue
         features = torch.from_numpy(batch.features(full))
         for row, own in zip(full, features, strict=True):
-            step = int(batch.steps[row]) - 1
-            metas = frame_meta_list(own[: len(batch.frame_numbers(row))], step, frame_size_mb(workload.host.latent_shape))
+            step = batch.step(row) - 1
+            metas = frame_meta_list(own[: batch.history_length(row)], step, frame_size_mb(workload.host.latent_shape))
             capacity = workload.capacity_mb(budgets[row])
             state = RolloutState(step, capacity, workload.num_predict)
             budget = {"max_frames": budgets[row], "capacity_mb": capacity}

@@ -1,0 +1,67 @@
+"""The benchmarks measure what they say; their figures are not judged here."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import parts, rollout
+from far_env.cli import run_guarded
+
+
+def run(module, monkeypatch, *args) -> int:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *args])
+    return run_guarded(module.__name__, module.run)
+
+
+def test_the_rollout_benchmark_prints_one_json_object(tiny_host_folder, monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "BATCHES", {1: (1, 1), 2: (2, 2)})
+    monkeypatch.setattr(rollout, "matmul_rate", lambda *_: 1e9)
+    assert run(rollout, monkeypatch, "--quick", "--json", "-", "--host", str(tiny_host_folder), "--device", "cpu") == 0
+    result = json.loads(capsys.readouterr().out)
+    keys = {f"float32_batch{batch}_steps{steps}" for batch in (1, 2) for steps in (4, 20)}
+    assert set(result["speedup"]) == set(result["engine"]) == keys
+    for timing in result["engine"].values():
+        assert sum(timing["shares"].values()) == pytest.approx(1) and timing["gflop"] > 0
+    assert {"weights", "commit", "versions", "machine", "policy", "budget", "peak_memory_mib"} <= set(result)
+
+
+def test_transformer_operations_are_counted_without_the_autoencoders(tiny_workload):
+    model, frames = tiny_workload.host.transformer, torch.randn(2, 3, 4, 8, 8)
+
+    def linear_flops(tokens):
+        dim, layers = 32, 2
+        embed, key_value, rest = 2 * tokens * 16 * dim, 4 * tokens * dim**2, 2 * tokens * (2 + 8) * dim**2
+        return embed + layers * key_value + (layers - 1) * rest
+
+    def work():
+        model.encode_context(frames)
+        tiny_workload.host.autoencoder.decode(frames)
+
+    counted = rollout.transformer_flops(tiny_workload.host, work)
+    tokens = 2 * 3 * 16
+    # beside the linear layers: attention (one layer of scores and values) and what the time does to two layers
+    assert linear_flops(tokens) < counted < 1.5 * linear_flops(tokens)
+
+
+def test_the_other_benchmark_times_worlds_and_policies(monkeypatch, capsys):
+    assert run(parts, monkeypatch, "--clips", "2", "--calls", "3", "--policies", "recent_fill") == 0
+    out = capsys.readouterr().out
+    assert "pan" in out and "frames/s" in out and "recent_fill" in out and "x recent_window" in out
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "message"),
+    [
+        (rollout, ("--host", "/nowhere"), "no host in /nowhere"),
+        (rollout, ("--json", "file"), "takes only '-'"),
+        (parts, ("--policies", "nope"), "nope"),
+        (parts, ("--policies", "full_history", "--clips", "1", "--calls", "1"), "full_history is no policy"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(monkeypatch, capsys, module, args, message):
+    assert run(module, monkeypatch, *args) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
