@@ -175,9 +175,9 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
     names = " and ".join(config.worlds)
     sessions = load_facts(run_dir)
 
-    def told(key: str) -> str:
+    def told(key: str, separator: str = ", then ") -> str:
         """What the sessions say of themselves, each thing once, in order."""
-        return ", then ".join(dict.fromkeys(session[key] for session in sessions))
+        return separator.join(dict.fromkeys(session[key] for session in sessions))
 
     torch_version = sessions[-1]["versions"]["torch"]
     return f"""\
@@ -195,7 +195,7 @@ downloads or a GPU. It predicts these worlds and nothing else.
   ({hours["autoencoder"]} h), transformer {config.transformer.steps:,} steps of {config.transformer.batch_size} histories
   ({hours["transformer"]} h), in {told("dtype")} on {told("machine")}, torch {torch_version},
   {time.strftime("%Y-%m")}, commit {told("commit")}.
-- Command: `{told("command")}`; all settings are in training.yaml.
+- Command: `{told("command", "`, then `")}`; all settings are in training.yaml.
 
 ## Measured quality
 
