@@ -247,13 +247,13 @@ def far_b_speedup(device: torch.device, num_kept: int = 8, num_steps: int = 20) 
     return {**seconds, "speedup": seconds["reference"] / seconds["engine"]}
 
 
-def memo_cost(workload: Workload, num_clips: int) -> dict[str, float]:
+def memo_cost(workload: Workload, max_frames: int, num_clips: int = 64) -> dict[str, float]:
     """Seconds to evaluate eight policies with the memo and without, and their ratio."""
     policies = {name: load_policy(name) for name in MEMO_POLICIES}
     seconds = {}
     for name, memo_bytes in (("without", 0), ("with", DEFAULT_BYTES)):
         start = time.perf_counter()
-        evaluate(workload, BUDGET, policies, range(num_clips), metrics=("psnr",), memo_bytes=memo_bytes, progress=False)
+        evaluate(workload, max_frames, policies, range(num_clips), metrics=("psnr",), memo_bytes=memo_bytes, progress=False)
         seconds[name] = time.perf_counter() - start
     return {**seconds, "ratio": seconds["with"] / seconds["without"]}
 
@@ -344,8 +344,10 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
         result["far_b"] = far_b_speedup(device)
         line = "FAR-B size, batch 1, 8 kept frames, 20 steps: {reference:.1f} s, engine {engine:.1f} s, {speedup:.1f} x"
         say(line.format(**result["far_b"]))
-        result["memo"] = memo_cost(base, 64)
-        say("8 policies on 64 clips: {without:.1f} s, with the memo {with:.1f} s, ratio {ratio:.2f}".format(**result["memo"]))
+        result["memo"] = {f"budget{max_frames}": memo_cost(base, max_frames) for max_frames in (4, 8)}
+        for name, cost in result["memo"].items():
+            line = "8 policies on 64 clips, {name}: {without:.1f} s, with the memo {with:.1f} s, ratio {ratio:.2f}"
+            say(line.format(name=name, **cost))
         result["scaling"] = scaling(base)
         say("per generated frame, batch 16, 4 steps, recent_fill:")
         for row in result["scaling"]:

@@ -19,7 +19,7 @@ from far_env.contract import NewestFrames, RetentionPolicy
 from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
 from far_env.rollout.engine import RolloutBatch
-from far_env.rollout.memo import LatentMemo
+from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play
 from far_env.workloads import Workload, check_decides
 
@@ -76,7 +76,7 @@ class EpisodeBatch:
         num_rows: episodes side by side.
         reward: how they are scored.
         metrics: metrics reported at the end, besides those of the reward.
-        memo_bytes: memory for frames that come up again, see `far_env.rollout.memo.LatentMemo`.
+        memo_bytes: memory for frames that come up again, see `far_env.rollout.memo.FrameMemo`.
 
     Raises:
         ValueError: if no decision under this budget can influence a frame.
@@ -99,7 +99,7 @@ class EpisodeBatch:
         self.workload = workload
         self.max_frames = max_frames
         self.num_slots = max(workload.num_context, max_frames) + 1
-        self.memo = LatentMemo(memo_bytes)
+        self.memo = FrameMemo(memo_bytes)
         self.rollouts = RolloutBatch(workload, num_rows, self.memo)
         self.reward = reward
         self.metric_names = tuple(dict.fromkeys([*reward.weights, *metrics]))

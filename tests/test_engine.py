@@ -14,7 +14,7 @@ from far_env.contract import make_plan
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.weights import load_host
 from far_env.rollout.engine import RolloutBatch
-from far_env.rollout.memo import LatentMemo, content_key
+from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 
@@ -101,7 +101,7 @@ def test_rows_of_different_lengths_and_budgets_share_a_batch(tiny_workload, tiny
 
 def test_the_memo_answers_what_was_computed_before(tiny_workload, encoded):
     clips = [tiny_workload.clips.clip("test", i) for i in range(3)]
-    memo = LatentMemo()
+    memo = FrameMemo()
     plain, _ = play(tiny_workload, clips, [1, 2, 3], Drops(1), 4)
     first, _ = play(tiny_workload, clips, [1, 2, 3], Drops(1), 4, memo=memo)
     assert memo.statistics.hits == 0 and memo.statistics.misses == 3 * 12 and len(memo) == 3 * 12
@@ -118,8 +118,30 @@ def test_the_memo_answers_what_was_computed_before(tiny_workload, encoded):
     assert not torch.equal(other.generated(range(3)), first.generated(range(3)))
 
 
+def test_pixels_are_remembered_like_latents(tiny_workload, monkeypatch):
+    clips = [tiny_workload.clips.clip("test", i) for i in range(2)]
+    decoded, autoencoder = [], tiny_workload.host.autoencoder
+    original = type(autoencoder).decode
+    monkeypatch.setattr(
+        type(autoencoder), "decode", lambda self, latents: decoded.append(latents.shape[:2].numel()) or original(self, latents)
+    )
+    memo, lengths = FrameMemo(), {"num_context": 5, "num_predict": 4}
+    batches = [RolloutBatch(tiny_workload, 2, own) for own in (None, memo, memo)]
+    for batch in batches:
+        batch.begin([0], clips[:1], [1], num_context=5, num_predict=7)
+        batch.begin([1], clips[1:], [2], **lengths)
+        for _ in range(4):
+            batch.advance([0, 1])
+    plain, first, second = (batch.decode([0, 1]) for batch in batches)
+    assert decoded == [14, 9], "eight frames and one that stands for all that are not there; then none"
+    torch.testing.assert_close(first, plain, atol=1e-5, rtol=0)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(batches[2].decode([1, 0], 1, 3), plain[[1, 0], 1:3], atol=1e-5, rtol=0)
+    assert decoded == [14, 9]
+
+
 def test_another_seed_or_clip_is_another_frame(tiny_workload):
-    memo = LatentMemo()
+    memo = FrameMemo()
     play(tiny_workload, [tiny_workload.clips.clip("test", 0)], [1], None, 9999, memo=memo)
     play(tiny_workload, [tiny_workload.clips.clip("test", 0)], [2], None, 9999, memo=memo)
     assert memo.statistics.hits == 1, "the context"
@@ -129,7 +151,7 @@ def test_another_seed_or_clip_is_another_frame(tiny_workload):
 
 def test_another_host_is_another_frame_even_if_its_hash_is_not(tiny_workload, tiny_long_workload):
     assert tiny_workload.host.weights_hash == tiny_long_workload.host.weights_hash
-    memo, clip = LatentMemo(), tiny_workload.clips.clip("test", 0)
+    memo, clip = FrameMemo(), tiny_workload.clips.clip("test", 0)
     for workload in (tiny_workload, tiny_long_workload):
         shared, _ = play(workload, [clip], [1], None, 9999, memo=memo)
         alone, _ = play(workload, [clip], [1], None, 9999)
@@ -176,7 +198,7 @@ def test_what_cannot_be_played_is_refused(tiny_workload):
 
 
 def test_the_memo_keeps_its_budget_and_forgets_the_least_recently_used():
-    memo = LatentMemo(max_bytes=3 * 40)
+    memo = FrameMemo(max_bytes=3 * 40)
     for name in "abc":
         memo.put(name, torch.full((10,), 1.0))
     assert memo.get("a") is not None
@@ -197,7 +219,7 @@ def test_content_keys_tell_parts_apart():
 def test_frames_own_their_memory_and_a_finished_rollout_keeps_nothing_else(tiny_workload):
     """A view would keep the batch it was computed in alive."""
     clips = [tiny_workload.clips.clip("test", i) for i in range(3)]
-    memo = LatentMemo()
+    memo = FrameMemo()
     batch = RolloutBatch(tiny_workload, 3, memo)
     batch.begin(range(3), clips, [1, 2, 3])
     for _ in range(4):
@@ -213,7 +235,7 @@ def test_frames_own_their_memory_and_a_finished_rollout_keeps_nothing_else(tiny_
 
 
 def test_memory_of_finished_episodes_is_given_back(tiny_workload):
-    memo = LatentMemo(max_bytes=64 * 1024)
+    memo = FrameMemo(max_bytes=64 * 1024)
     batch = RolloutBatch(tiny_workload, 2, memo)
 
     def live_bytes():

@@ -72,7 +72,7 @@ def test_precision_and_memo_are_options(tiny_host_folder, make):
             while not done:
                 _, reward, done, _, _ = env.step(np.ones(env.action_space.n, dtype=np.int8))
             rewards.append(reward)
-    assert env.episodes.memo.statistics.hits == 12, "the context and eleven frames, the second time"
+    assert env.episodes.memo.statistics.hits == 23, "the context, eleven frames and their pixels, the second time"
     np.testing.assert_allclose(rewards[2:], rewards[2], atol=1e-3)
     np.testing.assert_allclose(rewards[:2], rewards[2], atol=0.3)
 

@@ -15,7 +15,7 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.statistics import mean_interval
 from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, require_metrics
 from far_env.provenance import git_commit, versions
-from far_env.rollout.memo import DEFAULT_BYTES, LatentMemo
+from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 from far_env.workloads import Workload
@@ -103,7 +103,7 @@ def evaluate(
     for clip_id in (min(clip_ids), max(clip_ids)):
         check_clip_id(workload.clips, split, clip_id)
     columns: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in names} for name in policies}
-    memo = LatentMemo(memo_bytes)
+    memo = FrameMemo(memo_bytes)
     total = len(policies) * len(clip_ids) * workload.num_predict
     with tqdm(total=total, unit="frame", desc="evaluate", disable=not progress, dynamic_ncols=True) as bar:
         for first in range(0, len(clip_ids), batch_size):

@@ -6,7 +6,7 @@ What makes it fast, and exact:
   frame before them was dropped.
 - Rows share every forward pass, whatever their histories; shorter ones are padded and masked.
 - A latent is a pure function of host, clip, noise seed, step and kept frames: a memo under a hash of these answers what was
-  computed before, for another policy, say.
+  computed before, for another policy, say; the same for its pixels.
 
 The result is that of `far_env.rollout.reference`.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from far_env.clips.clip import Clip
 from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler
-from far_env.rollout.memo import LatentMemo, content_key
+from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import rollout_noise
 from far_env.workloads import Workload
 
@@ -73,10 +73,10 @@ class RolloutBatch:
         memo: shared with other batches to reuse their frames, or None.
     """
 
-    def __init__(self, workload: Workload, num_rows: int, memo: LatentMemo | None = None) -> None:
+    def __init__(self, workload: Workload, num_rows: int, memo: FrameMemo | None = None) -> None:
         host = workload.host
         self.workload = workload
-        self.memo = LatentMemo(0) if memo is None else memo
+        self.memo = FrameMemo(0) if memo is None else memo
         self._empty = torch.zeros(host.latent_shape, device=host.device, dtype=host.dtype)
         self._rows = [self._unbegun() for _ in range(num_rows)]
         self._sampler = FrameSampler(host.transformer, workload.num_steps)
@@ -193,7 +193,25 @@ class RolloutBatch:
 
     def decode(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
         """Predicted frames first … last-1 of each row as pixels (R, last − first, 3, H, W)."""
-        return self.workload.host.autoencoder.decode(self.generated(rows, first, last))
+        latents = self.generated(rows, first, last)
+        autoencoder = self.workload.host.autoencoder
+        if self.memo.max_bytes == 0:
+            return autoencoder.decode(latents)
+        count = latents.shape[1]
+        keys = []
+        for own in self._chosen(rows):
+            start = own.num_context + range(own.num_predict)[first:last].start
+            generated = own.keys[start : start + count]
+            keys += [content_key("pixels", key) for key in generated]
+            keys += [content_key("pixels", *self._origin, "not generated")] * (count - len(generated))
+        pixels = {key: self.memo.get(key) for key in dict.fromkeys(keys)}
+        place = {key: i for i, key in enumerate(keys) if pixels[key] is None}
+        if place:
+            decoded = autoencoder.decode(latents.flatten(0, 1)[list(place.values())][None])[0]
+            for key, frame in zip(place, decoded, strict=True):
+                pixels[key] = frame.clone()
+                self.memo.put(key, pixels[key])
+        return torch.stack([pixels[key] for key in keys]).unflatten(0, latents.shape[:2])
 
     def state_dict(self) -> dict:
         """The rollouts as tensors and plain values."""

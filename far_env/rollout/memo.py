@@ -1,4 +1,4 @@
-"""Latents by content: what was computed once from the same host, clip, noise and kept frames is not computed again."""
+"""Frames by content: what was computed once from the same host, clip, noise and kept frames is not computed again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MemoStatistics:
     evictions: int = 0
 
 
-class LatentMemo:
+class FrameMemo:
     """Tensors by key, at most ``max_bytes`` of them; the least recently used are thrown away first.
 
     Args:

@@ -18,7 +18,7 @@ from far_env.contract import (
 )
 from far_env.frame_meta import frame_meta_list, frame_size_mb
 from far_env.rollout.engine import RolloutBatch
-from far_env.rollout.memo import LatentMemo
+from far_env.rollout.memo import FrameMemo
 from far_env.workloads import Workload
 
 
@@ -39,7 +39,7 @@ def play(
     max_frames: int | Sequence[int],
     *,
     strict: bool = True,
-    memo: LatentMemo | None = None,
+    memo: FrameMemo | None = None,
     on_frame: Callable[[int], None] | None = None,
 ) -> tuple[RolloutBatch, list[list[Decision]]]:
     """Roll every clip out under the policy, all in one batch.
