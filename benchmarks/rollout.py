@@ -31,6 +31,7 @@ from far_env.evaluation.evaluate import evaluate
 from far_env.host.far import FAR
 from far_env.host.sampler import sample_next_frame
 from far_env.host.weights import Host, load_host
+from far_env.host.zoo import RELEASED
 from far_env.metrics import psnr
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES
@@ -54,15 +55,6 @@ MEMO_POLICIES = (
     "least_change_next",
 )
 SHARE_WIDTHS = {"transformer": 9, "autoencoder": 9, "metrics": 9, "python": 8}
-FAR_B = {
-    "patch_size": 1,
-    "in_channels": 32,
-    "out_channels": 32,
-    "num_layers": 12,
-    "attention_head_dim": 64,
-    "num_attention_heads": 12,
-    "axes_dims_rope": [16, 24, 24],
-}
 
 
 @dataclass(frozen=True)
@@ -228,7 +220,7 @@ def time_reference(workload: Workload, num_clips: int) -> float:
 def far_b_speedup(device: torch.device, num_kept: int = 8, num_steps: int = 20) -> dict[str, float]:
     """Seconds for one new frame of a FAR-B-size model with random weights, batch 1, by the reference loop and the sampler."""
     torch.manual_seed(0)
-    model = FAR(**FAR_B).to(device).eval().requires_grad_(False)
+    model = FAR(**RELEASED["far_b_ucf101"].config).to(device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
     host = Host("FAR-B size, random weights", model, None, "", (32, 8, 8), 64, num_steps)

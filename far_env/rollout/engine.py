@@ -187,7 +187,7 @@ class RolloutBatch:
     def generated(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
         """Generated latents first … last-1 (R, n, C, h, w), zero where there is none (yet)."""
         chosen = self._chosen(rows)
-        steps = range(max(own.num_predict for own in chosen))[first:last]
+        steps = self._steps(chosen, first, last)
         frames = [own.frames[own.num_context + step] if step < own.steps else self._empty for own in chosen for step in steps]
         return torch.stack(frames).unflatten(0, (len(chosen), len(steps)))
 
@@ -197,13 +197,12 @@ class RolloutBatch:
         autoencoder = self.workload.host.autoencoder
         if self.memo.max_bytes == 0:
             return autoencoder.decode(latents)
-        count = latents.shape[1]
-        keys = []
-        for own in self._chosen(rows):
-            start = own.num_context + range(own.num_predict)[first:last].start
-            generated = own.keys[start : start + count]
-            keys += [content_key("pixels", key) for key in generated]
-            keys += [content_key("pixels", *self._origin, "not generated")] * (count - len(generated))
+        chosen = self._chosen(rows)
+        keys = [
+            content_key("pixels", *self._origin, own.keys[own.num_context + step] if step < own.steps else "not generated")
+            for own in chosen
+            for step in self._steps(chosen, first, last)
+        ]
         pixels = {key: self.memo.get(key) for key in dict.fromkeys(keys)}
         place = {key: i for i, key in enumerate(keys) if pixels[key] is None}
         if place:
@@ -258,6 +257,10 @@ class RolloutBatch:
 
     def _chosen(self, rows: Sequence[int]) -> list[Rollout]:
         return [self._rows[row] for row in rows]
+
+    def _steps(self, rollouts: Sequence[Rollout], first: int, last: int | None) -> range:
+        """Steps first … last-1 of the longest of these rollouts."""
+        return range(max(own.num_predict for own in rollouts))[first:last]
 
     def _append(self, own: Rollout, latent: Tensor, key: str) -> None:
         own.kept.append(len(own.frames))
