@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 for _name, _workload in {
     "Pan": "pan",
     "Cuts": "cuts",
+    "Orbit": "orbit",
     "UCF101Short": "ucf101_short_prediction",
     "DMLabLong": "dmlab_long_prediction",
 }.items():

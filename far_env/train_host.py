@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,15 +23,14 @@ from far_env.device import resolve_device, resolve_precision
 from far_env.evaluation.evaluate import FULL_HISTORY, evaluate
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.far import FAR
+from far_env.host.far_long import FARLong, make_transformer
 from far_env.host.train_autoencoder import AutoencoderTraining, train_autoencoder
 from far_env.host.train_transformer import TransformerTraining, train_transformer
 from far_env.host.training_loop import load_tensors
-from far_env.host.weights import Host, load_host, save_host
+from far_env.host.weights import SHIPPED, Host, load_host, save_host
 from far_env.metrics import psnr
 from far_env.provenance import load_facts, run_facts, save_facts
 from far_env.workloads import make_workload
-
-TIGHT_BUDGET = 4
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class HostTraining:
     transformer: TransformerTraining = field(default_factory=TransformerTraining)
     worlds: tuple[str, ...] = ("pan", "cuts")
     """Procedural worlds to train on, in equal shares."""
+    start_from: str | None = None
+    """A host (shipped, or a folder) whose autoencoder is taken as it is and whose transformer training begins from."""
     seed: int = 0
     run_dir: str = "runs/host"
     """Checkpoints, encoded clips and TensorBoard; the same command goes on from here."""
@@ -53,9 +55,11 @@ class HostTraining:
     checkpoint_every: int = 250
     quality_clips: int = 256
     """Test clips per world for the model card; 0 leaves the measurement out."""
+    quality_budget: int = 4
+    """The budget under which the card tells how recency does."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_steps", "checkpoint_every")
+        require_positive(self, "num_steps", "checkpoint_every", "quality_budget")
 
 
 def train_host(config: HostTraining) -> Host:
@@ -72,22 +76,30 @@ def train_host(config: HostTraining) -> Host:
             raise ValueError(unknown_name("world", name, list(WORLDS)))
     # Training drives many values towards zero; denormal floats make CPU kernels three times slower.
     torch.set_flush_denormal(True)
-    check_models(config)
     device = resolve_device(config.device)
+    source = None if config.start_from is None else load_host(config.start_from, str(device))
+    check_models(config, None if source is None else source.autoencoder.settings)
     dtype = resolve_precision(config.precision, device)
     run_dir = make_run_dir(config.run_dir)
     _check_same_run(config, run_dir)
     save_facts(run_dir, run_facts(device, dtype))
     worlds: list[World] = [WORLDS[name] for name in config.worlds]
     common = {"seed": config.seed, "device": device, "dtype": dtype, "checkpoint_every": config.checkpoint_every}
-    autoencoder = train_autoencoder(config.autoencoder, worlds, run_dir, **common)
-    transformer = train_transformer(config.transformer, autoencoder, worlds, run_dir, **common)
-    configs = {
-        "autoencoder": {**config.autoencoder.model, "scaling_factor": autoencoder.scaling_factor},
-        "transformer": config.transformer.model,
-    }
+    if source is None:
+        autoencoder, start = train_autoencoder(config.autoencoder, worlds, run_dir, **common), None
+    else:
+        autoencoder, start = source.autoencoder, source.transformer
+    transformer = train_transformer(config.transformer, autoencoder, worlds, run_dir, start_from=start, **common)
     output_dir = make_run_dir(config.output_dir)
-    save_host(output_dir, transformer, autoencoder, configs, frame_size=64, num_steps=config.num_steps)
+    save_host(
+        output_dir,
+        transformer,
+        autoencoder,
+        {"autoencoder": autoencoder.settings, "transformer": config.transformer.model},
+        frame_size=64,
+        num_steps=config.num_steps,
+        autoencoder_of=config.start_from if config.start_from in SHIPPED else None,
+    )
     host = load_host(output_dir, config.device)
     quality = measure_quality(config, str(device)) if config.quality_clips else {}
     save_yaml(config, output_dir / "training.yaml")
@@ -95,38 +107,45 @@ def train_host(config: HostTraining) -> Host:
     return host
 
 
-def check_models(config: HostTraining) -> None:
+def check_models(config: HostTraining, autoencoder: dict | None = None) -> None:
     """Build both models without memory, so that settings that do not fit are told before hours of work.
+
+    Args:
+        autoencoder: settings of one that is taken over instead of trained.
 
     Raises:
         ValueError: on an unknown argument (the nearest one is suggested), a wrong one, or channels that do not match.
     """
-    parts = {"autoencoder": (AutoencoderDC, config.autoencoder.model), "transformer": (FAR, config.transformer.model)}
-    for part, (build, arguments) in parts.items():
-        known = list(inspect.signature(build).parameters)
+    encoding = autoencoder or config.autoencoder.model
+    parts: dict[str, tuple[Callable, list[type], dict]] = {
+        "autoencoder": (lambda settings: AutoencoderDC(**settings), [AutoencoderDC], encoding),
+        "transformer": (make_transformer, [FARLong, FAR], config.transformer.model),
+    }
+    for part, (build, takers, arguments) in parts.items():
+        known = [name for taker in takers for name in inspect.signature(taker).parameters]
         for key in arguments:
             if key not in known:
                 raise ValueError(f"{part}: model: {unknown_name('key', key, known)}")
         try:
             with torch.device("meta"):
-                build(**arguments)
+                build(arguments)
         except Exception as error:
             raise ValueError(f"{part}: model: these settings do not fit: {error}") from error
-    latent_channels = config.autoencoder.model.get("latent_channels", 32)
+    latent_channels = encoding.get("latent_channels", 32)
     for key in ("in_channels", "out_channels"):
         if config.transformer.model.get(key, 32) != latent_channels:
             raise ValueError(f"transformer: model: {key} must equal the autoencoder's latent_channels {latent_channels}")
 
 
 def measure_quality(config: HostTraining, device: str) -> dict[str, dict[str, float]]:
-    """Per world on test clips, in dB: autoencoder reconstruction, full-history and recent_fill clip PSNR at budget 4."""
+    """Per world on test clips, in dB: autoencoder reconstruction, full-history and recent_fill clip PSNR."""
     quality = {}
     for name in config.worlds:
         workload = make_workload(name, host=config.output_dir, device=device)
         ids = range(config.quality_clips)
         result = evaluate(
             workload,
-            TIGHT_BUDGET,
+            config.quality_budget,
             {FULL_HISTORY: None, "recent_fill": NewestFrames()},
             ids,
             metrics=("psnr",),
@@ -145,7 +164,7 @@ def measure_quality(config: HostTraining, device: str) -> dict[str, dict[str, fl
 def _check_same_run(config: HostTraining, run_dir: Path) -> None:
     """Save the settings, or refuse to go on with a run whose settings that shape the weights differ."""
     path = run_dir / "training.json"
-    shaping = ("autoencoder", "transformer", "worlds", "seed")
+    shaping = ("autoencoder", "transformer", "worlds", "start_from", "seed")
     settings = json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in shaping}))
     if path.exists() and json.loads(path.read_text()) != settings:
         raise ValueError(f"{run_dir} holds a run with other settings (see {path.name}); choose another run_dir or delete it")
@@ -157,7 +176,13 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
     """The README.md of a host folder."""
     parts = {"autoencoder": host.autoencoder, "transformer": host.transformer}
     weights = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
-    hours = {name: _stage_hours(run_dir, name) for name in parts}
+    made = {
+        "autoencoder": f"autoencoder {config.autoencoder.steps:,} steps of {config.autoencoder.batch_size} frames",
+        "transformer": f"transformer {config.transformer.steps:,} steps of {config.transformer.batch_size} histories",
+    }
+    stages = [f"{text} ({_stage_hours(run_dir, name)} h)" for name, text in made.items() if (run_dir / f"{name}.ckpt").exists()]
+    if config.start_from is not None:
+        stages.insert(0, f"autoencoder of the host {config.start_from}, whose transformer this one began from")
     rows = [
         f"| {world} | {values['reconstruction']:.1f} | {values[FULL_HISTORY]:.2f} | {values['recent_fill']:.2f} |"
         for world, values in quality.items()
@@ -167,12 +192,13 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
             f"Mean over {config.quality_clips} test clips per world, noise seed 42 + clip id, {host.num_steps} ODE steps; "
             "PSNR in dB:",
             "",
-            f"| world | autoencoder reconstruction | full history | recent_fill, budget {TIGHT_BUDGET} |",
+            f"| world | autoencoder reconstruction | full history | recent_fill, budget {config.quality_budget} |",
             "|---|---|---|---|",
             *rows,
         ]
     )
     names = " and ".join(config.worlds)
+    model = "FAR-Long" if isinstance(host.transformer, FARLong) else "FAR"
     sessions = load_facts(run_dir)
 
     def told(key: str, separator: str = ", then ") -> str:
@@ -181,7 +207,7 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
 
     torch_version = sessions[-1]["versions"]["torch"]
     return f"""\
-# Model card: a small FAR host for the procedural worlds {names}
+# Model card: a small {model} host for the procedural world{"s" if len(config.worlds) > 1 else ""} {names}
 
 A frame-autoregressive flow-matching transformer (FAR, arXiv 2503.19325) and a deep-compression autoencoder (arXiv
 2410.10733), trained from nothing on procedural clips, so that retention policies can be trained and compared without
@@ -189,11 +215,9 @@ downloads or a GPU. It predicts these worlds and nothing else.
 
 - Weights: hash {host.weights_hash}; autoencoder {weights["autoencoder"]:,}, transformer {weights["transformer"]:,}
   parameters; float16.
-- Data: train clips of {names}, 64×64, 16 frames, seed {config.seed}; {config.transformer.clips_per_world:,} clips per world
-  for the transformer.
-- Training: autoencoder {config.autoencoder.steps:,} steps of {config.autoencoder.batch_size} frames
-  ({hours["autoencoder"]} h), transformer {config.transformer.steps:,} steps of {config.transformer.batch_size} histories
-  ({hours["transformer"]} h), in {told("dtype")} on {told("machine")}, torch {torch_version},
+- Data: train clips of {names}, 64×64, {WORLDS[config.worlds[0]].num_frames} frames, seed {config.seed};
+  {config.transformer.clips_per_world:,} clips per world for the transformer.
+- Training: {", ".join(stages)}, in {told("dtype")} on {told("machine")}, torch {torch_version},
   {time.strftime("%Y-%m")}, commit {told("commit")}.
 - Command: `{told("command", "`, then `")}`; all settings are in training.yaml.
 

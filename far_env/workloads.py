@@ -83,7 +83,9 @@ def _world(name: str) -> Callable[[], ClipSource]:
 
 
 WORKLOADS: dict[str, WorkloadSpec] = {
-    **{name: WorkloadSpec(_world(name), 5, 11) for name in WORLDS},
+    "pan": WorkloadSpec(_world("pan"), 5, 11),
+    "cuts": WorkloadSpec(_world("cuts"), 5, 11),
+    "orbit": WorkloadSpec(_world("orbit"), 36, 36, "embedded_long"),
     "ucf101_short_prediction": WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20),
     "dmlab_long_prediction": WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20),
 }

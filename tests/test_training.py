@@ -14,10 +14,12 @@ import torch
 from far_env.config import load_yaml
 from far_env.host import train_autoencoder as ta
 from far_env.host import train_transformer as tt
+from far_env.host.far import FAR
+from far_env.host.far_long import FARLong, begin_from
 from far_env.host.training_loop import TrainingStopped, load_tensors, run_steps, step_generator
 from far_env.host.weights import load_host
 from far_env.train_host import HostTraining, train_host
-from tests.conftest import TINY_DCAE, TINY_FAR
+from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 
 
 @pytest.mark.parametrize("case", ["train_loss_far.npz", "train_loss_far_long.npz"])
@@ -56,7 +58,7 @@ def test_histories_are_older_frames_in_order_and_a_contiguous_tail():
 @torch.no_grad()
 def test_the_one_pass_loss_equals_predicting_each_frame_from_its_own_history():
     torch.manual_seed(0)
-    model = tt.FAR(**TINY_FAR)
+    model = FAR(**TINY_FAR)
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn_like(parameter)
     config = tt.TransformerTraining(noisy_copies=2, context_noise=0.0)
@@ -64,6 +66,8 @@ def test_the_one_pass_loss_equals_predicting_each_frame_from_its_own_history():
     calls = []
 
     class Recorder(torch.nn.Module):
+        num_coarse = staticmethod(model.num_coarse)
+
         def velocity(self, latents, times, positions, visible):
             calls.append((latents, times, positions))
             return model.velocity(latents, times, positions, visible)
@@ -83,6 +87,44 @@ def test_the_one_pass_loss_equals_predicting_each_frame_from_its_own_history():
         target = (latents[:, index] - frames[:, k]) / sigma
         errors.append((velocity - target).square().mean())
     torch.testing.assert_close(loss, torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_with_a_coarse_past():
+    torch.manual_seed(0)
+    model = FARLong(**{**TINY_FAR, "short_term_ctx_winsize": 4, "context_patch_size": 4})
+    randomise(model, 5)
+    config = tt.TransformerTraining(noisy_copies=1, context_noise=0.0)
+    frames = torch.randn(2, 7, 4, 8, 8)
+    seen = {}
+    velocity = model.velocity
+
+    def recorder(latents, times, *rest, **options):
+        seen.update(latents=latents, times=times, **options)
+        return velocity(latents, times, *rest, **options)
+
+    model.velocity = recorder
+    loss = tt.teacher_forcing_loss(model, tt.TeacherForcingBatch(frames, torch.tensor([6])), config, step_generator(0, 1))
+    del model.velocity
+    assert seen["num_coarse"] == 3, "of seven frames, a window of four leaves three coarse"
+    alone = model(seen["latents"], seen["times"])[:, -1]
+    sigma = (seen["times"][:, -1] / 1000)[:, None, None, None]
+    target = (seen["latents"][:, -1] - frames[:, -1]) / sigma
+    torch.testing.assert_close(loss, (alone - target).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_transformer_begins_from_a_short_one():
+    short, long = FAR(**TINY_FAR), FARLong(**TINY_FAR, context_patch_size=4)
+    randomise(short, 1)
+    begin_from(long, short)
+    latents, times = torch.randn(1, 3, 4, 8, 8), torch.tensor([[-1.0, -1.0, 500.0]])
+    torch.testing.assert_close(long(latents, times), short(latents, times))
+    block, origin = long.transformer_blocks[0].attn, short.transformer_blocks[0].attn
+    assert torch.equal(block.add_k_proj.weight, origin.to_k.weight) and torch.equal(
+        block.to_add_out.bias, origin.to_out[0].bias
+    )
+    with pytest.raises(ValueError, match=r"x_embedder.weight is of shape \(32, 16\), in the transformer to begin from of"):
+        begin_from(long, FAR(**{**TINY_FAR, "in_channels": 8, "out_channels": 8}))
 
 
 class Counter:

@@ -50,14 +50,11 @@ def _scenery(rng: np.random.Generator, width: int) -> np.ndarray:
     return picture
 
 
-def _schedule_strips(actions: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """(T, 2, 16, 3): strip of frame t holds the ring of actions rolled so that cell 0 leads to frame t+1.
-
-    ``actions`` (T,) has T = 16, so that the ring holds the whole schedule; the cell that leads past the end shows action 0.
-    """
-    ring = np.append(actions[1:], 0)
-    rolled = ring[(np.arange(RING)[:, None] + np.arange(RING)) % RING]
-    return np.repeat(colours[rolled].reshape(RING, 2, RING // 2, 3), 2, axis=2)
+def _schedule_strips(ring: np.ndarray, num_frames: int, colours: np.ndarray) -> np.ndarray:
+    """(num_frames, 2, 16, 3): the strip of frame t holds the ring (16,) rolled so that cell 0 is the action that leads to
+    frame t+1."""
+    rolled = ring[(np.arange(num_frames)[:, None] + np.arange(RING)) % RING]
+    return np.repeat(colours[rolled].reshape(num_frames, 2, RING // 2, 3), 2, axis=2)
 
 
 def _to_clip(clip_id: int, grid: np.ndarray, actions: np.ndarray) -> Clip:
@@ -121,7 +118,7 @@ class Pan(World):
         )
         grid = np.empty((self.num_frames, CELLS, CELLS, 3), dtype=np.float32)
         grid[:, :14] = panorama[:, offsets[:, None] + np.arange(CELLS)].transpose(1, 0, 2, 3)
-        grid[:, 14:] = _schedule_strips(actions, self.action_colours)
+        grid[:, 14:] = _schedule_strips(np.append(actions[1:], 0), self.num_frames, self.action_colours)
         return grid, actions
 
 
@@ -147,7 +144,7 @@ class Cuts(World):
         grid[:, :12] = backgrounds[shots]
         grid[:, 12:14] = colours[shots][:, None, None]
         self._draw_blocks(rng, grid, shots)
-        grid[:, 14:] = _schedule_strips(shots, colours)
+        grid[:, 14:] = _schedule_strips(np.append(shots[1:], 0), self.num_frames, colours)
         return grid, shots
 
     def _draw_shots(self, rng: np.random.Generator, num_shots: int) -> np.ndarray:
@@ -172,4 +169,57 @@ class Cuts(World):
                 grid[shown, row : row + 3, (left + cell) % CELLS] = np.float32(0.05 if trailing else 1.0)
 
 
-WORLDS: dict[str, World] = {world.name: world for world in (Pan(), Cuts())}
+class Orbit(World):
+    """A camera turns 32 px per frame around a circular 384 px panorama, and now and then turns back for a while.
+
+    Sixteen moves, 4–9 one way and 2–4 back in turn, repeat to the end; everything frames 36 … 71 will show has been seen
+    by frame 35. Actions: 0 for −32, 1 for 32 px.
+    """
+
+    name = "orbit"
+    tag = 3
+    num_frames = 72
+    num_context = 36
+    panorama_width = 384
+    stride = 32
+    action_colours = _hues(2)
+    ruler = _hues(panorama_width // GRID)
+
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        num_places = self.panorama_width // self.stride
+        places = np.zeros(self.num_frames, dtype=np.int64)
+        while True:
+            ring = self._draw_ring(rng)
+            moves = 2 * np.resize(ring, self.num_frames - 1) - 1
+            places[1:] = np.cumsum(moves)
+            # A frame shows its place and the next one.
+            seen, shown = (
+                {int(place) % num_places for start in part for place in (start, start + 1)}
+                for part in (places[: self.num_context], places[self.num_context :])
+            )
+            if shown <= seen:
+                break
+        offsets = self.stride // GRID * (places + rng.integers(num_places))
+        panorama = np.concatenate(
+            [
+                _scenery(rng, self.panorama_width),
+                np.broadcast_to(self.ruler, (2, *self.ruler.shape)),
+            ]
+        )
+        columns = (offsets[:, None] + np.arange(CELLS)) % panorama.shape[1]
+        grid = np.empty((self.num_frames, CELLS, CELLS, 3), dtype=np.float32)
+        grid[:, :14] = panorama[:, columns].transpose(1, 0, 2, 3)
+        grid[:, 14:] = _schedule_strips(ring, self.num_frames, self.action_colours)
+        return grid, np.append(1, np.resize(ring, self.num_frames - 1))
+
+    @staticmethod
+    def _draw_ring(rng: np.random.Generator) -> np.ndarray:
+        """Sixteen actions: long runs one way and short ones back, either way around, begun anywhere."""
+        runs: list[int] = []
+        forward = int(rng.integers(2))
+        while len(runs) < RING:
+            runs += [forward] * int(rng.integers(4, 10)) + [1 - forward] * int(rng.integers(2, 5))
+        return np.roll(runs[:RING], rng.integers(RING))
+
+
+WORLDS: dict[str, World] = {world.name: world for world in (Pan(), Cuts(), Orbit())}

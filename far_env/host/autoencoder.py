@@ -16,11 +16,12 @@ class Autoencoder(nn.Module):
     """A deep-compression autoencoder (arXiv 2410.10733) for frames in [0, 1]; deterministic, frame by frame.
 
     Args:
-        config: arguments of ``diffusers.AutoencoderDC``; ``scaling_factor`` multiplies latents.
+        config: arguments of ``diffusers.AutoencoderDC``; ``scaling_factor`` multiplies latents. Kept as ``settings``.
     """
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
+        self.settings = config
         self.dcae = AutoencoderDC(**config).to(memory_format=torch.channels_last)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,16 @@ from torch import Tensor, nn
 
 from far_env.host.blocks import Attention, LongAttention, initialise
 from far_env.host.far import COARSE_TIME_FACTOR, FAR, frame_times
+
+COARSE_COPIES = {
+    "add_q_proj": "to_q",
+    "add_k_proj": "to_k",
+    "add_v_proj": "to_v",
+    "to_add_out": "to_out.0",
+    "norm_added_q": "norm_q",
+    "norm_added_k": "norm_k",
+}
+"""Which weights of a fine token's attention a coarse token's may begin as."""
 
 
 class FARLong(FAR):
@@ -44,23 +55,41 @@ class FARLong(FAR):
         self, latents: Tensor, timesteps: Tensor, *, label: Tensor | None = None, action: Tensor | None = None
     ) -> Tensor:
         """Velocity of every frame, coarse ones included; see `FAR.forward`."""
-        times = frame_times(timesteps, latents)
         num_frames = latents.shape[1]
-        num_coarse = self.num_coarse(num_frames)
-        self._grid(latents, True)  # upstream refuses sizes that do not fit, even without coarse frames
         positions = torch.arange(num_frames, device=latents.device)
+        visible = torch.ones(num_frames, num_frames, dtype=torch.bool, device=latents.device).tril()
+        num_coarse = self.num_coarse(num_frames)
+        return self.velocity(latents, timesteps, positions, visible, num_coarse=num_coarse, action=action)
+
+    def velocity(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        *,
+        num_coarse: int = 0,
+        label: Tensor | None = None,
+        action: Tensor | None = None,
+    ) -> Tensor:
+        """As `FAR.velocity`, with the first ``num_coarse`` frames coarse; they never see the others."""
+        times = frame_times(timesteps, latents)
+        self._grid(latents, True)  # upstream refuses sizes that do not fit, even without coarse frames
         known: list[tuple[Tensor, Tensor]] | None = None
-        known_keys = positions[:0]
+        counts = torch.full((latents.shape[1],), self.tokens_per_frame(latents), device=latents.device)
+        counts[:num_coarse] = self.tokens_per_frame(latents, True)
         velocities = []
-        for coarse, piece in ((True, slice(0, num_coarse)), (False, slice(num_coarse, num_frames))):
+        for coarse, piece in ((True, slice(0, num_coarse)), (False, slice(num_coarse, latents.shape[1]))):
             frames, own_times = latents[:, piece], times[:, piece] * (COARSE_TIME_FACTOR if coarse else 1)
             if frames.shape[1] == 0:
                 continue
             actions = None if action is None else action[:, piece]
             modulations = self.modulate(own_times, action=actions, dtype=latents.dtype)
-            queries = positions[piece].repeat_interleave(self.tokens_per_frame(frames, coarse))
-            keys = torch.cat([known_keys, queries])
-            mask = self._mask(queries[None], keys[None], (keys <= queries[:, None])[None], latents.dtype)
+            queries = positions[piece].repeat_interleave(counts[piece])
+            keys = positions[: piece.stop].repeat_interleave(counts[: piece.stop])
+            seen = visible[piece, : piece.stop].repeat_interleave(counts[piece], dim=0)
+            seen = seen.repeat_interleave(counts[: piece.stop], dim=1)
+            mask = self._mask(queries[None], keys[None], seen[None], latents.dtype)
             table = self._table(positions[piece][None], frames, coarse)
             x = self._embed(frames, coarse)
             memories = []
@@ -72,7 +101,7 @@ class FARLong(FAR):
                 )
                 x = block(x, modulations.blocks[index], table, mask, memory, coarse)
                 memories.append(memory)
-            known, known_keys = memories, keys
+            known = memories
             velocities.append(self._project(x, modulations, frames, coarse))
         return torch.cat(velocities, dim=1)
 
@@ -87,3 +116,31 @@ class FARLong(FAR):
         if not coarse:
             return super()._ends(coarse)
         return self.context_patch_size, self.context_embedder, self.context_proj_out
+
+
+def make_transformer(config: Mapping[str, Any]) -> FAR:
+    """A FARLong where the arguments hold a context_patch_size, else a FAR."""
+    return (FARLong if "context_patch_size" in config else FAR)(**config)
+
+
+def begin_from(model: FAR, source: FAR) -> None:
+    """Copy the weights of a transformer of the same size into ``model``, in place.
+
+    A FAR's projections serve a FARLong's coarse tokens too; its coarse embedding and output stay as they are.
+
+    Raises:
+        ValueError: if a weight is of another shape.
+    """
+    known, state = source.state_dict(), model.state_dict()
+    for key in state:
+        origin = key
+        if key not in known:
+            own = next((part for part in COARSE_COPIES if f".{part}." in key), None)
+            if own is None:
+                continue
+            origin = key.replace(own, COARSE_COPIES[own])
+        if known[origin].shape != state[key].shape:
+            shapes = tuple(state[key].shape), tuple(known[origin].shape)
+            raise ValueError(f"{key} is of shape {shapes[0]}, in the transformer to begin from of {shapes[1]}")
+        state[key] = known[origin]
+    model.load_state_dict(state)

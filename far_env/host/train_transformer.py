@@ -22,6 +22,7 @@ from far_env.clips.worlds import World
 from far_env.config import require_positive
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import CLEAN_TIME, FAR
+from far_env.host.far_long import begin_from, make_transformer
 from far_env.host.training_loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
 
 CHUNK_CLIPS = 500
@@ -32,7 +33,7 @@ class TransformerTraining:
     """How the transformer is trained."""
 
     model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of far_env.host.FAR."""
+    """Arguments of far_env.host.FAR, or, with a context_patch_size, of FARLong."""
     steps: int = 7_000
     clips_per_world: int = 8_000
     """Train clips that are encoded once and then drawn from."""
@@ -45,9 +46,11 @@ class TransformerTraining:
     warmup: int = 100
     ema_decay: float = 0.999
     contiguous_every: int = 5
-    """Every so many batches whole clips are used, without dropped frames."""
+    """Every so many batches histories are contiguous, without dropped frames."""
+    min_contiguous: int = 16
+    """Shortest contiguous history that such a batch may have; the longest is the whole clip."""
     contiguous_predicted: int = 4
-    """Frames predicted in a whole clip, drawn anew for every batch; all would cost more than they teach."""
+    """Frames predicted in it, drawn anew for every batch; all would cost more than they teach."""
     max_older: int = 6
     """Most random older frames in front of a tail."""
     max_tail: int = 6
@@ -62,8 +65,8 @@ class TransformerTraining:
     """Half the histories carry unannounced noise of up to this sigma, against drift."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "clips_per_world", "batch_size", "contiguous_every", "contiguous_predicted", "noisy_copies")
-        require_positive(self, *counts, "muon_learning_rate", "adamw_learning_rate", "warmup")
+        counts = ("steps", "clips_per_world", "batch_size", "contiguous_every", "min_contiguous", "contiguous_predicted")
+        require_positive(self, *counts, "noisy_copies", "muon_learning_rate", "adamw_learning_rate", "warmup")
         if self.max_tail < 2:
             raise ValueError(f"max_tail must be at least 2, got {self.max_tail}: a tail is a frame and its successor")
 
@@ -91,7 +94,10 @@ def draw_frames(rng: np.random.Generator, clip_length: int, num_older: int, tail
 def teacher_forcing_loss(
     model: FAR, batch: TeacherForcingBatch, config: TransformerTraining, generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of the velocity of every predicted frame at ``noisy_copies`` noise levels each."""
+    """Mean squared error of the velocity of every predicted frame at ``noisy_copies`` noise levels each.
+
+    FAR-Long sees as coarse the frames that are so when the last frame is predicted.
+    """
     frames, predicted = batch.frames, batch.predicted.repeat(config.noisy_copies)
     device, num_rows = frames.device, len(frames)
 
@@ -119,7 +125,8 @@ def teacher_forcing_loss(
     visible[:, :num_clean] = clean_positions < positions[:, None]
     visible |= torch.eye(len(positions), dtype=torch.bool, device=device)
     times = torch.cat([torch.full((num_rows, num_clean), CLEAN_TIME, device=device), 1000 * sigma], dim=1)
-    velocity = model.velocity(torch.cat([clean, noisy], dim=1), times, positions, visible)[:, num_clean:]
+    coarse = {"num_coarse": num_coarse} if (num_coarse := model.num_coarse(num_clean + 1)) else {}
+    velocity = model.velocity(torch.cat([clean, noisy], dim=1), times, positions, visible, **coarse)[:, num_clean:]
     return (velocity.float() - (noise - target)).square().mean()
 
 
@@ -186,14 +193,22 @@ def train_transformer(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    start_from: FAR | None = None,
     checkpoint_every: int = 500,
 ) -> FAR:
-    """Train (or finish training) and return the averaged transformer in float32, in eval mode."""
+    """Train (or finish training) and return the averaged transformer in float32, in eval mode.
+
+    Args:
+        start_from: a transformer whose weights the training begins with, else random ones.
+    """
+    torch.manual_seed(seed)
+    model = make_transformer(config.model)
+    if start_from is not None:
+        begin_from(model, start_from)
+    model = model.to(device).train()
     # Named by the autoencoder, so that latents of an older one are not taken for its own.
     folder = run_dir / f"latents_{_state_hash(autoencoder)}"
     clips = [_encoded_clips(autoencoder, world, config.clips_per_world, folder, device) for world in worlds]
-    torch.manual_seed(seed)
-    model = FAR(**config.model).to(device).train()
     average = ExponentialAverage(model, config.ema_decay)
     matrices = [p for name, p in model.named_parameters() if _is_hidden_matrix(name)]
     others = [p for name, p in model.named_parameters() if not _is_hidden_matrix(name)]
@@ -201,7 +216,7 @@ def train_transformer(
     adamw = torch.optim.AdamW(others, lr=config.adamw_learning_rate, weight_decay=config.weight_decay)
 
     def train_step(step: int) -> dict[str, float]:
-        batch = _draw_batch(config, clips, seed, step, device)
+        batch = _draw_batch(config, clips, model, seed, step, device)
         factor = cosine_with_warmup(step, config.steps, config.warmup)
         for optimizer in (muon, adamw):
             set_learning_rate(optimizer, factor)
@@ -224,7 +239,11 @@ def train_transformer(
 
 def _is_hidden_matrix(name: str) -> bool:
     """Attention and MLP matrices, which Muon trains."""
-    return name.startswith("transformer_blocks") and name.endswith("weight") and (".attn.to_" in name or ".mlp." in name)
+    return (
+        name.startswith("transformer_blocks")
+        and name.endswith("weight")
+        and any(part in name for part in (".attn.to_", ".attn.add_", ".mlp."))
+    )
 
 
 def _is_contiguous(config: TransformerTraining, step: int) -> bool:
@@ -232,14 +251,15 @@ def _is_contiguous(config: TransformerTraining, step: int) -> bool:
 
 
 def _draw_batch(
-    config: TransformerTraining, clips: list[np.ndarray], seed: int, step: int, device: torch.device
+    config: TransformerTraining, clips: list[np.ndarray], model: FAR, seed: int, step: int, device: torch.device
 ) -> TeacherForcingBatch:
     """Histories of one shape for a whole batch, the worlds taking turns row by row."""
     rng = np.random.default_rng((seed, 2, step))
     clip_length = clips[0].shape[1]
     if _is_contiguous(config, step):
-        num_older, tail = 0, clip_length
-        predicted = 1 + np.sort(rng.choice(clip_length - 1, config.contiguous_predicted, replace=False))
+        num_older, tail = 0, int(rng.integers(config.min_contiguous, clip_length + 1))
+        first = 1 + model.num_coarse(tail)
+        predicted = first + np.sort(rng.choice(tail - first, config.contiguous_predicted, replace=False))
     else:
         num_older, tail = int(rng.integers(config.max_older + 1)), int(rng.integers(2, config.max_tail + 1))
         predicted = np.arange(num_older + 1, num_older + tail)

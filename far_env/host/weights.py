@@ -18,11 +18,13 @@ from far_env.config import write_text
 from far_env.device import resolve_device
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
-from far_env.host.far_long import FARLong
+from far_env.host.far_long import make_transformer
 from far_env.host.state_files import WeightsError, check_state, file_hash
 from far_env.host.zoo import RELEASED, load_released
 
-EMBEDDED_HOST = Path(__file__).parent.parent / "assets" / "embedded_host"
+_ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = {"embedded": _ASSETS / "embedded_host", "embedded_long": _ASSETS / "embedded_long_host"}
+"""The hosts that come with the package: a FAR for pan and cuts, a FAR-Long for orbit."""
 _PARTS = ("autoencoder", "transformer")
 
 
@@ -60,14 +62,14 @@ class Host:
 
 
 def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:
-    """Load ``"embedded"``, a released transformer by name, or a folder written by `save_host`; once per (name, device, dtype).
+    """Load a shipped host or a released transformer by name, or a folder written by `save_host`; once per device and dtype.
 
     Raises:
         WeightsError: if a file is missing or damaged, its hash is not the expected one, or keys or shapes do not fit.
     """
     if str(name) in RELEASED:
         return _released_host(str(name), resolve_device(str(device)), dtype)
-    folder = EMBEDDED_HOST if name == "embedded" else Path(name)
+    folder = SHIPPED.get(str(name), Path(name))
     return _load_host(str(name), folder.resolve(), _read_config(folder), resolve_device(str(device)), dtype)
 
 
@@ -76,14 +78,17 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
     # The text holds the weights' hashes, so a host that was trained anew is not taken for the cached one.
     config = _check_config(folder, config_text)
     modules: dict[str, nn.Module] = {}
-    transformer = FARLong if "context_patch_size" in config["transformer"] else FAR
-    for part, build in (("autoencoder", Autoencoder), ("transformer", transformer)):
-        path = folder / f"{part}.safetensors"
+    sources = {
+        "autoencoder": (SHIPPED.get(config.get("autoencoder_of"), folder), lambda settings: Autoencoder(**settings)),
+        "transformer": (folder, make_transformer),
+    }
+    for part, (place, build) in sources.items():
+        path = place / f"{part}.safetensors"
         content_hash, expected = file_hash(path), config["sha256"].get(part, "")
         if content_hash != expected:
             raise WeightsError(f"{path} has SHA-256 {content_hash[:8]}…, config.json expects {expected[:8]}…; restore the file")
         try:
-            model = build(**config[part])
+            model = build(config[part])
         except (TypeError, ValueError) as error:
             raise WeightsError(f"{folder / 'config.json'}: the {part} settings do not fit: {error}") from error
         modules[part] = load_weights(model, path).to(device, dtype)
@@ -138,15 +143,20 @@ def save_host(
     *,
     frame_size: int,
     num_steps: int,
+    autoencoder_of: str | None = None,
 ) -> None:
     """Write a host in float16: two safetensors files and config.json, each whole or not at all.
 
     Args:
         configs: constructor arguments under "transformer" and "autoencoder". A FARLong is told by its context_patch_size.
+        autoencoder_of: the shipped host whose autoencoder this is; its file is not written again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for part, module in (("autoencoder", autoencoder), ("transformer", transformer)):
+        if part == "autoencoder" and autoencoder_of is not None:
+            hashes[part] = file_hash(SHIPPED[autoencoder_of] / f"{part}.safetensors")
+            continue
         path = folder / f"{part}.safetensors"
         temporary = path.with_suffix(".part")
         half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
@@ -161,6 +171,8 @@ def save_host(
         "sha256": hashes,
         **configs,
     }
+    if autoencoder_of is not None:
+        config["autoencoder_of"] = autoencoder_of
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -169,8 +181,8 @@ def _read_config(folder: Path) -> str:
         return (folder / "config.json").read_text(encoding="utf-8")
     except OSError as error:
         raise WeightsError(
-            f"no host in {folder}: config.json cannot be read; use 'embedded', a released model of far-env weights list, or a "
-            "folder made by train-host"
+            f"no host in {folder}: config.json cannot be read; use {' or '.join(SHIPPED)}, a released model of far-env weights "
+            "list, or a folder made by train-host"
         ) from error
 
 
@@ -185,4 +197,6 @@ def _check_config(folder: Path, text: str) -> dict:
     missing = [key for key in (*_PARTS, "sha256", "latent_shape", "frame_size", "num_steps") if key not in config]
     if missing:
         raise WeightsError(f"{path} lacks {', '.join(missing)}; restore the file")
+    if config.get("autoencoder_of", "embedded") not in SHIPPED:
+        raise WeightsError(f"{path}: autoencoder_of must be one of {', '.join(SHIPPED)}; restore the file")
     return config
