@@ -1,0 +1,200 @@
+"""Upper bounds and labels: an expert that knows what the clip will show, and a search on the true reward. Never policies.
+
+The expert keeps the frames whose content the rest of the clip will need most; the search rolls alternatives out, keeps the
+most promising, and returns the best finished rollout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from far_env.clips.clip import Clip
+from far_env.metrics import psnr
+from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
+from far_env.rollout.play import Decision
+from far_env.workloads import Workload, check_decides
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What every frame of a history could contribute to the frames to come.
+
+    Attributes:
+        missing: float32 (columns,), what one latent column of a coming frame differs from the nearest column of the true
+            frame just before it, which every rollout has: it needs no memory.
+        distance: float32 (history, columns), the same for every frame of the history.
+    """
+
+    missing: np.ndarray
+    distance: np.ndarray
+
+    def cost(self, kept: Sequence[int]) -> float:
+        """Sum over columns of the distance to the nearest source when these frames are kept."""
+        return float(np.minimum(self.missing, self.distance[list(kept)].min(axis=0)).sum())
+
+
+def coverage(history: Tensor, newest: Tensor, future: Tensor) -> Coverage:
+    """Match the columns of coming frames with those of the history.
+
+    Columns, because the content of a moving camera shifts sideways; a column is compared with all columns of a source.
+
+    Args:
+        history: latents (n, C, h, w) of the frames that may be kept.
+        newest: the true latent (C, h, w) of the frame generated last.
+        future: true latents (m, C, h, w) of the frames still to come.
+    """
+    columns = future.movedim(-1, 1).flatten(2).float()
+    targets = columns.flatten(0, 1)
+    before = torch.cat([newest[None], future[:-1]]).movedim(-1, 1).flatten(2).float()
+    missing = torch.cdist(columns, before).square().amin(dim=2).flatten()
+    sources = history.movedim(-1, 1).flatten(2).float()
+    distance = torch.cdist(targets[None], sources).square().amin(dim=2)
+    return Coverage(missing.cpu().numpy(), distance.cpu().numpy())
+
+
+def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[int]]:
+    """The sets of ``max_frames`` rows, the newest among them, that cover best, ascending in cost.
+
+    Exhaustive while there are at most 2,000 sets; else rows are dropped one by one, the one that is missed least first, and
+    the alternatives swap one kept row for one dropped.
+    """
+    num_frames = len(cover.distance)
+    newest = num_frames - 1
+    if num_frames <= max_frames:
+        return [list(range(num_frames))]
+    if math.comb(newest, max_frames - 1) <= 2_000:
+        sets = [[*chosen, newest] for chosen in itertools.combinations(range(newest), max_frames - 1)]
+    else:
+        kept = list(range(num_frames))
+        while len(kept) > max_frames:
+            drop = min(kept[:-1], key=lambda row: cover.cost([other for other in kept if other != row]))
+            kept.remove(drop)
+        sets = [kept]
+        if limit > 1:
+            dropped = [row for row in range(num_frames) if row not in kept]
+            sets += [sorted({*kept, new} - {old}) for old in kept[:-1] for new in dropped]
+    return sorted(sets, key=cover.cost)[:limit]
+
+
+@dataclass(frozen=True)
+class OracleRollout:
+    """The best rollout that a search found for a clip.
+
+    Attributes:
+        psnr: of the predicted clip, dB.
+        decisions: what was kept.
+        frames_generated: frames that the search rolled out for this clip, those of its other branches included.
+    """
+
+    psnr: float
+    decisions: list[Decision]
+    frames_generated: int
+
+
+@torch.no_grad()
+def search(
+    workload: Workload,
+    clips: Sequence[Clip],
+    noise_seeds: Sequence[int],
+    max_frames: int,
+    *,
+    width: int = 4,
+    branches: int = 4,
+    memo_bytes: int = DEFAULT_BYTES,
+    progress: bool = True,
+) -> list[OracleRollout]:
+    """Beam search on the true reward with a look ahead to the end of the clip.
+
+    At every decision each rollout in the beam goes on with the ``branches`` sets that cover the future best. Of all these the
+    ``width`` go on whose squared error so far, plus the squared error that their history lets one expect of the frames to
+    come, is smallest. At the end the true PSNR decides. With width = branches = 1 this is the expert alone.
+
+    Args:
+        width: rollouts per clip that are pursued.
+        branches: alternatives tried at every decision.
+        memo_bytes: memory for frames that come up again.
+
+    Raises:
+        ValueError: if no decision matters under this budget, or width or branches is below 1.
+    """
+    check_decides(workload, max_frames)
+    if width < 1 or branches < 1:
+        raise ValueError(f"a search needs a width and branches of at least 1, got {width} and {branches}")
+    per_clip = 2 * width
+    batch = RolloutBatch(workload, len(clips) * per_clip, FrameMemo(memo_bytes))
+    batch.begin([index * per_clip for index in range(len(clips))], clips, noise_seeds)
+    beams = [
+        _Beam(batch, clip, range(index * per_clip, (index + 1) * per_clip), width, branches) for index, clip in enumerate(clips)
+    ]
+    with tqdm(total=workload.num_predict, desc="oracle", unit="step", disable=not progress, dynamic_ncols=True) as bar:
+        for step in range(workload.num_predict):
+            batch.advance([row for beam in beams for row in beam.alive])
+            for beam in beams:
+                beam.score(step)
+                if step < workload.num_predict - 1 and batch.history_length(beam.alive[0]) > max_frames:
+                    beam.branch(step, max_frames)
+            bar.update()
+    return [beam.best() for beam in beams]
+
+
+class _Beam:
+    """The rollouts of one clip: ``alive`` are those of its rows that are pursued."""
+
+    def __init__(self, batch: RolloutBatch, clip: Clip, rows: range, width: int, branches: int) -> None:
+        workload = batch.workload
+        host = workload.host
+        self.batch, self.rows, self.width, self.branches = batch, rows, width, branches
+        frames = torch.from_numpy(clip.frames[: workload.num_frames]).to(host.device)
+        self.truth = frames[workload.num_context :]
+        self.latents = host.autoencoder.encode(frames[None].to(host.dtype))[0, workload.num_context :]
+        # What an error in latents is worth in pixels.
+        self.scale = float(frames.var() / self.latents.float().var()) / self.latents[0].numel()
+        self.alive = [rows[0]]
+        self.errors = {rows[0]: 0.0}
+        self.decisions: dict[int, list[Decision]] = {rows[0]: []}
+        self.generated = 0
+
+    def score(self, step: int) -> None:
+        """Add the squared error of the frame that was just generated."""
+        frames = self.batch.decode(self.alive, step, step + 1).float()[:, 0]
+        errors = (frames - self.truth[step]).square().mean(dim=(1, 2, 3)).tolist()
+        for row, error in zip(self.alive, errors, strict=True):
+            self.errors[row] += error
+        self.generated += len(self.alive)
+
+    def branch(self, step: int, max_frames: int) -> None:
+        """Replace the rollouts by the best of their continuations, each with its history cut down."""
+        options = []
+        for row in self.alive:
+            length = self.batch.history_length(row)
+            history = self.batch.history([row])[0][0, :length]
+            cover = coverage(history, self.latents[step], self.latents[step + 1 :])
+            numbers = self.batch.frame_numbers(row)
+            for kept in best_cover(cover, max_frames, self.branches):
+                expected = self.errors[row] + self.scale * cover.cost(kept)
+                options.append((expected, row, kept, Decision(step, tuple(numbers[i] for i in kept))))
+        options.sort(key=lambda option: option[0])
+        # The rows are used by halves: one holds what is continued, the other its continuations.
+        free = [row for row in self.rows if row not in self.alive][: self.width]
+        errors, decisions = {}, {}
+        for target, (_, row, kept, decision) in zip(free, options, strict=False):
+            self.batch.fork(row, [target])
+            self.batch.retain(target, kept)
+            errors[target] = self.errors[row]
+            decisions[target] = [*self.decisions[row], decision]
+        self.alive, self.errors, self.decisions = list(errors), errors, decisions
+
+    def best(self) -> OracleRollout:
+        """The finished rollout with the smallest error, which is the highest PSNR."""
+        row = min(self.alive, key=self.errors.__getitem__)
+        score = psnr(self.batch.decode([row])[0], self.truth)
+        return OracleRollout(float(score), self.decisions[row], self.generated)
