@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
 from agents.subset import BudgetedSubset
 from far_env.contract import (
@@ -72,6 +74,7 @@ class AgentPolicy:
     def __init__(self, network: RetentionNetwork, name: str = "learned") -> None:
         self.network = network.eval()
         self.name = name
+        self.memory = HistoryMemory() if network.memory else None
 
     @torch.no_grad()
     def build_temporal_cache_plan(
@@ -79,29 +82,30 @@ class AgentPolicy:
     ) -> TemporalCachePlan:
         """Keep the newest frame and the up to budget − 1 others with the largest positive logits."""
         num_frames, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
-        frames, mask, budget = observation_of(chunk_meta_list, rollout_state, max_frames)
-        logits = self.network(frames, mask, budget)
+        looks = [
+            (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
+            for m in chunk_meta_list
+        ]
+        rows = observed_rows(looks, rollout_state.step, self.memory)
+        budget = (max_frames / num_frames, rollout_state.step / rollout_state.total_steps, 1.0)
+        logits = self.network(torch.tensor([rows]), torch.ones(1, num_frames), torch.tensor([budget]))
         forced = torch.zeros(1, num_frames, dtype=torch.bool)
         forced[:, -1] = True
         mode = BudgetedSubset(logits, ~forced, forced, torch.tensor([max_frames])).mode()[0]
-        return make_plan(mode.nonzero().flatten().tolist(), num_frames, retention_family="anchor")
+        kept = mode.nonzero().flatten().tolist()
+        if self.memory is not None:
+            self.memory.keep(kept)
+        return make_plan(kept, num_frames, retention_family="anchor")
 
 
-def observation_of(
-    chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, max_frames: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the environment would show of this history, without padding: frames (1, N, 6), mask (1, N), budget (1, 3)."""
-    num_frames = len(chunk_meta_list)
-    rows = [
-        (
-            meta.age / num_frames,
-            meta.recentness,
-            meta.boundary_score,
-            meta.feature_drift,
-            meta.temporal_similarity,
-            meta.motion_strength / (1 + meta.motion_strength),
-        )
-        for meta in chunk_meta_list
-    ]
-    budget = (max_frames / num_frames, rollout_state.step / rollout_state.total_steps, 1.0)
-    return torch.tensor([rows]), torch.ones(1, num_frames), torch.tensor([budget])
+def observed_rows(looks: Sequence[Sequence[float]], step: int, memory: HistoryMemory | None) -> list[tuple[float, ...]]:
+    """What the environment would show of a history without padding, and what is remembered: a row of 6 or 13 per frame.
+
+    Args:
+        looks: per frame boundary_score, feature_drift, temporal_similarity and squashed motion, see `ROW_FEATURES`.
+        memory: of this history; it recalls, and must then be told what is kept.
+    """
+    num_frames = len(looks)
+    recalled = [()] * num_frames if memory is None else memory.recall(looks, step)
+    ages = range(num_frames - 1, -1, -1)
+    return [(age / num_frames, 1 / (1 + age), *look, *own) for age, look, own in zip(ages, looks, recalled, strict=True)]

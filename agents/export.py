@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
+from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
 from agents.runs import load_scorer
 from far_env.config import write_text
@@ -54,12 +56,13 @@ class VideoTemporalKVPolicy:
     WEIGHTS = (
 {weights}
     )
-
+{memory_class}
     def __init__(self):
         import base64
 
         import numpy as np
 
+        self.memory = {memory}
         flat = np.frombuffer(base64.b64decode(self.WEIGHTS), dtype="<f4")
         self.parameters, start = {{}}, 0
         for name, shape in self.SHAPES.items():
@@ -76,6 +79,8 @@ class VideoTemporalKVPolicy:
         last = len(logits) - 1
         order = np.argsort(-logits[:last], kind="stable")[: max(0, max_frames - 1)]
         kept = {{last}} | {{int(i) for i in order if logits[i] > 0}}
+        if self.memory is not None:
+            self.memory.keep(sorted(kept))
         decisions = [
             ChunkDecision(meta.chunk_id, "keep" if i in kept else "drop", float(logits[i]))
             for i, meta in enumerate(chunk_meta_list)
@@ -91,18 +96,14 @@ class VideoTemporalKVPolicy:
             rollout_state.step / rollout_state.total_steps,
             np.log1p(n) / 3,
         )
+        looks = [
+            (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
+            for m in chunk_meta_list
+        ]
+        recalled = [()] * n if self.memory is None else self.memory.recall(looks, rollout_state.step)
         x = np.array(
             [
-                (
-                    np.log1p(m.age) / 3,
-                    m.recentness,
-                    m.boundary_score,
-                    m.feature_drift,
-                    m.temporal_similarity,
-                    m.motion_strength / (1 + m.motion_strength),
-                    float(i == n - 1),
-                    *shared,
-                )
+                (np.log1p(m.age) / 3, m.recentness, *looks[i], float(i == n - 1), *shared, *recalled[i])
                 for i, m in enumerate(chunk_meta_list)
             ],
             dtype=np.float32,
@@ -146,6 +147,8 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         num_heads=network.blocks[0].num_heads,
         num_layers=len(network.blocks),
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
+        memory="self.HistoryMemory()" if network.memory else None,
+        memory_class="\n" + textwrap.indent(inspect.getsource(HistoryMemory), "    ") if network.memory else "",
         weights="\n".join(f'        "{line}"' for line in textwrap.wrap(packed, 100)),
     )
     write_text(path, text)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from agents.memory import HistoryMemory
 from far_env.episodes import ROW_FEATURES
 
 NUM_INPUTS = len(ROW_FEATURES) + 4
@@ -13,13 +14,13 @@ _MASKED = -1e9
 
 
 def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
-    """Observations to network inputs (B, N, 10): counts are made independent of the number of slots N.
+    """Observations to network inputs (B, N, 10 or 17): counts are made independent of the number of slots N.
 
     Per row log(1 + age) / 3, the other features as they are, then whether it is the newest, log(1 + budget) / 3,
-    the step's share of the rollout and log(1 + frames) / 3.
+    the step's share of the rollout and log(1 + frames) / 3, then what is remembered of it.
 
     Args:
-        frames: observation["frames"] (B, N, 6).
+        frames: observation["frames"] (B, N, 6), or with the columns of `HistoryMemory.recall` behind them (B, N, 13).
         budget: observation["budget"] (B, 3).
     """
     slots = frames.shape[1]
@@ -28,7 +29,8 @@ def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
     newest[:, -1] = 1
     counts = torch.log1p(budget[:, [0, 2]] * slots) / 3
     shared = torch.stack([counts[:, 0], budget[:, 1], counts[:, 1]], dim=-1)[:, None].expand(-1, slots, -1)
-    return torch.cat([torch.log1p(age) / 3, frames[..., 1:], newest, shared], dim=-1)
+    now, remembered = frames[..., 1 : len(ROW_FEATURES)], frames[..., len(ROW_FEATURES) :]
+    return torch.cat([torch.log1p(age) / 3, now, newest, shared, remembered], dim=-1)
 
 
 class SetBlock(nn.Module):
@@ -59,13 +61,15 @@ class RetentionNetwork(nn.Module):
 
     Args:
         width, num_layers, num_heads: size of the set transformer; the defaults make 67k weights.
+        memory: rows also carry what a `HistoryMemory` recalls of them.
     """
 
-    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4) -> None:
+    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False) -> None:
         super().__init__()
+        self.memory = memory
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
-        self.embed = nn.Linear(NUM_INPUTS, width)
+        self.embed = nn.Linear(NUM_INPUTS + HistoryMemory.WIDTH * memory, width)
         self.blocks = nn.ModuleList(SetBlock(width, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
@@ -89,9 +93,9 @@ class RetentionNetwork(nn.Module):
 class ValueNetwork(nn.Module):
     """The critic: the same trunk, the mean over rows, one number."""
 
-    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4) -> None:
+    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False) -> None:
         super().__init__()
-        self.trunk = RetentionNetwork(width, num_layers, num_heads)
+        self.trunk = RetentionNetwork(width, num_layers, num_heads, memory)
         self.trunk.head = nn.Identity()
 
     def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:

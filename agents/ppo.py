@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.adapters import AgentPolicy
+from agents.memory_env import MemoryVecEnv
 from agents.network import RetentionNetwork
 from agents.subset_policy import SubsetPolicy
 from far_env.config import require_positive
@@ -34,6 +35,8 @@ class NetworkSize:
     width: int = 64
     num_layers: int = 2
     num_heads: int = 4
+    memory: bool = False
+    """Whether it remembers births, see `agents.memory.HistoryMemory`."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,10 @@ def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run
     settings = asdict(config.ppo)
     total, learning_rate = settings.pop("total_timesteps"), settings.pop("learning_rate")
     settings.pop("num_envs")
+    venv = VecMonitor(SB3VecEnv(env))
     model = ResumablePPO(
         SubsetPolicy,
-        VecMonitor(SB3VecEnv(env)),
+        MemoryVecEnv(venv, workload.num_predict) if config.network.memory else venv,
         policy_kwargs={"network": asdict(config.network)},
         learning_rate=lambda remaining: learning_rate * remaining,
         seed=config.seed,
@@ -204,7 +208,9 @@ class Progress(BaseCallback):
         # SB3 would reset the environment if it had no last observation.
         model._last_obs = {key: value.numpy() for key, value in saved["last_obs"].items()}
         model._last_episode_starts = saved["last_episode_starts"].numpy()
-        monitor = model.env
+        if isinstance(model.env, MemoryVecEnv):
+            model.env.load_state_dict(saved["memories"], model._last_obs)
+        monitor = _monitor_of(model)
         monitor.episode_returns = saved["episode_returns"].numpy()
         monitor.episode_lengths = saved["episode_lengths"].numpy()
         torch.set_rng_state(saved["torch_rng"])
@@ -245,7 +251,7 @@ class Progress(BaseCallback):
             self.best_weights = {key: value.detach().clone() for key, value in scorer.state_dict().items()}
 
     def _save(self) -> None:
-        model, monitor = self.model, self.model.env
+        model, monitor = self.model, _monitor_of(self.model)
         env: FrameRetentionVectorEnv = monitor.venv.env
         name, keys, position, has_gauss, gauss = np.random.get_state()
         save_tensors(
@@ -260,6 +266,7 @@ class Progress(BaseCallback):
                 "best_score": float(self.best_score),
                 "best_weights": self.best_weights,
                 "env": env.state_dict(),
+                "memories": model.env.state_dict() if isinstance(model.env, MemoryVecEnv) else [],
                 "last_obs": {key: torch.as_tensor(value) for key, value in model._last_obs.items()},
                 "last_episode_starts": torch.as_tensor(model._last_episode_starts),
                 "episode_returns": torch.as_tensor(monitor.episode_returns),
@@ -268,6 +275,11 @@ class Progress(BaseCallback):
                 "numpy_rng": (name, torch.as_tensor(keys.astype(np.int64)), position, has_gauss, gauss),
             },
         )
+
+
+def _monitor_of(model: MaskablePPO) -> VecMonitor:
+    """The monitor, which memory may be wrapped around."""
+    return model.env.venv if isinstance(model.env, MemoryVecEnv) else model.env
 
 
 def experiment_facts(config: AgentTraining, workload: Workload, max_frames: int) -> dict[str, Any]:

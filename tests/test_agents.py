@@ -12,7 +12,7 @@ import torch
 
 import train_agent
 from agents import ppo
-from agents.ppo import AgentTraining, PPOSettings, RewardSettings
+from agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
 from agents.runs import load_policy, load_scorer
 
 
@@ -63,13 +63,16 @@ def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
     assert set(results["policies"]) == {"learned", "recent_fill", "full_history"}
     assert results["policies"]["learned"]["psnr_minus_recent_fill"]["n"] == 3
     network, facts = load_scorer(folder)
-    assert facts["network"] == {"width": 64, "num_layers": 2, "num_heads": 4} and "pan, budget 4" in facts["trained_on"]
+    assert facts["network"] == {"width": 64, "num_layers": 2, "num_heads": 4, "memory": False}
+    assert "pan, budget 4" in facts["trained_on"]
     assert load_policy(str(folder)).network.state_dict().keys() == network.state_dict().keys()
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
         train_agent.train(config)
 
 
-def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_path, monkeypatch, memory):
+    config = dataclasses.replace(config, network=NetworkSize(memory=memory))
     whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
     train_agent.train(whole)
     saves = []

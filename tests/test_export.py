@@ -21,10 +21,10 @@ from far_env.frame_meta import frame_meta_list
 from far_env.rollout.play import play
 
 
-@pytest.fixture(scope="module")
-def scorer():
+@pytest.fixture(scope="module", params=[False, True], ids=["memoryless", "memory"])
+def scorer(request):
     torch.manual_seed(0)
-    network = RetentionNetwork()
+    network = RetentionNetwork(memory=request.param)
     for parameter in network.parameters():
         parameter.data = 0.3 * torch.randn_like(parameter)
     return network.eval()

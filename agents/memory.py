@@ -1,0 +1,64 @@
+"""What a policy may remember of its own calls: when each kept frame was born, and what it looked like then.
+
+The benchmark tells ages as positions in the kept history, and compares a frame with the frames that happen to be kept now.
+One policy object serves a whole clip, so it can remember what it saw and decided. Training, evaluation and the exported file
+all use this one class; the exported file carries its source, so it needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+
+class HistoryMemory:
+    """Follows the frames of one history from call to call.
+
+    A new clip is recognised by a step that has not grown, or has grown by another number than that of the new frames.
+
+    At a clip's first call nothing has been dropped yet, so the frames are numbered 0, 1, … and the newest is
+    step + n_context. From then on it knows which frames it kept; all others are new.
+    """
+
+    WIDTH = 7
+
+    def __init__(self) -> None:
+        self.last_step = -1
+        self.num_context = 0
+        self.births: list[int] = []
+        self.looks: list[tuple] = []
+
+    def recall(self, rows: list, step: int) -> list:
+        """Columns for each kept frame, to be called once per decision.
+
+        Args:
+            rows: per frame, oldest first: boundary_score, feature_drift, temporal_similarity and squashed motion as now.
+            step: the benchmark's step; the newest frame was generated in it.
+
+        Returns:
+            Per frame: log(1 + age in frames) / 4, whether it was generated, log(1 + gap to the frame kept before it) / 3,
+            and the four features of its first call.
+        """
+        from math import log1p  # here, because the exported class brings nothing but its own lines
+
+        num_frames = len(rows)
+        if step <= self.last_step or step - self.last_step != num_frames - len(self.births):
+            self.births, self.looks = [], []
+            self.num_context = num_frames - step - 1
+        self.last_step = step
+        num_new = num_frames - len(self.births)
+        newest = step + self.num_context
+        self.births += range(newest - num_new + 1, newest + 1)
+        self.looks += [tuple(float(value) for value in row) for row in rows[num_frames - num_new :]]
+        previous = [self.births[0], *self.births]
+        return [
+            (
+                log1p(newest - birth) / 4,
+                float(birth >= self.num_context),
+                log1p(birth - before) / 3,
+                *look,
+            )
+            for birth, before, look in zip(self.births, previous, self.looks, strict=False)
+        ]
+
+    def keep(self, ids: list) -> None:
+        """Remember which rows of the last call stay."""
+        self.births = [self.births[i] for i in ids]
+        self.looks = [self.looks[i] for i in ids]
