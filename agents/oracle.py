@@ -85,6 +85,11 @@ def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[in
     return sorted(sets, key=cover.cost)[:limit]
 
 
+def pixel_error_scale(frames: Tensor, latents: Tensor) -> float:
+    """Mean squared pixel error per summed squared latent error of a frame, from the variances of both."""
+    return float(frames.var() / latents.float().var()) / latents.shape[-3:].numel()
+
+
 @dataclass(frozen=True)
 class OracleRollout:
     """The best rollout that a search found for a clip.
@@ -156,8 +161,7 @@ class _Beam:
         frames = torch.from_numpy(clip.frames[: workload.num_frames]).to(host.device)
         self.truth = frames[workload.num_context :]
         self.latents = host.autoencoder.encode(frames[None].to(host.dtype))[0, workload.num_context :]
-        # What an error in latents is worth in pixels.
-        self.scale = float(frames.var() / self.latents.float().var()) / self.latents[0].numel()
+        self.scale = pixel_error_scale(frames, self.latents)
         self.alive = [rows[0]]
         self.errors = {rows[0]: 0.0}
         self.decisions: dict[int, list[Decision]] = {rows[0]: []}

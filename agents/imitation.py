@@ -1,0 +1,215 @@
+"""Imitation of the hindsight expert: DAgger collects decisions with what each alternative would cost; the scorer learns them.
+
+The label of a decision is not one set of frames but the best few with their costs, because many sets are equally good:
+the target is softmax(−cost / temperature), the loss its cross-entropy under the budgeted-subset distribution.
+Dataset aggregation: Ross et al., arXiv 1011.0686.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agents.adapters import observed_rows
+from agents.memory import HistoryMemory
+from agents.network import RetentionNetwork
+from agents.oracle import best_cover, coverage, pixel_error_scale
+from agents.subset import BudgetedSubset
+from far_env.config import require_positive
+from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.workloads import Workload
+
+
+@dataclass(frozen=True)
+class ImitationSettings:
+    """How the scorer learns from the expert before PPO (if at all)."""
+
+    rounds: int = 0
+    """Of collecting and learning; in the first the expert acts, then the scorer. 0 for none."""
+    clips_per_round: int = 256
+    candidates: int = 8
+    """Sets per decision whose costs are noted."""
+    temperature: float = 1e-3
+    """In units of mean squared pixel error per predicted frame."""
+    epochs: int = 30
+    """Over all decisions so far, in every round."""
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    """At the start of every round; falls by a cosine to zero."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions and what their alternatives cost; histories are right-aligned like the environment's.
+
+    Attributes:
+        frames: float32 (D, slots, 6 or 13), mask: float32 (D, slots), budget: float32 (D, 3): observations.
+        max_frames: int64 (D,).
+        sets: bool (D, candidates, slots), the frames that each alternative keeps; the best comes first.
+        costs: float32 (D, candidates): expected squared error per predicted frame; infinite where there is no alternative.
+    """
+
+    frames: Tensor
+    mask: Tensor
+    budget: Tensor
+    max_frames: Tensor
+    sets: Tensor
+    costs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @staticmethod
+    def join(parts: Sequence[Decisions]) -> Decisions:
+        """All of them, one after the other."""
+        return Decisions(*(torch.cat([getattr(part, name) for part in parts]) for name in Decisions.__dataclass_fields__))
+
+
+@torch.no_grad()
+def collect(
+    workload: Workload,
+    clip_ids: Sequence[int],
+    budgets: Sequence[int],
+    *,
+    actor: RetentionNetwork | None,
+    memory: bool,
+    candidates: int,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Decisions:
+    """Roll train clips out and note the expert's opinion at every decision that matters.
+
+    Args:
+        clip_ids: of the train split.
+        budgets: one per clip.
+        actor: who decides; None lets the expert itself decide.
+        memory: whether observations carry what a `HistoryMemory` recalls.
+        candidates: alternatives noted per decision.
+    """
+    slots = max(workload.num_context, *budgets) + 1
+    records: list[tuple] = []
+    for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
+        chosen = slice(first, first + batch_size)
+        records += _play(workload, clip_ids[chosen], budgets[chosen], actor, memory, candidates, slots)
+    columns = [np.stack(column) for column in zip(*records, strict=True)]
+    return Decisions(*(torch.from_numpy(column) for column in columns))
+
+
+def _play(
+    workload: Workload,
+    clip_ids: Sequence[int],
+    budgets: Sequence[int],
+    actor: RetentionNetwork | None,
+    memory: bool,
+    candidates: int,
+    slots: int,
+) -> list[tuple]:
+    clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
+    host, context = workload.host, workload.num_context
+    frames = torch.stack([torch.from_numpy(clip.frames[: workload.num_frames]) for clip in clips]).to(host.device)
+    truth = host.autoencoder.encode(frames.to(host.dtype))[:, context:]
+    scale = pixel_error_scale(frames, truth) / workload.num_predict
+    batch = RolloutBatch(workload, len(clips))
+    batch.begin(range(len(clips)), clips, [BENCHMARK_SEED + clip_id for clip_id in clip_ids])
+    memories = [HistoryMemory() if memory else None for _ in clips]
+    records = []
+    for step in range(workload.num_predict - 1):
+        batch.advance(range(len(clips)))
+        full = [row for row in range(len(clips)) if batch.history_length(row) > budgets[row]]
+        if not full:
+            continue
+        features = batch.features(full)
+        features[..., 3] /= 1 + features[..., 3]
+        histories, lengths = batch.history(full)
+        for place, row in enumerate(full):
+            length, budget = int(lengths[place]), budgets[row]
+            cover = coverage(histories[place, :length], truth[row, step], truth[row, step + 1 :])
+            sets = best_cover(cover, budget, candidates)
+            record = _empty_record(slots, 6 + HistoryMemory.WIDTH * memory, candidates)
+            shown = slice(slots - length, slots)
+            record[0][shown] = observed_rows(features[place, :length].tolist(), step, memories[row])
+            record[0][shown, 0] *= length / slots
+            record[1][shown] = 1
+            record[2][:] = budget / slots, step / workload.num_predict, length / slots
+            record[3][...] = budget
+            for index, kept in enumerate(sets):
+                record[4][index, slots - length + np.array(kept)] = True
+                record[5][index] = scale * cover.cost(kept)
+            records.append(record)
+        kept_sets = _acted(records[-len(full) :], actor)
+        for record, own, row in zip(records[-len(full) :], kept_sets, full, strict=True):
+            offset = slots - int(record[1].sum())
+            ids = (np.flatnonzero(own) - offset).tolist()
+            batch.retain(row, ids)
+            if memories[row] is not None:
+                memories[row].keep(ids)
+    return records
+
+
+def _empty_record(slots: int, width: int, candidates: int) -> tuple[np.ndarray, ...]:
+    """One row of `Decisions`, of zeros and no alternatives."""
+    return (
+        np.zeros((slots, width), dtype=np.float32),
+        np.zeros(slots, dtype=np.float32),
+        np.zeros(3, dtype=np.float32),
+        np.zeros((), dtype=np.int64),
+        np.zeros((candidates, slots), dtype=bool),
+        np.full(candidates, np.inf, dtype=np.float32),
+    )
+
+
+def _acted(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
+    """Keep masks (D, slots): the expert's best sets, or the actor's most probable ones."""
+    if actor is None:
+        return np.stack([record[4][0] for record in records])
+    columns = [torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)]
+    decisions = Decisions(*columns)
+    return _distribution(actor, decisions).mode().numpy().astype(bool)
+
+
+def _distribution(network: RetentionNetwork, decisions: Decisions) -> BudgetedSubset:
+    logits = network(decisions.frames, decisions.mask, decisions.budget)
+    forced = torch.zeros_like(decisions.mask, dtype=torch.bool)
+    forced[:, -1] = True
+    free = (decisions.mask > 0) & ~forced
+    return BudgetedSubset(logits, free, forced, decisions.max_frames)
+
+
+def imitation_loss(network: RetentionNetwork, decisions: Decisions, temperature: float) -> Tensor:
+    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's sets."""
+    target = (-(decisions.costs - decisions.costs[:, :1]) / temperature).softmax(dim=1)
+    distribution = _distribution(network, decisions)
+    log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
+    return -(target * log_probs.masked_fill(decisions.costs.isinf(), 0.0)).sum(dim=1).mean()
+
+
+def fit(network: RetentionNetwork, decisions: Decisions, settings: ImitationSettings, seed: int) -> float:
+    """Learn the decisions, in place; returns the mean loss of the last epoch."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    batches = -(-len(decisions) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
+    network.train()
+    loss_sum = 0.0
+    for epoch in tqdm(range(settings.epochs), desc="imitate", dynamic_ncols=True):
+        for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
+            part = Decisions(*(getattr(decisions, name)[rows] for name in Decisions.__dataclass_fields__))
+            loss = imitation_loss(network, part, settings.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if epoch == settings.epochs - 1:
+                loss_sum += loss.item() * len(rows)
+    network.eval()
+    return loss_sum / len(decisions)
