@@ -10,8 +10,10 @@ from functools import partial
 
 import numpy as np
 
+from far_env.clips.bair import BAIR
 from far_env.clips.clip import Clip, ClipSource
 from far_env.clips.dmlab import DMLab
+from far_env.clips.minecraft import Minecraft
 from far_env.clips.ucf101 import UCF101
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
@@ -128,18 +130,6 @@ def _world(name: str) -> Callable[[], ClipSource]:
     return lambda: WORLDS[name]
 
 
-def _bair(**options: object) -> ClipSource:
-    from far_env.clips.bair import BAIR
-
-    return BAIR(**options)
-
-
-def _minecraft(**options: object) -> ClipSource:
-    from far_env.clips.minecraft import Minecraft
-
-    return Minecraft(**options)
-
-
 def _published(
     source: Callable[..., ClipSource],
     host: str,
@@ -160,12 +150,12 @@ WORKLOADS: dict[str, WorkloadSpec] = {
     "ucf101_short_prediction": WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20),
     "dmlab_long_prediction": WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20, NULL_CLASS),
     "ucf101_c4p12": _published(UCF101, "far_b_ucf101", 4, 12),
-    "bair_c2p14": _published(_bair, "far_b_bair", 2, 14),
-    "bair_c2p28": _published(_bair, "far_b_bair", 2, 28),
+    "bair_c2p14": _published(BAIR, "far_b_bair", 2, 14),
+    "bair_c2p28": _published(BAIR, "far_b_bair", 2, 28),
     "dmlab_c144p156": _published(DMLab, "far_b_long_dmlab", 144, 156, 1.5, actions=True),
     "dmlab_c36p264": _published(DMLab, "far_b_long_dmlab", 36, 264, NULL_CLASS),
-    "minecraft_c144p156": _published(partial(_minecraft, size=128), "far_m_long_minecraft", 144, 156, 1.5, actions=True),
-    "minecraft_c36p264": _published(partial(_minecraft, size=128), "far_m_long_minecraft", 36, 264, 1.5, actions=True),
+    "minecraft_c144p156": _published(Minecraft, "far_m_long_minecraft", 144, 156, 1.5, actions=True),
+    "minecraft_c36p264": _published(Minecraft, "far_m_long_minecraft", 36, 264, 1.5, actions=True),
 }
 """The embedded worlds, the benchmark's two workloads, and FAR's own evaluations (arXiv 2503.19325) named by data, context and
 predicted frames. A clip is continued once, where FAR samples 100 continuations of a clip of UCF-101 or BAIR."""

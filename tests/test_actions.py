@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import gymnasium as gym
@@ -234,7 +235,7 @@ def test_settings_that_contradict_each_other_are_refused(make, tiny_workload):
         make(-1.0)
     with pytest.raises(ValueError, match=r"guidance 1\.5 without actions"):
         make(1.5, False)
-    with pytest.raises(ValueError, match="conditions its host on actions, which host .*tiny_host.* does not take"):
+    with pytest.raises(ValueError, match=r"conditions its host on actions, which host .*tiny_host.* does not take"):
         replace(tiny_workload, actions=True)
 
 
@@ -267,6 +268,16 @@ def test_environments_run_conditioned_workloads_as_any_other(make):
 def test_gymnasiums_checker_passes_on_a_conditioned_workload(make):
     env = FrameRetentionEnv(make(1.5, num_predict=3), 2, split="test")
     check_env(env, skip_render_check=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_what_the_cpu_does(make, clips):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    workload = make(1.5)
+    parts = {name: copy.deepcopy(getattr(workload.host, name)).to("cuda") for name in ("transformer", "autoencoder")}
+    there = replace(workload, host=replace(workload.host, **parts))
+    exact, latents = (play(own, clips[:3], [1, 2, 3], Sloppy(), [1, 4, 9999])[0] for own in (workload, there))
+    assert (latents.generated(range(3)).cpu() - exact.generated(range(3))).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["dmlab_c144p156", "dmlab_c36p264"])

@@ -5,8 +5,8 @@ What makes it fast, and exact:
 - Keys and values of clean frames are computed once per frame, not once per ODE step, and outlive an eviction as long as no
   frame before them was dropped.
 - Rows share every forward pass, whatever their histories; shorter ones are padded and masked.
-- A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these answers what was
-  computed before, for another policy, say; the same for its pixels.
+- A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these
+  answers what was computed before, for another policy, say; the same for its pixels.
 
 The result is that of `far_env.rollout.reference`.
 """
