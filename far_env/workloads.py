@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from far_env.clips.clip import ClipSource
+import numpy as np
+
+from far_env.clips.bair import BAIR
+from far_env.clips.clip import Clip, ClipSource
 from far_env.clips.dmlab import DMLab
+from far_env.clips.minecraft import Minecraft
 from far_env.clips.ucf101 import UCF101
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
@@ -22,6 +27,8 @@ BUDGETS = {
     "medium_history_budget": 8,
     "tight_history_budget": 4,
 }
+NULL_CLASS = -1.0
+"""The guidance that stands for the null class on all frames."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,14 @@ class Workload:
         num_context: true frames given at the start.
         num_predict: frames generated after them.
         num_steps: ODE steps per generated frame.
+        guidance: 1 for none; above 1 classifier-free guidance (arXiv 2207.12598), null + guidance · (conditional − null), with
+            the null class on all frames; −1, as the benchmark writes it, for the null class on all frames and no guidance.
+        actions: every frame conditions the host by its own action, ``clip.actions[i]`` being that of frame i. Without, a host
+            that takes classes gets the null class on all frames.
 
     Raises:
-        ValueError: if a length or the number of steps is below 1.
+        ValueError: if a length or the number of steps is below 1, if the guidance is another number or needs actions that are
+            not used, or if the host does not take actions.
     """
 
     name: str
@@ -46,14 +58,47 @@ class Workload:
     num_context: int
     num_predict: int
     num_steps: int
+    guidance: float = 1.0
+    actions: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "num_context", "num_predict", "num_steps")
+        if self.guidance != NULL_CLASS and not 1 <= self.guidance < math.inf:
+            raise ValueError(f"the guidance of {self.name} must be 1, above 1, or −1 for the null class, got {self.guidance}")
+        if (self.guidance > 1 and not self.actions) or (self.guidance == NULL_CLASS and self.actions):
+            told = "with" if self.actions else "without"
+            raise ValueError(f"{self.name} has guidance {self.guidance} {told} actions; above 1 needs them, −1 excludes them")
+        if self.actions and self.host.transformer.condition != "action":
+            raise ValueError(
+                f"{self.name} conditions its host on actions, which host {self.host.name} does not take; use a workload without"
+            )
 
     @property
     def num_frames(self) -> int:
         """Context and predicted frames together."""
         return self.num_context + self.num_predict
+
+    def actions_of(self, clip: Clip, num_frames: int) -> tuple[int, ...]:
+        """Actions of the clip's first ``num_frames`` frames; empty if the workload does without.
+
+        Raises:
+            ValueError: if the workload needs actions and the clip has none, too few, or some that the host does not know.
+        """
+        if not self.actions:
+            return ()
+        who = f"{self.name} gives the actions of every frame to its host, and clip {clip.clip_id}"
+        if clip.actions is None:
+            raise ValueError(f"{who} has none; use data that comes with actions, or a workload without")
+        actions = np.asarray(clip.actions)[:num_frames]
+        num_classes = self.host.transformer.null_class
+        if actions.shape != (num_frames,):
+            raise ValueError(f"{who} has them in the shape {np.shape(clip.actions)}; its {num_frames} frames need one each")
+        if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() >= num_classes:
+            raise ValueError(
+                f"{who} has {actions.dtype} actions from {actions.min()} to {actions.max()}; the host knows the whole numbers "
+                f"0 to {num_classes - 1}"
+            )
+        return tuple(actions.tolist())
 
     def capacity_mb(self, max_frames: int) -> float:
         """MiB of float32 latents that a history of ``max_frames`` takes."""
@@ -69,6 +114,7 @@ class WorkloadSpec:
         num_context, num_predict: as in `Workload`.
         host: what predicts unless another host is given.
         num_steps: ODE steps; None leaves them to the host.
+        guidance, actions: as in `Workload`.
     """
 
     clips: Callable[..., ClipSource]
@@ -76,10 +122,25 @@ class WorkloadSpec:
     num_predict: int
     host: str = "embedded"
     num_steps: int | None = None
+    guidance: float = 1.0
+    actions: bool = False
 
 
 def _world(name: str) -> Callable[[], ClipSource]:
     return lambda: WORLDS[name]
+
+
+def _published(
+    source: Callable[..., ClipSource],
+    host: str,
+    num_context: int,
+    num_predict: int,
+    guidance: float = 1.0,
+    actions: bool = False,
+) -> WorkloadSpec:
+    """One of FAR's own evaluations: its protocol for clips, 50 ODE steps."""
+    clips = partial(source, protocol="far", num_frames=num_context + num_predict)
+    return WorkloadSpec(clips, num_context, num_predict, host, 50, guidance, actions)
 
 
 WORKLOADS: dict[str, WorkloadSpec] = {
@@ -87,9 +148,17 @@ WORKLOADS: dict[str, WorkloadSpec] = {
     "cuts": WorkloadSpec(_world("cuts"), 5, 11),
     "orbit": WorkloadSpec(_world("orbit"), 36, 36, "embedded_long"),
     "ucf101_short_prediction": WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20),
-    "dmlab_long_prediction": WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20),
+    "dmlab_long_prediction": WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20, NULL_CLASS),
+    "ucf101_c4p12": _published(UCF101, "far_b_ucf101", 4, 12),
+    "bair_c2p14": _published(BAIR, "far_b_bair", 2, 14),
+    "bair_c2p28": _published(BAIR, "far_b_bair", 2, 28),
+    "dmlab_c144p156": _published(DMLab, "far_b_long_dmlab", 144, 156, 1.5, actions=True),
+    "dmlab_c36p264": _published(DMLab, "far_b_long_dmlab", 36, 264, NULL_CLASS),
+    "minecraft_c144p156": _published(Minecraft, "far_m_long_minecraft", 144, 156, 1.5, actions=True),
+    "minecraft_c36p264": _published(Minecraft, "far_m_long_minecraft", 36, 264, 1.5, actions=True),
 }
-"""The embedded worlds, and the benchmark's two workloads (without guidance; DMLab's host gets the null action)."""
+"""The embedded worlds, the benchmark's two workloads, and FAR's own evaluations (arXiv 2503.19325) named by data, context and
+predicted frames. A clip is continued once, where FAR samples 100 continuations of a clip of UCF-101 or BAIR."""
 
 
 def make_workload(
@@ -125,7 +194,8 @@ def make_workload(
     if loaded.frame_size != clips.size:
         raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
-    return Workload(name, clips, loaded, spec.num_context, spec.num_predict, num_steps)
+    lengths = (spec.num_context, spec.num_predict, num_steps)
+    return Workload(name, clips, loaded, *lengths, guidance=spec.guidance, actions=spec.actions)
 
 
 def resolve_budget(budget: int | str) -> int:

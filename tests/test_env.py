@@ -54,9 +54,14 @@ def test_registered_ids_make_single_and_vector_environments(name, tiny_host_fold
 
 
 def test_the_ids_of_the_real_data_ask_for_it(monkeypatch):
-    for variable in ("UCF101_DATA_DIR", "DMLAB_DATA_DIR"):
-        monkeypatch.delenv(variable, raising=False)
-    for name, data in (("UCF101Short", "ucf101"), ("DMLabLong", "dmlab")):
+    sources = {
+        "ucf101": ("UCF101Short", "UCF101C4P12"),
+        "dmlab": ("DMLabLong", "DMLabC144P156", "DMLabC36P264"),
+        "bair": ("BAIRC2P14", "BAIRC2P28"),
+        "minecraft": ("MinecraftC144P156", "MinecraftC36P264"),
+    }
+    for name, data in ((name, data) for data, names in sources.items() for name in names):
+        monkeypatch.delenv(f"{data.upper()}_DATA_DIR", raising=False)
         with pytest.raises(ValueError, match=f"{data} needs a folder of videos"):
             gym.make(f"far_env/{name}-v0")
 

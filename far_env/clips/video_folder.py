@@ -41,7 +41,7 @@ class VideoFolder:
         data_dir: folder of .mp4, .avi or .npz files at any depth; by default the one the class's environment variable names.
         protocol: one of `PROTOCOLS`.
         num_frames: frames per clip.
-        size: side of the square frames.
+        size: side of the square frames; by default the data set's own.
 
     Raises:
         ValueError: on an unknown protocol, a missing folder, or a folder without a usable video.
@@ -49,6 +49,7 @@ class VideoFolder:
 
     name = "videos"
     variable = "FAR_ENV_DATA_DIR"
+    default_size = 64
 
     def __init__(
         self,
@@ -56,14 +57,15 @@ class VideoFolder:
         protocol: str = "benchmark",
         *,
         num_frames: int,
-        size: int = 64,
+        size: int | None = None,
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
         folder = data_dir or os.environ.get(self.variable)
         if not folder:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}")
-        self.protocol, self.num_frames, self.size = protocol, num_frames, size
+        self.protocol, self.num_frames = protocol, num_frames
+        self.size = self.default_size if size is None else size
         self.skipped: dict[Path, str] = {}
         videos = find_videos(Path(folder))
         if protocol == "benchmark":

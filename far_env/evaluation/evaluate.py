@@ -134,6 +134,8 @@ def provenance(workload: Workload, max_frames: int) -> dict[str, object]:
         "context": workload.num_context,
         "predict": workload.num_predict,
         "ode_steps": workload.num_steps,
+        "guidance": workload.guidance,
+        "actions": workload.actions,
         "noise_seed": f"{BENCHMARK_SEED} + clip id",
         "host": host.name,
         "weights": host.weights_hash,

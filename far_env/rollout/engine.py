@@ -5,8 +5,8 @@ What makes it fast, and exact:
 - Keys and values of clean frames are computed once per frame, not once per ODE step, and outlive an eviction as long as no
   frame before them was dropped.
 - Rows share every forward pass, whatever their histories; shorter ones are padded and masked.
-- A latent is a pure function of host, clip, noise seed, step and kept frames: a memo under a hash of these answers what was
-  computed before, for another policy, say; the same for its pixels.
+- A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these
+  answers what was computed before, for another policy, say; the same for its pixels.
 
 The result is that of `far_env.rollout.reference`.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.frame_meta import frame_features
-from far_env.host.sampler import FrameSampler
+from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import rollout_noise
 from far_env.workloads import Workload
@@ -38,7 +39,9 @@ class Rollout:
         kept: true numbers of the history's frames; context frames are 0 … n_context-1.
         frames: clean latents (C, h, w) of all frames so far, kept or not, by true number.
         keys: their content keys.
-        prefix: keys and values (layers, 2, tokens, heads, d) of the first frames of the history, as far as they are known.
+        actions: of all frames, by true number; none where the host is not conditioned on actions.
+        prefix: keys and values (layers, 2, branches, tokens, heads, d) of the first frames of the history, as far as they are
+            known. There is one branch, or with guidance two, that of the null class first.
         num_coarse: how many of the history's oldest frames were coarse when these were computed.
         noise: (n_predict, C, h, w).
         noise_seed: what it was drawn with.
@@ -49,11 +52,16 @@ class Rollout:
     steps: int
     noise: Tensor
     noise_seed: int
+    actions: tuple[int, ...] = ()
     kept: list[int] = field(default_factory=list)
     frames: list[Tensor] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     prefix: list[Tensor] = field(default_factory=list)
     num_coarse: int = 0
+
+    def seen_actions(self) -> list[int]:
+        """Of the history's frames and the one to come, where the host is conditioned on actions."""
+        return [self.actions[number] for number in (*self.kept, len(self.frames))] if self.actions else []
 
     def copy(self) -> Rollout:
         """A rollout that goes on from here on its own; the tensors are shared."""
@@ -79,8 +87,9 @@ class RolloutBatch:
         self.memo = FrameMemo(0) if memo is None else memo
         self._empty = torch.zeros(host.latent_shape, device=host.device, dtype=host.dtype)
         self._rows = [self._unbegun() for _ in range(num_rows)]
-        self._sampler = FrameSampler(host.transformer, workload.num_steps)
-        self._origin = (self.memo.host_number(host), workload.num_steps)
+        self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
+        self._num_branches = 2 if self._sampler.guided else 1
+        self._origin = (self.memo.host_number(host), workload.num_steps, workload.guidance)
 
     def step(self, row: int) -> int:
         """How many frames the row has generated."""
@@ -107,10 +116,14 @@ class RolloutBatch:
 
         Args:
             num_context, num_predict: other lengths than the workload's.
+
+        Raises:
+            ValueError: if the workload needs actions and a clip has none that fit.
         """
         host = self.workload.host
         num_context = self.workload.num_context if num_context is None else num_context
         num_predict = self.workload.num_predict if num_predict is None else num_predict
+        actions = [self.workload.actions_of(clip, num_context + num_predict) for clip in clips]
         contexts = [np.ascontiguousarray(clip.frames[:num_context]) for clip in clips]
         keys = [content_key(*self._origin, context.data.cast("B")) for context in contexts]
         known = [self.memo.get(key) for key in keys]
@@ -120,13 +133,14 @@ class RolloutBatch:
             for i, latents in zip(missing, host.autoencoder.encode(pixels.to(host.device, host.dtype)), strict=True):
                 known[i] = latents.clone()
                 self.memo.put(keys[i], known[i])
-        for row, key, latents, seed in zip(rows, keys, known, noise_seeds, strict=True):
+        for row, key, latents, seed, own_actions in zip(rows, keys, known, noise_seeds, actions, strict=True):
             self._rows[row] = Rollout(
                 num_context=num_context,
                 num_predict=num_predict,
                 steps=0,
                 noise=self._draw_noise(seed, num_predict),
                 noise_seed=int(seed),
+                actions=own_actions,
                 kept=list(range(num_context)),
                 frames=list(latents),
                 keys=[content_key(key, number) for number in range(num_context)],
@@ -154,7 +168,8 @@ class RolloutBatch:
         """Generate the next frame of each row and append it to its history."""
         missing: dict[str, list[Rollout]] = {}
         for own in self._chosen(rows):
-            key = content_key(*self._origin, own.noise_seed, own.steps, *(own.keys[number] for number in own.kept))
+            seen = [own.keys[number] for number in own.kept]
+            key = content_key(*self._origin, own.noise_seed, own.steps, *seen, *own.seen_actions())
             latent = self.memo.get(key)
             if latent is None:
                 missing.setdefault(key, []).append(own)
@@ -221,16 +236,28 @@ class RolloutBatch:
             "kept": [list(own.kept) for own in self._rows],
             "keys": [list(own.keys) for own in self._rows],
             "noise_seeds": [own.noise_seed for own in self._rows],
+            "actions": [list(own.actions) for own in self._rows],
             "frames": [torch.stack(own.frames).cpu() if own.frames else None for own in self._rows],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore rollouts saved by `state_dict`. Raises ValueError if they are of another host or number of rows."""
+        """Restore rollouts saved by `state_dict`.
+
+        Raises:
+            ValueError: if they are of another host or number of rows, or have no actions where the workload needs them.
+        """
         host = self.workload.host.weights_hash
         if (state["host"], len(state["frames"])) != (host, len(self._rows)):
             raise ValueError(
                 f"these rollouts are {len(state['frames'])} rows of host {state['host']}; here are {len(self._rows)} of {host}"
             )
+        actions = [tuple(own) for own in state.get("actions", [()] * len(self._rows))]
+        for row, (frames, lengths) in enumerate(zip(state["frames"], state["lengths"], strict=True)):
+            num_needed = sum(lengths) if self.workload.actions and frames is not None else 0
+            if len(actions[row]) != num_needed:
+                raise ValueError(
+                    f"row {row} of these rollouts has {len(actions[row])} actions, {self.workload.name} needs {num_needed}"
+                )
         for row, frames in enumerate(state["frames"]):
             if frames is None:
                 self._rows[row] = self._unbegun()
@@ -243,6 +270,7 @@ class RolloutBatch:
                 steps=state["steps"][row],
                 noise=self._draw_noise(seed, num_predict),
                 noise_seed=seed,
+                actions=actions[row],
                 kept=list(state["kept"][row]),
                 frames=list(frames.to(self._empty)),
                 keys=list(state["keys"][row]),
@@ -285,26 +313,40 @@ class RolloutBatch:
         for (num_known, num_kept), alike in groups.items():
             frames = torch.stack([own.frames[number] for own in alike for number in own.kept[num_known:]])
             frames = frames.unflatten(0, (len(alike), num_kept - num_known))
+            counts = model.token_counts(num_kept, frames)[num_known:]
             past = None
             if num_known:
-                past = torch.cat([torch.cat(own.prefix, dim=2)[:, :, None] for own in alike], dim=2)
-            encoded = model.encode_context(frames, past, num_known, shared=self._sampler.shared_modulations)
-            counts = model.token_counts(num_kept, frames)[num_known:]
+                past = torch.stack([torch.cat(own.prefix, dim=3) for own in alike], dim=3).flatten(2, 3)
+            if self._sampler.guided:
+                frames = torch.cat([frames, frames])
+            encoded = model.encode_context(frames, past, num_known, **self._context_conditions(alike, num_known))
+            encoded = encoded.unflatten(2, (self._num_branches, len(alike)))
             for row, own in enumerate(alike):
-                own.prefix += [block.clone() for block in encoded[:, :, row].split(counts, dim=2)]
+                own.prefix += [block.clone() for block in encoded[:, :, :, row].split(counts, dim=3)]
+
+    def _context_conditions(self, rollouts: Sequence[Rollout], num_known: int) -> dict[str, Any]:
+        """What `FAR.encode_context` needs to know of the rollouts' frames after the first ``num_known`` kept ones."""
+        if not self.workload.actions:
+            return {"shared": self._sampler.shared_modulations}
+        actions = torch.tensor([own.seen_actions()[num_known:-1] for own in rollouts], device=self._empty.device)
+        return {"action": with_null_class(self._sampler.model, actions) if self._sampler.guided else actions}
 
     def _sample(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The next latent (R, C, h, w) of rollouts whose histories are encoded."""
         noise = torch.stack([own.noise[own.steps] for own in rollouts])[:, None]
         model = self._sampler.model
-        num_tokens = max(sum(block.shape[2] for block in own.prefix) for own in rollouts)
-        memory = model.new_memory(len(rollouts), num_tokens + model.tokens_per_frame(noise), noise)
+        num_tokens = max(sum(block.shape[3] for block in own.prefix) for own in rollouts)
+        memory = model.new_memory(self._num_branches * len(rollouts), num_tokens + model.tokens_per_frame(noise), noise)
+        by_branch = memory.unflatten(2, (self._num_branches, len(rollouts)))
         for row, own in enumerate(rollouts):
             start = 0
             for block in own.prefix:
-                end = start + block.shape[2]
-                memory[:, :, row, start:end] = block
+                end = start + block.shape[3]
+                by_branch[:, :, :, row, start:end] = block
                 start = end
             # Masked, but 0 times what memory happens to hold might not be 0.
-            memory[:, :, row, start:num_tokens] = 0
-        return self._sampler(memory, noise, [len(own.kept) for own in rollouts])[:, 0]
+            by_branch[:, :, :, row, start:num_tokens] = 0
+        action = None
+        if self.workload.actions:
+            action = torch.tensor([own.seen_actions()[-1:] for own in rollouts], device=noise.device)
+        return self._sampler(memory, noise, [len(own.kept) for own in rollouts], action=action)[:, 0]

@@ -5,6 +5,7 @@ Slow on purpose. `far_env.rollout.engine` must equal it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,18 +43,22 @@ def reference_rollout(
 
     Raises:
         PolicyError: if the policy raises or answers an invalid plan.
+        ValueError: if the workload needs actions and the clip has none that fit.
     """
     host = workload.host
+    actions = workload.actions_of(clip, workload.num_frames)
     noise = rollout_noise(noise_seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
     context = torch.from_numpy(clip.frames[: workload.num_context]).to(host.device, host.dtype)
     kept = list(host.autoencoder.encode(context[None])[0])
     numbers = list(range(workload.num_context))
     generated, history = [], []
     for step in range(workload.num_predict):
-        frame = denoise_uncached(workload, torch.stack(kept), noise[step])
+        new = workload.num_context + step
+        own_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None
+        frame = denoise_uncached(workload, torch.stack(kept), noise[step], own_actions)
         generated.append(frame)
         kept.append(frame)
-        numbers.append(workload.num_context + step)
+        numbers.append(new)
         if policy is not None and max_frames < UNLIMITED_FRAMES and len(kept) > max_frames:
             metas = frame_meta_list(frame_features(torch.stack(kept)[None])[0], step, frame_size_mb(host.latent_shape))
             state = RolloutState(step, workload.capacity_mb(max_frames), workload.num_predict)
@@ -66,10 +71,15 @@ def reference_rollout(
 
 
 @torch.no_grad()
-def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor) -> Tensor:
-    """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence."""
+def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None) -> Tensor:
+    """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence.
+
+    Args:
+        actions: of the kept frames and the new one, K + 1; None for the null class on all of them.
+    """
     transformer = workload.host.transformer
-    conditions = transformer.null_conditions(1, len(kept) + 1, noise.device)
+    null = transformer.null_conditions(1, len(kept) + 1, noise.device)
+    conditions = null if actions is None else {"action": torch.tensor([actions], device=noise.device)}
     scheduler = make_scheduler(workload.num_steps, noise.device)
     frame = noise
     for time in scheduler.timesteps:
@@ -77,5 +87,9 @@ def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor) -> Tensor:
         times = torch.full(sequence.shape[:2], CLEAN_TIME, device=noise.device)
         times[:, -1] = time
         velocity = transformer(sequence, times, **conditions)[0, -1]
+        if workload.guidance > 1:
+            # classifier-free guidance, arXiv 2207.12598; the unconditional side has the null class on every frame
+            unconditional = transformer(sequence, times, **null)[0, -1]
+            velocity = unconditional + workload.guidance * (velocity - unconditional)
         frame = scheduler.step(velocity, time, frame).prev_sample
     return frame
