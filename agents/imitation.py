@@ -7,11 +7,15 @@ Dataset aggregation: Ross et al., arXiv 1011.0686.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,10 +24,12 @@ from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
 from agents.oracle import best_cover, coverage, pixel_error_scale
 from agents.subset import BudgetedSubset
-from far_env.config import require_positive
+from far_env.config import require_positive, write_text
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import Workload
+
+INDEX_FILE = "index.json"
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,10 @@ class ImitationSettings:
     temperature: float = 1e-3
     """In units of mean squared pixel error per predicted frame."""
     epochs: int = 30
-    """Over all decisions so far, in every round."""
+    """Over all decisions so far, from a fresh scorer in every round."""
     batch_size: int = 256
     learning_rate: float = 2e-3
-    """At the start of every round; falls by a cosine to zero."""
+    """At the start; falls by a cosine to zero."""
 
     def __post_init__(self) -> None:
         require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
@@ -192,24 +198,100 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, temperature:
     return -(target * log_probs.masked_fill(decisions.costs.isinf(), 0.0)).sum(dim=1).mean()
 
 
-def fit(network: RetentionNetwork, decisions: Decisions, settings: ImitationSettings, seed: int) -> float:
-    """Learn the decisions, in place; returns the mean loss of the last epoch."""
+def imitate(
+    settings: ImitationSettings,
+    size: dict[str, int],
+    workload: Workload,
+    max_frames: int,
+    folder: Path,
+    *,
+    seed: int,
+    num_clips: int,
+) -> RetentionNetwork:
+    """Collect decisions round by round, each kept as a file in ``folder``, and learn from all of them.
+
+    In round 0 the expert acts, later the scorer that has learned the rounds before. A round whose file is there is not
+    collected again, so a stopped run goes on where it stopped.
+
+    Args:
+        size: arguments of `RetentionNetwork`.
+        num_clips: train clips to draw from; no clip comes twice before all have come.
+
+    Raises:
+        ValueError: if the folder holds decisions made with other settings, or a damaged file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_index(folder, settings, size, workload, max_frames, seed, num_clips)
+    rng = np.random.default_rng((seed, 4))
+    order = np.concatenate(
+        [rng.permutation(num_clips) for _ in range(-(-settings.rounds * settings.clips_per_round // num_clips))]
+    )
+    parts: list[Decisions] = []
+    for number in range(settings.rounds):
+        path = folder / f"round_{number:03d}.safetensors"
+        if not path.exists():
+            actor = fit(Decisions.join(parts), size, settings, seed) if parts else None
+            clips = order[number * settings.clips_per_round : (number + 1) * settings.clips_per_round].tolist()
+            found = collect(
+                workload,
+                clips,
+                [max_frames] * len(clips),
+                actor=actor,
+                memory=bool(size.get("memory", False)),
+                candidates=settings.candidates,
+            )
+            temporary = path.with_suffix(".part")
+            save_file({name: getattr(found, name) for name in Decisions.__dataclass_fields__}, temporary)
+            temporary.replace(path)
+        parts.append(_load(path))
+    return fit(Decisions.join(parts), size, settings, seed)
+
+
+def _check_index(folder: Path, settings: ImitationSettings, *rest: object) -> None:
+    """Note what the decisions in a folder were made with, or refuse one that was made otherwise."""
+    size, workload, max_frames, seed, num_clips = rest
+    about = {
+        "workload": workload.name,
+        "host": workload.host.weights_hash,
+        "budget": max_frames,
+        "seed": seed,
+        "train_clips": num_clips,
+        "network": size,
+        "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
+    }
+    path = folder / INDEX_FILE
+    if path.exists() and json.loads(path.read_text()) != about:
+        raise ValueError(f"{folder} holds decisions made with other settings (see {INDEX_FILE}); choose another run folder")
+    write_text(path, json.dumps(about, indent=2) + "\n")
+
+
+def _load(path: Path) -> Decisions:
+    try:
+        return Decisions(**load_file(path))
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to collect this round again") from error
+
+
+def fit(decisions: Decisions, size: dict[str, int], settings: ImitationSettings, seed: int) -> RetentionNetwork:
+    """A fresh scorer that has learned the decisions; the same seed gives the same scorer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = RetentionNetwork(**size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     batches = -(-len(decisions) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    network.train()
-    loss_sum = 0.0
-    for epoch in tqdm(range(settings.epochs), desc="imitate", dynamic_ncols=True):
-        for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
-            part = Decisions(*(getattr(decisions, name)[rows] for name in Decisions.__dataclass_fields__))
-            loss = imitation_loss(network, part, settings.temperature)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if epoch == settings.epochs - 1:
-                loss_sum += loss.item() * len(rows)
-    network.eval()
-    return loss_sum / len(decisions)
+    with tqdm(range(settings.epochs), desc="imitate", dynamic_ncols=True) as bar:
+        for _ in bar:
+            losses = []
+            for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
+                part = Decisions(*(getattr(decisions, name)[rows] for name in Decisions.__dataclass_fields__))
+                loss = imitation_loss(network, part, settings.temperature)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+            bar.set_postfix(loss=f"{np.mean(losses):.4g}")
+    return network.eval()

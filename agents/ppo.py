@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.adapters import AgentPolicy
+from agents.imitation import ImitationSettings, imitate
 from agents.memory_env import MemoryVecEnv
 from agents.network import RetentionNetwork
 from agents.subset_policy import SubsetPolicy
@@ -44,7 +45,7 @@ class PPOSettings:
     """MaskablePPO's settings under SB3's names."""
 
     total_timesteps: int = 80_000
-    """Decisions to learn from, over all environments."""
+    """Decisions to learn from, over all environments; 0 leaves the scorer as imitation made it."""
     num_envs: int = 64
     n_steps: int = 20
     """Decisions per environment between updates."""
@@ -58,9 +59,15 @@ class PPOSettings:
     ent_coef: float = 0.003
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
+    critic_updates: int = 0
+    """The first so many updates teach the critic alone, so that it does not mislead a scorer that has already learned."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "total_timesteps", "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate")
+        if self.total_timesteps < 0 or self.critic_updates < 0:
+            raise ValueError(
+                f"total_timesteps and critic_updates cannot be negative: {self.total_timesteps}, {self.critic_updates}"
+            )
+        require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class RewardSettings:
 class AgentTraining:
     """One experiment."""
 
+    imitation: ImitationSettings = field(default_factory=ImitationSettings)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     network: NetworkSize = field(default_factory=NetworkSize)
     reward: RewardSettings = field(default_factory=RewardSettings)
@@ -117,6 +125,8 @@ class AgentTraining:
 
     def __post_init__(self) -> None:
         require_positive(self, "train_clips", "validation_clips", "validate_every", "test_clips")
+        if self.ppo.total_timesteps == 0 and self.imitation.rounds == 0:
+            raise ValueError("nothing would be learned: set imitation.rounds, ppo.total_timesteps or both above 0")
 
     @property
     def clip_options(self) -> dict[str, str]:
@@ -134,12 +144,16 @@ class ResumablePPO(MaskablePPO):
 
 
 def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run_dir: Path) -> RetentionNetwork:
-    """Train until ``total_timesteps`` decisions (or finish a training that was stopped); returns the best scorer.
+    """Imitate, if asked to, then train until ``total_timesteps`` decisions; returns the best scorer by validation.
+
+    A training that was stopped is finished.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; the last checkpoint stays in ``run_dir`` and ``resume`` goes on from it.
         ValueError: if the checkpoint is damaged or was made with another host.
     """
+    if config.ppo.total_timesteps == 0:
+        return _imitated(config, workload, max_frames, run_dir)
     env = FrameRetentionVectorEnv(
         config.ppo.num_envs,
         workload,
@@ -152,7 +166,8 @@ def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run
     )
     settings = asdict(config.ppo)
     total, learning_rate = settings.pop("total_timesteps"), settings.pop("learning_rate")
-    settings.pop("num_envs")
+    for own in ("num_envs", "critic_updates"):
+        settings.pop(own)
     venv = VecMonitor(SB3VecEnv(env))
     model = ResumablePPO(
         SubsetPolicy,
@@ -167,6 +182,8 @@ def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run
     progress = Progress(config, workload, max_frames, run_dir / CHECKPOINT_FILE)
     if (run_dir / CHECKPOINT_FILE).exists():
         progress.restore(model, env)
+    elif config.imitation.rounds:
+        model.policy.scorer.load_state_dict(_imitated(config, workload, max_frames, run_dir).state_dict())
     if model.num_timesteps < total:
         # One CSV per session: SB3's writer would begin the file again.
         csv = CSVOutputFormat(str(run_dir / f"progress_{model.num_timesteps:08d}.csv"))
@@ -175,6 +192,19 @@ def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run
     network = RetentionNetwork(**asdict(config.network))
     network.load_state_dict(progress.best_weights)
     return network.eval()
+
+
+def _imitated(config: AgentTraining, workload: Workload, max_frames: int, run_dir: Path) -> RetentionNetwork:
+    """The scorer that has learned from the expert."""
+    return imitate(
+        config.imitation,
+        asdict(config.network),
+        workload,
+        max_frames,
+        run_dir / "decisions",
+        seed=config.seed,
+        num_clips=config.train_clips,
+    )
 
 
 class Progress(BaseCallback):
@@ -222,6 +252,7 @@ class Progress(BaseCallback):
         if self.updates % self.config.validate_every == 0:
             self._validate()
         self._save()
+        self.model.policy.scorer.requires_grad_(self.updates >= self.config.ppo.critic_updates)
 
     def _on_training_end(self) -> None:
         self.updates += 1

@@ -12,6 +12,7 @@ import torch
 
 import train_agent
 from agents import ppo
+from agents.imitation import ImitationSettings
 from agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
 from agents.runs import load_policy, load_scorer
 
@@ -116,7 +117,10 @@ def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_
     ("make", "message"),
     [
         (lambda c: dataclasses.replace(c, validation_clips=0), "validation_clips must be above 0, got 0"),
-        (lambda c: dataclasses.replace(c, ppo=PPOSettings(total_timesteps=0)), "total_timesteps must be above 0"),
+        (
+            lambda c: dataclasses.replace(c, ppo=PPOSettings(total_timesteps=-1)),
+            "total_timesteps and critic_updates cannot be negative",
+        ),
         (lambda c: dataclasses.replace(c, reward=RewardSettings(scale=-1.0)), "scale must be above 0"),
         (lambda c: dataclasses.replace(c, test_clips=5000), "test_clips is 5000, but pan/test has 4096"),
         (lambda c: dataclasses.replace(c, budget="full_history_budget"), "leaves nothing to decide"),
@@ -127,6 +131,23 @@ def test_settings_that_would_fail_later_are_refused_before_anything_is_written(c
     with pytest.raises(ValueError, match=message):
         train_agent.train(make(config))
     assert not (tmp_path / "run").exists()
+
+
+def test_ppo_begins_with_what_imitation_learned_and_a_cold_critic_leaves_it_alone(config, tmp_path):
+    own = dataclasses.replace(
+        config,
+        network=NetworkSize(memory=True),
+        imitation=ImitationSettings(rounds=1, clips_per_round=4, epochs=1),
+        ppo=dataclasses.replace(config.ppo, critic_updates=3),
+    )
+    train_agent.train(own)
+    alone = dataclasses.replace(own, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
+    train_agent.train(alone)
+    imitated, trained = load_scorer(tmp_path / "alone")[0].state_dict(), weights_of(own)
+    for key, value in imitated.items():
+        torch.testing.assert_close(trained[f"mlp_extractor.actor.{key}"], value)
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0))
 
 
 def test_an_lpips_reward_counts_negatively():

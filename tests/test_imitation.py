@@ -1,0 +1,101 @@
+"""Imitation: what is collected, what the loss is, that it is learned, and that a stopped collection goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from agents import imitation
+from agents.imitation import Decisions, ImitationSettings, collect, fit, imitate, imitation_loss
+from agents.network import RetentionNetwork
+from agents.oracle import search
+from far_env.rollout.noise import BENCHMARK_SEED
+
+SETTINGS = ImitationSettings(rounds=2, clips_per_round=3, candidates=4, epochs=2, batch_size=16)
+SIZE = {"width": 16, "memory": True}
+
+
+@pytest.fixture(scope="module")
+def collected(tiny_workload) -> Decisions:
+    return collect(tiny_workload, [0, 1, 2], [4, 4, 2], actor=None, memory=True, candidates=4, progress=False)
+
+
+def test_every_decision_that_matters_is_noted_with_legal_alternatives(collected):
+    assert len(collected) == 3 * 10, "from the first generated frame to the last but one"
+    assert collected.frames.shape == (30, 6, 13) and collected.sets.shape == (30, 4, 6)
+    assert sorted(collected.max_frames.tolist()) == [2] * 10 + [4] * 20
+    valid = ~collected.costs.isinf()
+    sizes = collected.sets.sum(dim=2)
+    assert (sizes[valid] == collected.max_frames[:, None].expand(-1, 4)[valid]).all()
+    assert collected.sets[..., -1][valid].all(), "the newest frame stays"
+    assert not (collected.sets & (collected.mask[:, None] == 0)).any(), "padding is never kept"
+    assert (collected.costs.diff(dim=1)[valid[:, 1:]] >= 0).all(), "the best comes first"
+
+
+def test_the_expert_acts_as_the_search_of_width_one(tiny_workload, collected):
+    clips = [tiny_workload.clips.clip("train", i) for i in (0, 1)]
+    found = search(tiny_workload, clips, [BENCHMARK_SEED, BENCHMARK_SEED + 1], 4, width=1, branches=1, progress=False)
+    first = found[0].decisions[0].kept
+    shown = collected.sets[0, 0].nonzero().flatten().tolist()
+    assert tuple(shown) == first, "six frames in six slots: places are true numbers"
+
+
+def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
+    torch.manual_seed(0)
+    network = RetentionNetwork(**SIZE)
+    part = Decisions(*(getattr(collected, name)[:5] for name in Decisions.__dataclass_fields__))
+    loss = imitation_loss(network, part, temperature=0.01)
+    expected = []
+    with torch.no_grad():
+        logits = network(part.frames, part.mask, part.budget)
+    for row in range(5):
+        budget, places = int(part.max_frames[row]), part.mask[row].nonzero().flatten().tolist()
+        every = [set(chosen) | {5} for size in range(budget) for chosen in itertools.combinations(places[:-1], size)]
+        scores = torch.stack([logits[row, sorted(own - {5})].sum() for own in every]).log_softmax(dim=0)
+        costs = part.costs[row]
+        weights = torch.exp(-(costs - costs[0]) / 0.01)
+        weights /= weights.sum()
+        chosen = [set(kept.nonzero().flatten().tolist()) for kept in part.sets[row]]
+        pairs = zip(weights, chosen, costs, strict=True)
+        expected.append(-sum(weight * scores[every.index(own)] for weight, own, cost in pairs if not cost.isinf()))
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_can_be_seen_is_learned():
+    """The expert keeps the frames with the largest drift."""
+    generator = torch.Generator().manual_seed(0)
+    count, slots = 400, 6
+    frames = torch.rand(count, slots, 6, generator=generator)
+    drift = frames[..., 3].clone()
+    drift[:, -1] = 2
+    best = torch.zeros(count, 1, slots, dtype=torch.bool).scatter_(2, drift.topk(3).indices[:, None], True)
+    ones = torch.ones(count, slots)
+    budget = torch.tensor([0.5, 0.0, 1.0]).expand(count, 3)
+    decisions = Decisions(frames, ones, budget, torch.full((count,), 3), best, torch.zeros(count, 1))
+    held_out = Decisions(*(getattr(decisions, name)[300:] for name in Decisions.__dataclass_fields__))
+    known = Decisions(*(getattr(decisions, name)[:300] for name in Decisions.__dataclass_fields__))
+    settings = ImitationSettings(epochs=40, batch_size=50, learning_rate=5e-3)
+    network = fit(known, {"width": 32}, settings, seed=0)
+    agreement = (imitation._distribution(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
+    assert agreement.float().mean() > 0.9
+
+
+def test_a_stopped_collection_goes_on_to_the_same_scorer(tiny_workload, tmp_path):
+    def run(name, settings=SETTINGS):
+        return imitate(settings, SIZE, tiny_workload, 4, tmp_path / name, seed=0, num_clips=5)
+
+    whole = run("whole")
+    run("stopped", dataclasses.replace(SETTINGS, rounds=1))
+    resumed = run("stopped")
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[key], value)
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {"index.json", "round_000.safetensors", "round_001.safetensors"}
+    with pytest.raises(ValueError, match="decisions made with other settings"):
+        run("whole", dataclasses.replace(SETTINGS, temperature=1.0))
+    (tmp_path / "whole" / "round_001.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"round_001.safetensors cannot be read .*; delete it"):
+        run("whole")
