@@ -49,6 +49,14 @@ TINY_DCAE = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Tests neither read nor write the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAR_ENV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 class Golden:
     """One fixture file: its arrays as tensors, its configuration, and the model it describes."""
 
