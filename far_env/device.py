@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -63,6 +65,16 @@ def peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Write down how long the block takes, on the device too."""
+    synchronize(device)
+    start = time.perf_counter()
+    yield
+    synchronize(device)
+    seconds[name] = time.perf_counter() - start
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -5,9 +5,6 @@ Run as ``far-env selftest --workload dmlab_long_prediction``. No download; under
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,7 +15,7 @@ from far_env.clips.clip import SPLITS, Clip
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan, unknown_name
-from far_env.device import peak_memory_mib, resolve_device, resolve_precision, synchronize
+from far_env.device import peak_memory_mib, resolve_device, resolve_precision, timed
 from far_env.evaluation.evaluate import provenance
 from far_env.host.random_host import random_host
 from far_env.host.zoo import RELEASED
@@ -91,7 +88,8 @@ class SelfTest:
         """All of it in lines."""
         lines = [f"  {'ok' if check.passed else 'FAILED':<8}{check.name:<12}{check.seen}" for check in self.checks]
         template = (
-            "{workload}, {context} + {predict} frames, budget {budget}, {ode_steps} ODE steps; host {host}, {dtype} on {machine}\n"
+            "{workload}, {context} + {predict} frames, budget {budget}, {ode_steps} ODE steps; "
+            "host {host}, {dtype} on {machine}\n"
             "{checks}\n"
             "  {frame_s:.3g} s per generated frame (reference loop {reference_frame_s:.3g} s), {context_s:.3g} s to encode the "
             "context, {decode_s:.3g} s to decode a frame\n"
@@ -167,14 +165,14 @@ def self_test(workload: Workload, clip: Clip, noise_seed: int = BENCHMARK_SEED) 
         torch.cuda.reset_peak_memory_stats(host.device)
     seconds: dict[str, float] = {}
     memo = FrameMemo(DEFAULT_BYTES)
-    with _timed(seconds, "context", host.device):
+    with timed(seconds, "context", host.device):
         RolloutBatch(workload, 1, memo).begin([0], [clip], [noise_seed])
-    with _timed(seconds, "frame", host.device):
+    with timed(seconds, "frame", host.device):
         batch, (decisions,) = play(workload, [clip], [noise_seed], policy, max_frames, memo=memo)
-    with _timed(seconds, "decode", host.device):
+    with timed(seconds, "decode", host.device):
         frames = batch.decode([0])[0]
     peak = peak_memory_mib(host.device)
-    with _timed(seconds, "reference_frame", host.device):
+    with timed(seconds, "reference_frame", host.device):
         reference = reference_rollout(workload, clip, policy, max_frames, noise_seed)
     for name in ("frame", "decode", "reference_frame"):
         seconds[name] /= workload.num_predict
@@ -214,13 +212,3 @@ def _checks(
 def _told(kept: list[tuple[int, list[int]]]) -> str:
     """Decisions in words."""
     return f"made {len(kept)}" + (f", the last one kept {kept[-1][1]}" if kept else "")
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Write down how long the block takes."""
-    synchronize(device)
-    start = time.perf_counter()
-    yield
-    synchronize(device)
-    seconds[name] = time.perf_counter() - start

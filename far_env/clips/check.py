@@ -75,10 +75,9 @@ class DataReport:
         for protocol, own in self.clips.items():
             lines.append(f"protocol {protocol}: " + ", ".join(f"{own[split]} {split}" for split in SPLITS) + " clips")
         lines += [f"protocol {protocol}: {reason}" for protocol, reason in self.refused.items()]
-        if not any(facts.damage is None and not facts.error for facts in self.facts.values()):
-            lines.append(f"damaged: {len(self.damaged)} files, all others were read to their end")
-        else:
-            lines.append(f"damaged: {len(self.damaged)} files by their headers")
+        unread = sum(facts.damage is None and not facts.error for facts in self.facts.values())
+        others = f"{unread} others were not read to their end" if unread else "all others were read to their end"
+        lines.append(f"damaged: {len(self.damaged)} files; {others}")
         return "\n".join(lines + [f"  {reason}" for reason in self.damaged])
 
 
