@@ -139,17 +139,18 @@ def full_size_workload(
         split = next(split for split in ("test", *SPLITS) if clips.num_clips(split))
         clip = clips.clip(split, 0)
     else:
-        clip = made_clip(length, host.frame_size)
-    return Workload(name, clips, host, spec.num_context, num_frames, num_steps), clip
+        clip = made_clip(length, host.frame_size, host.transformer.null_class or 1)
+    lengths = (spec.num_context, num_frames, num_steps)
+    return Workload(name, clips, host, *lengths, guidance=spec.guidance, actions=spec.actions), clip
 
 
-def made_clip(num_frames: int, size: int) -> Clip:
-    """A clip of the procedural world, played forth and back for as long as asked, in whole multiples of its size."""
+def made_clip(num_frames: int, size: int, num_actions: int = 1) -> Clip:
+    """A clip of the procedural world, forth and back for as long as asked, in a multiple of its size; actions in turn."""
     clip = WORLDS[WORLD].clip("test", 0)
     there_and_back = np.concatenate([clip.frames, clip.frames[-2:0:-1]])
     frames = np.resize(there_and_back, (num_frames, *clip.frames.shape[1:]))
     factor = size // clip.frames.shape[-1]
-    return Clip(0, frames.repeat(factor, axis=2).repeat(factor, axis=3))
+    return Clip(0, frames.repeat(factor, axis=2).repeat(factor, axis=3), np.arange(num_frames) % num_actions)
 
 
 def self_test(workload: Workload, clip: Clip, noise_seed: int = BENCHMARK_SEED) -> SelfTest:

@@ -109,6 +109,7 @@ def test_a_made_clip_goes_forth_and_back_at_any_size():
     np.testing.assert_array_equal(clip.frames[71 + 5], clip.frames[71 - 5])
     np.testing.assert_array_equal(clip.frames[142:], clip.frames[:8])
     np.testing.assert_array_equal(clip.frames[3, :, ::2, 1::2], made_clip(4, 64).frames[3])
+    assert made_clip(6, 64, 4).actions.tolist() == [0, 1, 2, 3, 0, 1] and not clip.actions.any()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield file
     except VideoError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise VideoError(f"{path} cannot be read as an .npz file: {error}") from error
 
 

@@ -109,7 +109,7 @@ def check_data(folder: Path, dataset: str | None = None, num_frames: int | None 
     # What a list says of a file's actions counts, not what lies beside it.
     named = {recording.path for recording in listed} | {recording.actions for recording in listed}
     recordings = [*dict.fromkeys(listed), *(recording for recording in found if recording.path not in named)]
-    recordings = [kind.with_actions_read(recording) for recording in recordings]
+    recordings = [kind.as_read(recording) for recording in recordings]
     facts = dict(zip(recordings, Index(folder).facts(recordings, whole=whole), strict=True))
     damaged = {recording.path for recording, own in facts.items() if own.error or own.damage}
     clips, refused = {}, {}
@@ -137,7 +137,8 @@ def _guess(folder: Path) -> type[VideoFolder]:
     try:
         recordings = find_recordings(folder)
     except ValueError as error:
-        raise ValueError(f"{error}; if it holds lists of latents, say which data they are of with --dataset") from error
+        hint = "; say with --dataset what its lists are of" if names else ""
+        raise ValueError(f"{error}{hint}") from error
     if any(recording.actions == recording.path for recording in recordings):
         return DMLab
     return Minecraft if any(recording.actions is not None for recording in recordings) else UCF101

@@ -60,7 +60,7 @@ def read_through(recording: Recording, facts: Facts) -> str:
     try:
         (check_latents if recording.latent else check_frames)(recording.path)
         if facts.actions is not None:
-            read_actions(recording.actions)
+            read_actions(recording.actions, recording.num_actions)
     except VideoError as error:
         return str(error)
     return ""
@@ -121,7 +121,7 @@ class Index:
 
 def _stamp(recording: Recording) -> list:
     """What is read as what, and sizes and times of change of these files."""
-    stamp: list = [recording.latent]
+    stamp: list = [recording.latent, recording.num_actions]
     for path in (recording.path, recording.actions):
         try:
             status = None if path is None else path.stat()

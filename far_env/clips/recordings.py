@@ -20,11 +20,13 @@ class Recording:
         path: a video, an .npz episode, or a tensor of latents.
         actions: an .npz file with ``actions``, or the episode itself, which may have some; None where there are none.
         latent: whether ``path`` holds latents.
+        num_actions: how many different actions there are, where that is known.
     """
 
     path: Path
     actions: Path | None = None
     latent: bool = False
+    num_actions: int | None = None
 
 
 def find_recordings(folder: Path) -> list[Recording]:
@@ -35,7 +37,7 @@ def find_recordings(folder: Path) -> list[Recording]:
     """
     if not folder.is_dir():
         raise ValueError(f"the data folder {folder} does not exist; point data_dir at a folder with .mp4, .avi or .npz files")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if not paths:
         raise ValueError(f"the data folder {folder} holds no .mp4, .avi or .npz file")
     archives = {path.with_suffix(""): path for path in paths if path.suffix.lower() == EPISODE_SUFFIX}

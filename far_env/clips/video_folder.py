@@ -117,7 +117,7 @@ class VideoFolder:
         path, end = entry.recording.path, entry.start + self.num_frames
         actions = latents = None
         if entry.has_actions:
-            actions = read_actions(entry.recording.actions, self.num_actions)[entry.start : end]
+            actions = read_actions(entry.recording.actions, entry.recording.num_actions)[entry.start : end]
         if entry.recording.latent:
             frames, latents = self._decode(path, entry.start)
         else:
@@ -126,9 +126,11 @@ class VideoFolder:
         return Clip(clip_id, frames, actions, latents)
 
     @classmethod
-    def with_actions_read(cls, recording: Recording) -> Recording:
-        """The recording, its actions left out where this kind of data does not read them."""
-        return recording if cls.num_actions else replace(recording, actions=None)
+    def as_read(cls, recording: Recording) -> Recording:
+        """The recording as this kind of data reads it: with its own number of different actions, or without any."""
+        if cls.num_actions:
+            return replace(recording, num_actions=cls.num_actions)
+        return replace(recording, actions=None)
 
     def path(self, split: str, clip_id: int) -> Path:
         """The file a clip comes from."""
@@ -150,7 +152,7 @@ class VideoFolder:
             if self.protocol == "benchmark":
                 random.Random(_SEED).shuffle(recordings)
             splits = _benchmark_splits(recordings) if self.protocol == "benchmark" else _far_splits(recordings)
-        return {split: [self.with_actions_read(recording) for recording in own] for split, own in splits.items()}
+        return {split: [self.as_read(recording) for recording in own] for split, own in splits.items()}
 
     def _entry(self, recording: Recording, facts: Facts) -> _Entry | None:
         reason = facts.error
