@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from agents.runs import load_policy
 from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.contract import RetentionPolicy
+from far_env.device import peak_memory_mib, synchronize
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.far import FAR
 from far_env.host.sampler import sample_next_frame
@@ -144,12 +144,6 @@ def transformer_flops(host: Host, function: Callable[[], object]) -> int:
     with instrumented(host, wrap):
         function()
     return counted
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, where there is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
@@ -291,13 +285,6 @@ def compiled(workload: Workload) -> Workload:
 def with_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
     """The same workload on a host of another dtype."""
     return replace(workload, host=load_host(workload.host.name, str(workload.host.device), dtype))
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Highest memory so far: of the process, or allocated on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:

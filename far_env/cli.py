@@ -14,7 +14,7 @@ import tyro
 
 from far_env.clips.clip import ClipIdError
 from far_env.config import make_run_dir, parse, write_text
-from far_env.contract import PolicyError, unknown_name
+from far_env.contract import PolicyError, first_line, unknown_name
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,39 @@ class WeightsOptions:
     action: tyro.conf.Positional[Literal["list", "download", "verify"]]
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """As in the list; a transformer brings its autoencoder. verify without names checks all that are there."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Say what a folder of videos is good for, and which of its files are damaged."""
+
+    action: tyro.conf.Positional[Literal["check"]]
+    folder: tyro.conf.Positional[str]
+    dataset: str | None = None
+    """ucf101, dmlab, bair or minecraft; by default what it looks like."""
+    frames: int | None = None
+    """Frames of a clip; by default those of the data set's workload."""
+    quick: bool = False
+    """Read only the headers of files, not every file to its end."""
+
+
+@dataclass(frozen=True)
+class SelfTestOptions:
+    """Run a few frames of a benchmark workload at full size, with random weights, and compare the engine with the reference."""
+
+    workload: str = "ucf101_short_prediction"
+    """Any whose host is a released model."""
+    device: str = "auto"
+    precision: str | None = None
+    """float32, bfloat16 or auto; by default bfloat16 on a GPU, float32 on a CPU."""
+    frames: int = 3
+    """Frames to generate."""
+    steps: int | None = None
+    """ODE steps per frame; by default the workload's own on a GPU, 2 on a CPU."""
+    data_dir: str | None = None
+    """Folder of videos to take the clip from; by default it is made."""
+    json: str | None = None
+    """Write one JSON object to this file, or to the standard output if "-", instead of text."""
 
 
 def run_train_host(args: Sequence[str]) -> None:
@@ -149,11 +182,54 @@ def run_weights(args: Sequence[str]) -> None:
         raise ValueError("; ".join(failures))
 
 
+def run_data(args: Sequence[str]) -> None:
+    """Check a folder of videos."""
+    options = parse(DataOptions, args, "far-env data", DataOptions.__doc__ or "")
+    from far_env.clips.check import check_data
+
+    report = check_data(Path(options.folder), options.dataset, options.frames, whole=not options.quick)
+    print(report.text())
+    if not report.usable:
+        raise ValueError(f"nothing in {options.folder} can be used for clips of {report.num_frames} frames")
+
+
+def run_selftest(args: Sequence[str]) -> None:
+    """Run a workload at full size, with random weights."""
+    options = parse(SelfTestOptions, args, "far-env selftest", SelfTestOptions.__doc__ or "")
+    from torch import OutOfMemoryError
+
+    from far_env.selftest import full_size_workload, self_test
+
+    if options.json not in (None, "-"):
+        make_run_dir(Path(options.json).parent)
+    try:
+        workload, clip = full_size_workload(
+            options.workload,
+            device=options.device,
+            precision=options.precision,
+            num_frames=options.frames,
+            num_steps=options.steps,
+            data_dir=options.data_dir,
+        )
+        result = self_test(workload, clip)
+    except OutOfMemoryError as error:
+        raise ValueError(f"the memory of {options.device} does not suffice: {first_line(error)}") from error
+    text = result.text() if options.json is None else json.dumps(result.summary(), indent=2)
+    if options.json in (None, "-"):
+        print(text)
+    else:
+        write_text(Path(options.json), text + "\n")
+    if result.failures:
+        raise ValueError(f"the self-test failed; {'; '.join(result.failures)}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train-host": run_train_host,
     "evaluate": run_evaluate,
     "export": run_export,
     "weights": run_weights,
+    "data": run_data,
+    "selftest": run_selftest,
 }
 
 

@@ -17,6 +17,7 @@ import yaml
 from far_env.contract import unknown_name
 
 Config = TypeVar("Config")
+CACHE_VARIABLE = "FAR_ENV_CACHE_DIR"
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
@@ -102,13 +103,19 @@ def require_positive(config: Any, *names: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) under a temporary name, then rename it. Raises ValueError if that cannot be done."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # of its own, should several processes write at once
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def cache_dir() -> Path:
+    """Where files go that can be made or fetched again: the folder of FAR_ENV_CACHE_DIR, else ~/.cache/far_env."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env"
 
 
 def make_run_dir(path: str | os.PathLike) -> Path:

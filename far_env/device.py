@@ -1,8 +1,11 @@
-"""Where to compute and in which precision: "auto" is turned into a device and a dtype here, and only here."""
+"""Where to compute and in which precision: "auto" is turned into a device and a dtype here, and only here; what that costs."""
 
 from __future__ import annotations
 
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -49,6 +52,29 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; use auto, {' or '.join(PRECISIONS)}")
     return PRECISIONS[precision]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, where there is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Highest memory so far: of the process, or allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Write down how long the block takes, on the device too."""
+    synchronize(device)
+    start = time.perf_counter()
+    yield
+    synchronize(device)
+    seconds[name] = time.perf_counter() - start
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

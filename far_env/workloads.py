@@ -15,6 +15,7 @@ from far_env.clips.clip import Clip, ClipSource
 from far_env.clips.dmlab import DMLab
 from far_env.clips.minecraft import Minecraft
 from far_env.clips.ucf101 import UCF101
+from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
 from far_env.contract import UNLIMITED_FRAMES, unknown_name
@@ -193,6 +194,8 @@ def make_workload(
     loaded = load_host(spec.host if host is None else host, str(place), resolve_precision(precision, place))
     if loaded.frame_size != clips.size:
         raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
+    if isinstance(clips, VideoFolder):
+        clips.host = loaded
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
     lengths = (spec.num_context, spec.num_predict, num_steps)
     return Workload(name, clips, loaded, *lengths, guidance=spec.guidance, actions=spec.actions)

@@ -16,6 +16,7 @@ from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong
 from far_env.host.weights import Host, load_host, save_host
+from far_env.host.zoo import RELEASED
 from far_env.workloads import Workload
 
 DATA = Path(__file__).parent / "data"
@@ -47,6 +48,14 @@ TINY_DCAE = {
     "upsample_block_type": "pixel_shuffle",
     "downsample_block_type": "pixel_unshuffle",
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Tests neither read nor write the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAR_ENV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 class Golden:
@@ -142,6 +151,16 @@ def tiny_long_workload(tiny_long_host) -> Workload:
 def tiny_workload(tiny_host) -> Workload:
     """The pan world on the tiny host: 5 + 11 frames, 3 ODE steps."""
     return Workload("tiny_pan", WORLDS["pan"], tiny_host, num_context=5, num_predict=11, num_steps=3)
+
+
+@pytest.fixture
+def small_released(monkeypatch):
+    """The benchmark's hosts under their names, but tiny."""
+    for transformer, config in (("far_b_ucf101", TINY_FAR), ("far_b_long_dmlab", TINY_FAR_LONG)):
+        released = replace(RELEASED[transformer], config=config)
+        monkeypatch.setitem(RELEASED, transformer, released)
+        autoencoder = replace(RELEASED[released.autoencoder], config={**TINY_DCAE, "scaling_factor": 0.8})
+        monkeypatch.setitem(RELEASED, released.autoencoder, autoencoder)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import parts, rollout
+from benchmarks import host, parts, rollout
 from far_env.cli import run_guarded
 
 
@@ -53,11 +53,34 @@ def test_the_other_benchmark_times_worlds_and_policies(monkeypatch, capsys):
     assert "pan" in out and "frames/s" in out and "recent_fill" in out and "x recent_window" in out
 
 
+def test_the_host_benchmark_records_frames_and_memory(small_released, monkeypatch, capsys):
+    assert run(host, monkeypatch, "--json", "-", "--device", "cpu") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["reduced"] and result["dtype"] == "float32" and result["budget"] == 8
+    assert {name: own["context"] for name, own in result["hosts"].items()} == {"far_b_ucf101": 5, "far_b_long_dmlab": 36}
+    for own in result["hosts"].values():
+        assert list(own["batches"]) == ["1", "2"] and own["ode_steps"] == 2
+        for row in own["batches"].values():
+            assert min(row["frame_seconds"], row["context_seconds"], row["peak_memory_mib"]) > 0
+
+
+def test_the_host_benchmark_says_what_does_not_fit(small_released, monkeypatch, capsys):
+    def full(workload, size):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(host, "time_batch", full)
+    assert run(host, monkeypatch, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert out.count("out of memory") == 4 and "on a CPU: batches of 1 and 2 only, 2 ODE steps" in out
+
+
 @pytest.mark.parametrize(
     ("module", "args", "message"),
     [
         (rollout, ("--host", "/nowhere"), "no host in /nowhere"),
         (rollout, ("--json", "file"), "takes only '-'"),
+        (host, ("--json", "file"), "takes only '-'"),
+        (host, ("--precision", "half"), "unknown precision 'half'"),
         (parts, ("--policies", "nope"), "nope"),
         (parts, ("--policies", "full_history", "--clips", "1", "--calls", "1"), "full_history is no policy"),
     ],

@@ -11,13 +11,20 @@ import pytest
 import tyro
 
 from agents.ppo import AgentTraining
-from far_env.cli import COMMANDS, EvaluateOptions, ExportOptions, WeightsOptions
+from far_env.cli import COMMANDS, DataOptions, EvaluateOptions, ExportOptions, SelfTestOptions, WeightsOptions
 from far_env.config import load_yaml, parse
 from far_env.train_host import HostTraining, check_models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-OPTIONS = {"evaluate": EvaluateOptions, "export": ExportOptions, "train-host": HostTraining, "weights": WeightsOptions}
+OPTIONS = {
+    "data": DataOptions,
+    "evaluate": EvaluateOptions,
+    "export": ExportOptions,
+    "selftest": SelfTestOptions,
+    "train-host": HostTraining,
+    "weights": WeightsOptions,
+}
 
 
 def blocks(language):
@@ -52,7 +59,7 @@ def test_the_commands_are_understood(monkeypatch):
             seen.add(args[1])
         else:
             assert (program, args[:1]) == ("tensorboard", ["--logdir"])
-    assert seen == {*COMMANDS, "train_agent.py", "benchmarks.rollout", "benchmarks.parts"}
+    assert seen == {*COMMANDS, "train_agent.py", "benchmarks.rollout", "benchmarks.parts", "benchmarks.host"}
 
 
 def test_the_files_it_names_exist():

@@ -9,12 +9,18 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
+import torch
 
 from far_env.clips.dmlab import DMLab
 from far_env.clips.ucf101 import UCF101
 from far_env.clips.video import VideoError, count_frames, crop_centre, read_frames, squeeze
+from far_env.contract import NewestFrames
 from far_env.env import FrameRetentionEnv
-from far_env.workloads import WORKLOADS, Workload, make_workload
+from far_env.host.weights import save_host
+from far_env.rollout.play import play
+from far_env.rollout.reference import reference_rollout
+from far_env.workloads import make_workload
+from tests.conftest import TINY_DCAE, TINY_FAR_LONG
 
 
 def write_video(path, num_frames, width=96, height=64, codec="mpeg4"):
@@ -185,13 +191,27 @@ def test_damaged_npz_episodes_are_skipped_with_the_reason(tmp_path):
     assert sum(source.num_clips(split) for split in ("train", "validation", "test")) == 1
 
 
-def test_the_long_workload_runs_on_a_real_episode_with_a_far_long(samples, tmp_path, tiny_long_host):
-    (tmp_path / "episode.npz").symlink_to(samples / "dmlab_episode_5.npz")
-    spec = WORKLOADS["dmlab_long_prediction"]
-    assert (spec.num_context, spec.num_predict, spec.num_steps) == (36, 36, 20)
-    source = spec.clips(data_dir=tmp_path)
-    workload = Workload("dmlab_long_prediction", source, tiny_long_host, 36, 36, num_steps=1)
-    env = FrameRetentionEnv(workload, 8, split="test")
+@pytest.fixture(params=["made", "real"])
+def long_workload(request, tmp_path, tiny_long_host):
+    """The benchmark's own long workload on a small FAR-Long and autoencoder, two ODE steps."""
+    data = tmp_path / "data"
+    data.mkdir()
+    if request.param == "real":
+        (data / "episode.npz").symlink_to(request.getfixturevalue("samples") / "dmlab_episode_5.npz")
+    else:
+        rng = np.random.default_rng(0)
+        video = np.cumsum(rng.integers(-9, 10, (300, 64, 64, 3)), axis=0).astype(np.uint8)
+        write_episode(data / "episode.npz", 300, video=video, actions=rng.integers(0, 3, 300))
+    configs = {"transformer": TINY_FAR_LONG, "autoencoder": {**TINY_DCAE, "scaling_factor": 0.8}}
+    models = tiny_long_host.transformer, tiny_long_host.autoencoder
+    save_host(tmp_path / "host", *models, configs, frame_size=64, num_steps=7)
+    workload = make_workload("dmlab_long_prediction", host=tmp_path / "host", device="cpu", data_dir=data)
+    assert (workload.num_context, workload.num_predict, workload.num_steps) == (36, 36, 20)
+    return replace(workload, num_steps=2)
+
+
+def test_the_long_workload_runs_on_an_episode(long_workload):
+    env = FrameRetentionEnv(long_workload, "medium_history_budget", split="test")
     obs, info = env.reset(seed=0)
     assert obs["mask"].sum() == 37 and len(info["kept_frames"]) == 37, "the first decision is from 37 frames"
     done, steps = False, 0
@@ -199,6 +219,20 @@ def test_the_long_workload_runs_on_a_real_episode_with_a_far_long(samples, tmp_p
         _, reward, done, _, info = env.step(np.ones(env.action_space.n, dtype=np.int8))
         steps += 1
     assert steps == 35 and info["kept_frames"] == list(range(63, 72)) and reward == info["psnr"] > 0
+
+
+def test_its_host_gets_null_actions_whatever_the_episodes_are(long_workload):
+    workload = replace(long_workload, num_predict=5)
+    transformer, clip = workload.host.transformer, workload.clips.clip("test", 0)
+    assert clip.actions.shape == (72,) and set(clip.actions) <= {0, 1, 2}
+    batch, _ = play(workload, [clip], [42], NewestFrames(), 8)
+    exact = reference_rollout(workload, clip, NewestFrames(), 8, 42)
+    torch.testing.assert_close(batch.generated([0])[0], exact.latents, atol=1e-4, rtol=0)
+    other, _ = play(workload, [replace(clip, actions=2 - clip.actions)], [42], NewestFrames(), 8)
+    assert torch.equal(batch.generated([0]), other.generated([0]))
+    latents, times = exact.latents[None, :2], torch.tensor([[-1.0, 500.0]])
+    null, real = (transformer(latents, times, action=torch.full((1, 2), action)) for action in (3, 0))
+    assert (null - real).abs().max() > 1e-3, "an action would have made a difference"
 
 
 def test_a_host_for_other_frame_sizes_is_refused(tmp_path, monkeypatch, tiny_host):

@@ -10,3 +10,4 @@ class BAIR(VideoFolder):
 
     name = "bair"
     variable = "BAIR_DATA_DIR"
+    preferred_lists = ("bair_train.json", "bair_val.json")

@@ -20,15 +20,26 @@ class Clip:
         clip_id: index within the source's split.
         frames: float32 (T, 3, H, W) in [0, 1].
         actions: int64 (T,) where the data has actions (``actions[i]`` leads to frame i), else None.
+        latents: float32 (T, C, h, w), scaled as the host's are, where the data comes encoded: a rollout's context is then taken
+            from here, and ``frames`` are what the host's autoencoder makes of them. Else None.
     """
 
     clip_id: int
     frames: np.ndarray
     actions: np.ndarray | None = None
+    latents: np.ndarray | None = None
+
+    def context(self, num_context: int) -> np.ndarray:
+        """What the first frames are given as: latents (n, C, h, w) where there are any, else pixels (n, 3, H, W)."""
+        return np.ascontiguousarray((self.frames if self.latents is None else self.latents)[:num_context])
 
 
 class ClipIdError(IndexError):
     """A clip id that a source does not have."""
+
+
+class VideoError(ValueError):
+    """A file of frames, latents or actions cannot be used; the message names the file and the reason."""
 
 
 class ClipSource(Protocol):

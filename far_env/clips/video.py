@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -11,66 +11,59 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".npz")
-NPZ_ARRAY = "video"
+from far_env.clips.arrays import episode_length, read_episode
+from far_env.clips.clip import VideoError
 
-
-class VideoError(ValueError):
-    """A video cannot be read or is too short; the message names the file and the reason."""
-
-
-def find_videos(folder: Path) -> list[Path]:
-    """All video files below ``folder``, sorted by path. Raises ValueError if there is no such folder or no video in it."""
-    if not folder.is_dir():
-        raise ValueError(f"the data folder {folder} does not exist; point data_dir at a folder with .mp4, .avi or .npz files")
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not videos:
-        raise ValueError(f"the data folder {folder} holds no .mp4, .avi or .npz file")
-    return videos
+EPISODE_SUFFIX = ".npz"
+VIDEO_SUFFIXES = (".mp4", ".avi", EPISODE_SUFFIX)
 
 
 def count_frames(path: Path) -> int:
-    """Number of frames: what the container says, else by decoding.
+    """Number of frames: what the file's header says, else by decoding.
 
     Raises:
-        VideoError: if the file is empty, not a video, or damaged.
+        VideoError: if the file is missing, empty, not a video, or damaged.
     """
-    if path.suffix.lower() == ".npz":
-        return len(_npz_frames(path))
+    if path.suffix.lower() == EPISODE_SUFFIX:
+        return episode_length(path)
     with _opened(path) as container:
-        stream = container.streams.video[0]
-        if stream.frames > 0:
-            return stream.frames
-        try:
-            return sum(1 for _ in container.decode(stream))
-        except av.FFmpegError as error:
-            raise _damaged(path, error) from error
+        promised = container.streams.video[0].frames
+    return promised if promised > 0 else sum(1 for _ in _decoded(path))
+
+
+def check_frames(path: Path) -> None:
+    """Decode a whole file. Raises VideoError if any of it is damaged, or if it holds fewer frames than its header says."""
+    promised = count_frames(path)
+    if path.suffix.lower() == EPISODE_SUFFIX:
+        read_episode(path)
+        return
+    decoded = sum(1 for _ in _decoded(path))
+    if decoded < promised:
+        raise VideoError(f"{path} ends early: its header says {promised} frames, {decoded} can be decoded")
 
 
 def read_frames(path: Path, start: int, count: int) -> np.ndarray:
     """Frames start … start+count-1, uint8 (count, height, width, 3).
 
     Raises:
-        VideoError: if the file cannot be decoded or ends before the last of them.
+        VideoError: if the file is damaged before the last of them, or ends before it.
     """
-    if path.suffix.lower() == ".npz":
-        episode = _npz_frames(path)
+    if path.suffix.lower() == EPISODE_SUFFIX:
+        episode = read_episode(path)
         if start + count > len(episode):
             last = start + count - 1
             raise VideoError(f"{path} ends early: frames {start} to {last} were asked for, {len(episode)} are there")
         return episode[start : start + count]
     frames: list[np.ndarray] = []
-    with _opened(path) as container:
-        try:
-            for index, frame in enumerate(container.decode(video=0)):
-                if index >= start:
-                    frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) == count:
-                    return np.stack(frames)
-        except av.FFmpegError as error:
-            raise _damaged(path, error) from error
-    decoded = start + len(frames) if frames else "fewer"
-    raise VideoError(f"{path} ends early: frames {start} to {start + count - 1} were asked for, {decoded} could be decoded")
+    decoded = 0
+    for frame in _decoded(path):
+        if decoded >= start:
+            frames.append(frame.to_ndarray(format="rgb24"))
+        decoded += 1
+        if len(frames) == count:
+            return np.stack(frames)
+    last = start + count - 1
+    raise VideoError(f"{path} ends early: frames {start} to {last} were asked for, {decoded} could be decoded")
 
 
 def squeeze(frames: np.ndarray, size: int) -> np.ndarray:
@@ -93,21 +86,9 @@ def _resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized.clamp(0, 1).numpy()
 
 
-def _npz_frames(path: Path) -> np.ndarray:
-    """The frames of an .npz episode, uint8 (T, H, W, 3); nothing in the file is executed."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            frames = arrays[NPZ_ARRAY]
-    except KeyError as error:
-        raise VideoError(f"{path} holds no array {NPZ_ARRAY!r}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise VideoError(f"{path} cannot be read as an .npz file: {error}") from error
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise VideoError(f"{path}: {NPZ_ARRAY!r} must be uint8 (T, H, W, 3), got {frames.dtype} {frames.shape}")
-    return frames
-
-
-def _opened(path: Path) -> av.container.InputContainer:
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """The file as a container with a video stream."""
     try:
         if path.stat().st_size == 0:
             raise VideoError(f"{path} is empty")
@@ -115,11 +96,19 @@ def _opened(path: Path) -> av.container.InputContainer:
     except (OSError, av.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path} cannot be opened as a video: {reason}") from error
-    if not container.streams.video:
-        container.close()
-        raise VideoError(f"{path} has no video stream")
-    return container
+    with container:
+        if not container.streams.video:
+            raise VideoError(f"{path} has no video stream")
+        yield container
 
 
-def _damaged(path: Path, error: Exception) -> VideoError:
-    return VideoError(f"{path} is damaged: {getattr(error, 'strerror', None) or error}")
+def _decoded(path: Path) -> Iterator[av.VideoFrame]:
+    """The frames of a video in order; one that the decoder had to patch up is an error."""
+    with _opened(path) as container:
+        try:
+            for number, frame in enumerate(container.decode(video=0)):
+                if frame.is_corrupt:
+                    raise VideoError(f"{path} is damaged: frame {number} cannot be decoded without errors")
+                yield frame
+        except av.FFmpegError as error:
+            raise VideoError(f"{path} is damaged: {getattr(error, 'strerror', None) or error}") from error

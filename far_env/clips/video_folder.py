@@ -6,12 +6,22 @@ import logging
 import math
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from far_env.clips.clip import Clip, check_clip_id
-from far_env.clips.video import VideoError, count_frames, crop_centre, find_videos, read_frames, squeeze
+import numpy as np
+
+from far_env.clips.arrays import read_actions
+from far_env.clips.clip import SPLITS, Clip, VideoError, check_clip_id
+from far_env.clips.index import Facts, Index
+from far_env.clips.latents import decode_latents, read_latents
+from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
+from far_env.clips.video import crop_centre, read_frames, squeeze
 from far_env.contract import unknown_name
+
+if TYPE_CHECKING:
+    from far_env.host.weights import Host
 
 PROTOCOLS = ("benchmark", "far")
 _SEED = 42
@@ -20,8 +30,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Entry:
-    path: Path
+    recording: Recording
     start: int
+    has_actions: bool
 
 
 class VideoFolder:
@@ -30,12 +41,17 @@ class VideoFolder:
     Protocols:
         benchmark: the sorted file list shuffled by ``random.Random(42)``, a random start per clip, frames squeezed to a square.
             Of this order the first fifth is the test split (the benchmark's clips come first), the next tenth validation,
-            the rest train.
-        far: every tenth file of the sorted list is test, the file after it validation, the others train (FAR takes every tenth
-            of its own test list, which the videos do not come with); clips start at frame 0, the short side is resized and
-            the centre cropped.
+            the rest train. Lists are not looked at.
+        far: clips start at frame 0, the short side is resized and the centre cropped. FAR's JSON lists, where they lie in the
+            folder (see `find_lists`), are the splits: every entry of the test list, or every tenth where FAR does so, is test;
+            of the training list every tenth entry, from the second, is validation, the others train. Without lists every
+            tenth file of the sorted list is test, the file after it validation, the others train.
 
-    Files that cannot be read or are too short are skipped with a logged warning; ``skipped`` maps them to the reason.
+    Files that cannot be read or are too short are skipped with a logged warning; ``skipped`` maps them to the reason. What
+    their headers tell is kept in a cache, see `far_env.clips.index`.
+
+    A training list may name latents instead of videos. Their clips are decoded by ``host``, which `make_workload` sets, so
+    scores on them leave out what its autoencoder loses; that is why there is no test split of latents.
 
     Args:
         data_dir: folder of .mp4, .avi or .npz files at any depth; by default the one the class's environment variable names.
@@ -44,12 +60,20 @@ class VideoFolder:
         size: side of the square frames; by default the data set's own.
 
     Raises:
-        ValueError: on an unknown protocol, a missing folder, or a folder without a usable video.
+        ValueError: on an unknown protocol, a missing folder, a damaged list, or a folder without a usable video.
+
+    Attributes:
+        test_stride: distance of the test list's entries that are test, 1 for all of them.
+        preferred_lists: names of FAR's lists, taken where there are several.
+        num_actions: how many different actions the data has, 0 for data whose actions are not read.
     """
 
     name = "videos"
     variable = "FAR_ENV_DATA_DIR"
     default_size = 64
+    test_stride = 1
+    preferred_lists: tuple[str, ...] = ()
+    num_actions = 0
 
     def __init__(
         self,
@@ -61,24 +85,26 @@ class VideoFolder:
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
-        folder = data_dir or os.environ.get(self.variable)
-        if not folder:
+        given = data_dir or os.environ.get(self.variable)
+        if not given:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}")
-        self.protocol, self.num_frames = protocol, num_frames
+        self.folder, self.protocol, self.num_frames = Path(given), protocol, num_frames
         self.size = self.default_size if size is None else size
+        self.host: Host | None = None
         self.skipped: dict[Path, str] = {}
-        videos = find_videos(Path(folder))
-        if protocol == "benchmark":
-            random.Random(_SEED).shuffle(videos)
-        splits = _benchmark_splits(videos) if protocol == "benchmark" else _far_splits(videos)
+        splits = self._splits_of_files()
+        everything = [recording for split in SPLITS for recording in splits[split]]
+        facts = dict(zip(everything, Index(self.folder).facts(everything), strict=True))
         self._splits = {
-            split: [entry for path in paths if (entry := self._entry(path, Path(folder))) is not None]
-            for split, paths in splits.items()
+            split: [entry for own in splits[split] if (entry := self._entry(own, facts[own])) is not None] for split in SPLITS
         }
         if self.skipped:
-            _logger.warning("%s: skipped %d of %d videos", folder, len(self.skipped), len(videos))
+            _logger.warning("%s: skipped %d of %d videos", self.folder, len(self.skipped), len(facts))
         if not any(self._splits.values()):
-            raise ValueError(f"no usable video in {folder}: all {len(videos)} are damaged or shorter than {num_frames} frames")
+            reason = f"all {len(facts)} are damaged or shorter than {num_frames} frames"
+            if protocol == "benchmark" and find_lists(self.folder, self.preferred_lists):
+                reason += "; its lists are read by protocol far"
+            raise ValueError(f"no usable video in {self.folder}: {reason}")
 
     def num_clips(self, split: str) -> int:
         """Clips in a split."""
@@ -88,37 +114,80 @@ class VideoFolder:
         """Decode one clip. Raises VideoError if the file turns out to be damaged."""
         check_clip_id(self, split, clip_id)
         entry = self._splits[split][clip_id]
-        frames = read_frames(entry.path, entry.start, self.num_frames)
-        fit = squeeze if self.protocol == "benchmark" else crop_centre
-        return Clip(clip_id, fit(frames, self.size))
+        path, end = entry.recording.path, entry.start + self.num_frames
+        actions = latents = None
+        if entry.has_actions:
+            actions = read_actions(entry.recording.actions, entry.recording.num_actions)[entry.start : end]
+        if entry.recording.latent:
+            frames, latents = self._decode(path, entry.start)
+        else:
+            fit = squeeze if self.protocol == "benchmark" else crop_centre
+            frames = fit(read_frames(path, entry.start, self.num_frames), self.size)
+        return Clip(clip_id, frames, actions, latents)
+
+    @classmethod
+    def as_read(cls, recording: Recording) -> Recording:
+        """The recording as this kind of data reads it: with its own number of different actions, or without any."""
+        if cls.num_actions:
+            return replace(recording, num_actions=cls.num_actions)
+        return replace(recording, actions=None)
 
     def path(self, split: str, clip_id: int) -> Path:
         """The file a clip comes from."""
         check_clip_id(self, split, clip_id)
-        return self._splits[split][clip_id].path
+        return self._splits[split][clip_id].recording.path
 
-    def _entry(self, path: Path, folder: Path) -> _Entry | None:
-        try:
-            length = count_frames(path)
-            if length < self.num_frames:
-                raise VideoError(f"{path} has {length} frames, clips need {self.num_frames}")
-        except VideoError as error:
-            self.skipped[path] = str(error)
-            _logger.warning("skipping: %s", error)
+    def _splits_of_files(self) -> dict[str, list[Recording]]:
+        """Which recordings each split is drawn from, usable or not."""
+        lists = find_lists(self.folder, self.preferred_lists) if self.protocol == "far" else {}
+        if lists:
+            train, test = (read_list(lists[split]) if split in lists else [] for split in ("train", "test"))
+            splits = {
+                "train": [recording for number, recording in enumerate(train) if number % 10 != 1],
+                "validation": train[1::10],
+                "test": [recording for recording in test[:: self.test_stride] if not recording.latent],
+            }
+        else:
+            recordings = find_recordings(self.folder)
+            if self.protocol == "benchmark":
+                random.Random(_SEED).shuffle(recordings)
+            splits = _benchmark_splits(recordings) if self.protocol == "benchmark" else _far_splits(recordings)
+        return {split: [self.as_read(recording) for recording in own] for split, own in splits.items()}
+
+    def _entry(self, recording: Recording, facts: Facts) -> _Entry | None:
+        reason = facts.error
+        if reason is None and facts.length < self.num_frames:
+            reason = f"{recording.path} has {facts.length} frames, clips need {self.num_frames}"
+        if reason is not None:
+            self.skipped[recording.path] = reason
+            _logger.warning("skipping: %s", reason)
             return None
-        if self.protocol == "far":
-            return _Entry(path, 0)
-        # Seeded by the file, so that a start does not depend on which other files are there.
-        rng = random.Random(f"{_SEED} {path.relative_to(folder).as_posix()}")
-        return _Entry(path, rng.randint(0, length - self.num_frames))
+        start = 0
+        if self.protocol == "benchmark":
+            # Seeded by the file, so that a start does not depend on which other files are there.
+            rng = random.Random(f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}")
+            start = rng.randint(0, facts.length - self.num_frames)
+        return _Entry(recording, start, facts.actions is not None)
+
+    def _decode(self, path: Path, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Frames and scaled latents of a recording of latents."""
+        if self.host is None:
+            raise ValueError(
+                f"{path} holds latents, which only a host can turn to frames; build the workload with make_workload"
+            )
+        latents = read_latents(path, start, self.num_frames)
+        if latents.shape[1:] != self.host.latent_shape:
+            own, wanted = tuple(latents.shape[1:]), self.host.latent_shape
+            raise VideoError(f"{path} holds latents {own}, the host {self.host.name} has {wanted}")
+        return decode_latents(latents, self.host)
 
 
-def _benchmark_splits(videos: list[Path]) -> dict[str, list[Path]]:
-    num_test, num_validation = math.ceil(0.2 * len(videos)), math.ceil(0.1 * len(videos))
-    test, validation = videos[:num_test], videos[num_test : num_test + num_validation]
-    return {"train": videos[num_test + num_validation :], "validation": validation, "test": test}
+def _benchmark_splits(shuffled: list[Recording]) -> dict[str, list[Recording]]:
+    num_test, num_validation = math.ceil(0.2 * len(shuffled)), math.ceil(0.1 * len(shuffled))
+    test, validation = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
+    return {"train": shuffled[num_test + num_validation :], "validation": validation, "test": test}
 
 
-def _far_splits(videos: list[Path]) -> dict[str, list[Path]]:
-    train = [path for index, path in enumerate(videos) if index % 10 > 1]
-    return {"train": train, "validation": videos[1::10], "test": videos[0::10]}
+def _far_splits(recordings: list[Recording]) -> dict[str, list[Recording]]:
+    train = [recording for number, recording in enumerate(recordings) if number % 10 > 1]
+    return {"train": train, "validation": recordings[1::10], "test": recordings[0::10]}

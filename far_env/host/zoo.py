@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from far_env.config import cache_dir
 from far_env.contract import first_line, unknown_name
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
@@ -157,7 +158,7 @@ def weights_dir() -> Path:
     given = os.environ.get(DIRECTORY_VARIABLE)
     if given:
         return Path(given).expanduser()
-    return BENCHMARK_DIRECTORY if BENCHMARK_DIRECTORY.is_dir() else Path.home() / ".cache" / "far_env" / "weights"
+    return BENCHMARK_DIRECTORY if BENCHMARK_DIRECTORY.is_dir() else cache_dir() / "weights"
 
 
 def listing(names: Sequence[str]) -> str:

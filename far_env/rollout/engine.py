@@ -24,6 +24,7 @@ from torch import Tensor
 from far_env.clips.clip import Clip
 from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler, with_null_class
+from far_env.rollout.context import context_latents
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import rollout_noise
 from far_env.workloads import Workload
@@ -124,13 +125,12 @@ class RolloutBatch:
         num_context = self.workload.num_context if num_context is None else num_context
         num_predict = self.workload.num_predict if num_predict is None else num_predict
         actions = [self.workload.actions_of(clip, num_context + num_predict) for clip in clips]
-        contexts = [np.ascontiguousarray(clip.frames[:num_context]) for clip in clips]
+        contexts = [clip.context(num_context) for clip in clips]
         keys = [content_key(*self._origin, context.data.cast("B")) for context in contexts]
         known = [self.memo.get(key) for key in keys]
         missing = [i for i, latents in enumerate(known) if latents is None]
         if missing:
-            pixels = torch.from_numpy(np.stack([contexts[i] for i in missing]))
-            for i, latents in zip(missing, host.autoencoder.encode(pixels.to(host.device, host.dtype)), strict=True):
+            for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_context), strict=True):
                 known[i] = latents.clone()
                 self.memo.put(keys[i], known[i])
         for row, key, latents, seed, own_actions in zip(rows, keys, known, noise_seeds, actions, strict=True):

@@ -16,6 +16,7 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, as
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
+from far_env.rollout.context import context_latents
 from far_env.rollout.noise import rollout_noise
 from far_env.workloads import Workload
 
@@ -48,8 +49,7 @@ def reference_rollout(
     host = workload.host
     actions = workload.actions_of(clip, workload.num_frames)
     noise = rollout_noise(noise_seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
-    context = torch.from_numpy(clip.frames[: workload.num_context]).to(host.device, host.dtype)
-    kept = list(host.autoencoder.encode(context[None])[0])
+    kept = list(context_latents(host, [clip], workload.num_context)[0])
     numbers = list(range(workload.num_context))
     generated, history = [], []
     for step in range(workload.num_predict):

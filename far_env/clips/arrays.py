@@ -1,0 +1,85 @@
+"""Arrays in .npz files: shape and type from a few bytes, values as a whole; nothing in a file is executed."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from far_env.clips.clip import VideoError
+
+VIDEO = "video"
+ACTIONS = "actions"
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def episode_length(path: Path) -> int:
+    """Frames of an episode. Raises VideoError if the file is damaged or its ``video`` is not uint8 (T, H, W, 3)."""
+    shape, dtype = _header(path, VIDEO)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+        raise VideoError(f"{path}: {VIDEO!r} must be uint8 (T, H, W, 3), got {dtype} {shape}")
+    return shape[0]
+
+
+def num_actions(path: Path) -> int:
+    """Length of a file's ``actions``. Raises VideoError if the file is damaged or they are not integers (T,)."""
+    shape, dtype = _header(path, ACTIONS)
+    if dtype.kind not in "iu" or len(shape) != 1:
+        raise VideoError(f"{path}: {ACTIONS!r} must be integers (T,), got {dtype} {shape}")
+    return shape[0]
+
+
+def holds_actions(path: Path) -> bool:
+    """Whether an .npz file has an array ``actions``. Raises VideoError if it is damaged."""
+    with _opened(path) as file:
+        return f"{ACTIONS}.npy" in file.namelist()
+
+
+def read_episode(path: Path) -> np.ndarray:
+    """All frames of an episode, uint8 (T, H, W, 3). Raises VideoError as `episode_length` does."""
+    episode_length(path)
+    return _read(path, VIDEO)
+
+
+def read_actions(path: Path, num_classes: int | None = None) -> np.ndarray:
+    """All actions of a file, int64 (T,). Raises VideoError as `num_actions` does, or if one is none of 0 … num_classes-1."""
+    num_actions(path)
+    actions = _read(path, ACTIONS).astype(np.int64)
+    if num_classes is not None and len(actions) and not 0 <= actions.min() <= actions.max() < num_classes:
+        raise VideoError(f"{path} holds actions from {actions.min()} to {actions.max()}, known are 0 to {num_classes - 1}")
+    return actions
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; what goes wrong while it is read becomes a VideoError."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield file
+    except VideoError:
+        raise
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise VideoError(f"{path} cannot be read as an .npz file: {error}") from error
+
+
+def _header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array, from the first bytes of it."""
+    with _opened(path) as file:
+        if f"{name}.npy" not in file.namelist():
+            raise VideoError(f"{path} holds no array {name!r}")
+        with file.open(f"{name}.npy") as array:
+            version = np.lib.format.read_magic(array)
+            if version not in _READ_HEADER:
+                raise VideoError(f"{path}: {name!r} is stored in the unknown version {version} of NumPy's format")
+            shape, _, dtype = _READ_HEADER[version](array)
+            return shape, dtype
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    """The array, after its checksum was compared."""
+    with _opened(path) as file, file.open(f"{name}.npy") as array:
+        return np.lib.format.read_array(array, allow_pickle=False)

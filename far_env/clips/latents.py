@@ -1,0 +1,65 @@
+"""Latents that were encoded beforehand, as FAR offers some data: one tensor (T, C, h, w) per file, not scaled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from far_env.clips.clip import VideoError
+from far_env.contract import first_line
+
+if TYPE_CHECKING:
+    from far_env.host.weights import Host
+
+
+def count_latents(path: Path) -> int:
+    """Frames of a file, without reading them. Raises VideoError unless it holds one tensor of floats (T, C, h, w) alone."""
+    return len(_mapped(path))
+
+
+def check_latents(path: Path) -> None:
+    """Read a whole file. Raises VideoError as `read_latents` does."""
+    read_latents(path, 0, count_latents(path))
+
+
+def read_latents(path: Path, start: int, count: int) -> Tensor:
+    """Latents start … start+count-1, float32 (count, C, h, w), not scaled.
+
+    Raises:
+        VideoError: as `count_latents` does, if there are too few, or if one of them is not finite.
+    """
+    latents = _mapped(path)
+    if start + count > len(latents):
+        last = start + count - 1
+        raise VideoError(f"{path} ends early: latents {start} to {last} were asked for, {len(latents)} are there")
+    latents = latents[start : start + count].float().clone()
+    if not latents.isfinite().all():
+        raise VideoError(f"{path} holds latents that are not finite")
+    return latents
+
+
+def decode_latents(latents: Tensor, host: Host) -> tuple[np.ndarray, np.ndarray]:
+    """Latents (T, C, h, w) as a host has them.
+
+    Returns:
+        Frames (T, 3, H, W) in [0, 1] and the scaled latents, both float32.
+    """
+    scaled = latents * host.autoencoder.scaling_factor
+    frames = host.autoencoder.decode(scaled[None].to(host.device, host.dtype))[0]
+    return frames.float().cpu().numpy(), scaled.numpy()
+
+
+def _mapped(path: Path) -> Tensor:
+    """The file's tensor, its values still on disk."""
+    try:
+        latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise VideoError(f"{path} cannot be read as a tensor of latents: {first_line(error)}") from error
+    if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
+        found = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise VideoError(f"{path} must hold one tensor of floats (T, C, h, w), got {found}")
+    return latents

@@ -1,0 +1,113 @@
+"""Which files a data folder offers: videos, episodes or encoded latents, each with its actions; and FAR's lists of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from far_env.clips.video import EPISODE_SUFFIX, VIDEO_SUFFIXES
+
+_LIST_NAME = re.compile(r"(?:.*_)?(train|test|val)\d*")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file of frames, and where its actions are.
+
+    Attributes:
+        path: a video, an .npz episode, or a tensor of latents.
+        actions: an .npz file with ``actions``, or the episode itself, which may have some; None where there are none.
+        latent: whether ``path`` holds latents.
+        num_actions: how many different actions there are, where that is known.
+    """
+
+    path: Path
+    actions: Path | None = None
+    latent: bool = False
+    num_actions: int | None = None
+
+
+def find_recordings(folder: Path) -> list[Recording]:
+    """All videos and episodes below ``folder``, sorted by path. An .npz file beside a video of its name holds its actions.
+
+    Raises:
+        ValueError: if there is no such folder or no video in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"the data folder {folder} does not exist; point data_dir at a folder with .mp4, .avi or .npz files")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not paths:
+        raise ValueError(f"the data folder {folder} holds no .mp4, .avi or .npz file")
+    archives = {path.with_suffix(""): path for path in paths if path.suffix.lower() == EPISODE_SUFFIX}
+    videos = {path.with_suffix("") for path in paths if path.suffix.lower() != EPISODE_SUFFIX}
+    return [
+        Recording(path, archives.get(path.with_suffix("")))
+        for path in paths
+        if path.suffix.lower() != EPISODE_SUFFIX or path.with_suffix("") not in videos
+    ]
+
+
+def find_lists(folder: Path, preferred: tuple[str, ...]) -> dict[str, Path]:
+    """FAR's lists at the top of ``folder``, under "train" and "test": files like train03.json, bair_train.json, dmlab_val.json.
+
+    Args:
+        preferred: which to take where there are several.
+
+    Raises:
+        ValueError: if there are several of a split and none is preferred.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        if match := _LIST_NAME.fullmatch(path.stem):
+            found.setdefault("train" if match[1] == "train" else "test", []).append(path)
+    lists = {}
+    for split, paths in found.items():
+        chosen = [path for path in paths if path.name in preferred] if len(paths) > 1 else paths
+        if len(chosen) != 1:
+            names = ", ".join(path.name for path in paths)
+            raise ValueError(f"{folder} holds several lists for {split} ({names}); leave one of them there")
+        lists[split] = chosen[0]
+    return lists
+
+
+def read_list(path: Path) -> list[Recording]:
+    """The recordings that a list names, in its order. Files that do not exist are named all the same.
+
+    An entry has ``video_path`` or ``latent_path``, and may have ``action_path``. FAR writes them from the root of its
+    repository (datasets/ucf101/…), so leading folders that are not here are left out.
+
+    Raises:
+        ValueError: if the file is no JSON list of such entries.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the list {path} cannot be read as JSON: {error}; restore it") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"the list {path} must hold a JSON list of entries, got {type(entries).__name__}")
+    recordings = []
+    for number, entry in enumerate(entries):
+        entry = entry if isinstance(entry, dict) else {}
+        written = {key: entry[key] for key in ("video_path", "latent_path", "action_path") if entry.get(key)}
+        if not (written.keys() - {"action_path"}) or not all(isinstance(value, str) for value in written.values()):
+            raise ValueError(f"the list {path}, entry {number}: needs the name of a file as video_path or latent_path")
+        latent = "video_path" not in written
+        frames = _locate(written["latent_path" if latent else "video_path"], path.parent)
+        if "action_path" in written:
+            actions = _locate(written["action_path"], path.parent)
+        else:
+            actions = frames if frames.suffix.lower() == EPISODE_SUFFIX else None
+        recordings.append(Recording(frames, actions, latent))
+    return recordings
+
+
+def _locate(written: str, folder: Path) -> Path:
+    """The first of a/b/c, b/c and c that is a file in ``folder``, or folder/a/b/c."""
+    parts = Path(written).parts
+    for start in range(len(parts)):
+        candidate = folder.joinpath(*parts[start:])
+        if candidate.is_file():
+            return candidate
+    return folder / written

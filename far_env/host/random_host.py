@@ -1,0 +1,41 @@
+"""A released host's exact architecture with seeded random weights: for tests and timings that need its size, not its skill."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from far_env.host.weights import Host
+from far_env.host.zoo import find_released
+
+DEVIATION = 0.05
+"""Of what a new FAR has at zero. As zeros they would make every velocity zero, whatever the rest computes."""
+
+
+def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Host:
+    """A host like the released transformer ``name`` and its autoencoder, the same on every device.
+
+    Raises:
+        ValueError: if there is no released transformer of this name.
+    """
+    released = find_released(name)
+    if released.autoencoder is None:
+        raise ValueError(f"{name} is an autoencoder; name a transformer, whose autoencoder comes with it")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = [
+            _without_zeros(own.kind(**own.config)).eval().requires_grad_(False).to(device, dtype)
+            for own in (released, find_released(released.autoencoder))
+        ]
+    transformer, autoencoder = modules
+    side = released.frame_size // autoencoder.compression
+    shape = (released.config.get("in_channels", 32), side, side)
+    return Host(f"{name}, random weights", transformer, autoencoder, f"seed{seed}", shape, released.frame_size)
+
+
+def _without_zeros(model: nn.Module) -> nn.Module:
+    """Give layers that start at zero normal values."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=DEVIATION)
+    return model
