@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -22,6 +23,16 @@ def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMa
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(num_steps, device=device)
     return scheduler
+
+
+class FrameWatch(Protocol):
+    """Follows how one frame per row is made, without changing it. With guidance, rows of the null class come first."""
+
+    def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
+        """Of every block in turn at every ODE step, see `far_env.host.blocks.AttentionWatch`."""
+
+    def velocity(self, step: int, latent: Tensor, velocity: Tensor) -> None:
+        """At the end of ODE step 0, 1, …: the noisy latent (B, 1, C, h, w) and the velocity it will be moved by."""
 
 
 class FrameSampler:
@@ -58,6 +69,7 @@ class FrameSampler:
         *,
         label: Tensor | None = None,
         action: Tensor | None = None,
+        watch: FrameWatch | None = None,
     ) -> Tensor:
         """Generate the frame that follows clean ones.
 
@@ -66,6 +78,7 @@ class FrameSampler:
             noise: initial noise (B, 1, C, h, w).
             lengths: B numbers of clean frames.
             label: (B,), action: (B, 1) of the new frame; None for the null class, where the model takes them.
+            watch: told of every step.
 
         Returns:
             The clean latent (B, 1, C, h, w).
@@ -75,12 +88,15 @@ class FrameSampler:
             lengths = [*lengths, *lengths]
         frame = self.model.next_frame(memory, noise, lengths)
         latent = noise
+        seen = None if watch is None else watch.attention
         steps = zip(self._modulations(memory.shape[2], label, action), self.sigma_changes, strict=True)
-        for modulations, change in steps:
-            velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame)
+        for step, (modulations, change) in enumerate(steps):
+            velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, seen)
             if self.guided:
                 null, conditional = velocity.chunk(2)
                 velocity = null + self.guidance_scale * (conditional - null)
+            if watch is not None:
+                watch.velocity(step, latent, velocity)
             # Euler as diffusers' scheduler does it: the product in the model's dtype, the sum in float32.
             latent = (latent.float() + change * velocity).to(noise.dtype)
         return latent
