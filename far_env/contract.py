@@ -23,24 +23,24 @@ ACTIONS = (*KEEPING_ACTIONS, "drop")
 STATISTICS = {
     "lat_cos": "(N, N): cosine of the latents of frames i and j",
     "column_gap": "(N, N, w): for each column of latent i, the smallest mean squared difference to any column of latent j",
-    "key_proto": "(N, d): mean over tokens and heads of the frame's keys in the first layer before rotation, as a frame of full "
+    "key_proto": "(N, d): mean over tokens and heads of the frame's keys in the first layer before rotation, seen at full "
     "resolution; unit norm",
     "attn_mass": "(N,): share of the newest frame's softmax attention that fell on frame i while it was denoised, mean over "
     "layers, heads, tokens and ODE steps; the newest frame's entry is what it gave itself, the sum is 1",
-    "qk_first": "(N,): mean over layers, heads and pairs of tokens of q·k/√d between the newest frame's queries and the keys of "
-    "frame i, at the first ODE step",
+    "qk_first": "(N,): mean over layers, heads and pairs of tokens of q·k/√d between the newest frame's queries and frame i's "
+    "keys, at the first ODE step",
     "key_cos": "(N, N): mean over layers, heads and pairs of tokens of the cosine of the keys of frames i and j, as the newest "
     "frame's queries met them; NaN for the newest frame, which has no clean keys yet",
     "expected_mass": "(N,): attention that a future query is expected to pay frame i, times the norm of the values: mean over "
     "layers, heads and tokens of softmax(μ·k/√d + kᵀΣk/2d)·‖v‖ with mean μ and covariance Σ of the queries of all generated "
     "frames so far (first ODE step), turned to the newest frame's place (2510.00636); NaN for the newest frame",
-    "expected_cos": "(N, N): cosine of the mean keys of frames i and j, centred over the frames and projected on μ and the eight "
-    "leading eigenvectors of Σ, mean over layers and heads; NaN for the newest frame",
-    "denoise_gap": "(N,): mean squared difference between the one-step clean estimate half-way through the ODE and the frame as "
-    "it became; a context frame is noised half-way and predicted once from those before it",
+    "expected_cos": "(N, N): cosine of the mean keys of frames i and j, centred over the frames and projected on μ and the "
+    "eight leading eigenvectors of Σ, mean over layers and heads; NaN for the newest frame",
+    "denoise_gap": "(N,): mean squared difference between the one-step clean estimate half-way through the ODE and the frame "
+    "as it became; a context frame is noised half-way and predicted once from those before it",
 }
-"""What a policy may ask of a rollout beyond the benchmark's `FrameMeta`, by name in its attribute ``statistics``. float32; row i
-is the kept frame with chunk_id i, N of them, the newest included. See `ObservedRolloutState`."""
+"""What a policy may ask of a rollout beyond the benchmark's `FrameMeta`, by name in its attribute ``statistics``. float32; row
+i is the kept frame with chunk_id i, N of them, the newest included. See `ObservedRolloutState`."""
 
 
 @dataclass

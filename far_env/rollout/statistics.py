@@ -33,7 +33,7 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class QueryMoments:
-    """Running mean (layers, heads, d) of queries before rotation, and sum of outer products of deviations (layers, heads, d, d)."""
+    """Of queries before rotation: running mean (layers, heads, d), sum of deviations' outer products (layers, heads, d, d)."""
 
     count: int
     mean: Tensor
