@@ -85,9 +85,9 @@ class DeepForcing(PartitionPolicy):
 class RelaxForcing(PartitionPolicy):
     """Relax Forcing: whole frames, chosen once per generated unit, that are like the sink and unlike the tail.
 
-    Faithful: few sinks, one history part, a short tail; candidates from the newer half of the middle, thinned evenly; score ⟨k, k_sink⟩ −
-    λ⟨k, k_tail⟩ of layer-0 key prototypes. Adapted: the middle is what is still there, since a dropped frame cannot
-    be recalled; shares of the budget for 2 + 1 + 1 frames. Tier L puts latents in the place of key prototypes.
+    Faithful: few sinks, one history part, a short tail; candidates from the newer half of the middle, thinned evenly; the score
+    ⟨k, k_sink⟩ − λ⟨k, k_tail⟩ of layer-0 key prototypes. Adapted: the middle is what is still there, since a dropped frame
+    cannot be recalled; shares of the budget for 2 + 1 + 1 frames. Tier L puts latents in the place of key prototypes.
 
     Source: Relax Forcing, arXiv 2603.21366 and its code. Tier: A (key_proto) or L (lat_cos). Parameters ``f_sink``,
     ``f_recent``, shares of the budget; ``lam``; ``n_cand``, candidates per middle place; ``mode``, "share", or "fixed" for 2

@@ -73,19 +73,22 @@ class Asking(NewestFrames):
         self.statistics = statistics
 
 
-def collecting_ratios(workload: Workload, num_clips: int, repeats: int = 3) -> dict[str, float]:
-    """Median wall time of rollouts that collect each statistic, or all of them, over that of rollouts that collect none."""
+def collecting_ratios(workload: Workload, num_clips: int, repeats: int = 5) -> dict[str, float]:
+    """Wall time of rollouts that collect each statistic, or all of them, over that of rollouts that collect none right before:
+    medians of the ratios."""
     clips = [workload.clips.clip("test", i) for i in range(num_clips)]
-    asked = {"none": (), **{name: (name,) for name in STATISTICS}, "all": tuple(STATISTICS)}
-    seconds: dict[str, list[float]] = {name: [] for name in asked}
-    for repeat in range(repeats + 1):
-        for name, wanted in asked.items():
-            start = time.perf_counter()
-            play(workload, clips, range(num_clips), Asking(wanted), 4)
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(own) for name, own in seconds.items()}
-    return {name: own / medians["none"] for name, own in medians.items() if name != "none"}
+
+    def seconds(wanted: tuple[str, ...]) -> float:
+        start = time.perf_counter()
+        play(workload, clips, range(num_clips), Asking(wanted), 4)
+        return time.perf_counter() - start
+
+    ratios = {}
+    for name, wanted in {**{name: (name,) for name in STATISTICS}, "all": tuple(STATISTICS)}.items():
+        seconds(wanted)  # warms up
+        without = (seconds(()) for _ in range(repeats))
+        ratios[name] = statistics.median(seconds(wanted) / own for own in without)
+    return ratios
 
 
 def run() -> None:
