@@ -57,15 +57,18 @@ class Identity(torch.nn.Module):
     decode = encode
 
 
-def fixture_workload(golden, name):
-    """A published tiny network with its latents as clips: 5 + 4 frames, 4 ODE steps."""
+def fixture_workload(golden, name, guidance=1.0, actions=False):
+    """A published tiny network with random latents as clips: 5 + 4 frames, 4 ODE steps."""
     fixture = golden(name)
     key = next(key for key in ("in.context", "in.latents", "in.above.latents") if key in fixture)
     latents = fixture[key]
     host = Host("fixture", fixture.far(), Identity(), "", tuple(latents.shape[2:]), 4, 4)
     generator = torch.Generator().manual_seed(3)
-    clips = [Clip(i, torch.randn(5, *latents.shape[2:], generator=generator).numpy()) for i in range(2)]
-    return Workload("fixture", None, host, num_context=5, num_predict=4, num_steps=4), clips
+    clips = []
+    for i in range(2):
+        frames = torch.randn(5, *latents.shape[2:], generator=generator).numpy()
+        clips.append(Clip(i, frames, np.random.default_rng(i).integers(0, 3, 9)))
+    return Workload("fixture", None, host, 5, 4, num_steps=4, guidance=guidance, actions=actions), clips
 
 
 def compare(workload, clips, budgets, atol):
@@ -105,6 +108,18 @@ def test_statistics_equal_the_specification_on_the_published_networks(golden, na
         np.testing.assert_allclose(np.linalg.norm(statistics["key_proto"], axis=1), 1, atol=1e-5)
         np.testing.assert_allclose(np.diag(statistics["lat_cos"]), 1, atol=1e-5)
         assert {k: v.shape[0] for k, v in statistics.items()} == dict.fromkeys(ALL, n)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize("name", ["sampling_far_action.npz", "far_long_tiny_slope.npz"])
+def test_statistics_equal_the_specification_with_actions_and_guidance(golden, name, guidance):
+    workload, clips = fixture_workload(golden, name, guidance, actions=True)
+    told = compare(workload, clips, [5, 3], atol=5e-6)
+    others, _ = fixture_workload(golden, name)
+    blind = Asks(("key_proto", "denoise_gap"))
+    play(others, clips, [7, 8], blind, [5, 3])
+    for statistic in blind.statistics:
+        assert np.abs(told[7, 0][statistic] - blind.told[7, 0][statistic]).max() > 1e-3, "actions make a difference"
 
 
 def test_statistics_equal_the_specification_in_a_ragged_batch(tiny_workload, tiny_long_workload):

@@ -9,7 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from far_env.host.far import FAR, Modulations
+from far_env.host.blocks import AttentionWatch
+from far_env.host.far import FAR, Modulations, NextFrame
 
 
 def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMatchEulerDiscreteScheduler:
@@ -91,10 +92,7 @@ class FrameSampler:
         seen = None if watch is None else watch.attention
         steps = zip(self._modulations(memory.shape[2], label, action), self.sigma_changes, strict=True)
         for step, (modulations, change) in enumerate(steps):
-            velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, seen)
-            if self.guided:
-                null, conditional = velocity.chunk(2)
-                velocity = null + self.guidance_scale * (conditional - null)
+            velocity = self._velocity(latent, modulations, frame, seen)
             if watch is not None:
                 watch.velocity(step, latent, velocity)
             # Euler as diffusers' scheduler does it: the product in the model's dtype, the sum in float32.
@@ -109,6 +107,25 @@ class FrameSampler:
             null = self.model.null_conditions(1, 1, self._device)
             self._shared[time] = self.model.modulate(times, **null, dtype=self._dtype)
         return self._shared[time]
+
+    @torch.no_grad()
+    def velocity(
+        self, memory: Tensor, noisy: Tensor, lengths: Sequence[int], step: int, *, action: Tensor | None = None
+    ) -> Tensor:
+        """Of one ODE step alone (B, 1, C, h, w), for latents that are as noisy (B, 1, C, h, w); else as a call."""
+        if self.guided:
+            action, lengths = with_null_class(self.model, action), [*lengths, *lengths]
+        modulations = list(self._modulations(memory.shape[2], None, action))[step]
+        return self._velocity(noisy, modulations, self.model.next_frame(memory, noisy, lengths))
+
+    def _velocity(
+        self, latent: Tensor, modulations: Modulations, frame: NextFrame, seen: AttentionWatch | None = None
+    ) -> Tensor:
+        velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, seen)
+        if not self.guided:
+            return velocity
+        null, conditional = velocity.chunk(2)
+        return null + self.guidance_scale * (conditional - null)
 
     def _modulations(self, batch: int, label: Tensor | None, action: Tensor | None) -> Iterable[Modulations]:
         """One per step."""

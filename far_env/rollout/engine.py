@@ -141,7 +141,7 @@ class RolloutBatch:
             for i, latents in zip(missing, host.autoencoder.encode(pixels.to(host.device, host.dtype)), strict=True):
                 known[i] = latents.clone()
                 self.memo.put(keys[i], known[i])
-        observed = self._collector.begin(known, noise_seeds, actions)
+        observed = self._collector.begin(known, noise_seeds, actions if self.workload.actions else None)
         begun = zip(rows, keys, known, noise_seeds, actions, observed, strict=True)
         for row, key, latents, seed, own_actions, seen in begun:
             self._rows[row] = Rollout(
@@ -177,7 +177,7 @@ class RolloutBatch:
     def statistics(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """The collected statistics of each row's history, by name. Raises ValueError unless the row was just advanced."""
         chosen = self._chosen(rows)
-        actions = [own.seen_actions()[: len(own.kept)] for own in chosen] if self.workload.actions else None
+        actions = [[own.actions[number] for number in own.kept] for own in chosen] if self.workload.actions else None
         kept = [own.kept for own in chosen]
         return self._collector.arrays([own.observed for own in chosen], kept, self.history(rows)[0], actions)
 
@@ -263,8 +263,8 @@ class RolloutBatch:
         """Restore rollouts saved by `state_dict`.
 
         Raises:
-            ValueError: if they are of another host or number of rows, have no actions where the workload needs them, or if frames
-                are watched here: states hold no statistics.
+            ValueError: if they are of another host or number of rows, or have no actions where the workload needs them, or if
+                frames are watched here: states hold no statistics.
         """
         if self._collector.watching:
             raise ValueError("rollouts whose frames are watched cannot be restored; begin them again")

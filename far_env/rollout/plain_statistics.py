@@ -29,10 +29,13 @@ class PlainStatistics:
         wanted: names of `far_env.contract.STATISTICS`.
         context: context latents (n, C, h, w).
         noise_seed: of the rollout.
+        actions: of all its frames, empty for the null class on all of them.
     """
 
-    def __init__(self, workload: Workload, wanted: Sequence[str], context: Tensor, noise_seed: int) -> None:
-        self.workload, self.wanted = workload, wanted
+    def __init__(
+        self, workload: Workload, wanted: Sequence[str], context: Tensor, noise_seed: int, actions: Sequence[int] = ()
+    ) -> None:
+        self.workload, self.wanted, self.actions = workload, wanted, actions
         self.model = workload.host.transformer
         self.times = make_scheduler(workload.num_steps).timesteps.tolist()
         self.probe, self.sigma = probe_of(self.times)
@@ -43,7 +46,7 @@ class PlainStatistics:
     def watching(self) -> Iterator[None]:
         """Watch the passes that denoise one frame."""
         blocks = self.model.transformer_blocks
-        self.passes: list[dict] = []  # one per ODE step
+        self.passes: list[dict] = []
         now: dict = {"attention": {}, "raw_queries": {}}
 
         def before_attention(layer: int) -> object:
@@ -67,6 +70,10 @@ class PlainStatistics:
         finally:
             for hook in hooks:
                 hook.remove()
+        if self.workload.guidance > 1:
+            # Of the two passes per step the first is the conditional one.
+            pairs = list(zip(self.passes[0::2], self.passes[1::2], strict=True))
+            self.passes = [one | {"velocity": self._guided(one["velocity"], other["velocity"])} for one, other in pairs]
 
     def finish(self, frame: Tensor) -> None:
         """Note what the passes showed of the frame (C, h, w) they made."""
@@ -82,7 +89,7 @@ class PlainStatistics:
         values = {
             "lat_cos": lambda: _pairs(kept, lambda a, b: torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
             "column_gap": lambda: _column_gaps(kept),
-            "key_proto": lambda: torch.stack([self._key_prototype(frame) for frame in kept]),
+            "key_proto": lambda: torch.stack([self._key_prototype(*frame) for frame in zip(kept, numbers, strict=True)]),
             "attn_mass": lambda: self._attention_mass(kept),
             "qk_first": lambda: self._first_products(kept),
             "key_cos": lambda: self._key_cosines(kept),
@@ -133,11 +140,11 @@ class PlainStatistics:
                 square[i, j] = torch.stack(means).mean()
         return square
 
-    def _key_prototype(self, frame: Tensor) -> Tensor:
+    def _key_prototype(self, frame: Tensor, number: int) -> Tensor:
         """Pass the frame alone and listen to the first layer's normalised keys."""
         found = []
         hook = self.model.transformer_blocks[0].attn.norm_k.register_forward_hook(lambda *call: found.append(call[2]))
-        self._pass(frame[None], CLEAN_TIME)
+        self._pass(frame[None], CLEAN_TIME, self.actions[number : number + 1])
         hook.remove()
         mean = found[-1][0].float().mean(dim=(0, 1))
         return mean / mean.norm()
@@ -173,15 +180,23 @@ class PlainStatistics:
         frame = context[number]
         noise = context_noise(noise_seed, number, frame.shape).to(frame)
         noisy = (1 - self.sigma) * frame + self.sigma * noise
-        velocity = self._pass(torch.cat([context[:number], noisy[None]]), self.times[self.probe])
+        frames, time = torch.cat([context[:number], noisy[None]]), self.times[self.probe]
+        velocity = self._pass(frames, time, self.actions[: number + 1])
+        if self.workload.guidance > 1:
+            velocity = self._guided(velocity, self._pass(frames, time))
         return (noisy.float() - self.sigma * velocity.float() - frame.float()).square().mean()
 
-    def _pass(self, frames: Tensor, time: float) -> Tensor:
+    def _pass(self, frames: Tensor, time: float, actions: Sequence[int] = ()) -> Tensor:
         """Velocity of the last of these frames (F, C, h, w), at this time; the others are clean."""
         times = torch.full((1, len(frames)), CLEAN_TIME, device=frames.device)
         times[:, -1] = time
         conditions = self.model.null_conditions(1, len(frames), frames.device)
+        if actions:
+            conditions = {"action": torch.tensor([list(actions)], device=frames.device)}
         return self.model(frames[None], times, **conditions)[0, -1]
+
+    def _guided(self, conditional: Tensor, null: Tensor) -> Tensor:
+        return null + self.workload.guidance * (conditional - null)
 
 
 def _pairs(frames: Sequence[Tensor], function: object) -> Tensor:
@@ -190,7 +205,7 @@ def _pairs(frames: Sequence[Tensor], function: object) -> Tensor:
 
 def _column_gaps(frames: Sequence[Tensor]) -> Tensor:
     def gaps(a: Tensor, b: Tensor) -> Tensor:
-        return torch.stack([min((column - other).square().mean() for other in b.unbind(-1)) for column in a.unbind(-1)])
+        return (a[..., :, None] - b[..., None, :]).square().mean(dim=(0, 1)).amin(dim=1)
 
     return _pairs(frames, gaps)
 

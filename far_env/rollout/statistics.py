@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from far_env.host.blocks import rotate
 from far_env.host.far import CLEAN_TIME
-from far_env.host.sampler import FrameSampler
+from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.memo import content_key
 
 OF_LATENTS = ("lat_cos", "column_gap", "key_proto")
@@ -117,7 +117,7 @@ class Watch:
     def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
         """Read one block's queries and keys."""
         rows = len(self.member)
-        query, key = query[-rows:].float(), key[-rows:].float()
+        query, key, table = query[-rows:].float(), key[-rows:].float(), table[-rows:]
         if "attn_mass" in self.wanted:
             self.mass.append(self._mass(query, key, None if mask is None else mask[-rows:]))
         if self.step > 0:
@@ -279,11 +279,14 @@ class Collector:
         self._probe = probe_of(sampler.times)
 
     @torch.no_grad()
-    def begin(self, contexts: Sequence[Tensor], noise_seeds: Sequence[int]) -> list[Observed]:
-        """Of fresh rollouts with these context latents, each (n, C, h, w)."""
+    def begin(
+        self, contexts: Sequence[Tensor], noise_seeds: Sequence[int], actions: Sequence[Sequence[int]] | None = None
+    ) -> list[Observed]:
+        """Of fresh rollouts with these context latents, each (n, C, h, w); actions of their frames, if the host needs them."""
         if "denoise_gap" not in self.wanted or not contexts:
             return [Observed() for _ in contexts]
-        return [Observed(gaps=tuple(gaps)) for gaps in self._context_gaps(torch.stack(list(contexts)), noise_seeds)]
+        gaps = self._context_gaps(torch.stack(list(contexts)), noise_seeds, actions)
+        return [Observed(gaps=tuple(own)) for own in gaps]
 
     def watch(self, token_counts: Sequence[Sequence[int]], room: int, latents: Tensor) -> Watch | None:
         """For the next frames of rows with so many tokens per clean frame, or None if there is nothing to watch."""
@@ -297,9 +300,11 @@ class Collector:
 
         Args:
             before: what was known of each.
-            memory: keys and values (layers, 2, R, T, heads, d), a row's clean frames first.
+            memory: keys and values (layers, 2, R, T, heads, d), a row's clean frames first; with guidance those of the null
+                class come before these.
             latents: the frames (R, 1, C, h, w).
         """
+        memory = memory[:, :, -len(before) :]
         gaps = watch.gaps(latents) if "denoise_gap" in self.wanted else None
         after = []
         for row, known in enumerate(before):
@@ -314,7 +319,11 @@ class Collector:
 
     @torch.no_grad()
     def arrays(
-        self, observed: Sequence[Observed], kept: Sequence[Sequence[int]], latents: Tensor
+        self,
+        observed: Sequence[Observed],
+        kept: Sequence[Sequence[int]],
+        latents: Tensor,
+        actions: Sequence[Sequence[int]] | None = None,
     ) -> list[dict[str, np.ndarray]]:
         """The wanted statistics of each row, float32.
 
@@ -322,6 +331,7 @@ class Collector:
             observed: of each row.
             kept: the true numbers of its history.
             latents: its history (R, K, C, h, w), padded at the end.
+            actions: of its history's frames, where the host is conditioned on them.
 
         Raises:
             ValueError: if a row's history is no longer the one its newest frame was made from.
@@ -332,8 +342,7 @@ class Collector:
         if "column_gap" in self.wanted:
             padded["column_gap"] = column_gaps(latents).cpu()
         if "key_proto" in self.wanted:
-            clean = self._sampler.shared_modulations(CLEAN_TIME)
-            padded["key_proto"] = self._sampler.model.key_prototypes(latents, clean).cpu()
+            padded["key_proto"] = self._key_prototypes(latents, actions).cpu()
         rows = []
         for row, (own, numbers) in enumerate(zip(observed, kept, strict=True)):
             count = len(numbers)
@@ -352,21 +361,36 @@ class Collector:
             rows.append({name: found[name].float().cpu().numpy() for name in self.wanted})
         return rows
 
-    def _context_gaps(self, contexts: Tensor, noise_seeds: Sequence[int]) -> Tensor:
+    def _key_prototypes(self, latents: Tensor, actions: Sequence[Sequence[int]] | None) -> Tensor:
+        """key_proto (R, K, d) of latents (R, K, C, h, w)."""
+        model = self._sampler.model
+        if actions is None:
+            return model.key_prototypes(latents, self._sampler.shared_modulations(CLEAN_TIME))
+        longest = latents.shape[1]
+        padded = torch.tensor([[*own, *[model.null_class] * (longest - len(own))] for own in actions], device=latents.device)
+        times = torch.full(padded.shape, CLEAN_TIME, device=latents.device)
+        return model.key_prototypes(latents, model.modulate(times, action=padded, dtype=latents.dtype))
+
+    def _context_gaps(self, contexts: Tensor, noise_seeds: Sequence[int], actions: Sequence[Sequence[int]] | None) -> Tensor:
         """denoise_gap (R, n) of context frames (R, n, C, h, w), each predicted once from those before it."""
-        model, (step, sigma) = self._sampler.model, self._probe
-        shared = self._sampler.shared_modulations
+        sampler, (step, sigma) = self._sampler, self._probe
+        model, branches = sampler.model, 2 if sampler.guided else 1
+        classes = None if actions is None else torch.tensor([list(own) for own in actions], device=contexts.device)
         gaps = []
         for number in range(contexts.shape[1]):
             frame, past = contexts[:, number : number + 1], contexts[:, :number]
             noise = [context_noise(seed, number, frame.shape[2:]) for seed in noise_seeds]
             noisy = (1 - sigma) * frame + sigma * torch.stack(noise)[:, None].to(frame)
             room = sum(model.token_counts(number, frame))
-            memory = model.new_memory(len(frame), room + model.tokens_per_frame(frame), frame)
+            memory = model.new_memory(branches * len(frame), room + model.tokens_per_frame(frame), frame)
             if number:
-                memory[:, :, :, :room] = model.encode_context(past, shared=shared)
-            prepared = model.next_frame(memory, noisy, [number] * len(frame))
-            velocity = model.denoise(noisy, shared(self._sampler.times[step]), prepared)
+                known = {"shared": sampler.shared_modulations}
+                if classes is not None:
+                    past_classes = classes[:, :number]
+                    known = {"action": with_null_class(model, past_classes) if sampler.guided else past_classes}
+                memory[:, :, :, :room] = model.encode_context(torch.cat([past] * branches), **known)
+            action = None if classes is None else classes[:, number : number + 1]
+            velocity = sampler.velocity(memory, noisy, [number] * len(frame), step, action=action)
             estimate = noisy.float() - sigma * velocity.float()
             gaps.append((estimate - frame.float()).square().flatten(1).mean(dim=1))
         return torch.stack(gaps, dim=1)
