@@ -1,7 +1,7 @@
 """The four rules that ship with the benchmark ``ar-video-kv-temporal-policy``, exactly, under its names.
 
 They approximate the methods they are named after, and weakly; the faithful forms are separate baselines. All are stateless:
-the first matching rule decides about a frame. Tier: FrameMeta. No parameters.
+the first matching rule decides about a frame. Tier: M. No parameters.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from far_env.contract import ChunkDecision, FrameMeta, RolloutState, TemporalCac
 class _FrameRule(ABC):
     """A rule that looks at one frame at a time and tags its plans."""
 
+    source = "ar-video-kv-temporal-policy"
     tags: dict[str, object] = {}
 
     def build_temporal_cache_plan(

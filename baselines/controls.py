@@ -1,20 +1,24 @@
-"""Controls: rules that look at nothing, against which every other rule must show itself."""
+"""Controls: rules that look at nothing, or at one thing, against which every other rule must show itself."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from baselines.filling import History, count, share
+from baselines.partition import PartitionPolicy, Parts, drift_match, slots
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 
 
 class RandomSubset:
     """Keeps the newest frame and a random choice of the others, filling the budget.
 
-    Tier: none. Parameter ``seed``. Told of a new clip by `begin_clip`, it draws from (seed, clip's noise seed), so that the
-    choice on a clip does not depend on the clips before it.
+    Source: control. Tier: M, of which it uses nothing. Parameter ``seed``. Told of a new clip by `begin_clip`, it draws from
+    (seed, clip's noise seed), so that the choice on a clip does not depend on the clips before it.
     """
 
     name = "random"
+    family = "control"
+    source = "control"
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -32,3 +36,86 @@ class RandomSubset:
         older = min(num_frames - 1, int(budget_state["max_frames"]) - 1)
         chosen = self._rng.choice(num_frames - 1, size=older, replace=False) if older > 0 else []
         return make_plan([*(int(i) for i in chosen), num_frames - 1], num_frames)
+
+
+class Uniform(PartitionPolicy):
+    """Keeps rows evenly spread over the clip's time: evicts the row whose removal leaves the smallest gap, of equals the older.
+
+    Source: control. Tier: M. Parameter ``n_sink``, oldest rows that always stay.
+    """
+
+    name = "uniform"
+    source = "control"
+
+    def __init__(self, n_sink: int = 1) -> None:
+        super().__init__(count(self.name, "n_sink", n_sink, 1), 1, mid_score=None)
+
+    def _slots(self, max_frames: int) -> tuple[int, int, int]:
+        return slots(max_frames, self.sink, self.recent)
+
+    def _choose_middle(self, history: History, parts: Parts) -> list[int]:
+        births = history.births
+        left = [*parts.sink, *parts.middle, *parts.recent]
+        evictable = range(len(parts.sink), len(left) - len(parts.recent))
+        while len(evictable) > parts.places:
+            _, place = min((births[left[i + 1]] - births[left[i - 1]], i) for i in evictable)
+            del left[place]
+            evictable = evictable[:-1]
+        return left[len(parts.sink) : -len(parts.recent)]
+
+
+class RandomMid(PartitionPolicy):
+    """Keeps sinks, newest rows and a uniform reservoir of everything that was ever between them.
+
+    A frame's score is drawn once, by a counter-based generator from (seed, clip, birth).
+
+    Source: control. Tier: M. Parameters ``n_sink``; ``f_recent``, a share of the budget; ``seed``.
+    """
+
+    name = "random_mid"
+    source = "control"
+
+    def __init__(self, n_sink: int = 1, f_recent: float = 0.25, seed: int = 0) -> None:
+        sink, recent = count(self.name, "n_sink", n_sink), share(self.name, "f_recent", f_recent)
+        super().__init__(sink, recent, self._drawn)
+        self.seed = count(self.name, "seed", seed)
+
+    def _drawn(self, history: History, parts: Parts) -> list[float]:
+        births = [history.births[i] for i in parts.middle]
+        key = np.array([self.seed, history.clip % 2**64], dtype=np.uint64)
+        return [np.random.Generator(np.random.Philox(key=key, counter=birth)).random() for birth in births]
+
+
+class DriftMatch(PartitionPolicy):
+    """Keeps sinks, newest rows, and the middle rows whose distance to the oldest row is most like the newest row's.
+
+    Source: control. Tier: M, by the triangle inequality an optimistic stand-in for context_match. Parameters ``n_sink``, at
+    least 1, since distances are to the oldest kept row; ``f_recent``, a share of the budget.
+    """
+
+    name = "drift_match"
+    source = "control"
+
+    def __init__(self, n_sink: int = 1, f_recent: float = 0.25) -> None:
+        sink, recent = count(self.name, "n_sink", n_sink, 1), share(self.name, "f_recent", f_recent)
+        super().__init__(sink, recent, drift_match)
+
+
+class ContextMatch(PartitionPolicy):
+    """Keeps sinks, newest rows, and the middle rows whose latents are most like the newest rows' mean.
+
+    Source: control. Tier: L (lat_cos). Parameters ``n_sink``; ``f_recent``, a share of the budget.
+    """
+
+    name = "context_match"
+    source = "control"
+    needs = {"L": ("lat_cos",)}
+
+    def __init__(self, n_sink: int = 1, f_recent: float = 0.25) -> None:
+        sink, recent = count(self.name, "n_sink", n_sink), share(self.name, "f_recent", f_recent)
+        super().__init__(sink, recent, _context_likeness)
+
+
+def _context_likeness(history: History, parts: Parts) -> np.ndarray:
+    """Mean cosine to the newest rows: that to the mean of their unit vectors, but for a factor common to all rows."""
+    return history.statistics["lat_cos"][np.ix_(parts.middle, parts.recent)].astype(np.float64).mean(axis=1)

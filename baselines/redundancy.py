@@ -3,6 +3,12 @@ window with copies."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from baselines.filling import FillingPolicy, History, comparable
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 
 
@@ -16,10 +22,12 @@ def _evict_smallest(changes: list[float], max_frames: int) -> list[int]:
 class LeastChangePrevious:
     """Evicts the frame that changed least from the kept frame before it (by motion_strength, which is not clipped).
 
-    The oldest frame has no predecessor and counts as all change. Tier: FrameMeta. No parameters.
+    The oldest frame has no predecessor and counts as all change. Source: this project. Tier: M. No parameters.
     """
 
     name = "least_change_prev"
+    family = "redundancy"
+    source = "this project"
 
     def build_temporal_cache_plan(
         self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
@@ -32,10 +40,12 @@ class LeastChangePrevious:
 class LeastChangeNext:
     """Evicts the frame from which the kept frame after it changed least: what follows holds nearly the same.
 
-    Tier: FrameMeta. No parameters.
+    Source: this project. Tier: M. No parameters.
     """
 
     name = "least_change_next"
+    family = "redundancy"
+    source = "this project"
 
     def build_temporal_cache_plan(
         self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
@@ -43,3 +53,53 @@ class LeastChangeNext:
         """Keep the budget's worth of frames whose successors have the largest motion_strength."""
         changes = [*(meta.motion_strength for meta in chunk_meta_list[1:]), float("inf")]
         return make_plan(_evict_smallest(changes, int(budget_state["max_frames"])), len(changes))
+
+
+class _LeastNew(FillingPolicy):
+    """Evicts one row after the other: the least new beside those still there, of equals the older. The newest stays."""
+
+    family = "redundancy"
+    source = "this project"
+    tags = {"retention_family": "anchor"}
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def _choose(self, history: History) -> tuple[Sequence[int], Sequence[int]]:
+        left = list(range(len(history)))
+        while len(left) > history.max_frames:
+            scores = comparable([self._novelty(history, row, [i for i in left if i != row]) for row in left[:-1]])
+            left.remove(min(zip(scores, left[:-1], strict=True))[1])
+        return [], left
+
+    @abstractmethod
+    def _novelty(self, history: History, row: int, others: list[int]) -> float:
+        """How new a row is beside these others."""
+
+
+class NearestNeighbour(_LeastNew):
+    """Evicts the row whose latent is most like that of some other row.
+
+    Source: this project. Tier: L (lat_cos). No parameters.
+    """
+
+    name = "nearest_neighbour"
+    needs = {"L": ("lat_cos",)}
+
+    def _novelty(self, history: History, row: int, others: list[int]) -> float:
+        return -float(history.statistics["lat_cos"][row, others].max())
+
+
+class LeastNovel(_LeastNew):
+    """Evicts the row whose latent columns are best found, each wherever it is, among the columns of the other rows.
+
+    What a camera that moves sideways has seen before is found at another place of another frame.
+
+    Source: this project. Tier: L (column_gap). No parameters.
+    """
+
+    name = "least_novel"
+    needs = {"L": ("column_gap",)}
+
+    def _novelty(self, history: History, row: int, others: list[int]) -> float:
+        return float(np.mean(history.statistics["column_gap"][row, others].min(axis=0)))

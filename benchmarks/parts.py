@@ -1,8 +1,10 @@
-"""Speed of what surrounds the host: frames drawn per second by each world, and one call of a policy.
+"""Speed of what surrounds the host: frames drawn per second by each world, one call of a policy, and what it costs to collect
+the statistics that some policies ask for.
 
-python -m benchmarks.parts [--policies recent_window,policy.py]
+python -m benchmarks.parts [--policies recent_window,policy.py] [--rollouts 64]
 
-The call is timed on a history of 9 frames at budget 8, against the benchmark's own recent_window in the same run.
+The call is timed on a history of 9 frames at budget 8, against the benchmark's own recent_window in the same run. Statistics
+are collected for rollouts of pan at budget 4 in one batch, whose frames are the same whatever is asked for.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import tyro
 from agents.runs import load_policy
 from far_env.cli import run_guarded
 from far_env.clips.worlds import WORLDS
-from far_env.contract import RetentionPolicy, RolloutState
+from far_env.contract import STATISTICS, NewestFrames, RetentionPolicy, RolloutState
 from far_env.frame_meta import frame_meta_list
+from far_env.rollout.play import play
+from far_env.workloads import Workload, make_workload
 
 YARDSTICK = "recent_window"
 
@@ -33,6 +37,10 @@ class Options:
     """Comma-separated, as in far-env evaluate."""
     clips: int = 200
     calls: int = 2000
+    rollouts: int = 16
+    """Rollouts whose statistics are collected; 0 leaves this part out."""
+    host: str | None = None
+    device: str = "auto"
 
 
 def frames_per_second(name: str, num_clips: int) -> float:
@@ -58,8 +66,33 @@ def milliseconds_per_call(policy: RetentionPolicy, calls: int, num_frames: int =
     return 1000 * statistics.median(times)
 
 
+class Asking(NewestFrames):
+    """Keeps the newest frames, and asks for statistics all the same."""
+
+    def __init__(self, statistics: tuple[str, ...]) -> None:
+        self.statistics = statistics
+
+
+def collecting_ratios(workload: Workload, num_clips: int, repeats: int = 5) -> dict[str, float]:
+    """Wall time of rollouts that collect each statistic, or all of them, over that of rollouts that collect none right before:
+    medians of the ratios."""
+    clips = [workload.clips.clip("test", i) for i in range(num_clips)]
+
+    def seconds(wanted: tuple[str, ...]) -> float:
+        start = time.perf_counter()
+        play(workload, clips, range(num_clips), Asking(wanted), 4)
+        return time.perf_counter() - start
+
+    ratios = {}
+    for name, wanted in {**{name: (name,) for name in STATISTICS}, "all": tuple(STATISTICS)}.items():
+        seconds(wanted)  # warms up
+        without = (seconds(()) for _ in range(repeats))
+        ratios[name] = statistics.median(seconds(wanted) / own for own in without)
+    return ratios
+
+
 def run() -> None:
-    """Print both tables."""
+    """Print all tables."""
     options = tyro.cli(Options, description=__doc__)
     policies = {name: load_policy(name) for name in (YARDSTICK, *options.policies.split(","))}
     for name in WORLDS:
@@ -72,6 +105,11 @@ def run() -> None:
         milliseconds[name] = milliseconds_per_call(policy, options.calls)
         ratio = milliseconds[name] / milliseconds[YARDSTICK]
         print(f"{name:<20} {milliseconds[name]:8.3f} ms per call, {ratio:.1f} x {YARDSTICK}")
+    if options.rollouts:
+        print()
+        workload = make_workload("pan", host=options.host, device=options.device)
+        for name, ratio in collecting_ratios(workload, options.rollouts).items():
+            print(f"{name:<20} {ratio:8.2f} x the time of a rollout that collects nothing")
 
 
 if __name__ == "__main__":

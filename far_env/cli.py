@@ -54,6 +54,14 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class BaselinesOptions:
+    """The hand-written policies: source, what each reads, and its parameters."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Only these, with what is faithful to the source and what is adapted."""
+
+
+@dataclass(frozen=True)
 class WeightsOptions:
     """The released FAR models: list them, fetch them, or check their files."""
 
@@ -152,6 +160,14 @@ def run_export(args: Sequence[str]) -> None:
     print(f"wrote {options.out}")
 
 
+def run_baselines(args: Sequence[str]) -> None:
+    """List the hand-written policies."""
+    options = parse(BaselinesOptions, args, "far-env baselines", BaselinesOptions.__doc__ or "")
+    import baselines
+
+    print(baselines.listing(options.names))
+
+
 def run_weights(args: Sequence[str]) -> None:
     """List, download or verify the released models."""
     options = parse(WeightsOptions, args, "far-env weights", WeightsOptions.__doc__ or "")
@@ -227,6 +243,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train-host": run_train_host,
     "evaluate": run_evaluate,
     "export": run_export,
+    "baselines": run_baselines,
     "weights": run_weights,
     "data": run_data,
     "selftest": run_selftest,

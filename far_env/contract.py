@@ -7,16 +7,40 @@ there. No torch in here: a policy file needs none.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 UNLIMITED_FRAMES = 9999
 """A budget from here on is full history: the policy is never asked."""
 KEEPING_ACTIONS = ("keep", "demote_to_long_term")
 ACTIONS = (*KEEPING_ACTIONS, "drop")
+
+STATISTICS = {
+    "lat_cos": "(N, N): cosine of the latents of frames i and j",
+    "column_gap": "(N, N, w): for each column of latent i, the smallest mean squared difference to any column of latent j",
+    "key_proto": "(N, d): mean over tokens and heads of the frame's keys in the first layer before rotation, seen at full "
+    "resolution; unit norm",
+    "attn_mass": "(N,): share of the newest frame's softmax attention that fell on frame i while it was denoised, mean over "
+    "layers, heads, tokens and ODE steps; the newest frame's entry is what it gave itself, the sum is 1",
+    "qk_first": "(N,): mean over layers, heads and pairs of tokens of q·k/√d between the newest frame's queries and frame i's "
+    "keys, at the first ODE step",
+    "key_cos": "(N, N): mean over layers, heads and pairs of tokens of the cosine of the keys of frames i and j, as the newest "
+    "frame's queries met them; NaN for the newest frame, which has no clean keys yet",
+    "expected_mass": "(N,): attention that a future query is expected to pay frame i, times the norm of the values: mean over "
+    "layers, heads and tokens of softmax(μ·k/√d + kᵀΣk/2d)·‖v‖ with mean μ and covariance Σ of the queries of all generated "
+    "frames so far (first ODE step), turned to the newest frame's place (2510.00636); NaN for the newest frame",
+    "expected_cos": "(N, N): cosine of the mean keys of frames i and j, centred over the frames and projected on μ and the "
+    "eight leading eigenvectors of Σ, mean over layers and heads; NaN for the newest frame",
+    "denoise_gap": "(N,): mean squared difference between the one-step clean estimate half-way through the ODE and the frame "
+    "as it became; a context frame is noised half-way and predicted once from those before it",
+}
+"""What a policy may ask of a rollout beyond the benchmark's `FrameMeta`, by name in its attribute ``statistics``. float32; row
+i is the kept frame with chunk_id i, N of them, the newest included. See `ObservedRolloutState`."""
 
 
 @dataclass
@@ -47,6 +71,16 @@ class RolloutState:
     step: int
     budget_capacity_mb: float
     total_steps: int
+
+
+@dataclass
+class ObservedRolloutState(RolloutState):
+    """What a policy with an attribute ``statistics`` (names of `STATISTICS`) receives instead, where the rollout collects them.
+
+    The benchmark hands over a plain `RolloutState`, whatever a policy declares.
+    """
+
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,11 +202,26 @@ def copy_for_clip(policy: RetentionPolicy | None, noise_seed: int) -> RetentionP
     return own
 
 
-def make_plan(kept: Sequence[int], num_frames: int, **tags: Any) -> TemporalCachePlan:
-    """The plan that keeps exactly these ids, newer frames with higher priority."""
-    chosen = set(kept)
-    decisions = [ChunkDecision(i, "keep" if i in chosen else "drop", float(i)) for i in range(num_frames)]
+def make_plan(kept: Collection[int], num_frames: int, *, anchors: Collection[int] = (), **tags: Any) -> TemporalCachePlan:
+    """The plan that keeps exactly these ids and demotes those that are ``anchors`` (which is another way to keep them).
+
+    Priorities count up from the oldest frame that stays, at 1; dropped frames have 0.
+    """
+    priorities = {i: rank + 1.0 for rank, i in enumerate(sorted({*kept, *anchors}))}
+    decisions = []
+    for i in range(num_frames):
+        action = "drop" if i not in priorities else "demote_to_long_term" if i in anchors else "keep"
+        decisions.append(ChunkDecision(i, action, priorities.get(i, 0.0)))
     return TemporalCachePlan(chunk_decisions=decisions, **tags)
+
+
+def wanted_statistics(policy: RetentionPolicy | None) -> tuple[str, ...]:
+    """The statistics a policy declares, none if it has no such attribute. Raises PolicyError on a name that is none."""
+    names = tuple(getattr(policy, "statistics", ()))
+    for name in names:
+        if name not in STATISTICS:
+            raise PolicyError(f"policy {policy_name(policy)} asks for an {unknown_name('statistic', name, list(STATISTICS))}")
+    return names
 
 
 class NewestFrames:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import host, parts, rollout
 from far_env.cli import run_guarded
+from far_env.contract import STATISTICS
 
 
 def run(module, monkeypatch, *args) -> int:
@@ -47,10 +48,13 @@ def test_transformer_operations_are_counted_without_the_autoencoders(tiny_worklo
     assert linear_flops(tokens) < counted < 1.5 * linear_flops(tokens)
 
 
-def test_the_other_benchmark_times_worlds_and_policies(monkeypatch, capsys):
-    assert run(parts, monkeypatch, "--clips", "2", "--calls", "3", "--policies", "recent_fill") == 0
+def test_the_other_benchmark_times_worlds_policies_and_collecting(tiny_host_folder, monkeypatch, capsys):
+    host = ("--host", str(tiny_host_folder), "--device", "cpu", "--rollouts", "1")
+    assert run(parts, monkeypatch, "--clips", "2", "--calls", "3", "--policies", "recent_fill", *host) == 0
     out = capsys.readouterr().out
     assert "pan" in out and "frames/s" in out and "recent_fill" in out and "x recent_window" in out
+    for name in (*STATISTICS, "all"):
+        assert any(line.split()[0] == name and float(line.split()[1]) > 0 for line in out.splitlines() if line)
 
 
 def test_the_host_benchmark_records_frames_and_memory(small_released, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import baselines
 import train_agent
 from agents.network import RetentionNetwork
 from agents.runs import save_scorer
@@ -253,3 +254,13 @@ def test_help_lists_the_commands(capsys):
     assert cli.main([]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in cli.COMMANDS)
+
+
+def test_baselines_are_listed_and_described(capsys):
+    assert cli.main(["baselines"]) == 0
+    table = capsys.readouterr().out
+    assert all(any(line.startswith(f"{name} ") for line in table.splitlines()) for name in baselines.names())
+    assert "ca2vdm_paper answers as recent_fill does up to a budget of 25" in table
+    assert cli.main(["baselines", "h2o"]) == 0
+    assert "arXiv 2306.14048" in (described := capsys.readouterr().out) and "Faithful: sums without decay" in described
+    refused(capsys, cli.main(["baselines", "h20"]), "did you mean 'h2o'")

@@ -11,13 +11,22 @@ import pytest
 import tyro
 
 from agents.ppo import AgentTraining
-from far_env.cli import COMMANDS, DataOptions, EvaluateOptions, ExportOptions, SelfTestOptions, WeightsOptions
+from far_env.cli import (
+    COMMANDS,
+    BaselinesOptions,
+    DataOptions,
+    EvaluateOptions,
+    ExportOptions,
+    SelfTestOptions,
+    WeightsOptions,
+)
 from far_env.config import load_yaml, parse
 from far_env.train_host import HostTraining, check_models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OPTIONS = {
+    "baselines": BaselinesOptions,
     "data": DataOptions,
     "evaluate": EvaluateOptions,
     "export": ExportOptions,

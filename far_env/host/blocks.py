@@ -7,6 +7,7 @@ RMS-normalised queries and keys. Parameter names are upstream's, so its state di
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, both (B, tokens, heads, head_dim)."""
 Modulation = tuple[Tensor, ...]
 """What a frame's time and class do to one block: shift, factor and gate of attention, then of the MLP, each (B, F, 1, D)."""
+AttentionWatch = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+"""Told what a block's attention is about to see: queries (B, T, heads, d), keys (B, K, heads, d), the queries' rotary table and
+the mask."""
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
@@ -142,8 +146,12 @@ class Attention(nn.Module):
 
     def key_value(self, x: Tensor, table: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor]:
         """(B, tokens, D) to keys and values, both (B, tokens, heads, d)."""
+        return rotate(self.key(x, coarse), table), self._split(self.projections(coarse).value(x))
+
+    def key(self, x: Tensor, coarse: bool = False) -> Tensor:
+        """(B, tokens, D) to keys before rotation (B, tokens, heads, d)."""
         own = self.projections(coarse)
-        return rotate(own.norm_key(self._split(own.key(x))), table), self._split(own.value(x))
+        return own.norm_key(self._split(own.key(x)))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, coarse: bool = False) -> Tensor:
         """Attend and project.
@@ -213,6 +221,7 @@ class TransformerBlock(nn.Module):
         mask: Tensor | None,
         memory: KeyValue | None = None,
         coarse: bool = False,
+        watch: AttentionWatch | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -223,6 +232,7 @@ class TransformerBlock(nn.Module):
             mask: see `Attention.forward`.
             memory: None, or keys and values (B, K, heads, d) of which x's own are the last and are written here, in place.
             coarse: x are FAR-Long's coarse frames.
+            watch: called once, before the block attends.
 
         Returns:
             (B, F, S, D).
@@ -232,7 +242,10 @@ class TransformerBlock(nn.Module):
         key, value = self.attn.key_value(normed, table, coarse)
         if memory is not None:
             key, value = write_tail(memory, key, value)
-        attended = self.attn(self.attn.query(normed, table, coarse), key, value, mask, coarse)
+        query = self.attn.query(normed, table, coarse)
+        if watch is not None:
+            watch(query, key, table, mask)
+        attended = self.attn(query, key, value, mask, coarse)
         x = torch.addcmul(x, gate, attended.view_as(x))
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_factor)))
 

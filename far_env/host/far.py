@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from far_env.host.blocks import (
     Attention,
+    AttentionWatch,
     ConditionEmbedding,
     FinalNorm,
     Modulation,
@@ -262,12 +263,29 @@ class FAR(nn.Module):
             mask = self._mask(positions.expand(-1, own), keys, (keys >= 0)[:, None].expand(-1, own, -1), latents.dtype)
         return NextFrame(memory, self._table(positions, latents), mask)
 
-    def denoise(self, noisy: Tensor, modulations: Modulations, frame: NextFrame) -> Tensor:
-        """Velocity (B, 1, C, h, w) of one noisy frame per row, (B, 1, C, h, w), that follows clean ones."""
+    def denoise(self, noisy: Tensor, modulations: Modulations, frame: NextFrame, watch: AttentionWatch | None = None) -> Tensor:
+        """Velocity (B, 1, C, h, w) of one noisy frame per row, (B, 1, C, h, w), that follows clean ones.
+
+        ``watch`` is called by every block in turn.
+        """
         x = self._embed(noisy)
         for block, modulation, layer in zip(self.transformer_blocks, modulations.blocks, frame.memory, strict=True):
-            x = block(x, modulation, frame.table, frame.mask, (layer[0], layer[1]))
+            x = block(x, modulation, frame.table, frame.mask, (layer[0], layer[1]), watch=watch)
         return self._project(x, modulations, noisy)
+
+    def key_prototypes(self, frames: Tensor, modulations: Modulations) -> Tensor:
+        """Mean over tokens and heads of the first layer's keys before rotation, at full resolution and of unit norm.
+
+        Args:
+            frames: clean (B, F, C, h, w).
+            modulations: theirs, at the time of clean frames.
+
+        Returns:
+            (B, F, d), float32. They depend on the frame alone, not on its place.
+        """
+        first = self.transformer_blocks[0]
+        keys = first.attn.key(modulated_norm(self._embed(frames), *modulations.blocks[0][:2]).flatten(1, 2))
+        return F.normalize(keys.float().unflatten(1, (frames.shape[1], -1)).mean(dim=(2, 3)), dim=-1)
 
     def num_coarse(self, num_frames: int) -> int:
         """How many of the oldest of so many frames are coarse: none."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from far_env.host.far import FAR, Modulations
+from far_env.host.blocks import AttentionWatch
+from far_env.host.far import FAR, Modulations, NextFrame
 
 
 def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMatchEulerDiscreteScheduler:
@@ -22,6 +24,16 @@ def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMa
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(num_steps, device=device)
     return scheduler
+
+
+class FrameWatch(Protocol):
+    """Follows how one frame per row is made, without changing it. With guidance, rows of the null class come first."""
+
+    def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
+        """Of every block in turn at every ODE step, see `far_env.host.blocks.AttentionWatch`."""
+
+    def velocity(self, step: int, latent: Tensor, velocity: Tensor) -> None:
+        """At the end of ODE step 0, 1, …: the noisy latent (B, 1, C, h, w) and the velocity it will be moved by."""
 
 
 class FrameSampler:
@@ -58,6 +70,7 @@ class FrameSampler:
         *,
         label: Tensor | None = None,
         action: Tensor | None = None,
+        watch: FrameWatch | None = None,
     ) -> Tensor:
         """Generate the frame that follows clean ones.
 
@@ -66,6 +79,7 @@ class FrameSampler:
             noise: initial noise (B, 1, C, h, w).
             lengths: B numbers of clean frames.
             label: (B,), action: (B, 1) of the new frame; None for the null class, where the model takes them.
+            watch: told of every step.
 
         Returns:
             The clean latent (B, 1, C, h, w).
@@ -75,12 +89,12 @@ class FrameSampler:
             lengths = [*lengths, *lengths]
         frame = self.model.next_frame(memory, noise, lengths)
         latent = noise
+        seen = None if watch is None else watch.attention
         steps = zip(self._modulations(memory.shape[2], label, action), self.sigma_changes, strict=True)
-        for modulations, change in steps:
-            velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame)
-            if self.guided:
-                null, conditional = velocity.chunk(2)
-                velocity = null + self.guidance_scale * (conditional - null)
+        for step, (modulations, change) in enumerate(steps):
+            velocity = self._velocity(latent, modulations, frame, seen)
+            if watch is not None:
+                watch.velocity(step, latent, velocity)
             # Euler as diffusers' scheduler does it: the product in the model's dtype, the sum in float32.
             latent = (latent.float() + change * velocity).to(noise.dtype)
         return latent
@@ -93,6 +107,25 @@ class FrameSampler:
             null = self.model.null_conditions(1, 1, self._device)
             self._shared[time] = self.model.modulate(times, **null, dtype=self._dtype)
         return self._shared[time]
+
+    @torch.no_grad()
+    def velocity(
+        self, memory: Tensor, noisy: Tensor, lengths: Sequence[int], step: int, *, action: Tensor | None = None
+    ) -> Tensor:
+        """Of one ODE step alone (B, 1, C, h, w), for latents that are as noisy (B, 1, C, h, w); else as a call."""
+        if self.guided:
+            action, lengths = with_null_class(self.model, action), [*lengths, *lengths]
+        modulations = list(self._modulations(memory.shape[2], None, action))[step]
+        return self._velocity(noisy, modulations, self.model.next_frame(memory, noisy, lengths))
+
+    def _velocity(
+        self, latent: Tensor, modulations: Modulations, frame: NextFrame, seen: AttentionWatch | None = None
+    ) -> Tensor:
+        velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, seen)
+        if not self.guided:
+            return velocity
+        null, conditional = velocity.chunk(2)
+        return null + self.guidance_scale * (conditional - null)
 
     def _modulations(self, batch: int, label: Tensor | None, action: Tensor | None) -> Iterable[Modulations]:
         """One per step."""

@@ -27,6 +27,7 @@ from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.context import context_latents
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import rollout_noise
+from far_env.rollout.statistics import Collector, Observed
 from far_env.workloads import Workload
 
 
@@ -46,6 +47,7 @@ class Rollout:
         num_coarse: how many of the history's oldest frames were coarse when these were computed.
         noise: (n_predict, C, h, w).
         noise_seed: what it was drawn with.
+        observed: statistics of its frames, where they are collected.
     """
 
     num_context: int
@@ -59,6 +61,7 @@ class Rollout:
     keys: list[str] = field(default_factory=list)
     prefix: list[Tensor] = field(default_factory=list)
     num_coarse: int = 0
+    observed: Observed = field(default_factory=Observed)
 
     def seen_actions(self) -> list[int]:
         """Of the history's frames and the one to come, where the host is conditioned on actions."""
@@ -80,9 +83,13 @@ class RolloutBatch:
         workload: what is rolled out.
         num_rows: rollouts side by side.
         memo: shared with other batches to reuse their frames, or None.
+        statistics: names of `far_env.contract.STATISTICS` to be collected. Frames that have to be watched for them are computed
+            even if the memo knows them.
     """
 
-    def __init__(self, workload: Workload, num_rows: int, memo: FrameMemo | None = None) -> None:
+    def __init__(
+        self, workload: Workload, num_rows: int, memo: FrameMemo | None = None, statistics: Sequence[str] = ()
+    ) -> None:
         host = workload.host
         self.workload = workload
         self.memo = FrameMemo(0) if memo is None else memo
@@ -91,6 +98,7 @@ class RolloutBatch:
         self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
         self._num_branches = 2 if self._sampler.guided else 1
         self._origin = (self.memo.host_number(host), workload.num_steps, workload.guidance)
+        self._collector = Collector(statistics, self._sampler)
 
     def step(self, row: int) -> int:
         """How many frames the row has generated."""
@@ -133,7 +141,9 @@ class RolloutBatch:
             for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_context), strict=True):
                 known[i] = latents.clone()
                 self.memo.put(keys[i], known[i])
-        for row, key, latents, seed, own_actions in zip(rows, keys, known, noise_seeds, actions, strict=True):
+        observed = self._collector.begin(known, noise_seeds, actions if self.workload.actions else None)
+        begun = zip(rows, keys, known, noise_seeds, actions, observed, strict=True)
+        for row, key, latents, seed, own_actions, seen in begun:
             self._rows[row] = Rollout(
                 num_context=num_context,
                 num_predict=num_predict,
@@ -144,6 +154,7 @@ class RolloutBatch:
                 kept=list(range(num_context)),
                 frames=list(latents),
                 keys=[content_key(key, number) for number in range(num_context)],
+                observed=seen,
             )
 
     def fork(self, row: int, onto: Sequence[int]) -> None:
@@ -163,6 +174,13 @@ class RolloutBatch:
         """`frame_features` of the kept histories, float32 (R, K, 4), padded with zeros at the end."""
         return frame_features(*self.history(rows)).cpu().numpy()
 
+    def statistics(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """The collected statistics of each row's history, by name. Raises ValueError unless the row was just advanced."""
+        chosen = self._chosen(rows)
+        actions = [[own.actions[number] for number in own.kept] for own in chosen] if self.workload.actions else None
+        kept = [own.kept for own in chosen]
+        return self._collector.arrays([own.observed for own in chosen], kept, self.history(rows)[0], actions)
+
     @torch.no_grad()
     def advance(self, rows: Sequence[int]) -> None:
         """Generate the next frame of each row and append it to its history."""
@@ -170,7 +188,7 @@ class RolloutBatch:
         for own in self._chosen(rows):
             seen = [own.keys[number] for number in own.kept]
             key = content_key(*self._origin, own.noise_seed, own.steps, *seen, *own.seen_actions())
-            latent = self.memo.get(key)
+            latent = None if self._collector.watching else self.memo.get(key)
             if latent is None:
                 missing.setdefault(key, []).append(own)
             else:
@@ -186,6 +204,7 @@ class RolloutBatch:
             self.memo.put(key, latent)
             for own in alike:
                 own.prefix, own.num_coarse = list(alike[0].prefix), alike[0].num_coarse
+                own.observed = alike[0].observed
                 self._append(own, latent, key)
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
@@ -244,8 +263,11 @@ class RolloutBatch:
         """Restore rollouts saved by `state_dict`.
 
         Raises:
-            ValueError: if they are of another host or number of rows, or have no actions where the workload needs them.
+            ValueError: if they are of another host or number of rows, or have no actions where the workload needs them, or if
+                frames are watched here: states hold no statistics.
         """
+        if self._collector.watching:
+            raise ValueError("rollouts whose frames are watched cannot be restored; begin them again")
         host = self.workload.host.weights_hash
         if (state["host"], len(state["frames"])) != (host, len(self._rows)):
             raise ValueError(
@@ -349,4 +371,10 @@ class RolloutBatch:
         action = None
         if self.workload.actions:
             action = torch.tensor([own.seen_actions()[-1:] for own in rollouts], device=noise.device)
-        return self._sampler(memory, noise, [len(own.kept) for own in rollouts], action=action)[:, 0]
+        watch = self._collector.watch([[block.shape[3] for block in own.prefix] for own in rollouts], num_tokens, noise)
+        latents = self._sampler(memory, noise, [len(own.kept) for own in rollouts], action=action, watch=watch)
+        if watch is not None:
+            known = self._collector.observed(watch, [own.observed for own in rollouts], memory, latents)
+            for own, seen in zip(rollouts, known, strict=True):
+                own.observed = seen
+        return latents[:, 0]

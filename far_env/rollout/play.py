@@ -11,10 +11,12 @@ import torch
 from far_env.clips.clip import Clip
 from far_env.contract import (
     UNLIMITED_FRAMES,
+    ObservedRolloutState,
     RetentionPolicy,
     RolloutState,
     ask_policy,
     copy_for_clip,
+    wanted_statistics,
 )
 from far_env.frame_meta import frame_meta_list, frame_size_mb
 from far_env.rollout.engine import RolloutBatch
@@ -45,7 +47,7 @@ def play(
     """Roll every clip out under the policy, all in one batch.
 
     Each clip gets its own copy of the policy (`copy_for_clip`). The policy is asked only where its answer can still influence
-    a frame.
+    a frame. A policy that declares ``statistics`` receives them in an `ObservedRolloutState`.
 
     Args:
         policy: None keeps everything, as does a budget of 9999.
@@ -58,18 +60,19 @@ def play(
         The finished rollouts, one row per clip, and each row's decisions.
 
     Raises:
-        PolicyError: if the policy raises or answers an invalid plan.
+        PolicyError: if the policy raises, answers an invalid plan or asks for an unknown statistic.
     """
     budgets = [int(max_frames)] * len(clips) if isinstance(max_frames, Integral) else list(max_frames)
     if not len(clips) == len(noise_seeds) == len(budgets):
         counts = f"{len(clips)} clips, {len(noise_seeds)} noise seeds and {len(budgets)} budgets"
         raise ValueError(f"a rollout needs a noise seed and a budget for every clip, got {counts}")
-    batch = RolloutBatch(workload, len(clips), memo)
+    limited = [policy is not None and budget < UNLIMITED_FRAMES for budget in budgets]
+    wanted = wanted_statistics(policy) if any(limited) else ()
+    batch = RolloutBatch(workload, len(clips), memo, wanted)
     rows = range(len(clips))
     batch.begin(rows, clips, noise_seeds)
     decisions: list[list[Decision]] = [[] for _ in rows]
     policies = [copy_for_clip(policy, seed) for seed in noise_seeds]
-    limited = [policy is not None and budget < UNLIMITED_FRAMES for budget in budgets]
     while active := [row for row in rows if not batch.finished(row)]:
         batch.advance(active)
         if on_frame is not None:
@@ -78,11 +81,13 @@ def play(
         if not full:
             continue
         features = torch.from_numpy(batch.features(full))
-        for row, own in zip(full, features, strict=True):
+        statistics = batch.statistics(full) if wanted else [None] * len(full)
+        for row, own, seen in zip(full, features, statistics, strict=True):
             step = batch.step(row) - 1
             metas = frame_meta_list(own[: batch.history_length(row)], step, frame_size_mb(workload.host.latent_shape))
             capacity = workload.capacity_mb(budgets[row])
-            state = RolloutState(step, capacity, workload.num_predict)
+            place = (step, capacity, workload.num_predict)
+            state = RolloutState(*place) if seen is None else ObservedRolloutState(*place, seen)
             budget = {"max_frames": budgets[row], "capacity_mb": capacity}
             ids = ask_policy(policies[row], metas, state, budget, clip=clips[row].clip_id, strict=strict)
             batch.retain(row, ids)

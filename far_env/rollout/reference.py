@@ -5,6 +5,7 @@ Slow on purpose. `far_env.rollout.engine` must equal it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,20 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy
+from far_env.contract import (
+    UNLIMITED_FRAMES,
+    ObservedRolloutState,
+    RetentionPolicy,
+    RolloutState,
+    ask_policy,
+    wanted_statistics,
+)
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import rollout_noise
+from far_env.rollout.plain_statistics import PlainStatistics
 from far_env.workloads import Workload
 
 
@@ -52,16 +61,22 @@ def reference_rollout(
     kept = list(context_latents(host, [clip], workload.num_context)[0])
     numbers = list(range(workload.num_context))
     generated, history = [], []
+    wanted = wanted_statistics(policy)
+    plain = PlainStatistics(workload, wanted, torch.stack(kept), noise_seed, actions) if wanted else None
     for step in range(workload.num_predict):
         new = workload.num_context + step
         own_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None
-        frame = denoise_uncached(workload, torch.stack(kept), noise[step], own_actions)
+        with contextlib.nullcontext() if plain is None else plain.watching():
+            frame = denoise_uncached(workload, torch.stack(kept), noise[step], own_actions)
         generated.append(frame)
         kept.append(frame)
         numbers.append(new)
+        if plain is not None:
+            plain.finish(frame)
         if policy is not None and max_frames < UNLIMITED_FRAMES and len(kept) > max_frames:
             metas = frame_meta_list(frame_features(torch.stack(kept)[None])[0], step, frame_size_mb(host.latent_shape))
-            state = RolloutState(step, workload.capacity_mb(max_frames), workload.num_predict)
+            place = (step, workload.capacity_mb(max_frames), workload.num_predict)
+            state = RolloutState(*place) if plain is None else ObservedRolloutState(*place, plain.arrays(kept, numbers))
             budget = {"max_frames": max_frames, "capacity_mb": workload.capacity_mb(max_frames)}
             ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id)
             kept, numbers = [kept[i] for i in ids], [numbers[i] for i in ids]

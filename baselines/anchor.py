@@ -1,0 +1,132 @@
+"""Anchors: some old frames stay for good, and the newest; what lies between is packed or goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from baselines.filling import FillingPolicy, History, count, require, share
+from baselines.partition import PartitionPolicy, Parts
+
+
+class SinkRecent(PartitionPolicy):
+    """StreamingLLM's attention sinks: the oldest frames and the newest, nothing between.
+
+    Faithful: the rule, and positions counted inside the cache (the host re-indexes by itself). Adapted: frames for tokens; the
+    original keeps 4 tokens, video forms 3 to 8 frames.
+
+    Source: StreamingLLM, arXiv 2309.17453 and its code. Tier: M. Parameter ``n_sink``, at most budget − 1.
+    """
+
+    name = "sink_recent"
+    source = "StreamingLLM, arXiv 2309.17453"
+
+    def __init__(self, n_sink: int = 1) -> None:
+        super().__init__(sink=count(self.name, "n_sink", n_sink), recent=1, mid_score=None)
+
+
+class RollingForcing(PartitionPolicy):
+    """Rolling Forcing's retention part: sinks and newest frames in equal parts.
+
+    Faithful: the split (3 sink and 3 recent frames). Adapted: the joint denoising of a rolling window needs the trained host
+    and has no counterpart here.
+
+    Source: Rolling Forcing, arXiv 2509.25161 and its code. Tier: M. Parameter ``f_sink``, the sinks' share of the budget.
+    """
+
+    name = "rolling_forcing"
+    source = "Rolling Forcing, arXiv 2509.25161"
+    equivalent_to = {"sink_recent": 3}
+
+    def __init__(self, f_sink: float = 0.5) -> None:
+        sink = share(self.name, "f_sink", f_sink)
+        super().__init__(sink, 1.0 - sink, mid_score=None)
+
+
+class PackCachePaper(FillingPolicy):
+    """PackCache's cross-frame decay: anchors, the newest frames whole, and a tail in which presence halves with every frame of
+    distance.
+
+    Faithful: anchors exempt from decay, shares 2^−d of the d-th past frame. Adapted: frames cannot be shrunk, so a share is
+    capped at one frame, which gives the newest budget − anchors − tail frames a place each and the older ones ``tail`` places
+    together, given to the frames with the longest remaining life (`remaining_life`). With an unbounded tail, presence at
+    distance j would be exactly 2^−j. Which tokens survive inside a frame is not published.
+
+    Source: PackCache, arXiv 2601.04359, second hand for its equations. Tier: M. Parameters ``n_anchor``; ``tail``, places of
+    the decayed part; ``rounding``, "ruler" or "nearest" (the newest frames of the tail, which makes the rule sink_recent);
+    ``anchors``, "first" frames of the clip or the "last_context" ones.
+    """
+
+    name = "packcache_paper"
+    family = "anchor"
+    source = "PackCache, arXiv 2601.04359"
+
+    def __init__(
+        self,
+        n_anchor: int = 1,
+        tail: int = 1,
+        rounding: Literal["ruler", "nearest"] = "ruler",
+        anchors: Literal["first", "last_context"] = "first",
+    ) -> None:
+        super().__init__()
+        require(rounding in ("ruler", "nearest"), self.name, "rounding", rounding, "'ruler' or 'nearest'")
+        require(anchors in ("first", "last_context"), self.name, "anchors", anchors, "'first' or 'last_context'")
+        self.n_anchor, self.tail = count(self.name, "n_anchor", n_anchor), count(self.name, "tail", tail)
+        self.rounding, self.anchors = rounding, anchors
+
+    def _choose(self, history: History) -> tuple[Sequence[int], Sequence[int]]:
+        rows = range(len(history))
+        num_anchors = self._num_anchors(history.max_frames)
+        free = history.max_frames - num_anchors
+        num_full = max(1, free - self.tail)
+        first = 0 if self.anchors == "first" else max(0, history.num_context - num_anchors)
+        anchors = [i for i in rows if first <= history.births[i] < first + num_anchors]
+        others = [i for i in rows if i not in anchors]
+        full, packed = others[-num_full:], others[:-num_full]
+
+        def worth(row: int) -> tuple[int, int]:
+            birth = history.births[row]
+            life = remaining_life(birth, history.births[full[0]] - birth)
+            return (life if self.rounding == "ruler" else 0), birth
+
+        stay = sorted(packed, key=worth, reverse=True)[: free - num_full]
+        return anchors, [*stay, *full]
+
+    def _num_anchors(self, max_frames: int) -> int:
+        return min(self.n_anchor, max_frames - 1)
+
+    def _tags(self, max_frames: int) -> dict[str, Any]:
+        return {
+            "anchor_preservation_rule": "condition_frames",
+            "long_term_budget_fraction": self._num_anchors(max_frames) / max_frames,
+        }
+
+
+def remaining_life(birth: int, distance: int) -> int:
+    """For how many more steps the ruler keeps a frame at this distance behind the whole frames: trailing zero bits of
+    birth + 1, minus the distance. Of any 2^j successive frames exactly one reaches distance j."""
+    marker = birth + 1
+    return (marker & -marker).bit_length() - 1 - distance
+
+
+class DeCoPrune(PartitionPolicy):
+    """DeCoPrune: what the context could not predict is worth keeping.
+
+    Faithful: the criterion, the gap between an early clean estimate and the final latent, and one sink and one recent part that
+    always stay. Adapted: whole frames ranked by their mean gap instead of tokens over a threshold; the probe lies half-way
+    through the ODE (step 2 of 4 in the original). The gap is fixed at birth, so this is a bounded priority queue.
+
+    Source: DeCoPrune, decoprune.github.io (2026, arXiv id unknown). Tier: A (denoise_gap). Parameters ``n_sink``, ``n_recent``.
+    """
+
+    name = "decoprune"
+    source = "DeCoPrune, decoprune.github.io"
+    needs = {"A": ("denoise_gap",)}
+
+    def __init__(self, n_sink: int = 1, n_recent: int = 1) -> None:
+        sink, recent = count(self.name, "n_sink", n_sink), count(self.name, "n_recent", n_recent, 1)
+        super().__init__(sink, recent, _denoise_gap)
+
+
+def _denoise_gap(history: History, parts: Parts) -> list[float]:
+    return [float(history.statistics["denoise_gap"][i]) for i in parts.middle]

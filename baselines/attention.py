@@ -1,0 +1,90 @@
+"""Heavy hitters: the frames that received most attention stay, and the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from baselines.filling import History, count, require, share
+from baselines.partition import PartitionPolicy, Parts, over_last
+
+
+class H2O(PartitionPolicy):
+    """H2O: rows by the softmax attention they have received so far, and the newest rows.
+
+    Faithful: sums without decay, forgotten with the row. Adapted: frames for tokens, one choice for all layers and heads; sums
+    begin at the policy's first call for a clip, and a new row starts at zero, whatever it gave itself. A recent share of half
+    the budget for the original's equal shares of recent and heavy tokens. ``norm="last"`` with ``f_recent=0`` is TOVA (arXiv
+    2401.06104).
+
+    Source: H2O, arXiv 2306.14048 and its code. Tier: A (attn_mass). Parameters ``f_recent``, a share of the budget, rounded
+    down to one row or more; ``norm``, "sum", "exposure" (divided by the number of steps seen, which takes the bias towards old
+    rows away) or "last" (this step's attention alone).
+    """
+
+    name = "h2o"
+    source = "H2O, arXiv 2306.14048"
+    tags = {"anchor_preservation_rule": "none", "long_term_budget_fraction": 0.0}
+    needs = {"A": ("attn_mass",)}
+
+    def __init__(self, f_recent: float = 0.5, norm: Literal["sum", "exposure", "last"] = "sum") -> None:
+        super().__init__(0, share(self.name, "f_recent", f_recent), self._received)
+        require(norm in ("sum", "exposure", "last"), self.name, "norm", norm, "'sum', 'exposure' or 'last'")
+        self.norm = norm
+
+    def _slots(self, max_frames: int) -> tuple[int, int, int]:
+        num_recent = max(1, int(self.recent * max_frames))
+        return 0, max_frames - num_recent, num_recent
+
+    def _received(self, history: History, parts: Parts) -> Sequence[float]:
+        mass = history.statistics["attn_mass"].astype(np.float64)
+        mass[-1] = 0.0
+        earlier = history.notes.get("received", {})
+        received = {}
+        for row, birth in enumerate(history.births):
+            total, seen = earlier.get(birth, (0.0, 0))
+            received[birth] = (total + mass[row], seen + (row < len(history) - 1))
+        history.notes["received"] = received
+        if self.norm == "last":
+            return mass[parts.middle]
+        totals = [received[history.births[row]] for row in parts.middle]
+        return [total / (seen if self.norm == "exposure" else 1) for total, seen in totals]
+
+    def _tags(self, max_frames: int) -> dict[str, Any]:
+        return super()._tags(max_frames) | {"queue_depth": self._slots(max_frames)[2]}
+
+
+class SnapKV(PartitionPolicy):
+    """SnapKV: rows by the attention that the last frames paid them, smoothed over neighbours, and those frames themselves.
+
+    Faithful: attention of a window of last queries on everything before it, summed, average-pooled, no sinks. Adapted: frames
+    for tokens and a window of frames, each with its own denoising queries, as far as the policy was asked then; one choice for
+    all heads; chosen anew at every call instead of once.
+
+    Source: SnapKV, arXiv 2404.14469 and its code. Tier: A (attn_mass). Parameters ``window``, at most budget − 1; ``pool``, the
+    width of the average over kept neighbours, cut off at the ends.
+    """
+
+    name = "snapkv"
+    source = "SnapKV, arXiv 2404.14469"
+    tags = {"anchor_preservation_rule": "none", "long_term_budget_fraction": 0.0}
+    needs = {"A": ("attn_mass",)}
+
+    def __init__(self, window: int = 2, pool: int = 3) -> None:
+        super().__init__(0, count(self.name, "window", window, 1), self._smoothed)
+        require(count(self.name, "pool", pool, 1) % 2 == 1, self.name, "pool", pool, "an odd number")
+        self.pool = pool
+
+    def _slots(self, max_frames: int) -> tuple[int, int, int]:
+        num_recent = min(self.recent, max(1, max_frames - 1))
+        return 0, max_frames - num_recent, num_recent
+
+    def _smoothed(self, history: History, parts: Parts) -> Sequence[float]:
+        mass = over_last(history, "attn_mass", len(parts.recent))[parts.middle]
+        half = self.pool // 2
+        return [float(mass[max(0, i - half) : i + half + 1].mean()) for i in range(len(mass))]
+
+    def _tags(self, max_frames: int) -> dict[str, Any]:
+        return super()._tags(max_frames) | {"queue_depth": self._slots(max_frames)[2]}

@@ -1,0 +1,192 @@
+"""Policies that fill the budget. Each names the rows that stay; how it is asked, what it remembers of a clip and what its
+answer looks like is the same for all of them.
+
+Exactly min(rows, budget) rows stay, the newest among them, so that the benchmark's own truncation never acts. Anchors are
+demoted (kept under another word), other survivors kept, the rest dropped.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan, unknown_name
+
+FIRST_CLIP = 42
+"""The number of the first clip where nobody tells one: the benchmark's noise seed for it."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a policy knows when it is asked. Rows are in chunk_id order, oldest first.
+
+    Attributes:
+        rows: what the benchmark tells of each.
+        births: their true numbers, context frames first; chunk_id and age are positions, not times.
+        num_context: how many frames of the clip are ground truth.
+        step: the prediction step.
+        max_frames: the budget.
+        clip: the clip's noise seed where it was told, else a running number.
+        statistics: the declared ones, or none of them.
+        notes: what the policy noted at its last call for this clip; what it notes now, by replacing values, comes back.
+    """
+
+    rows: list[FrameMeta]
+    births: tuple[int, ...]
+    num_context: int
+    step: int
+    max_frames: int
+    clip: int
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class ClipMemory:
+    """What is left of a call: births of the rows that stayed, and notes.
+
+    A policy is not told what became of its rows, but exactly those it marked stay, and one new row joins them per step.
+    """
+
+    clip: int
+    num_context: int
+    step: int
+    num_rows: int
+    births: tuple[int, ...]
+    notes: dict[str, Any]
+
+    def goes_on(self, step: int, num_rows: int) -> bool:
+        """Whether a call with so many rows can be a later one for the same clip."""
+        return step > self.step and num_rows == len(self.births) + step - self.step
+
+    def births_now(self, num_rows: int) -> tuple[int, ...]:
+        """Births of the rows of a later call: those that stayed and those that were made since."""
+        new = num_rows - len(self.births)
+        return (*self.births, *range(self.births[-1] + 1, self.births[-1] + 1 + new))
+
+
+class FillingPolicy(ABC):
+    """A rule that chooses which rows fill the budget.
+
+    Args:
+        tier: which of the class's tiers it works with; the first, unless told otherwise.
+
+    Attributes:
+        name, family, source: for listings. ``family`` is also the plans' tag, unless ``tags`` has another.
+        tags: the plans' tags.
+        needs: tier to the statistics (see `far_env.contract.STATISTICS`) it declares there. Tiers are M (FrameMeta rows alone),
+            L (also latents) and A (also attention). A class that knows tier M falls back to it where its statistics are not
+            handed over, as in the benchmark; without them any other raises ValueError.
+        equivalent_to: name of a baseline with the same answers to the largest budget for which that holds.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    source: ClassVar[str]
+    tags: ClassVar[dict[str, Any]] = {}
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {"M": ()}
+    equivalent_to: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, tier: str | None = None) -> None:
+        self.tier = next(iter(self.needs)) if tier is None else tier
+        if self.tier not in self.needs:
+            raise ValueError(f"{self.name}: {unknown_name('tier', tier, list(self.needs))}")
+        self.statistics = self.needs[self.tier]
+        self.begin_clip(FIRST_CLIP)
+
+    def begin_clip(self, noise_seed: int) -> None:
+        """Forget the clip before."""
+        self._first_clip = noise_seed
+        self._memory: ClipMemory | None = None
+        self._before: ClipMemory | None = None
+
+    def build_temporal_cache_plan(
+        self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
+    ) -> TemporalCachePlan:
+        """Choose min(rows, budget) rows. Raises ValueError if a statistic is missing that the policy cannot do without."""
+        rows = sorted(chunk_meta_list, key=lambda meta: meta.chunk_id)
+        num_rows, max_frames = len(rows), int(budget_state["max_frames"])
+        history = self._recall(rows, rollout_state, max_frames)
+        if num_rows <= max_frames:
+            anchors, others = [], list(range(num_rows))
+        elif max_frames == 1:
+            anchors, others = [], [num_rows - 1]
+        else:
+            anchors, others = self._choose(history)
+        births = tuple(history.births[i] for i in sorted([*anchors, *others]))
+        self._memory = ClipMemory(history.clip, history.num_context, history.step, num_rows, births, history.notes)
+        tags = {"retention_family": self.family, **self._tags(max_frames)}
+        return make_plan(others, num_rows, anchors=anchors, **tags)
+
+    @abstractmethod
+    def _choose(self, history: History) -> tuple[Sequence[int], Sequence[int]]:
+        """Rows that stay, anchors and others, where there are more rows than a budget of at least 2."""
+
+    def _tags(self, max_frames: int) -> dict[str, Any]:
+        """The plan's tags besides its family."""
+        return self.tags
+
+    def _recall(self, rows: list[FrameMeta], state: RolloutState, max_frames: int) -> History:
+        """Rebuild the births. A call that cannot follow the last one begins a clip, of which nothing was dropped yet."""
+        memory, num_rows = self._memory, len(rows)
+        if memory is not None and (memory.step, memory.num_rows) == (state.step, num_rows):
+            memory = self._before  # asked the same again: answer the same again
+        self._before = memory
+        statistics = self._given(state)
+        if memory is not None and memory.goes_on(state.step, num_rows):
+            clip, births, num_context, notes = memory.clip, memory.births_now(num_rows), memory.num_context, dict(memory.notes)
+        else:
+            clip = self._first_clip if memory is None else memory.clip + 1
+            births, num_context, notes = tuple(range(num_rows)), max(0, num_rows - state.step - 1), {}
+        return History(rows, births, num_context, state.step, max_frames, clip, statistics, notes)
+
+    def _given(self, state: RolloutState) -> dict[str, np.ndarray]:
+        """The declared statistics, or none of them where the policy can do without."""
+        handed = getattr(state, "statistics", {})
+        missing = [name for name in self.statistics if name not in handed]
+        if not missing:
+            return {name: handed[name] for name in self.statistics}
+        if "M" in self.needs:
+            return {}
+        raise ValueError(
+            f"{self.name} needs {' and '.join(missing)}, which this rollout does not hand over; play it with far-env evaluate "
+            "or far_env.rollout.play, or choose a policy of tier M"
+        )
+
+
+def comparable(scores: Sequence[float]) -> list[float]:
+    """Scores as they are compared: six significant digits, NaN the worst of all."""
+    return [float("-inf") if np.isnan(score) else float(f"{float(score):.5e}") for score in scores]
+
+
+def best(rows: Sequence[int], scores: Sequence[float], count: int) -> list[int]:
+    """The ``count`` rows of the highest scores, in time order; of equal ones the newer."""
+    ranked = sorted(zip(comparable(scores), rows, strict=True), reverse=True)
+    return sorted(row for _, row in ranked[:count])
+
+
+def require(condition: bool, policy: str, parameter: str, value: object, wanted: str) -> None:
+    """Raise ValueError about a parameter unless the condition holds."""
+    if not condition:
+        raise ValueError(f"baseline {policy}: {parameter} must be {wanted}, got {value!r}")
+
+
+def count(policy: str, parameter: str, value: int, least: int = 0) -> int:
+    """The value, if it is a whole number of at least ``least``; raises ValueError otherwise."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, policy, parameter, value, f"a whole number of at least {least}")
+    return value
+
+
+def share(policy: str, parameter: str, value: float, some: bool = False) -> float:
+    """The value as a float, if it lies in 0 to 1 (above 0 where there must be some); raises ValueError otherwise."""
+    inside = isinstance(value, int | float) and (value > 0 if some else value >= 0) and value <= 1
+    require(inside, policy, parameter, value, "a share above 0 and up to 1" if some else "a share from 0 to 1")
+    return float(value)

@@ -1,0 +1,185 @@
+"""Anchors of the Self-Forcing family: sinks, a chosen middle, the newest frames. The rules share their split at small budgets
+and differ in how the middle is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from baselines.filling import History, best, comparable, count, require, share
+from baselines.partition import PartitionPolicy, Parts, drift_match, over_last, slots
+
+EPS = 1e-12
+
+
+def _query_key(history: History, parts: Parts) -> Sequence[float]:
+    """Products q·k of the newest rows' queries, each from its own first ODE step; without statistics drift_match."""
+    if not history.statistics:
+        return drift_match(history, parts)
+    return over_last(history, "qk_first", len(parts.recent))[parts.middle]
+
+
+class PackForcing(PartitionPolicy):
+    """PackForcing's sinks, selected middle and newest frames; the middle by attention affinity q·k/√d at the first ODE step.
+
+    Faithful: the three parts and the selection by affinity in time order. Adapted: frames for 4-frame blocks; no compression of
+    the middle, since a frame counts as one whatever its size; all tokens and heads instead of samples of them; a dropped frame
+    cannot be recalled. The affinity is that of an unofficial implementation. Queries of recent frames are those of their own
+    first ODE step, as far as the policy was asked then. Approximation without statistics: drift_match.
+
+    Source: PackForcing, arXiv 2603.25730. Tier: A (qk_first) or M. Parameters ``f_sink``, ``f_recent``, shares of the budget;
+    ``tier``.
+    """
+
+    name = "packforcing"
+    source = "PackForcing, arXiv 2603.25730"
+    needs = {"A": ("qk_first",), "M": ()}
+
+    def __init__(self, f_sink: float = 0.5, f_recent: float = 0.25, tier: str = "A") -> None:
+        sink, recent = share(self.name, "f_sink", f_sink, some=True), share(self.name, "f_recent", f_recent)
+        super().__init__(sink, recent, _query_key, tier)
+
+
+class DeepForcing(PartitionPolicy):
+    """Deep Forcing's deep sink (10 of 16 places) and its compressed middle: the rows that recent queries attend to most.
+
+    Faithful: the split 10/2/4, raw products q·k summed over recent queries and heads, at the first ODE step, and the limit on
+    how often one row may win. Adapted: frames for tokens, one choice for all layers; queries as in PackForcing. Approximation
+    without statistics: drift_match.
+
+    Source: Deep Forcing, arXiv 2512.05081 and re-hosted code. Tier: A (qk_first) or M. Parameters ``f_sink``, ``f_recent``,
+    shares of the budget; ``max_reuse``, how often a row may win a middle place; ``clean_recent`` counts only one recent frame,
+    as in the original, where the others are still being generated (sinks 10/13, recent 1); ``tier``.
+    """
+
+    name = "deep_forcing"
+    source = "Deep Forcing, arXiv 2512.05081"
+    needs = {"A": ("qk_first",), "M": ()}
+
+    def __init__(
+        self,
+        f_sink: float = 10 / 16,
+        f_recent: float = 4 / 16,
+        max_reuse: int = 7,
+        clean_recent: bool = False,
+        tier: str = "A",
+    ) -> None:
+        sink, recent = share(self.name, "f_sink", f_sink, some=True), share(self.name, "f_recent", f_recent)
+        split = (10 / 13, 1) if clean_recent else (sink, recent)
+        super().__init__(*split, _query_key, tier)
+        self.max_reuse = count(self.name, "max_reuse", max_reuse, 1)
+
+    def _choose_middle(self, history: History, parts: Parts) -> list[int]:
+        wins = history.notes.get("wins", {})
+        scores = [
+            score if wins.get(history.births[row], 0) < self.max_reuse else float("-inf")
+            for row, score in zip(parts.middle, self.mid_score(history, parts), strict=True)
+        ]
+        chosen = best(parts.middle, scores, parts.places)
+        history.notes["wins"] = wins | {history.births[row]: wins.get(history.births[row], 0) + 1 for row in chosen}
+        return chosen
+
+
+class RelaxForcing(PartitionPolicy):
+    """Relax Forcing: whole frames, chosen once per generated unit, that are like the sink and unlike the tail.
+
+    Faithful: few sinks, one history part, a short tail; candidates from the newer half of the middle, thinned evenly; the score
+    ⟨k, k_sink⟩ − λ⟨k, k_tail⟩ of layer-0 key prototypes. Adapted: the middle is what is still there, since a dropped frame
+    cannot be recalled; shares of the budget for 2 + 1 + 1 frames. Tier L puts latents in the place of key prototypes.
+
+    Source: Relax Forcing, arXiv 2603.21366 and its code. Tier: A (key_proto) or L (lat_cos). Parameters ``f_sink``,
+    ``f_recent``, shares of the budget; ``lam``; ``n_cand``, candidates per middle place; ``mode``, "share", or "fixed" for 2
+    sinks, 1 middle row and a tail of all the rest; ``tier``.
+    """
+
+    name = "relax_forcing"
+    source = "Relax Forcing, arXiv 2603.21366"
+    needs = {"A": ("key_proto",), "L": ("lat_cos",)}
+
+    def __init__(
+        self,
+        f_sink: float = 0.5,
+        f_recent: float = 0.25,
+        lam: float = 2.0,
+        n_cand: int = 4,
+        mode: Literal["share", "fixed"] = "share",
+        tier: str = "A",
+    ) -> None:
+        sink, recent = share(self.name, "f_sink", f_sink, some=True), share(self.name, "f_recent", f_recent)
+        super().__init__(sink, recent, self._likeness, tier)
+        require(mode in ("share", "fixed"), self.name, "mode", mode, "'share' or 'fixed'")
+        self.lam, self.n_cand, self.mode = float(lam), count(self.name, "n_cand", n_cand, 1), mode
+
+    def _slots(self, max_frames: int) -> tuple[int, int, int]:
+        if self.mode == "fixed":
+            return slots(max_frames, 2, max_frames - 3)
+        return super()._slots(max_frames)
+
+    def _choose_middle(self, history: History, parts: Parts) -> list[int]:
+        births = history.births
+        midpoint = (births[parts.sink[-1]] + births[parts.recent[0]]) / 2
+        eligible = [row for row in parts.middle if births[row] >= midpoint]
+        others = [row for row in parts.middle if births[row] < midpoint]
+        most = self.n_cand * parts.places
+        if len(eligible) > most:
+            # Evenly from the oldest on, without the newest.
+            eligible = [eligible[k * (len(eligible) - 1) // most] for k in range(most)]
+        scores = dict(zip(parts.middle, self.mid_score(history, parts), strict=True))
+        chosen = best(eligible, [scores[row] for row in eligible], parts.places)
+        filling = best(others, [scores[row] for row in others], parts.places - len(chosen))
+        return sorted([*chosen, *filling])
+
+    def _likeness(self, history: History, parts: Parts) -> Sequence[float]:
+        """Products of each middle row's unit vector with the unit mean of the sinks and of the tail, from pairwise ones."""
+        if self.tier == "A":
+            vectors = history.statistics["key_proto"].astype(np.float64)
+            products = vectors @ vectors.T
+        else:
+            products = history.statistics["lat_cos"].astype(np.float64)
+
+        def to_mean(rows: list[int]) -> np.ndarray:
+            length = np.sqrt(max(products[np.ix_(rows, rows)].mean(), EPS))
+            return products[np.ix_(parts.middle, rows)].mean(axis=1) / length
+
+        return to_mean(parts.sink) - self.lam * to_mean(parts.recent)
+
+
+class FutureForcing(PartitionPolicy):
+    """Our reconstruction of Future Forcing: rows score by the attention that a proxy of future queries would pay them, and of
+    two rows that the proxy cannot tell apart the lower one goes first.
+
+    Faithful to the abstract alone: running statistics of queries before rotation as a proxy of future ones, importance under
+    it, redundant pairs in the subspace it induces. Ours: every equation (importance is Expected Attention, arXiv 2510.00636),
+    the split, the threshold, the eight eigenvectors; merging becomes eviction. Moments run over all generated frames; the proxy
+    stands where the newest frame stood, which is the next frame's place at all calls but a clip's first.
+
+    Source: Future Forcing, arXiv 2605.30083 (abstract). Tier: A (expected_mass, expected_cos). Parameters ``f_sink``,
+    ``f_recent``, shares of the budget; ``tau``, the cosine from which a pair is redundant.
+    """
+
+    name = "future_forcing"
+    source = "Future Forcing, arXiv 2605.30083, our reconstruction"
+    needs = {"A": ("expected_mass", "expected_cos")}
+
+    def __init__(self, f_sink: float = 0.125, f_recent: float = 0.25, tau: float = 0.9) -> None:
+        sink, recent = share(self.name, "f_sink", f_sink), share(self.name, "f_recent", f_recent)
+        super().__init__(sink, recent, self._expected_mass)
+        self.tau = float(tau)
+
+    def _choose_middle(self, history: History, parts: Parts) -> list[int]:
+        scores = dict(zip(parts.middle, comparable(self.mid_score(history, parts)), strict=True))
+        cosines = history.statistics["expected_cos"]
+        left = list(parts.middle)
+        while len(left) > parts.places:
+            pairs = [(float(cosines[a, b]), a, b) for place, b in enumerate(left) for a in left[:place]]
+            closest, *pair = max(pairs, default=(-1.0,))
+            if closest < self.tau:
+                break
+            left.remove(min(pair, key=lambda row: (scores[row], row)))
+        return best(left, [scores[row] for row in left], parts.places)
+
+    @staticmethod
+    def _expected_mass(history: History, parts: Parts) -> Sequence[float]:
+        return history.statistics["expected_mass"][parts.middle]
