@@ -43,6 +43,8 @@ class HostTraining:
     """Procedural worlds to train on, in equal shares."""
     start_from: str | None = None
     """A host (shipped, or a folder) whose autoencoder is taken as it is and whose transformer training begins from."""
+    autoencoder_of: str | None = None
+    """The shipped host whose autoencoder that is; its file is then not written again."""
     seed: int = 0
     run_dir: str = "runs/host"
     """Checkpoints, encoded clips and TensorBoard; the same command goes on from here."""
@@ -78,7 +80,7 @@ def train_host(config: HostTraining) -> Host:
     torch.set_flush_denormal(True)
     device = resolve_device(config.device)
     source = None if config.start_from is None else load_host(config.start_from, str(device))
-    check_models(config, None if source is None else source.autoencoder.settings)
+    check_models(config, source)
     dtype = resolve_precision(config.precision, device)
     run_dir = make_run_dir(config.run_dir)
     _check_same_run(config, run_dir)
@@ -98,7 +100,7 @@ def train_host(config: HostTraining) -> Host:
         {"autoencoder": autoencoder.settings, "transformer": config.transformer.model},
         frame_size=64,
         num_steps=config.num_steps,
-        autoencoder_of=config.start_from if config.start_from in SHIPPED else None,
+        autoencoder_of=config.autoencoder_of,
     )
     host = load_host(output_dir, config.device)
     quality = measure_quality(config, str(device)) if config.quality_clips else {}
@@ -107,16 +109,16 @@ def train_host(config: HostTraining) -> Host:
     return host
 
 
-def check_models(config: HostTraining, autoencoder: dict | None = None) -> None:
+def check_models(config: HostTraining, source: Host | None) -> None:
     """Build both models without memory, so that settings that do not fit are told before hours of work.
 
     Args:
-        autoencoder: settings of one that is taken over instead of trained.
+        source: the host that training starts from, if any; its autoencoder is taken over instead of trained.
 
     Raises:
         ValueError: on an unknown argument (the nearest one is suggested), a wrong one, or channels that do not match.
     """
-    encoding = autoencoder or config.autoencoder.model
+    encoding = config.autoencoder.model if source is None else source.autoencoder.settings
     parts: dict[str, tuple[Callable, list[type], dict]] = {
         "autoencoder": (lambda settings: AutoencoderDC(**settings), [AutoencoderDC], encoding),
         "transformer": (make_transformer, [FARLong, FAR], config.transformer.model),

@@ -21,6 +21,7 @@ from far_env.cli import (
     WeightsOptions,
 )
 from far_env.config import load_yaml, parse
+from far_env.host.weights import load_host
 from far_env.train_host import HostTraining, check_models
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,7 @@ def test_the_files_it_names_exist():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_loads(path):
     if path.name.startswith("host"):
-        check_models(load_yaml(HostTraining, path))
+        config = load_yaml(HostTraining, path)
+        check_models(config, None if config.start_from is None else load_host(config.start_from, "cpu"))
     else:
         load_yaml(AgentTraining, path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from far_env.host.blocks import Attention, LongAttention, initialise
+from far_env.host.blocks import Attention, LongAttention, initialise, patchify, unpatchify
 from far_env.host.far import COARSE_TIME_FACTOR, FAR, frame_times
 
 COARSE_COPIES = {
@@ -126,21 +126,33 @@ def make_transformer(config: Mapping[str, Any]) -> FAR:
 def begin_from(model: FAR, source: FAR) -> None:
     """Copy the weights of a transformer of the same size into ``model``, in place.
 
-    A FAR's projections serve a FARLong's coarse tokens too; its coarse embedding and output stay as they are.
+    The coarse parts of a FARLong always begin from the source's fine ones, so that a coarse frame looks like a blurred fine one
+    and is not ignored from the start: projections as copies, the embedding as the mean over the fine patches it covers. The
+    output of coarse frames stays as it is.
 
     Raises:
         ValueError: if a weight is of another shape.
     """
     known, state = source.state_dict(), model.state_dict()
-    for key in state:
-        origin = key
-        if key not in known:
+    if isinstance(model, FARLong):
+        for key in state:
             own = next((part for part in COARSE_COPIES if f".{part}." in key), None)
-            if own is None:
-                continue
-            origin = key.replace(own, COARSE_COPIES[own])
-        if known[origin].shape != state[key].shape:
-            shapes = tuple(state[key].shape), tuple(known[origin].shape)
-            raise ValueError(f"{key} is of shape {shapes[0]}, in the transformer to begin from of {shapes[1]}")
-        state[key] = known[origin]
+            if own is not None:
+                known[key] = known[key.replace(own, COARSE_COPIES[own])]
+        known["context_embedder.weight"] = _blurred(source.x_embedder.weight, source.patch_size, model.context_patch_size)
+        known["context_embedder.bias"] = source.x_embedder.bias
+    for key, value in state.items():
+        if key.startswith("context_proj_out"):
+            continue
+        if key not in known or known[key].shape != value.shape:
+            found = tuple(known[key].shape) if key in known else "none"
+            raise ValueError(f"{key} is of shape {tuple(value.shape)}, in the transformer to begin from of {found}")
+        state[key] = known[key]
     model.load_state_dict(state)
+
+
+def _blurred(weight: Tensor, patch_size: int, coarse_size: int) -> Tensor:
+    """An embedding (D, C·p²) of fine patches as one (D, C·P²) of coarse ones: the mean over the fine patches inside."""
+    size = weight.shape[1] // patch_size**2 * coarse_size**2
+    patches = unpatchify(torch.eye(size)[None, :, None], coarse_size, coarse_size, coarse_size)
+    return (patchify(patches, patch_size) @ weight.detach().cpu().float().T)[0].mean(dim=1).T.to(weight)
