@@ -76,6 +76,8 @@ def train_host(config: HostTraining) -> Host:
     for name in config.worlds:
         if name not in WORLDS:
             raise ValueError(unknown_name("world", name, list(WORLDS)))
+    if config.autoencoder_of is not None and config.autoencoder_of not in SHIPPED:
+        raise ValueError(unknown_name("shipped host", config.autoencoder_of, list(SHIPPED)))
     # Training drives many values towards zero; denormal floats make CPU kernels three times slower.
     torch.set_flush_denormal(True)
     device = resolve_device(config.device)

@@ -17,7 +17,7 @@ from far_env.host import train_transformer as tt
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, begin_from
 from far_env.host.training_loop import TrainingStopped, load_tensors, run_steps, step_generator
-from far_env.host.weights import load_host
+from far_env.host.weights import load_host, save_host
 from far_env.train_host import HostTraining, train_host
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 
@@ -261,3 +261,20 @@ def test_the_same_seed_trains_the_same_host(tiny_training, tmp_path):
     assert hashes[0] == hashes[1]
     config = json.loads((tmp_path / "a" / "host" / "config.json").read_text())
     assert config["transformer"] == TINY_FAR and config["num_steps"] == 4
+
+
+def test_a_host_may_take_over_the_autoencoder_of_a_shipped_one(tiny_host, tmp_path):
+    shipped = load_host("embedded", "cpu")
+    transformer = FAR(**{**TINY_FAR, "in_channels": 16, "out_channels": 16})
+    configs = {
+        "autoencoder": shipped.autoencoder.settings,
+        "transformer": {**TINY_FAR, "in_channels": 16, "out_channels": 16},
+    }
+    options = {"frame_size": 64, "num_steps": 4, "autoencoder_of": "embedded"}
+    save_host(tmp_path / "host", transformer, shipped.autoencoder, configs, **options)
+    assert {path.name for path in (tmp_path / "host").iterdir()} == {"config.json", "transformer.safetensors"}
+    loaded = load_host(tmp_path / "host", "cpu")
+    frames = torch.rand(1, 2, 3, 64, 64)
+    assert torch.equal(loaded.autoencoder.encode(frames), shipped.autoencoder.encode(frames))
+    with pytest.raises(ValueError, match="is not that of the host embedded"):
+        save_host(tmp_path / "other", transformer, tiny_host.autoencoder, configs, **options)

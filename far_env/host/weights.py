@@ -150,17 +150,25 @@ def save_host(
     Args:
         configs: constructor arguments under "transformer" and "autoencoder". A FARLong is told by its context_patch_size.
         autoencoder_of: the shipped host whose autoencoder this is; its file is not written again.
+
+    Raises:
+        ValueError: if that host's autoencoder is another one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for part, module in (("autoencoder", autoencoder), ("transformer", transformer)):
+        half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        half = {key: value.cpu().contiguous() for key, value in half.items()}
         if part == "autoencoder" and autoencoder_of is not None:
-            hashes[part] = file_hash(SHIPPED[autoencoder_of] / f"{part}.safetensors")
+            path = SHIPPED[autoencoder_of] / f"{part}.safetensors"
+            shared = load_file(path)
+            if shared.keys() != half.keys() or not all(torch.equal(shared[key], value) for key, value in half.items()):
+                raise ValueError(f"the autoencoder is not that of the host {autoencoder_of}; leave autoencoder_of out")
+            hashes[part] = file_hash(path)
             continue
         path = folder / f"{part}.safetensors"
         temporary = path.with_suffix(".part")
-        half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-        save_file({key: value.cpu().contiguous() for key, value in half.items()}, temporary)
+        save_file(half, temporary)
         temporary.replace(path)
         hashes[part] = file_hash(path)
     side = frame_size // autoencoder.compression
