@@ -11,13 +11,21 @@ import pytest
 import tyro
 
 from agents.ppo import AgentTraining
-from far_env.cli import COMMANDS, EvaluateOptions, ExportOptions, WeightsOptions
+from far_env.cli import COMMANDS, ExportOptions, WeightsOptions
 from far_env.config import load_yaml, parse
+from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ValidateOptions
 from far_env.train_host import HostTraining, check_models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-OPTIONS = {"evaluate": EvaluateOptions, "export": ExportOptions, "train-host": HostTraining, "weights": WeightsOptions}
+OPTIONS = {
+    "benchmark": BenchmarkOptions,
+    "evaluate": EvaluateOptions,
+    "export": ExportOptions,
+    "train-host": HostTraining,
+    "validate": ValidateOptions,
+    "weights": WeightsOptions,
+}
 
 
 def blocks(language):

@@ -1,9 +1,9 @@
-"""A policy plays whole rollouts: clips, seeds and a policy go in, finished rollouts and what was kept come out."""
+"""Whole rollouts: clips, seeds and a policy (or what one decided before) go in, finished rollouts come out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
@@ -24,10 +24,19 @@ from far_env.workloads import Workload
 
 @dataclass(frozen=True)
 class Decision:
-    """One answer of a policy: after ``step``, the frames with these true numbers stayed (context frames come first)."""
+    """One answer of a policy, in true frame numbers (context frames come first).
+
+    Attributes:
+        step: the frame generated last.
+        kept: frames that stayed, demoted ones included.
+        demoted: those of them that the plan demoted.
+        seconds: how long the policy took.
+    """
 
     step: int
     kept: tuple[int, ...]
+    demoted: tuple[int, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
 
 
 @torch.no_grad()
@@ -84,7 +93,39 @@ def play(
             capacity = workload.capacity_mb(budgets[row])
             state = RolloutState(step, capacity, workload.num_predict)
             budget = {"max_frames": budgets[row], "capacity_mb": capacity}
-            ids = ask_policy(policies[row], metas, state, budget, clip=clips[row].clip_id, strict=strict)
-            batch.retain(row, ids)
-            decisions[row].append(Decision(step, tuple(batch.frame_numbers(row))))
+            answer = ask_policy(policies[row], metas, state, budget, clip=clips[row].clip_id, strict=strict)
+            numbers = batch.frame_numbers(row)
+            demoted = tuple(numbers[i] for i in answer.demoted)
+            batch.retain(row, answer.kept)
+            decisions[row].append(Decision(step, tuple(batch.frame_numbers(row)), demoted, answer.seconds))
     return batch, decisions
+
+
+@torch.no_grad()
+def replay(
+    workload: Workload,
+    clips: Sequence[Clip],
+    noise_seeds: Sequence[int],
+    histories: Sequence[Mapping[int, Sequence[int]]],
+    *,
+    memo: FrameMemo | None = None,
+    on_frame: Callable[[int], None] | None = None,
+) -> RolloutBatch:
+    """Roll every clip out under decisions that were made before, all in one batch.
+
+    Args:
+        histories: per clip, step → true numbers of the frames that stayed; each must have been there.
+        memo, on_frame: as in `play`.
+    """
+    batch = RolloutBatch(workload, len(clips), memo)
+    rows = range(len(clips))
+    batch.begin(rows, clips, noise_seeds)
+    while active := [row for row in rows if not batch.finished(row)]:
+        batch.advance(active)
+        if on_frame is not None:
+            on_frame(len(active))
+        for row in active:
+            stay = histories[row].get(batch.step(row) - 1)
+            if stay is not None:
+                batch.retain(row, [place for place, number in enumerate(batch.frame_numbers(row)) if number in stay])
+    return batch

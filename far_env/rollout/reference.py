@@ -58,7 +58,7 @@ def reference_rollout(
             metas = frame_meta_list(frame_features(torch.stack(kept)[None])[0], step, frame_size_mb(host.latent_shape))
             state = RolloutState(step, workload.capacity_mb(max_frames), workload.num_predict)
             budget = {"max_frames": max_frames, "capacity_mb": workload.capacity_mb(max_frames)}
-            ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id)
+            ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id).kept
             kept, numbers = [kept[i] for i in ids], [numbers[i] for i in ids]
             history.append((step, list(numbers)))
     latents = torch.stack(generated)
