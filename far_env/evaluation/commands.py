@@ -156,7 +156,7 @@ def run_validate(args: Sequence[str]) -> int:
 
     if options.batch_size < 1 or not options.tolerance >= 0:
         raise ValueError(
-            f"needs a batch size of at least 1 and no negative tolerance, got {options.batch_size}, {options.tolerance}"
+            f"batch size must be at least 1 and tolerance not negative, got {options.batch_size} and {options.tolerance}"
         )
     results = load(options.folder)
     records = choose(results.records, options.sample, options.seed)

@@ -34,7 +34,7 @@ class Evaluation:
         return self.scores[policy][metric] - self.scores[reference][metric]
 
     def summary(self, reference: str = "recent_fill") -> dict[str, object]:
-        """Plain values for JSON: per policy and metric mean, low, high, n, the paired PSNR difference to ``reference``, costs."""
+        """Plain values for JSON: per policy and metric mean, low, high, n, and the paired PSNR difference to ``reference``."""
         policies: dict[str, dict[str, object]] = {}
         for name, columns in self.scores.items():
             policies[name] = {metric: asdict(mean_interval(values)) for metric, values in columns.items()}
@@ -115,14 +115,17 @@ def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill")
     names = [name for name in tables[0].scores if all("psnr" in table.scores.get(name, {}) for table in tables)]
     pooled: dict[str, dict[str, Interval]] = {}
     for name in names:
-        values = [np.concatenate([table.scores[name]["psnr"] for table in own], axis=1) for own in workloads.values()]
+        values = [_side_by_side([table.scores[name]["psnr"] for table in own]) for own in workloads.values()]
         pooled[name] = {"psnr_iqm": iqm_interval(*values)}
         if reference in names and name != reference:
-            changes = [
-                np.concatenate([table.difference(name, reference) for table in own], axis=1) for own in workloads.values()
-            ]
+            changes = [_side_by_side([table.difference(name, reference) for table in own]) for own in workloads.values()]
             pooled[name][f"psnr_minus_{reference}_iqm"] = iqm_interval(*changes)
     return pooled
+
+
+def _side_by_side(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Several budgets of the same clips as one (clips, budgets × seeds)."""
+    return np.concatenate(matrices, axis=1)
 
 
 def _common_facts(records: Sequence[Record]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -36,8 +37,8 @@ class PolicyProcess:
         num_printed: bytes that the policy has printed to its standard output.
 
     Raises:
-        PolicyError: if the file cannot be loaded, in time or at all; later, if a call raises, takes too long, ends the process or
-            answers what is no plan.
+        PolicyError: if the file cannot be loaded, in time or at all; later, if a call raises, takes too long, ends the process
+            or answers what is no plan.
     """
 
     def __init__(self, path: Path, *, call_seconds: float = 10.0, load_seconds: float = 120.0) -> None:
@@ -97,10 +98,8 @@ class PolicyProcess:
 
     def close(self) -> None:
         """End the process and everything that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._reader.join(timeout=1)
         for descriptor in (self._questions, self._answers):

@@ -1,9 +1,9 @@
-"""The other end of `far_env.evaluation.policy_process`: a policy file in a process of its own, asked and answering in JSON lines.
+"""The other end of `far_env.evaluation.policy_process`: a policy file in its own process, which answers in JSON lines.
 
     python -m far_env.evaluation.policy_worker FILE READ_FD WRITE_FD
 
-A line {"metas", "state", "budget", "new_clip"} is answered by {"decisions": [[chunk_id, action], …]} or {"error": "…"}; the first
-line out tells that the file was loaded. What the policy prints goes to the standard output, which carries no answers.
+A line {"metas", "state", "budget", "new_clip"} is answered by {"decisions": [[chunk_id, action], …]} or {"error": "…"}; the
+first line out tells that the file was loaded. What the policy prints goes to the standard output, which carries no answers.
 """
 
 from __future__ import annotations

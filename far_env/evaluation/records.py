@@ -1,13 +1,13 @@
 """The results folder: one record per finished episode, appended as it is played and read back for reports and validation.
 
-``evaluation.json`` tells what was asked for, ``records.jsonl`` holds a line per episode, ``frames/`` pictures of the first clips.
+``evaluation.json`` tells what was asked for, ``records.jsonl`` holds a line per episode, ``frames/`` shows the first clips.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -116,7 +116,8 @@ class Record:
     def line(self) -> str:
         """The record as one line of JSON (with Python's ``Infinity`` for an infinite PSNR)."""
         values = asdict(self)
-        return json.dumps({**values, **values.pop("facts")}) + "\n"
+        facts = values.pop("facts")
+        return json.dumps({**values, **facts}) + "\n"
 
 
 _TYPES = {

@@ -2,9 +2,9 @@
 
 Values are per clip (n,), or per clip and whatever a clip was repeated with, noise seeds say (n, repeats). Clips are drawn with
 replacement, each with all its repeats, which is right whatever the shares of clip and noise in the variance (Davison & Hinkley
-1997, §3.8). Workload × budget cells that are pooled are strata, each drawing as many clips as it has (arXiv 2108.13264); budgets
-of one workload draw the same clips, because what a clip gives under two budgets goes together. Values that are not finite
-(missing episodes, the PSNR of frames equal to the truth) are left out; ``n`` counts the clips that remain.
+1997, §3.8). Workload × budget cells that are pooled are strata, each drawing as many clips as it has (arXiv 2108.13264);
+budgets of one workload draw the same clips, because what a clip gives under two budgets goes together. Values that are not
+finite (missing episodes, the PSNR of frames equal to the truth) are left out; ``n`` counts the clips that remain.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def quality_by_budget(results: Results, workload: str, policy: str, metric: str 
 
 
 def psnr_by_frame(results: Results, workload: str, budget: int, policy: str) -> list[Interval]:
-    """Mean PSNR in dB of every predicted frame with its interval: how far predictions drift. A clip counts by its seeds' mean."""
+    """Mean PSNR in dB of every predicted frame with its interval, the drift; a clip counts by its seeds' mean."""
     own = _episodes(results, workload, budget, policy)
     frames = range(results.settings.num_predict[workload])
     by_frame = [episode_matrix(own, lambda record, frame=frame: record.psnr_per_frame[frame]) for frame in frames]

@@ -12,7 +12,7 @@ _FORMATS = {"psnr": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}"}
 
 
 def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
-    """Rows of policies, best first: mean metrics, the paired PSNR difference to ``reference`` with its 95 % interval, the cost."""
+    """Rows of policies, best first: mean metrics, the paired PSNR difference to ``reference`` with its interval, the cost."""
     metrics = list(next(iter(result.scores.values())))
     compared = "psnr" in metrics and reference in result.scores
     header = ["policy", *(f"{name.upper()}{' dB' if name == 'psnr' else ''}" for name in metrics)]

@@ -66,8 +66,8 @@ def validate(
 ) -> list[Finding]:
     """Play records again, by their plans, and compare latents and metrics.
 
-    Metrics must agree within ``tolerance`` (dB for PSNR, also of every frame). On a CPU, where device, machine, dtype and versions
-    are those of the record, the latents must be equal to the last bit as well; on a GPU their sums depend on the batch.
+    Metrics must agree within ``tolerance`` (dB for PSNR, also of every frame). On a CPU, where device, machine, dtype and
+    versions are those of the record, the latents must be equal to the last bit as well; on a GPU sums depend on the batch.
 
     Args:
         make: workload by name, in the dtype of the records.
@@ -139,11 +139,11 @@ def report(findings: Sequence[Finding], tolerance: float, num_records: int) -> s
     differing = [finding for finding in findings if finding.difference is not None]
     identical = sum(finding.identical for finding in findings if finding.difference is None)
     matching = len(findings) - len(differing)
-    lines = [
-        f"{finding.record.workload}, budget {finding.record.budget}, {finding.record.policy}, clip {finding.record.clip}, noise "
-        f"seed {finding.record.seed}: {finding.difference}"
-        for finding in differing[:10]
-    ]
+    lines = []
+    for finding in differing[:10]:
+        own = finding.record
+        where = f"{own.workload}, budget {own.budget}, {own.policy}, clip {own.clip}, noise seed {own.seed}"
+        lines.append(f"{where}: {finding.difference}")
     if len(differing) > len(lines):
         lines.append(f"… and {len(differing) - len(lines)} more")
     lines.append(
