@@ -54,7 +54,7 @@ class PolicyAgent:
         metas = frame_meta_list(features, step, capacity / max_frames)
         state = RolloutState(step, capacity, int(info["total_steps"]))
         budget = {"max_frames": max_frames, "capacity_mb": capacity}
-        ids = ask_policy(policy, metas, state, budget, clip=info["clip_id"])
+        ids = ask_policy(policy, metas, state, budget, clip=info["clip_id"]).kept
         action = np.zeros(slots, dtype=np.int8)
         action[slots - num_frames + np.array(ids)] = 1
         return action

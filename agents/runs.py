@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import hashlib
+import inspect
 import json
-import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -17,6 +17,7 @@ from far_env.config import write_text
 from far_env.contract import RetentionPolicy
 from far_env.evaluation.evaluate import FULL_HISTORY
 from far_env.host.weights import load_weights
+from far_env.policy_file import policy_from_file
 
 WEIGHTS_FILE = "policy.safetensors"
 CONFIG_FILE = "policy.json"
@@ -56,7 +57,7 @@ def load_policy(name: str) -> RetentionPolicy | None:
         return baselines.make(name)
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
-        policy = _policy_from_file(path)
+        policy = policy_from_file(path)
         with contextlib.suppress(AttributeError):
             policy.name = name  # errors name the file, not the class that all exported files share
         return policy
@@ -66,20 +67,12 @@ def load_policy(name: str) -> RetentionPolicy | None:
     raise ValueError(f"no policy {name!r}: it is neither a baseline ({known}) nor an existing .py file or run folder")
 
 
-def _policy_from_file(path: Path) -> RetentionPolicy:
-    """Instantiate the one class in a file that has ``build_temporal_cache_plan``. Runs the file's code."""
-    spec = importlib.util.spec_from_file_location(f"policy_file_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-        classes = [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and value.__module__ == spec.name and hasattr(value, "build_temporal_cache_plan")
-        ]
-        if len(classes) == 1:
-            return classes[0]()
-    except Exception as error:
-        raise ValueError(f"the policy file {path} cannot be loaded: {type(error).__name__}: {error}") from error
-    raise ValueError(f"{path} must define exactly one class with build_temporal_cache_plan; it has {len(classes)}")
+def policy_facts(name: str) -> dict[str, str]:
+    """What is known of a policy that `load_policy` accepts, for results: a note, and the hash of what its name stands for."""
+    if name == FULL_HISTORY:
+        return {"note": "nothing is dropped"}
+    if name in baselines.names():
+        return {"note": inspect.getdoc(type(baselines.make(name))).split("\n")[0]}
+    path = Path(name)
+    content = path if path.is_file() else path / WEIGHTS_FILE
+    return {"source": str(path.resolve()), "sha256": hashlib.sha256(content.read_bytes()).hexdigest()}

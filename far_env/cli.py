@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,33 +14,7 @@ import tyro
 from far_env.clips.clip import ClipIdError
 from far_env.config import make_run_dir, parse, write_text
 from far_env.contract import PolicyError, first_line, unknown_name
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Compare policies on the same clips with the same noise."""
-
-    policies: str
-    """Comma-separated: baselines, .py files with a policy class, run folders, or full_history."""
-    workload: str = "pan"
-    budget: str = "4"
-    """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget."""
-    split: str = "test"
-    clips: int = 256
-    """The first so many clips of the split."""
-    metrics: str = "psnr,ssim,lpips"
-    host: str | None = None
-    """"embedded", a released transformer (see far-env weights list) or a host folder; by default the workload's own."""
-    device: str = "auto"
-    precision: str = "float32"
-    """float32, bfloat16 (as the benchmark computes) or auto."""
-    batch_size: int = 64
-    data_dir: str | None = None
-    """Folder of videos, for workloads that read them."""
-    protocol: str | None = None
-    """How those videos become clips: benchmark or far."""
-    json: str | None = None
-    """Write one JSON object to this file, or to the standard output if "-", instead of a table."""
+from far_env.evaluation.commands import run_benchmark, run_evaluate, run_validate
 
 
 @dataclass(frozen=True)
@@ -111,44 +84,6 @@ def run_train_host(args: Sequence[str]) -> None:
     host = train_host(config)
     print((Path(config.output_dir) / "README.md").read_text())
     print(f"host {host.weights_hash} saved in {config.output_dir}")
-
-
-def run_evaluate(args: Sequence[str]) -> None:
-    """Evaluate policies."""
-    options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
-    from agents.runs import load_policy
-    from far_env.evaluation.evaluate import evaluate
-    from far_env.evaluation.table import results_table
-    from far_env.workloads import make_workload, resolve_budget
-
-    names = [name.strip() for name in options.policies.split(",") if name.strip()]
-    if not names:
-        raise ValueError("--policies names no policy; give one or more, separated by commas")
-    if options.json not in (None, "-"):
-        make_run_dir(Path(options.json).parent)
-    max_frames = resolve_budget(options.budget)
-    policies = {name: load_policy(name) for name in names}
-    clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
-    workload = make_workload(
-        options.workload, host=options.host, device=options.device, precision=options.precision, **clip_options
-    )
-    result = evaluate(
-        workload,
-        max_frames,
-        policies,
-        range(options.clips),
-        split=options.split,
-        metrics=[name.strip() for name in options.metrics.split(",")],
-        batch_size=options.batch_size,
-    )
-    if options.json is None:
-        print(results_table(result))
-        return
-    text = json.dumps(result.summary(), indent=2)
-    if options.json == "-":
-        print(text)
-    else:
-        write_text(Path(options.json), text + "\n")
 
 
 def run_export(args: Sequence[str]) -> None:
@@ -239,9 +174,11 @@ def run_selftest(args: Sequence[str]) -> None:
         raise ValueError(f"the self-test failed; {'; '.join(result.failures)}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train-host": run_train_host,
     "evaluate": run_evaluate,
+    "validate": run_validate,
+    "benchmark": run_benchmark,
     "export": run_export,
     "baselines": run_baselines,
     "weights": run_weights,
@@ -262,15 +199,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_guarded("far-env", lambda: _dispatch(args))
 
 
-def run_guarded(prog: str, function: Callable[[], None]) -> int:
-    """Call ``function``; what a user can mend is printed as one sentence, with exit status 2, and Ctrl-C ends quietly."""
+def run_guarded(prog: str, function: Callable[[], int | None]) -> int:
+    """Call ``function``, which may return a status; what a user can mend is printed as one sentence, with exit status 2, and
+    Ctrl-C ends quietly."""
     from far_env.host.training_loop import TrainingStopped
     from far_env.metrics import MetricUnavailable
 
     # A plain kill is treated like Ctrl-C, so that training saves its progress.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        function()
+        return function() or 0
     except (ValueError, ClipIdError, PolicyError, MetricUnavailable) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
@@ -280,14 +218,13 @@ def run_guarded(prog: str, function: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
-def _dispatch(args: list[str]) -> None:
+def _dispatch(args: list[str]) -> int | None:
     name, *rest = args
     if name not in COMMANDS:
         raise ValueError(unknown_name("command", name, list(COMMANDS)))
-    COMMANDS[name](rest)
+    return COMMANDS[name](rest)
 
 
 if __name__ == "__main__":

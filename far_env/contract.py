@@ -7,6 +7,8 @@ there. No torch in here: a policy file needs none.
 from __future__ import annotations
 
 import copy
+import operator
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,7 +19,8 @@ import numpy as np
 
 UNLIMITED_FRAMES = 9999
 """A budget from here on is full history: the policy is never asked."""
-KEEPING_ACTIONS = ("keep", "demote_to_long_term")
+DEMOTE = "demote_to_long_term"
+KEEPING_ACTIONS = ("keep", DEMOTE)
 ACTIONS = (*KEEPING_ACTIONS, "drop")
 
 STATISTICS = {
@@ -123,15 +126,37 @@ class PolicyError(Exception):
     """A policy raised or answered something that is not a valid plan. The message names policy, clip and step."""
 
 
-def apply_plan(plan: Any, num_frames: int, max_frames: int) -> list[int]:
-    """Ids of the frames that stay, ascending: the benchmark's own lenient rule.
+@dataclass(frozen=True)
+class Answer:
+    """What one call of a policy came to.
 
-    Frames whose action is keep or demote stay; any other string drops; ids without a decision drop; the newest frame always
-    stays; if more than ``max_frames`` remain, the highest ids do. Ids outside the history are ignored.
+    Attributes:
+        kept: ids of the frames that stay; ascending, unless a lenient plan counted from the end.
+        demoted: those of them that the plan demotes.
+        seconds: how long the policy took, and nothing else.
     """
-    kept = {int(d.chunk_id) for d in plan.chunk_decisions if d.action in KEEPING_ACTIONS and 0 <= d.chunk_id < num_frames}
-    kept.add(num_frames - 1)
-    return sorted(kept)[-max_frames:]
+
+    kept: list[int]
+    demoted: list[int]
+    seconds: float
+
+
+def apply_plan(plan: Any, num_frames: int, max_frames: int) -> list[int]:
+    """Ids of the frames that stay: the benchmark's own lenient rule.
+
+    Frames whose action is keep or demote stay; anything else drops; ids without a decision drop; the newest frame always
+    stays; if more than ``max_frames`` remain, the highest ids do. As in the benchmark, a negative id counts from the newest
+    frame back and comes before all others. Plans that `check_plan` accepts give ascending ids.
+
+    Raises:
+        ValueError: on an id outside the history, on which the benchmark's rollout of the clip fails.
+    """
+    chosen = {operator.index(decision.chunk_id) for decision in plan.chunk_decisions if decision.action in KEEPING_ACTIONS}
+    kept = sorted(chosen | {num_frames - 1})[-max_frames:]
+    for chunk_id in kept:
+        if not -num_frames <= chunk_id < num_frames:
+            raise ValueError(f"keeps chunk id {chunk_id}, but the history has ids 0 to {num_frames - 1}")
+    return [chunk_id % num_frames for chunk_id in kept]
 
 
 def check_plan(plan: Any, num_frames: int) -> None:
@@ -158,8 +183,8 @@ def ask_policy(
     *,
     clip: object,
     strict: bool = True,
-) -> list[int]:
-    """Call the policy and apply its plan; returns the ids that stay.
+) -> Answer:
+    """Call the policy and apply its plan.
 
     Args:
         clip: name of the clip, for the error message.
@@ -171,14 +196,20 @@ def ask_policy(
     # What the policy does to its arguments must not change what its plan is held against.
     num_frames, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
     where = f"policy {policy_name(policy)} on clip {clip}, step {rollout_state.step}"
+    start = time.perf_counter()
     try:
         plan = policy.build_temporal_cache_plan(chunk_meta_list, rollout_state, dict(budget_state))
+    except PolicyError as error:  # of a policy in another process, which says what it did
+        raise PolicyError(f"{where}: {error}") from error
     except Exception as error:
         raise PolicyError(f"{where}: raised {type(error).__name__}: {error}") from error
+    seconds = time.perf_counter() - start
     try:
         if strict:
             check_plan(plan, num_frames)
-        return apply_plan(plan, num_frames, max_frames)
+        kept = apply_plan(plan, num_frames, max_frames)
+        demoting = {decision.chunk_id for decision in plan.chunk_decisions if decision.action == DEMOTE}
+        return Answer(kept, [chunk_id for chunk_id in kept if chunk_id in demoting], seconds)
     except (ValueError, AttributeError, TypeError) as error:
         raise PolicyError(f"{where}: {error}") from error
 

@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ class Scripted:
 
 
 def ask(answer, strict=True):
-    return ask_policy(Scripted(answer), [None] * 4, RolloutState(6, 0.1, 11), BUDGET, clip=17, strict=strict)
+    return ask_policy(Scripted(answer), [None] * 4, RolloutState(6, 0.1, 11), BUDGET, clip=17, strict=strict).kept
 
 
 @pytest.mark.parametrize("answer", [KeyError("ages"), plan("hold"), None, 3])
@@ -115,12 +116,49 @@ def test_errors_name_policy_clip_and_step(answer):
 
 
 def test_the_lenient_path_applies_what_the_strict_one_refuses():
-    sloppy = TemporalCachePlan(
-        [ChunkDecision(0, "keep"), ChunkDecision(0, "drop"), ChunkDecision(9, "keep"), ChunkDecision(1, "?")]
-    )
-    assert ask(sloppy, strict=False) == [0, 3]
+    """As the benchmark does, which indexes the history with what is left of the ids (see `Indexing`)."""
+    keep = [ChunkDecision(i, "keep") for i in (0, 1, 2)]
+    lenient = [
+        [keep[0], ChunkDecision(0, "drop"), ChunkDecision(9, "drop"), ChunkDecision(1, "?")],
+        [ChunkDecision(-2, "keep"), keep[1]],
+        [ChunkDecision(-9, "keep"), *keep],
+        [ChunkDecision(True, "keep")],
+        [],
+    ]
+    for decisions in lenient:
+        expected = Indexing().apply(decisions, 4, BUDGET["max_frames"])
+        assert ask(TemporalCachePlan(decisions), strict=False) == expected
+        with pytest.raises(PolicyError):
+            ask(TemporalCachePlan([*decisions, *decisions, ChunkDecision(9, "keep")]))
+    assert [Indexing().apply(decisions, 4, 3) for decisions in lenient] == [[0, 3], [2, 1, 3], [1, 2, 3], [1, 3], [3]]
+    for decisions in ([ChunkDecision(9, "keep")], [ChunkDecision(-9, "keep")], [ChunkDecision(1.0, "keep")]):
+        with pytest.raises((IndexError, TypeError)):
+            Indexing().apply(decisions, 4, 3)
+        with pytest.raises(PolicyError, match="clip 17, step 6"):
+            ask(TemporalCachePlan(decisions), strict=False)
     with pytest.raises(PolicyError):
         ask(None, strict=False)
+
+
+class Indexing:
+    """The benchmark's rule by indexing a history, which is what fails there."""
+
+    def apply(self, decisions, num_frames, max_frames):
+        wanted = {decision.chunk_id for decision in decisions if decision.action in ("keep", "demote_to_long_term")}
+        wanted.add(num_frames - 1)
+        history = list(range(num_frames))
+        return [history[i] for i in sorted(wanted)[-max_frames:]]
+
+
+def test_an_answer_tells_what_was_demoted_and_how_long_it_took():
+    class Slow:
+        def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
+            time.sleep(0.05)
+            return plan("demote_to_long_term", "keep", "demote_to_long_term", "demote_to_long_term", "keep")
+
+    answer = ask_policy(Slow(), [None] * 5, RolloutState(6, 0.1, 11), BUDGET, clip=17)
+    assert (answer.kept, answer.demoted) == ([2, 3, 4], [2, 3]), "frame 0 was demoted but did not fit"
+    assert 0.05 <= answer.seconds < 1
 
 
 def test_numpy_ids_are_as_good_as_pythons():
@@ -138,7 +176,7 @@ def test_a_policy_cannot_change_the_budget_it_is_held_to():
             return make_plan([0, 1, 2, 3], 4)
 
     budget = {"max_frames": 2, "capacity_mb": 0.1}
-    assert ask_policy(Greedy(), [None] * 4, RolloutState(6, 0.1, 11), budget, clip=0) == [2, 3]
+    assert ask_policy(Greedy(), [None] * 4, RolloutState(6, 0.1, 11), budget, clip=0).kept == [2, 3]
     assert budget["max_frames"] == 2
 
 

@@ -11,16 +11,9 @@ import pytest
 import tyro
 
 from agents.ppo import AgentTraining
-from far_env.cli import (
-    COMMANDS,
-    BaselinesOptions,
-    DataOptions,
-    EvaluateOptions,
-    ExportOptions,
-    SelfTestOptions,
-    WeightsOptions,
-)
+from far_env.cli import COMMANDS, BaselinesOptions, DataOptions, ExportOptions, SelfTestOptions, WeightsOptions
 from far_env.config import load_yaml, parse
+from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ValidateOptions
 from far_env.host.weights import load_host
 from far_env.train_host import HostTraining, check_models
 
@@ -28,11 +21,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 OPTIONS = {
     "baselines": BaselinesOptions,
+    "benchmark": BenchmarkOptions,
     "data": DataOptions,
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
     "selftest": SelfTestOptions,
     "train-host": HostTraining,
+    "validate": ValidateOptions,
     "weights": WeightsOptions,
 }
 

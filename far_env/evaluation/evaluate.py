@@ -1,71 +1,35 @@
-"""Policies × clips → metrics: every policy plays the same clips with the same noise, compared clip by clip."""
+"""Policies × workloads × budgets × noise seeds on a fixed list of clips → one record per episode, compared clip by clip."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from far_env.clips.clip import check_clip_id
-from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
-from far_env.evaluation.statistics import mean_interval
-from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, require_metrics
-from far_env.provenance import git_commit, versions
+from far_env.clips.clip import Clip, check_clip_id
+from far_env.contract import UNLIMITED_FRAMES, PolicyError, RetentionPolicy
+from far_env.evaluation.comparison import Evaluation, tabulate
+from far_env.evaluation.records import FULL_HISTORY, Record, Recorder, Results, Settings
+from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics
+from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.rollout.play import play
+from far_env.rollout.play import Decision, play
 from far_env.workloads import Workload
 
-FULL_HISTORY = "full_history"
-"""The reference that lifts the budget; wherever a policy is named, this name means no policy at all."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Metrics of several policies on the same clips.
-
-    Attributes:
-        scores: policy name → metric name → float64 (clips,), in the order of ``clip_ids``.
-        unavailable: metric name → why it was not computed.
-        provenance: what was run on what; see `provenance`.
-    """
-
-    clip_ids: list[int]
-    scores: dict[str, dict[str, np.ndarray]]
-    unavailable: dict[str, str]
-    provenance: dict[str, object]
-
-    def difference(self, policy: str, reference: str, metric: str = "psnr") -> np.ndarray:
-        """Paired differences (clips,) of one policy to another."""
-        return self.scores[policy][metric] - self.scores[reference][metric]
-
-    def summary(self, reference: str = "recent_fill") -> dict[str, object]:
-        """Plain values for JSON: per policy and metric mean, low, high, n, and the paired PSNR difference to ``reference``."""
-        policies: dict[str, dict[str, object]] = {}
-        for name, columns in self.scores.items():
-            policies[name] = {metric: asdict(mean_interval(values)) for metric, values in columns.items()}
-            if "psnr" in columns and reference in self.scores and name != reference:
-                policies[name][f"psnr_minus_{reference}"] = asdict(mean_interval(self.difference(name, reference)))
-        return {"policies": policies, "unavailable": self.unavailable, **self.provenance}
-
-
-def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Split the wanted metrics into those that can be computed here and the reasons for the others.
-
-    Raises:
-        ValueError: on an unknown metric.
-        MetricUnavailable: if none of them can be computed.
-    """
-    unavailable = {}
-    if "lpips" in wanted and (reason := lpips_unavailable()):
-        unavailable["lpips"] = reason
-    names = tuple(name for name in wanted if name not in unavailable)
-    require_metrics(names or wanted)
-    return names, unavailable
+__all__ = ["FULL_HISTORY", "Evaluation", "available_metrics", "evaluate", "evaluate_grid"]
 
 
 def evaluate(
@@ -80,67 +44,280 @@ def evaluate(
     memo_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
 ) -> Evaluation:
-    """Play every policy on every clip, noise seed 42 + clip id.
+    """Play every policy on every clip of one workload under one budget, noise seed 42 + clip id.
 
     Args:
         policies: name → policy; None is full history.
-        metrics: those that cannot be computed here are left out with the reason.
-        memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
-
-    Raises:
-        PolicyError: if a policy raises or answers an invalid plan.
-        ClipIdError: on a clip id out of range.
-        ValueError: on an unknown split or metric, or without clips or policies.
-        MetricUnavailable: if no metric can be computed.
+        metrics, batch_size, memo_bytes: as in `evaluate_grid`, and so are the errors raised.
     """
     start = time.perf_counter()
-    if not policies or not len(clip_ids) or batch_size < 1:
+    chosen = {"split": split, "metrics": metrics, "batch_size": batch_size, "memo_bytes": memo_bytes, "progress": progress}
+    results = evaluate_grid([workload], [max_frames], policies, clip_ids, **chosen)
+    return tabulate(results, workload.name, max_frames, clip_ids, seconds=time.perf_counter() - start)
+
+
+def evaluate_grid(
+    workloads: Sequence[Workload],
+    budgets: Sequence[int],
+    policies: Mapping[str, RetentionPolicy | None],
+    clip_ids: Sequence[int],
+    *,
+    seeds: Sequence[int] = (BENCHMARK_SEED,),
+    split: str = "test",
+    metrics: Sequence[str] = METRICS,
+    batch_size: int = 64,
+    memo_bytes: int = DEFAULT_BYTES,
+    progress: bool = True,
+    optional: Collection[str] = (),
+    out: Path | None = None,
+    show_clips: int = 0,
+    policy_facts: Mapping[str, dict[str, str]] | None = None,
+    clip_options: Mapping[str, dict[str, str]] | None = None,
+) -> Results:
+    """Play every policy under every budget on every clip of every workload with every noise seed.
+
+    Full history is played once per workload and seed, not once per budget.
+
+    Args:
+        policies: name → policy; None is full history.
+        seeds: clip i is played with the noise seeds s + i.
+        metrics: those that cannot be computed here are left out with the reason.
+        memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
+        optional: names of policies that are left out, with a printed reason, where they cannot run.
+        out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
+        show_clips: write pictures of so many of the first clips there.
+        policy_facts: name → what is known of a policy, for the folder.
+        clip_options: workload → options of its clip source, for the folder.
+
+    Raises:
+        PolicyError: if a policy that is not optional raises or answers an invalid plan.
+        ClipIdError: on a clip id out of range.
+        ValueError: on an unknown split or metric, without clips or policies, or if the folder cannot be used.
+        MetricUnavailable: if no metric can be computed.
+    """
+    if not policies or not len(clip_ids) or not seeds or batch_size < 1:
         raise ValueError(
-            f"an evaluation needs a policy, a clip and a batch size of at least 1; got {len(policies)} policies, "
-            f"{len(clip_ids)} clips and batch size {batch_size}"
+            f"an evaluation needs a policy, a clip, a noise seed and a batch size of at least 1; got {len(policies)} policies, "
+            f"{len(clip_ids)} clips, {len(seeds)} seeds and batch size {batch_size}"
         )
     names, unavailable = available_metrics(metrics)
-    for clip_id in (min(clip_ids), max(clip_ids)):
+    for workload, clip_id in itertools.product(workloads, (min(clip_ids), max(clip_ids))):
         check_clip_id(workload.clips, split, clip_id)
-    columns: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in names} for name in policies}
-    memo = FrameMemo(memo_bytes)
-    total = len(policies) * len(clip_ids) * workload.num_predict
-    with tqdm(total=total, unit="frame", desc="evaluate", disable=not progress, dynamic_ncols=True) as bar:
-        for first in range(0, len(clip_ids), batch_size):
-            ids = [int(i) for i in clip_ids[first : first + batch_size]]
-            clips = [workload.clips.clip(split, i) for i in ids]
-            truth = torch.from_numpy(np.stack([c.frames[workload.num_context : workload.num_frames] for c in clips]))
-            seeds = [BENCHMARK_SEED + i for i in ids]
-            for name, policy in policies.items():
-                bar.set_postfix_str(name)
-                rollouts, _ = play(workload, clips, seeds, policy, max_frames, memo=memo, on_frame=bar.update)
-                predicted = rollouts.decode(range(len(clips))).float()
-                for scores in clip_metrics(predicted, truth.to(predicted.device), names):
-                    for metric, value in scores.items():
-                        columns[name][metric].append(value)
-                del rollouts  # before the next policy's are made
-    scores = {name: {metric: np.array(values) for metric, values in own.items()} for name, own in columns.items()}
-    seconds = time.perf_counter() - start
-    facts = provenance(workload, max_frames) | {"split": split, "clips": len(clip_ids), "seconds": round(seconds, 1)}
-    return Evaluation([int(i) for i in clip_ids], scores, unavailable, facts)
+    jobs = [_Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
+    limited = [(name, policy) for name, policy in policies.items() if policy is not None]
+    jobs += [_Job(min(budget, UNLIMITED_FRAMES), *own) for budget in budgets for own in limited]
+    settings = Settings(
+        workloads=[workload.name for workload in workloads],
+        budgets=sorted({job.budget for job in jobs}),
+        policies={name: dict((policy_facts or {}).get(name, {})) for name in policies},
+        seeds=sorted(set(seeds)),
+        split=split,
+        clips=sorted({int(i) for i in clip_ids}),
+        metrics=list(names),
+        unavailable=unavailable,
+        num_context={workload.name: workload.num_context for workload in workloads},
+        num_predict={workload.name: workload.num_predict for workload in workloads},
+        frame_size={workload.name: workload.host.frame_size for workload in workloads},
+        show_clips=show_clips,
+        made_with={workload.name: _made_with(workload, (clip_options or {}).get(workload.name, {})) for workload in workloads},
+    )
+    recorder = None if out is None else Recorder(out, settings)
+    with nullcontext() if recorder is None else closing(recorder):
+        session = _Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress)
+        session.play(workloads, jobs, batch_size)
+        return session.results
 
 
-def provenance(workload: Workload, max_frames: int) -> dict[str, object]:
-    """Which host, weights, clips, seeds, dtype, device, commit and versions a number was made with."""
+def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Split the wanted metrics into those that can be computed here and the reasons for the others.
+
+    Raises:
+        ValueError: on an unknown metric.
+        MetricUnavailable: if none of them can be computed.
+    """
+    unavailable = {}
+    if "lpips" in wanted and (reason := lpips_unavailable()):
+        unavailable["lpips"] = reason
+    names = tuple(name for name in wanted if name not in unavailable)
+    require_metrics(names or wanted)
+    return tuple(sorted(set(names), key=METRICS.index)), unavailable
+
+
+def record_facts(workload: Workload) -> dict[str, object]:
+    """Which host, weights, dtype, device, machine, commit and versions a number is made with."""
     host = workload.host
     return {
-        "workload": workload.name,
-        "budget": "full history" if max_frames >= UNLIMITED_FRAMES else max_frames,
-        "context": workload.num_context,
-        "predict": workload.num_predict,
+        "host": host.name,
+        "weights": host.weights_hash,
         "ode_steps": workload.num_steps,
         "guidance": workload.guidance,
         "actions": workload.actions,
-        "noise_seed": f"{BENCHMARK_SEED} + clip id",
-        "host": host.name,
-        "weights": host.weights_hash,
+        "dtype": _dtype_name(workload),
         "device": str(host.device),
-        "dtype": str(host.dtype).removeprefix("torch."),
+        "machine": machine(host.device),
         "commit": git_commit(),
         "versions": versions(),
     }
+
+
+def clip_hash(workload: Workload, clip: Clip) -> str:
+    """First 16 hex digits of the SHA-256 of the clip's true frames."""
+    return _digest(np.ascontiguousarray(clip.frames[: workload.num_frames]).tobytes())
+
+
+def latents_hash(latents: Tensor) -> str:
+    """First 16 hex digits of the SHA-256 of one rollout's generated latents (n_predict, C, h, w)."""
+    return _digest(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
+    """PSNR in dB of every frame: (B, F, 3, H, W) in [0, 1] to (B, F)."""
+    return psnr(predicted[:, :, None], truth[:, :, None])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One policy under one budget."""
+
+    budget: int
+    name: str
+    policy: RetentionPolicy | None
+
+
+class _Session:
+    """Plays the episodes that are missing, and keeps them."""
+
+    def __init__(
+        self, settings: Settings, recorder: Recorder | None, memo: FrameMemo, optional: frozenset[str], progress: bool
+    ) -> None:
+        self.asked = settings
+        self.recorder = recorder
+        self.results = Results(settings, []) if recorder is None else recorder.results
+        self.memo = memo
+        self.optional = optional
+        self.progress = progress
+        self.done = {record.key for record in self.results.records}
+        self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
+        self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
+
+    def play(self, workloads: Sequence[Workload], jobs: Sequence[_Job], batch_size: int) -> None:
+        """All jobs on one batch of clips after the other, so that they share frames and a stop leaves comparable results."""
+        asked = self.asked
+        batches = [asked.clips[first : first + batch_size] for first in range(0, len(asked.clips), batch_size)]
+        total = sum(
+            workload.num_predict * len(self._missing(workload, job, seed, asked.clips))
+            for workload, job, seed in itertools.product(workloads, jobs, asked.seeds)
+        )
+        with tqdm(total=total, unit="frame", desc="evaluate", disable=not self.progress, dynamic_ncols=True) as bar:
+            for workload in workloads:
+                facts, running = record_facts(workload), list(jobs)
+                for seed, clip_ids in itertools.product(asked.seeds, batches):
+                    self._play_batch(workload, seed, clip_ids, running, facts, bar)
+
+    def _missing(self, workload: Workload, job: _Job, seed: int, clip_ids: Sequence[int]) -> list[int]:
+        return [i for i in clip_ids if (workload.name, job.budget, job.name, i, seed) not in self.done]
+
+    def _play_batch(
+        self, workload: Workload, seed: int, clip_ids: Sequence[int], jobs: list[_Job], facts: dict[str, Any], bar: tqdm
+    ) -> None:
+        """Play what these clips lack. A job that cannot run and need not is taken out of ``jobs``."""
+        clips: dict[int, Clip] = {}
+        for job in list(jobs):
+            wanted = self._missing(workload, job, seed, clip_ids)
+            clips.update({i: self._clip(workload, i) for i in wanted if i not in clips})
+            if not wanted:
+                continue
+            bar.set_postfix_str(f"{workload.name} {job.budget} {job.name}")
+            try:
+                self._play_job(workload, seed, [clips[i] for i in wanted], job, facts, bar)
+            except PolicyError as error:
+                if job.name not in self.optional:
+                    raise
+                jobs.remove(job)
+                bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {error}", file=sys.stderr)
+
+    def _clip(self, workload: Workload, clip_id: int) -> Clip:
+        """Raises ValueError if earlier records know another clip under this number, so that policies would not compare."""
+        clip = workload.clips.clip(self.asked.split, clip_id)
+        content = clip_hash(workload, clip)
+        if self.clip_hashes.setdefault((workload.name, clip_id), content) != content:
+            raise ValueError(
+                f"clip {clip_id} of {workload.name} is another one than in {self.results.folder}, made with other data; "
+                "choose another folder"
+            )
+        return clip
+
+    def _play_job(self, workload: Workload, seed: int, clips: list[Clip], job: _Job, facts: dict[str, Any], bar: tqdm) -> None:
+        seeds = [seed + clip.clip_id for clip in clips]
+        rollouts, decisions = play(workload, clips, seeds, job.policy, job.budget, memo=self.memo, on_frame=bar.update)
+        predicted = rollouts.decode(range(len(clips))).float()
+        truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
+        truth = torch.from_numpy(truth).to(predicted.device)
+        scores = clip_metrics(predicted, truth, tuple(self.asked.metrics))
+        by_frame = frame_psnr(predicted, truth).tolist()
+        latents = rollouts.generated(range(len(clips)))
+        records = []
+        for row, clip in enumerate(clips):
+            if any(math.isnan(value) for value in (*scores[row].values(), *by_frame[row])):
+                where = f"{workload.name}, clip {clip.clip_id}, under {job.name}"
+                raise ValueError(f"{where}: the host {workload.host.name} generated values that are not numbers")
+            records.append(
+                Record(
+                    workload=workload.name,
+                    budget=job.budget,
+                    policy=job.name,
+                    clip=clip.clip_id,
+                    seed=seed,
+                    plan=[_entry(decision) for decision in decisions[row]],
+                    metrics=scores[row],
+                    psnr_per_frame=by_frame[row],
+                    decision_ms=_milliseconds(decisions[row]),
+                    clip_sha256=self.clip_hashes[workload.name, clip.clip_id],
+                    latents_sha256=latents_hash(latents[row]),
+                    facts=facts,
+                )
+            )
+        if self.recorder is None:
+            self.results.records.extend(records)
+        else:
+            self._save_pictures(self.recorder, workload, clips, records, predicted)
+            self.recorder.add(records)
+        self.done.update(record.key for record in records)
+
+    def _save_pictures(
+        self, recorder: Recorder, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
+    ) -> None:
+        for clip, record, frames in zip(clips, records, predicted, strict=True):
+            if clip.clip_id in self.shown:
+                truth = self.results.truth_picture(workload.name, clip.clip_id)
+                if not truth.exists():
+                    recorder.save_picture(truth, clip.frames[: workload.num_frames])
+                recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
+
+
+def _made_with(workload: Workload, clip_options: Mapping[str, str]) -> dict[str, object]:
+    """What shapes a workload's numbers wherever they are made."""
+    host = workload.host
+    return {
+        "weights": host.weights_hash,
+        "ode_steps": workload.num_steps,
+        "dtype": _dtype_name(workload),
+        "clip_options": dict(clip_options),
+    }
+
+
+def _dtype_name(workload: Workload) -> str:
+    return str(workload.host.dtype).removeprefix("torch.")
+
+
+def _entry(decision: Decision) -> dict[str, object]:
+    kept = [number for number in decision.kept if number not in decision.demoted]
+    return {"step": decision.step, "kept": kept, "demoted": list(decision.demoted)}
+
+
+def _milliseconds(decisions: Sequence[Decision]) -> float | None:
+    return round(1e3 * sum(d.seconds for d in decisions) / len(decisions), 6) if decisions else None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,17 +1,32 @@
-"""Means with 95 % intervals, by the bootstrap over clips."""
+"""Means, interquartile means and their 95 % intervals, by the bootstrap over clips.
+
+Values are per clip (n,), or per clip and whatever a clip was repeated with, noise seeds say (n, repeats). Clips are drawn with
+replacement, each with all its repeats, which is right whatever the shares of clip and noise in the variance (Davison & Hinkley
+1997, §3.8). Workload × budget cells that are pooled are strata, each drawing as many clips as it has (arXiv 2108.13264);
+budgets of one workload draw the same clips, because what a clip gives under two budgets goes together. Values that are not
+finite (missing episodes, the PSNR of frames equal to the truth) are left out; ``n`` counts the clips that remain.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from far_env.contract import UNLIMITED_FRAMES
+from far_env.evaluation.records import Record, Results
+
 NUM_RESAMPLES = 10_000
+_CHUNK = 500
+_Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Ascending values (N,) and how often each was drawn (R, N) to the statistic of every resample (R,)."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over ``n`` clips and the bounds of its 95 % percentile-bootstrap interval."""
+    """A mean (or interquartile mean) over ``n`` clips and the bounds of its 95 % percentile-bootstrap interval."""
 
     mean: float
     low: float
@@ -20,17 +35,130 @@ class Interval:
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> Interval:
-    """Mean of per-clip values (n,) with a percentile bootstrap over clips (Efron 1979), 10,000 resamples.
+    """Mean of values (n,) or (n, repeats) with a percentile bootstrap over clips (Efron 1979), 10,000 resamples.
 
     Raises:
-        ValueError: on an empty array.
+        ValueError: without a finite value.
+    """
+    return _pooled([values], seed, _mean)
+
+
+def mean_intervals(values: np.ndarray, seed: int = 0) -> list[Interval]:
+    """`mean_interval` of every column of per-clip values (n, columns), all on the same resamples.
+
+    Raises:
+        ValueError: if a column has no finite value.
     """
     values = np.asarray(values, dtype=np.float64)
-    if values.size == 0:
+    known = np.isfinite(values)
+    if not len(values) or not known.any(axis=0).all():
         raise ValueError("an interval needs at least one clip")
-    rng = np.random.default_rng(seed)
-    means = np.concatenate(
-        [values[rng.integers(len(values), size=(500, len(values)))].mean(axis=1) for _ in range(NUM_RESAMPLES // 500)]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    sums, counts = np.where(known, values, 0), known.astype(np.float64)
+    draws = _draws(len(values), seed, 0)
+    with np.errstate(invalid="ignore"):
+        means = (draws @ sums) / (draws @ counts)
+    low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
+    columns = zip(sums.sum(axis=0) / counts.sum(axis=0), low, high, known.sum(axis=0), strict=True)
+    return [Interval(float(m), float(a), float(b), int(n)) for m, a, b, n in columns]
+
+
+def iqm_interval(*strata: np.ndarray, seed: int = 0) -> Interval:
+    """Interquartile mean of all episodes of one workload or several, each (n,) or (n, repeats), with its interval.
+
+    That is the mean of the middle half: a quarter (rounded down) is cut off at each end (Agarwal et al., arXiv 2108.13264). A
+    clip's seeds and budgets are its repeats.
+
+    Raises:
+        ValueError: without a finite value.
+    """
+    return _pooled(strata, seed, _interquartile_mean)
+
+
+def episode_matrix(records: Iterable[Record], value: Callable[[Record], float]) -> np.ndarray:
+    """A value of every episode, float64 (clips, seeds), both ascending; NaN where an episode is missing."""
+    found = {(record.clip, record.seed): value(record) for record in records}
+    clips, seeds = (sorted({key[axis] for key in found}) for axis in (0, 1))
+    return np.array([[found.get((clip, seed), np.nan) for seed in seeds] for clip in clips], dtype=np.float64)
+
+
+def quality_by_budget(results: Results, workload: str, policy: str, metric: str = "psnr") -> dict[int, Interval]:
+    """Budget → mean of a metric with its interval, for the budgets that the policy was played under."""
+    episodes: dict[int, list[Record]] = {}
+    for record in results.records:
+        if (record.workload, record.policy) == (workload, policy):
+            episodes.setdefault(record.budget, []).append(record)
+    return {
+        budget: mean_interval(episode_matrix(own, lambda record: record.metrics[metric]))
+        for budget, own in sorted(episodes.items())
+    }
+
+
+def psnr_by_frame(results: Results, workload: str, budget: int, policy: str) -> list[Interval]:
+    """Mean PSNR in dB of every predicted frame with its interval, the drift; a clip counts by its seeds' mean."""
+    own = _episodes(results, workload, budget, policy)
+    frames = range(results.settings.num_predict[workload])
+    by_frame = [episode_matrix(own, lambda record, frame=frame: record.psnr_per_frame[frame]) for frame in frames]
+    finite = [np.ma.masked_invalid(matrix).mean(axis=1).filled(np.nan) for matrix in by_frame]
+    return mean_intervals(np.stack(finite, axis=1))
+
+
+def decision_cost(results: Results, workload: str, budget: int, policy: str) -> Interval | None:
+    """Mean milliseconds that the policy took per decision; None where it decided nothing."""
+    own = [record for record in _episodes(results, workload, budget, policy) if record.decision_ms is not None]
+    return mean_interval(episode_matrix(own, lambda record: record.decision_ms)) if own else None
+
+
+def _episodes(results: Results, workload: str, budget: int, policy: str) -> list[Record]:
+    """Episodes of one policy under one budget. Raises ValueError if there are none."""
+    wanted = (workload, min(budget, UNLIMITED_FRAMES), policy)
+    own = [record for record in results.records if (record.workload, record.budget, record.policy) == wanted]
+    if not own:
+        raise ValueError(f"there is no episode of {policy} on {workload} under budget {budget}")
+    return own
+
+
+def _pooled(strata: Sequence[np.ndarray], seed: int, statistic: _Statistic) -> Interval:
+    values, owners, draws, num_clips = [], [], [], 0
+    for number, stratum in enumerate(strata):
+        matrix = np.asarray(stratum, dtype=np.float64)
+        matrix = matrix[:, None] if matrix.ndim == 1 else matrix
+        known = np.isfinite(matrix)
+        matrix, known = matrix[known.any(axis=1)], known[known.any(axis=1)]
+        if not len(matrix):
+            continue
+        values.append(matrix[known])
+        owners.append(num_clips + np.nonzero(known)[0])
+        draws.append(_draws(len(matrix), seed, number))
+        num_clips += len(matrix)
+    if num_clips == 0:
+        raise ValueError("an interval needs at least one clip")
+    order = np.argsort(np.concatenate(values), kind="stable")
+    ordered, owner = np.concatenate(values)[order], np.concatenate(owners)[order]
+    drawn = draws[0] if len(draws) == 1 else np.concatenate(draws, axis=1)
+    chunks = [statistic(ordered, drawn[first : first + _CHUNK, owner]) for first in range(0, NUM_RESAMPLES, _CHUNK)]
+    low, high = np.percentile(np.concatenate(chunks), [2.5, 97.5])
+    return Interval(float(statistic(ordered, np.ones((1, len(ordered))))[0]), float(low), float(high), num_clips)
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return weights @ values / weights.sum(axis=1)
+
+
+def _interquartile_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    upto = np.cumsum(weights, axis=1)
+    total = upto[:, -1:]
+    cut = np.floor(total / 4)
+    inside = np.minimum(upto, total - cut) - np.maximum(upto - weights, cut)
+    return _mean(values, inside.clip(min=0))
+
+
+@lru_cache(maxsize=2)
+def _draws(n: int, seed: int, stratum: int) -> np.ndarray:
+    """How often each of ``n`` clips is drawn in each resample, float64 (10,000, n)."""
+    rng = np.random.default_rng((seed, stratum))
+    rows = n * np.arange(_CHUNK)[:, None]
+    chunks = [
+        np.bincount((rng.integers(n, size=(_CHUNK, n)) + rows).ravel(), minlength=_CHUNK * n)
+        for _ in range(0, NUM_RESAMPLES, _CHUNK)
+    ]
+    return np.concatenate(chunks).reshape(NUM_RESAMPLES, n).astype(np.float64)

@@ -1,43 +1,73 @@
-"""An evaluation as a table for the terminal."""
+"""Evaluations as tables for the terminal."""
 
 from __future__ import annotations
 
-from far_env.evaluation.evaluate import Evaluation
-from far_env.evaluation.statistics import mean_interval
+from collections.abc import Sequence
+
+from far_env.evaluation.comparison import Evaluation, pooled_summary
+from far_env.evaluation.statistics import Interval, mean_interval
 from far_env.metrics import LOWER_IS_BETTER
 
 _FORMATS = {"psnr": "{:.2f}", "ssim": "{:.3f}", "lpips": "{:.3f}"}
 
 
 def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
-    """Rows of policies, best first: mean metrics and the paired PSNR difference to ``reference`` with its 95 % interval."""
+    """Rows of policies, best first: mean metrics, the paired PSNR difference to ``reference`` with its interval, the cost."""
     metrics = list(next(iter(result.scores.values())))
     compared = "psnr" in metrics and reference in result.scores
     header = ["policy", *(f"{name.upper()}{' dB' if name == 'psnr' else ''}" for name in metrics)]
     if compared:
         header.append(f"PSNR − {reference} [95 %]")
+    header.append("ms/decision")
+    means = {name: {metric: mean_interval(own[metric]).mean for metric in metrics} for name, own in result.scores.items()}
     rows = []
     sign = 1 if metrics[0] in LOWER_IS_BETTER else -1
-    for name in sorted(result.scores, key=lambda own: sign * result.scores[own][metrics[0]].mean()):
-        row = [name, *(_FORMATS[metric].format(result.scores[name][metric].mean()) for metric in metrics)]
+    for name in sorted(result.scores, key=lambda own: sign * means[own][metrics[0]]):
+        row = [name, *(_FORMATS[metric].format(means[name][metric]) for metric in metrics)]
         if compared:
-            row.append("" if name == reference else _interval(result, name, reference))
+            row.append("" if name == reference else _signed(mean_interval(result.difference(name, reference))))
+        row.append(f"{result.decision_ms[name]:.3f}" if name in result.decision_ms else "")
         rows.append(row)
+    facts = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in result.provenance.items()
+    }
+    footer = (
+        "\n{workload}, budget {budget}, {clips} {split} clips, noise seed {noise_seed}, {ode_steps} ODE steps; host {host} "
+        "({weights}), {dtype} on {device}, commit {commit}".format(**facts)
+    )
+    if "seconds" in facts:
+        footer += f"; {facts['seconds']} s"
+    missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
+    return "\n".join([_table(header, rows), footer, *missing])
+
+
+def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -> str:
+    """Several tables as one, best policy first; empty where PSNR was not computed or no policy stands in all of them."""
+    pooled = pooled_summary(tables, reference)
+    if not pooled:
+        return ""
+    difference = f"psnr_minus_{reference}_iqm"
+    compared = any(difference in own for own in pooled.values())
+    header = ["policy", "PSNR dB [95 %]", *([f"PSNR − {reference} [95 %]"] if compared else [])]
+    rows = []
+    for name, own in sorted(pooled.items(), key=lambda item: -item[1]["psnr_iqm"].mean):
+        quality = own["psnr_iqm"]
+        row = [name, f"{quality.mean:.2f} [{quality.low:.2f}, {quality.high:.2f}]"]
+        if compared:
+            row.append(_signed(own[difference]) if difference in own else "")
+        rows.append(row)
+    cells = ", ".join(f"{table.provenance['workload']} {table.provenance['budget']}" for table in tables)
+    return f"{_table(header, rows)}\n\ninterquartile means over {cells}"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(map(_align, row, widths, range(len(row)))) for row in [header, *rows]]
-    lines.insert(1, "─" * len(lines[0]))
-    facts = result.provenance
-    lines.append(
-        "\n{workload}, budget {budget}, {clips} {split} clips, noise seed {noise_seed}, {ode_steps} ODE steps; host {host} "
-        "({weights}), {dtype} on {device}, commit {commit}; {seconds} s".format(**facts)
-    )
-    lines += [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
-    return "\n".join(lines)
-
-
-def _interval(result: Evaluation, name: str, reference: str) -> str:
-    interval = mean_interval(result.difference(name, reference))
-    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 
 def _align(cell: str, width: int, column: int) -> str:

@@ -1,9 +1,9 @@
-"""A policy plays whole rollouts: clips, seeds and a policy go in, finished rollouts and what was kept come out."""
+"""Whole rollouts: clips, seeds and a policy (or what one decided before) go in, finished rollouts come out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
@@ -26,10 +26,19 @@ from far_env.workloads import Workload
 
 @dataclass(frozen=True)
 class Decision:
-    """One answer of a policy: after ``step``, the frames with these true numbers stayed (context frames come first)."""
+    """One answer of a policy, in true frame numbers (context frames come first).
+
+    Attributes:
+        step: the frame generated last.
+        kept: frames that stayed, demoted ones included.
+        demoted: those of them that the plan demoted.
+        seconds: how long the policy took.
+    """
 
     step: int
     kept: tuple[int, ...]
+    demoted: tuple[int, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
 
 
 @torch.no_grad()
@@ -74,9 +83,7 @@ def play(
     decisions: list[list[Decision]] = [[] for _ in rows]
     policies = [copy_for_clip(policy, seed) for seed in noise_seeds]
     while active := [row for row in rows if not batch.finished(row)]:
-        batch.advance(active)
-        if on_frame is not None:
-            on_frame(len(active))
+        _advance(batch, active, on_frame)
         full = [row for row in active if limited[row] and batch.history_length(row) > budgets[row] and not batch.finished(row)]
         if not full:
             continue
@@ -89,7 +96,53 @@ def play(
             place = (step, capacity, workload.num_predict)
             state = RolloutState(*place) if seen is None else ObservedRolloutState(*place, seen)
             budget = {"max_frames": budgets[row], "capacity_mb": capacity}
-            ids = ask_policy(policies[row], metas, state, budget, clip=clips[row].clip_id, strict=strict)
-            batch.retain(row, ids)
-            decisions[row].append(Decision(step, tuple(batch.frame_numbers(row))))
+            answer = ask_policy(policies[row], metas, state, budget, clip=clips[row].clip_id, strict=strict)
+            numbers = batch.frame_numbers(row)
+            demoted = tuple(numbers[i] for i in answer.demoted)
+            batch.retain(row, answer.kept)
+            decisions[row].append(Decision(step, tuple(batch.frame_numbers(row)), demoted, answer.seconds))
     return batch, decisions
+
+
+@torch.no_grad()
+def replay(
+    workload: Workload,
+    clips: Sequence[Clip],
+    noise_seeds: Sequence[int],
+    histories: Sequence[Mapping[int, Sequence[int]]],
+    *,
+    memo: FrameMemo | None = None,
+    on_frame: Callable[[int], None] | None = None,
+) -> RolloutBatch:
+    """Roll every clip out under decisions that were made before, all in one batch.
+
+    Args:
+        histories: per clip, step → true numbers of the frames that stayed; each must have been there.
+        memo, on_frame: as in `play`.
+    """
+    batch = RolloutBatch(workload, len(clips), memo)
+    rows = range(len(clips))
+    batch.begin(rows, clips, noise_seeds)
+    while active := [row for row in rows if not batch.finished(row)]:
+        _advance(batch, active, on_frame)
+        for row in active:
+            stay = histories[row].get(batch.step(row) - 1)
+            if stay is not None:
+                batch.retain(row, [place for place, number in enumerate(batch.frame_numbers(row)) if number in stay])
+    return batch
+
+
+def _advance(batch: RolloutBatch, rows: Sequence[int], on_frame: Callable[[int], None] | None) -> None:
+    """The next frame of each row; on a CPU, rows of one history length at a time.
+
+    Then no row is padded, and its latents are the same to the last bit whatever the batch, at up to a tenth more time where a
+    policy keeps varying numbers of frames. On a GPU sums depend on the size of the batch in any case.
+    """
+    on_cpu = batch.workload.host.device.type == "cpu"
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(batch.history_length(row) if on_cpu else 0, []).append(row)
+    for alike in groups.values():
+        batch.advance(alike)
+    if on_frame is not None:
+        on_frame(len(rows))

@@ -78,7 +78,7 @@ def reference_rollout(
             place = (step, workload.capacity_mb(max_frames), workload.num_predict)
             state = RolloutState(*place) if plain is None else ObservedRolloutState(*place, plain.arrays(kept, numbers))
             budget = {"max_frames": max_frames, "capacity_mb": workload.capacity_mb(max_frames)}
-            ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id)
+            ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id).kept
             kept, numbers = [kept[i] for i in ids], [numbers[i] for i in ids]
             history.append((step, list(numbers)))
     latents = torch.stack(generated)

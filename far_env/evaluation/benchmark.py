@@ -1,0 +1,166 @@
+"""The public benchmark's own evaluation of one policy: its loop, its rules and its line of metrics, quirks included.
+
+One policy object serves all clips in order. It is also asked after the last frame, and its plans are applied leniently.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from far_env.clips.dmlab import DMLab
+from far_env.clips.ucf101 import UCF101
+from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy, unknown_name
+from far_env.device import resolve_device
+from far_env.evaluation.evaluate import available_metrics
+from far_env.frame_meta import frame_meta_list, frame_size_mb
+from far_env.host.weights import SHIPPED
+from far_env.metrics import METRICS, clip_metrics
+from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.workloads import WORKLOADS, Workload, make_workload
+
+_BEST_PSNR = 40.0
+_FORMATS = {
+    "temporal_quality_main": ".4f",
+    **dict.fromkeys(METRICS, ".4f"),
+    "peak_kv_memory_mb": ".2f",
+    "fps": ".4f",
+    "n_frames_kept": "d",
+    "eval_mode": "s",
+    "n_clips": "d",
+    "elapsed_s": ".1f",
+}
+"""Decimals as the benchmark prints them."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A workload as the benchmark runs it: on so many clips, and the world that stands for its data in a dry run."""
+
+    num_clips: int
+    data_variable: str
+    world: str
+
+
+TASKS = {
+    "ucf101_short_prediction": _Task(50, UCF101.variable, "pan"),
+    "dmlab_long_prediction": _Task(20, DMLab.variable, "orbit"),
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """What the benchmark prints of a run.
+
+    Attributes:
+        values: key → value, in the order of the line; metrics that could not be computed are left out.
+        unavailable: why.
+    """
+
+    values: dict[str, float | str]
+    unavailable: dict[str, str]
+
+    def line(self) -> str:
+        """The line ``TEST_METRICS: …`` that the benchmark reads its numbers from."""
+        return "TEST_METRICS: " + " ".join(f"{name}={format(value, _FORMATS[name])}" for name, value in self.values.items())
+
+
+def benchmark_workload(
+    name: str, host: str | None = None, *, device: str = "auto", precision: str | None = None, data_dir: str | None = None
+) -> tuple[Workload, bool]:
+    """One of the benchmark's workloads, and whether it is a dry run: a shipped host without data gets clips of a world.
+
+    Args:
+        precision: bfloat16 on a GPU and float32 elsewhere by default.
+
+    Raises:
+        ValueError: on a workload that the benchmark does not have, or as `make_workload`.
+    """
+    if name not in TASKS:
+        raise ValueError(unknown_name("workload of the benchmark", name, list(TASKS)))
+    task, spec = TASKS[name], WORKLOADS[name]
+    if precision is None:
+        precision = "bfloat16" if resolve_device(device).type == "cuda" else "float32"
+    common = {"host": host, "device": device, "precision": precision}
+    if data_dir is None and not os.environ.get(task.data_variable) and host in SHIPPED:
+        world = make_workload(task.world, **common)
+        lengths = {"num_context": spec.num_context, "num_predict": spec.num_predict, "num_steps": spec.num_steps}
+        return replace(world, name=name, **lengths), True
+    return make_workload(name, **common, **({} if data_dir is None else {"data_dir": data_dir})), False
+
+
+def run_benchmark(
+    workload: Workload,
+    max_frames: int,
+    policy: RetentionPolicy | None,
+    num_clips: int,
+    *,
+    metrics: Sequence[str] = METRICS,
+    progress: bool = True,
+) -> BenchmarkScore:
+    """Play the first test clips one after the other and score them as the benchmark does.
+
+    Args:
+        policy: None keeps everything.
+        metrics: those that cannot be computed here are left out with the reason.
+
+    Raises:
+        PolicyError: if the policy raises or its answer is beyond the benchmark's rules, on which the benchmark drops the clip.
+        ClipIdError: if there are fewer clips.
+    """
+    if num_clips < 1:
+        raise ValueError(f"the benchmark needs at least 1 clip, got {num_clips}")
+    names, unavailable = available_metrics(metrics)
+    scores: list[dict[str, float]] = []
+    start = time.perf_counter()
+    for clip_id in tqdm(range(num_clips), unit="clip", desc="benchmark", disable=not progress, dynamic_ncols=True):
+        scores.append(_play_clip(workload, clip_id, policy, max_frames, names))
+    elapsed = time.perf_counter() - start
+    means = {name: float(np.mean([score[name] for score in scores])) for name in names}
+    for name in [name for name, mean in means.items() if not math.isfinite(mean)]:
+        unavailable[name] = f"the mean {name} is {means.pop(name)}, which the benchmark cannot read"
+    num_kept = min(max_frames, workload.num_frames)
+    values: dict[str, float | str] = {}
+    if "psnr" in means:
+        values["temporal_quality_main"] = 100 * min(1.0, max(0.0, means["psnr"] / _BEST_PSNR))
+    values |= means
+    values |= {
+        "peak_kv_memory_mb": workload.capacity_mb(num_kept),
+        "fps": num_clips * workload.num_predict / elapsed,
+        "n_frames_kept": num_kept,
+        "eval_mode": "real_rollout",
+        "n_clips": num_clips,
+        "elapsed_s": elapsed,
+    }
+    return BenchmarkScore(values, unavailable)
+
+
+@torch.no_grad()
+def _play_clip(
+    workload: Workload, clip_id: int, policy: RetentionPolicy | None, max_frames: int, metrics: tuple[str, ...]
+) -> dict[str, float]:
+    """Roll one clip out, asking the policy itself (not a copy) after every frame that exceeds the budget."""
+    clip = workload.clips.clip("test", clip_id)
+    capacity, size = workload.capacity_mb(max_frames), frame_size_mb(workload.host.latent_shape)
+    state = RolloutState(0, capacity, workload.num_predict)
+    batch = RolloutBatch(workload, 1)
+    batch.begin([0], [clip], [BENCHMARK_SEED + clip_id])
+    limited = policy is not None and max_frames < UNLIMITED_FRAMES
+    while not batch.finished(0):
+        batch.advance([0])
+        if limited and batch.history_length(0) > max_frames:
+            state.step, state.budget_capacity_mb = batch.step(0) - 1, capacity
+            metas = frame_meta_list(torch.from_numpy(batch.features([0])[0]), state.step, size)
+            budget = {"max_frames": max_frames, "capacity_mb": capacity}
+            batch.retain(0, ask_policy(policy, metas, state, budget, clip=clip_id, strict=False).kept)
+    predicted = batch.decode([0]).float()
+    truth = torch.from_numpy(clip.frames[None, workload.num_context : workload.num_frames]).to(predicted.device)
+    return clip_metrics(predicted, truth, metrics)[0]

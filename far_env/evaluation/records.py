@@ -1,0 +1,336 @@
+"""The results folder: one record per finished episode, appended as it is played and read back for reports and validation.
+
+``evaluation.json`` tells what was asked for, ``records.jsonl`` holds a line per episode, ``frames/`` shows the first clips.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image
+
+from far_env.config import make_run_dir, write_text
+from far_env.contract import UNLIMITED_FRAMES
+
+FORMAT = 1
+FULL_HISTORY = "full_history"
+"""The reference that lifts the budget; wherever a policy is named, this name means no policy at all."""
+_SETTINGS_FILE = "evaluation.json"
+_RECORDS_FILE = "records.jsonl"
+_UNITED = ("workloads", "budgets", "seeds", "clips")
+_EQUAL = ("split", "metrics", "show_clips")
+_BY_WORKLOAD = ("num_context", "num_predict", "frame_size", "made_with")
+
+Key = tuple[str, int, str, int, int]
+"""Workload, budget, policy, clip and noise seed: what makes an episode one of its kind."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for.
+
+    Attributes:
+        budgets: `UNLIMITED_FRAMES` is that of full history.
+        policies: name → what is known of it: family, tier, source, note, and sha256 where it is a file.
+        seeds: clip i is played with the noise seeds s + i.
+        metrics: those that were computed.
+        unavailable: metric → why it was not.
+        show_clips: so many of the first clips have pictures.
+        num_context, num_predict, frame_size: per workload, in frames and pixels.
+        made_with: per workload what else shapes its numbers: weights, ode_steps, dtype and clip_options, say.
+    """
+
+    workloads: list[str]
+    budgets: list[int]
+    policies: dict[str, dict[str, str]]
+    seeds: list[int]
+    split: str
+    clips: list[int]
+    metrics: list[str]
+    unavailable: dict[str, str]
+    num_context: dict[str, int]
+    num_predict: dict[str, int]
+    frame_size: dict[str, int]
+    show_clips: int = 0
+    made_with: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def united(self, other: Settings, where: Path) -> Settings:
+        """These settings with another evaluation's workloads, budgets, policies, seeds and clips added.
+
+        Raises:
+            ValueError: if anything else differs, so that the numbers could not stand side by side.
+        """
+        differing = [(name, getattr(self, name), getattr(other, name)) for name in _EQUAL]
+        for name in _BY_WORKLOAD:
+            own, new = getattr(self, name), getattr(other, name)
+            differing += [(f"{name} of {key}", own[key], new[key]) for key in own.keys() & new.keys()]
+        for key in self.policies.keys() & other.policies.keys():
+            hashes = [settings.policies[key].get("sha256") for settings in (self, other)]
+            differing.append((f"the content of policy {key}", *hashes))
+        for name, before, now in differing:
+            if before != now:
+                raise ValueError(f"{where} holds an evaluation with {name} {before}, not {now}; choose another folder")
+        united = {name: sorted({*getattr(self, name), *getattr(other, name)}) for name in _UNITED if name != "workloads"}
+        merged = {name: {**getattr(self, name), **getattr(other, name)} for name in (*_BY_WORKLOAD, "policies", "unavailable")}
+        return replace(self, workloads=list(dict.fromkeys([*self.workloads, *other.workloads])), **united, **merged)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished episode.
+
+    Attributes:
+        seed: the base noise seed; the episode's own is seed + clip.
+        plan: per decision ``step``, and the true numbers of the frames ``kept`` and ``demoted``; others were dropped.
+        metrics: name → value; PSNR is infinite where all frames equal the truth.
+        psnr_per_frame: dB, of every predicted frame.
+        decision_ms: mean milliseconds that the policy took per decision; None without decisions.
+        clip_sha256, latents_sha256: first 16 hex digits, of the clip's true frames (float32) and of the generated latents.
+        facts: host, weights, ode_steps, dtype, device, machine, commit and versions, say.
+    """
+
+    workload: str
+    budget: int
+    policy: str
+    clip: int
+    seed: int
+    plan: list[dict[str, Any]]
+    metrics: dict[str, float]
+    psnr_per_frame: list[float]
+    decision_ms: float | None
+    clip_sha256: str
+    latents_sha256: str
+    facts: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """What makes an episode one of its kind."""
+        return self.workload, self.budget, self.policy, self.clip, self.seed
+
+    def line(self) -> str:
+        """The record as one line of JSON (with Python's ``Infinity`` for an infinite PSNR)."""
+        values = asdict(self)
+        facts = values.pop("facts")
+        return json.dumps({**values, **facts}) + "\n"
+
+
+_TYPES = {
+    "workload": str,
+    "budget": int,
+    "policy": str,
+    "clip": int,
+    "seed": int,
+    "plan": list,
+    "metrics": dict,
+    "psnr_per_frame": list,
+    "decision_ms": (int, float, type(None)),
+    "clip_sha256": str,
+    "latents_sha256": str,
+}
+_FACTS = ("host", "weights", "ode_steps", "dtype", "device")
+
+
+def _record(values: object, settings: Settings) -> Record:
+    """A record from a line's values. Raises ValueError, in a few words, if it is none or contradicts the settings."""
+    if not isinstance(values, dict):
+        raise ValueError("is no JSON object")
+    own = {name: values.pop(name, None) for name in _TYPES}
+    for name, kind in _TYPES.items():
+        if not isinstance(own[name], kind) or isinstance(own[name], bool):
+            raise ValueError(f"has no valid {name!r} ({own[name]!r})")
+    known = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
+    for name, values_asked in {**known, "budget": settings.budgets}.items():
+        if own[name] not in values_asked:
+            raise ValueError(f"has the {name} {own[name]!r}, which {_SETTINGS_FILE} does not name")
+    num_predict = settings.num_predict[own["workload"]]
+    numbers = [*own["metrics"].values(), *own["psnr_per_frame"]]
+    if len(own["psnr_per_frame"]) != num_predict or not all(isinstance(value, int | float) for value in numbers):
+        raise ValueError(f"needs numbers as metrics and {num_predict} of them in psnr_per_frame")
+    if own["metrics"].keys() != set(settings.metrics):
+        raise ValueError(f"has the metrics {', '.join(own['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
+    if lacking := [name for name in _FACTS if name not in values]:
+        raise ValueError(f"does not tell {', '.join(lacking)}")
+    record = Record(**own, facts=values)
+    histories(record, settings.num_context[record.workload], num_predict)
+    return record
+
+
+def histories(record: Record, num_context: int, num_predict: int) -> dict[int, list[int]]:
+    """Step → true numbers of the frames that stayed after its decision, ascending.
+
+    Raises:
+        ValueError: if the plan is none: a frame stays that was not there, the newest does not, more stay than the budget
+            allows, or a decision is missing, superfluous or out of order.
+    """
+    decisions = {}
+    for entry in record.plan:
+        try:
+            decisions[int(entry["step"])] = sorted({*map(int, entry["kept"]), *map(int, entry["demoted"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"has a plan with the entry {entry!r}, which lacks step, kept or demoted frames") from error
+    history, asked = list(range(num_context)), []
+    for step in range(num_predict - 1):
+        newest = num_context + step
+        history.append(newest)
+        if len(history) <= record.budget or record.budget >= UNLIMITED_FRAMES:
+            continue
+        asked.append(step)
+        stay = decisions.get(step, [])
+        if not set(stay) <= set(history) or newest not in stay or len(stay) > record.budget:
+            raise ValueError(f"has a plan that keeps {stay} of {history} at step {step}, with a budget of {record.budget}")
+        history = stay
+    if asked != [entry["step"] for entry in record.plan]:
+        raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget asks for decisions at {asked}")
+    return decisions
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation: its settings, the episodes finished so far, and the folder with the pictures, if there is one."""
+
+    settings: Settings
+    records: list[Record]
+    folder: Path | None = None
+
+    def truth_picture(self, workload: str, clip: int) -> Path:
+        """PNG of a clip's true frames, context first, side by side; there for the first ``show_clips`` clips."""
+        return self._picture(workload, f"truth_c{clip}.png")
+
+    def picture(self, record: Record) -> Path:
+        """PNG of an episode's predicted frames side by side; there for the first ``show_clips`` clips."""
+        name = quote(record.policy, safe="")
+        name = name.replace(".", "%2E") if set(name) == {"."} else name  # a run folder named ".." stays inside
+        return self._picture(record.workload, f"b{record.budget}", name, f"s{record.seed}_c{record.clip}.png")
+
+    def _picture(self, *parts: str) -> Path:
+        if self.folder is None:
+            raise ValueError("these results are not in a folder and have no pictures")
+        return self.folder.joinpath("frames", *parts)
+
+
+def load(folder: str | Path) -> Results:
+    """Read a results folder; a torn last line is left out.
+
+    Raises:
+        ValueError: one sentence, naming file and line, if the folder is none or is damaged.
+    """
+    folder = Path(folder)
+    settings = _load_settings(folder / _SETTINGS_FILE)
+    return Results(settings, _parse(_read(folder / _RECORDS_FILE), settings, folder / _RECORDS_FILE), folder)
+
+
+def _load_settings(path: Path) -> Settings:
+    try:
+        values = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it or evaluate into another folder") from error
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} is not of format {FORMAT}, which this version reads; evaluate into another folder")
+    try:
+        settings = Settings(**values)
+        complete = all(workload in getattr(settings, name) for name in _BY_WORKLOAD for workload in settings.workloads)
+    except TypeError as error:
+        raise ValueError(f"{path} does not hold an evaluation's settings ({error}); evaluate into another folder") from error
+    if not complete:
+        raise ValueError(f"{path} lacks the sizes of a workload; restore it or evaluate into another folder")
+    return settings
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; give a folder written by far-env evaluate --out") from error
+
+
+def _parse(content: bytes, settings: Settings, path: Path) -> list[Record]:
+    """Records of all whole lines."""
+    records: dict[Key, Record] = {}
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            record = _record(json.loads(line), settings)
+            if record.key in records:
+                raise ValueError("repeats an episode of an earlier line")
+        except ValueError as error:  # also JSON's and UTF-8's
+            told = "is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+            raise ValueError(f"{path}, line {number} {told}; delete the line and evaluate again") from error
+        records[record.key] = record
+    return list(records.values())
+
+
+class Recorder:
+    """Adds episodes to a results folder; what the folder holds already is in ``results``. One at a time.
+
+    Args:
+        folder: new, empty, or of an evaluation that the settings can be united with.
+        settings: of this evaluation.
+
+    Raises:
+        ValueError: if the folder cannot be written, is being written by another evaluation, or holds a different one.
+    """
+
+    def __init__(self, folder: str | Path, settings: Settings) -> None:
+        folder = make_run_dir(folder)
+        self._file = _open_alone(folder / _RECORDS_FILE)
+        try:
+            if (folder / _SETTINGS_FILE).exists():
+                settings = _load_settings(folder / _SETTINGS_FILE).united(settings, folder)
+            content = self._file.read()
+            self.results = Results(settings, _parse(content, settings, folder / _RECORDS_FILE), folder)
+            self._file.truncate(content.rfind(b"\n") + 1)
+            self._write_settings()
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Append episodes that are not there yet. Raises ValueError if that cannot be written."""
+        records = list(records)
+        try:
+            self._file.write("".join(record.line() for record in records).encode())
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"cannot write {self._file.name}: {error.strerror}") from error
+        self.results.records.extend(records)
+
+    def save_picture(self, path: Path, frames: np.ndarray) -> None:
+        """Write frames (T, 3, H, W) in [0, 1] side by side as a PNG, whole or not at all."""
+        pixels = np.rint(frames.transpose(2, 0, 3, 1) * 255).clip(0, 255).astype(np.uint8)
+        temporary = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.reshape(len(pixels), -1, 3)).save(temporary, format="png")
+            temporary.replace(path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._file.close()
+
+    def _write_settings(self) -> None:
+        text = json.dumps({"format": FORMAT, **asdict(self.results.settings)}, indent=2)
+        write_text(self.results.folder / _SETTINGS_FILE, text + "\n")
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open for reading and appending, locked against a second evaluation."""
+    import fcntl  # not on Windows, where everything else works
+
+    try:
+        file = path.open("a+b")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"another evaluation is writing {path.parent}; wait for it or choose another folder") from error
+    file.seek(0)
+    return file

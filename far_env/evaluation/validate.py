@@ -1,0 +1,153 @@
+"""Records played again: the plans of a results folder on the same host, clips and noise must give the same numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from far_env.evaluation.evaluate import clip_hash, frame_psnr, latents_hash, record_facts
+from far_env.evaluation.records import Record, Results, histories
+from far_env.metrics import clip_metrics, require_metrics
+from far_env.rollout.memo import FrameMemo
+from far_env.rollout.play import replay
+from far_env.workloads import Workload
+
+TOLERANCE = 1e-3
+_SAME_BITS = ("device", "machine", "dtype", "versions")
+"""On a CPU the latents of two runs that agree in these are equal to the last bit, whatever the batch."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What playing one record again showed.
+
+    Attributes:
+        identical: the latents are equal to the last bit.
+        difference: None if the record holds, else one sentence.
+    """
+
+    record: Record
+    identical: bool
+    difference: str | None
+
+
+def choose(records: Sequence[Record], sample: int | None, seed: int = 0) -> list[Record]:
+    """All records, or so many at random. Raises ValueError on a sample below 1 or without records."""
+    if not records:
+        raise ValueError("there is no record to validate; evaluate first")
+    if sample is not None and sample < 1:
+        raise ValueError(f"a sample needs at least 1 record, got {sample}")
+    return list(records) if sample is None or sample >= len(records) else random.Random(seed).sample(list(records), sample)
+
+
+def check_host(record: Record, workload: Workload) -> None:
+    """Raise ValueError unless the workload's host is the one that the record was made with."""
+    made, here = record.facts.get("weights"), workload.host.weights_hash
+    if made != here:
+        raise ValueError(
+            f"the records of {record.workload} were made with host {record.facts.get('host')} ({made}); the host here is "
+            f"{workload.host.name} ({here}), with which they cannot be validated; give theirs with --host"
+        )
+
+
+def validate(
+    results: Results,
+    records: Sequence[Record],
+    make: Callable[[str], Workload],
+    *,
+    tolerance: float = TOLERANCE,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[Finding]:
+    """Play records again, by their plans, and compare latents and metrics.
+
+    Metrics must agree within ``tolerance`` (dB for PSNR, also of every frame). On a CPU, where device, machine, dtype and
+    versions are those of the record, the latents must be equal to the last bit as well; on a GPU sums depend on the batch.
+
+    Args:
+        make: workload by name, in the dtype of the records.
+
+    Raises:
+        ValueError: on a record of another host, or one whose metrics cannot be computed here.
+    """
+    require_metrics(results.settings.metrics)
+    workloads = {name: make(name) for name in dict.fromkeys(record.workload for record in records)}
+    for record in records:
+        check_host(record, workloads[record.workload])
+    findings: dict[tuple, Finding] = {}
+    memo = FrameMemo()
+    # Episodes of the same clip and noise side by side share frames.
+    ordered = sorted(records, key=lambda record: (record.workload, record.facts["ode_steps"], record.seed, record.clip))
+    total = sum(results.settings.num_predict[record.workload] for record in records)
+    with tqdm(total=total, unit="frame", desc="validate", disable=not progress, dynamic_ncols=True) as bar:
+        while ordered:
+            steps, name = ordered[0].facts["ode_steps"], ordered[0].workload
+            batch = [r for r in ordered[:batch_size] if (r.workload, r.facts["ode_steps"]) == (name, steps)]
+            ordered = ordered[len(batch) :]
+            workload = replace(workloads[name], num_steps=steps)
+            for finding in _play_again(results, batch, workload, tolerance, memo, bar):
+                findings[finding.record.key] = finding
+    return [findings[record.key] for record in records]
+
+
+def _play_again(
+    results: Results, records: Sequence[Record], workload: Workload, tolerance: float, memo: FrameMemo, bar: tqdm
+) -> list[Finding]:
+    settings = results.settings
+    clips = [workload.clips.clip(settings.split, record.clip) for record in records]
+    seeds = [record.seed + record.clip for record in records]
+    stays = [histories(record, workload.num_context, workload.num_predict) for record in records]
+    rollouts = replay(workload, clips, seeds, stays, memo=memo, on_frame=bar.update)
+    rows = range(len(records))
+    predicted, latents = rollouts.decode(rows).float(), rollouts.generated(rows)
+    truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
+    truth = torch.from_numpy(truth).to(predicted.device)
+    scores = clip_metrics(predicted, truth, tuple(settings.metrics))
+    by_frame = frame_psnr(predicted, truth).tolist()
+    facts = record_facts(workload)
+    findings = []
+    for row, record in enumerate(records):
+        identical = latents_hash(latents[row]) == record.latents_sha256
+        exact = workload.host.device.type == "cpu" and all(record.facts.get(name) == facts[name] for name in _SAME_BITS)
+        if clip_hash(workload, clips[row]) != record.clip_sha256:
+            difference = "its clip is another one here; the data are not those it was made with"
+        elif exact and not identical:
+            difference = "its latents are others, though machine, dtype and versions are the same"
+        else:
+            difference = _difference(record, scores[row], by_frame[row], tolerance)
+        findings.append(Finding(record, identical, difference))
+    return findings
+
+
+def _difference(record: Record, scores: dict[str, float], by_frame: list[float], tolerance: float) -> str | None:
+    """The first metric that is not what the record says."""
+    recorded = {**record.metrics, **{f"PSNR of frame {i}": value for i, value in enumerate(record.psnr_per_frame)}}
+    found = {**scores, **{f"PSNR of frame {i}": value for i, value in enumerate(by_frame)}}
+    for name, value in recorded.items():
+        if not (value == found[name] or abs(value - found[name]) <= tolerance):
+            return f"its {name} is {value:.4f}, and {found[name]:.4f} when played again"
+    return None
+
+
+def report(findings: Sequence[Finding], tolerance: float, num_records: int) -> str:
+    """The outcome in a few lines."""
+    differing = [finding for finding in findings if finding.difference is not None]
+    identical = sum(finding.identical for finding in findings if finding.difference is None)
+    matching = len(findings) - len(differing)
+    lines = []
+    for finding in differing[:10]:
+        own = finding.record
+        where = f"{own.workload}, budget {own.budget}, {own.policy}, clip {own.clip}, noise seed {own.seed}"
+        lines.append(f"{where}: {finding.difference}")
+    if len(differing) > len(lines):
+        lines.append(f"… and {len(differing) - len(lines)} more")
+    lines.append(
+        f"{len(findings)} of {num_records} records played again: {matching} match ({identical} to the last bit of the latents, "
+        f"{matching - identical} within {tolerance:g} in every metric), {len(differing)} differ"
+    )
+    return "\n".join(lines)
