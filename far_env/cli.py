@@ -14,7 +14,7 @@ import tyro
 from far_env.clips.clip import ClipIdError
 from far_env.config import parse
 from far_env.contract import PolicyError, unknown_name
-from far_env.evaluation.commands import run_benchmark, run_evaluate, run_validate
+from far_env.evaluation.commands import run_benchmark, run_evaluate, run_report, run_validate
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train-host": run_train_host,
     "evaluate": run_evaluate,
     "validate": run_validate,
+    "report": run_report,
     "benchmark": run_benchmark,
     "export": run_export,
     "weights": run_weights,

@@ -13,7 +13,7 @@ import tyro
 from agents.ppo import AgentTraining
 from far_env.cli import COMMANDS, ExportOptions, WeightsOptions
 from far_env.config import load_yaml, parse
-from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ValidateOptions
+from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ReportOptions, ValidateOptions
 from far_env.train_host import HostTraining, check_models
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +22,7 @@ OPTIONS = {
     "benchmark": BenchmarkOptions,
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
+    "report": ReportOptions,
     "train-host": HostTraining,
     "validate": ValidateOptions,
     "weights": WeightsOptions,
