@@ -13,6 +13,8 @@ from far_env.evaluation.records import Record, Recorder, Results, Settings
 
 NASTY = '<img src="x" onerror="alert(1)"></script>&amp;'
 
+GAINS = {"recent_fill": 0.0, "learned": 6.0, "uniform": 3.0, NASTY: -2.0}
+
 
 @dataclass
 class MadeUp:
@@ -20,7 +22,7 @@ class MadeUp:
 
     workloads: dict[str, tuple[int, int]] = field(default_factory=lambda: {"pan": (3, 6), "cuts": (2, 4)})
     budgets: tuple[int, ...] = (2, 4)
-    policies: dict[str, float] = field(default_factory=lambda: {"recent_fill": 0.0, "learned": 6.0, "uniform": 3.0, NASTY: -2.0})
+    policies: dict[str, float] = field(default_factory=lambda: dict(GAINS))
     seeds: tuple[int, ...] = (42, 7)
     clips: int = 5
     show_clips: int = 2

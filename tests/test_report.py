@@ -157,13 +157,13 @@ def test_the_best_policies_and_the_reference_are_highlighted(results):
     assert highlighted(groups, "psnr", "recent_fill") == ["learned", "uniform", NASTY, "recent_fill"]
     assert highlighted(groups, "psnr", "recent_fill", count=2) == ["learned", "recent_fill"]
     assert highlighted(groups, "psnr", "full_history", count=2) == ["learned", "uniform"]
-    lower = [replace(group, rows=[replace(row, intervals={"lpips": row.intervals["psnr"]}) for row in group.rows]) for group in groups]
-    assert [row.policy for row in lower[0].ranked("lpips")] == [row.policy for row in groups[0].ranked("psnr")][::-1]
+    lower = replace(groups[0], rows=[replace(row, intervals={"lpips": row.intervals["psnr"]}) for row in groups[0].rows])
+    assert [row.policy for row in lower.ranked("lpips")] == [row.policy for row in groups[0].ranked("psnr")][::-1]
 
 
 def test_a_workload_without_limited_budgets_is_one_group(results):
     only = select_policies(results, ["full_history"])
-    assert [(group.workload, group.budget) for group in make_groups(only)] == [("pan", UNLIMITED_FRAMES), ("cuts", UNLIMITED_FRAMES)]
+    assert [(group.workload, group.budget) for group in make_groups(only)] == [("pan", 9999), ("cuts", 9999)]
     assert report_data(only, progress=False)["reference"] == 0
 
 
@@ -179,7 +179,8 @@ def test_curves_of_the_plots_are_the_means(results):
         assert list(line.get_xdata()) == [3, 4, 5, 6, 7, 8]
         assert line.get_ydata() == pytest.approx([interval.mean for interval in groups[0].rows[1].per_frame])
         (axes,) = plots.ranking_figure(groups[0], metric_format("psnr"), "recent_fill").axes
-        assert [label.get_text() for label in axes.get_yticklabels()] == ["full_history", "learned", "uniform", "recent_fill", NASTY]
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == ["full_history", "learned", "uniform", "recent_fill", NASTY]
 
 
 def test_the_command_writes_the_page_and_the_plots(tmp_path, capsys):
@@ -192,7 +193,8 @@ def test_the_command_writes_the_page_and_the_plots(tmp_path, capsys):
     data = embedded(out.read_text(encoding="utf-8"))
     assert data["policies"][data["reference"]]["name"] == "learned"
     stems = ["budget_pan_psnr", "budget_pan_ssim", "frames_pan_b2", "ranking_pan_b2_psnr", "ranking_pan_b2_ssim"]
-    assert sorted(path.name for path in drawn.iterdir()) == sorted(f"{stem}.{kind}" for stem in stems for kind in ("png", "svg"))
+    expected = sorted(f"{stem}.{kind}" for stem in stems for kind in ("png", "svg"))
+    assert sorted(path.name for path in drawn.iterdir()) == expected
     for path in drawn.glob("*.png"):
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 5 and "weights c0ffee00" in image.info["Description"]

@@ -244,6 +244,7 @@ def test_two_policies_stand_side_by_side(open_page, results):
     page.locator("table.scores").nth(2).get_by_role("button", name="Watch learned").click()
     assert page.locator("#clip-workload").input_value() == "cuts"
     assert page.locator(".panel select").nth(1).locator("option:checked").inner_text() == "learned, budget 2"
+    assert page.evaluate("document.activeElement.id") == "play"
     assert page.get_by_role("button", name=f"Watch {NASTY}").count() == 0
 
 
@@ -284,7 +285,7 @@ def test_charts_show_what_is_chosen_and_tell_numbers(open_page, results):
     page.locator("table.scores").first.get_by_role("button", name="Show uniform in the charts").click()
     assert chart.locator("g.slot").count() == 4
     chart.locator("g.slot .point").first.hover()
-    assert re.search(r"budget.* [24]", page.locator("#tooltip").inner_text())
+    assert re.search(r"\nbudget [24]\n[\d.]+ dB \[", page.locator("#tooltip").inner_text())
     page.locator("#budget-charts summary").first.click()
     row = next(row for row in make_groups(results)[0].rows if row.policy == "learned")
     cells = page.locator("#budget-charts details").first.locator("tr", has_text="learned").locator("td").all_inner_texts()

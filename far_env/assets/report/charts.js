@@ -1,6 +1,6 @@
 // Curves with intervals as SVG.
 //
-// lineChart(figure, {label, series, x: {ticks, label}, y: {label, unit, digits}})
+// lineChart(figure, {title, subtitle, label, series, bands, x: {ticks, name, label}, y: {label, unit, digits}})
 //   series: [{name, kind: "slot" | "quiet" | "full", slot, flat, points: [{x, value: [mean, low, high]}]}]
 //   A flat series has one point and is drawn across the whole width. bands: intervals as areas, else as whiskers.
 
@@ -134,7 +134,7 @@ function followPointer(svg, hits, chart) {
     if (!best) return;
     best.group.classList.add("active");
     const { digits, unit } = chart.y;
-    const where = best.at === null ? "" : `${chart.x.label} ${chart.x.ticks.find((tick) => tick.at === best.point.x).label}`;
+    const where = best.at === null ? "" : `${chart.x.name} ${chart.x.ticks.find((tick) => tick.at === best.point.x).label}`;
     tooltip.show(
       event,
       best.one.name,

@@ -146,7 +146,7 @@ function budgetChart(workload) {
     label: `${metric.label} against budget, ${workload}`,
     series,
     bands: false,
-    x: { ticks, label: "budget (frames, log scale)" },
+    x: { ticks, name: "budget", label: "budget (frames, log scale)" },
     y: metric,
   };
 }
@@ -167,7 +167,7 @@ function frameChart(group) {
     label: `PSNR of every predicted frame, ${groupTitle(data, group)}`,
     series,
     bands: true,
-    x: { ticks, label: "frame" },
+    x: { ticks, name: "frame", label: "frame" },
     y: { digits: 2, unit: "dB" },
   };
 }

@@ -202,7 +202,7 @@ function makePlayer(data, passes) {
     state.chosen[1] = key;
     load();
     byId("clips").scrollIntoView({ block: "start" });
-    panels[1].select.focus({ preventScroll: true });
+    byId("play").focus({ preventScroll: true });
   }
 
   byId("clip-workload").onchange = (event) => goToClip(event.target.value, state.clip.clip);

@@ -25,7 +25,7 @@ function rankingTable(data, state, group, rows, actions) {
     differenceColumn(data, group, metric, reference),
     { key: "whisker", title: "95 % interval", cell: (row) => [whisker(rows, row, metric, group.rows[reference])] },
     ...data.metrics.filter((one) => one !== metric).map(scoreColumn),
-    { key: "ms", title: "ms/decision", value: (row) => row.ms, cell: (row) => [row.ms === null ? "–" : fixed(row.ms, 2)] },
+    { key: "ms", title: "ms/decision", value: (row) => row.ms, cell: (row) => [row.ms === null ? "–" : fixed(row.ms, 3)] },
     {
       key: "clips",
       title: "Clips",
