@@ -132,6 +132,9 @@ def test_unfinished_episodes_are_counted_and_left_out(results):
     difference = make_groups(partial)[0].differences("psnr")[0][1]
     rival = clip_means(results, first.workload, first.budget, "learned", lambda record: record.metrics["psnr"])
     assert [difference.mean, difference.low, difference.high] == triple(mean_interval((means - rival)[1:]))
+    without = report_data(replace(results, records=[r for r in results.records if r.policy != "learned"]), progress=False)
+    assert [policy["name"] for policy in without["policies"]] == ["recent_fill", "uniform", NASTY, "full_history"]
+    assert without["warnings"] == ["No episode of learned is finished."]
     nothing = replace(results, records=[r for r in results.records if r.policy != first.policy or r.seed != 42])
     assert make_groups(nothing)[0].rows[0].intervals["psnr"] == "no clip is finished with every noise seed"
 

@@ -63,12 +63,14 @@ def report_data(
 ) -> dict[str, Any]:
     """Everything the page shows, as plain values for JSON; intervals are [mean, low, high], policies are numbered."""
     settings = results.settings
-    names = list(settings.policies)
+    groups = make_groups(results)
+    played = {row.policy for group in groups for row in group.rows}
+    limited = {row.policy for group in groups for row in group.rows if row.budget < UNLIMITED_FRAMES}
+    names = [name for name in settings.policies if name in played]
     number = {name: i for i, name in enumerate(names)}
     chosen = choose_reference(names, reference)
-    groups = make_groups(results)
-    limited = {row.policy for group in groups for row in group.rows if row.budget < UNLIMITED_FRAMES}
     images: dict[str, int] = {}
+    clips = _clips(results, number, images, show_clips, progress)
     return {
         "version": version("far-env"),
         "folder": "" if results.folder is None else results.folder.resolve().name,
@@ -82,8 +84,8 @@ def report_data(
         ],
         "unavailable": settings.unavailable,
         "policies": [
-            {"name": name, "full": name not in limited, **{key: known.get(key) for key in _TABLE_FACTS}}
-            for name, known in settings.policies.items()
+            {"name": name, "full": name not in limited, **{key: settings.policies[name].get(key) for key in _TABLE_FACTS}}
+            for name in names
         ],
         "workloads": [
             {
@@ -99,14 +101,15 @@ def report_data(
         "facts": facts(results),
         "warnings": warnings(results),
         "groups": [_group(group, number, settings.metrics) for group in _bar(groups, "intervals", progress)],
-        "clips": _clips(results, number, images, show_clips, progress),
+        "clips": clips,
         "images": list(images),
     }
 
 
 def warnings(results: Results) -> list[str]:
-    """One sentence for every fact that is not the same in all of a workload's episodes, where it should be."""
-    sentences = []
+    """Sentences: policies that were not played yet, and facts that a workload's episodes should share and do not."""
+    played = {record.policy for record in results.records}
+    sentences = [f"No episode of {name} is finished." for name in results.settings.policies if name not in played]
     for workload, own in facts(results).items():
         for name in ("host", "weights", "ode_steps", "dtype"):
             if len(values := own.get(name, {})) > 1:
