@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import tyro
 from far_env.clips.clip import ClipIdError
 from far_env.config import make_run_dir, parse, write_text
 from far_env.contract import PolicyError, first_line, unknown_name
-from far_env.evaluation.commands import run_benchmark, run_evaluate, run_validate
+from far_env.evaluation.commands import run_benchmark, run_evaluate, run_report, run_validate
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train-host": run_train_host,
     "evaluate": run_evaluate,
     "validate": run_validate,
+    "report": run_report,
     "benchmark": run_benchmark,
     "export": run_export,
     "baselines": run_baselines,

@@ -1,4 +1,4 @@
-"""The commands ``far-env evaluate``, ``validate`` and ``benchmark``: options in, tables, records and lines of metrics out."""
+"""The commands ``far-env evaluate``, ``validate``, ``report`` and ``benchmark``: options in, tables, records, pages out."""
 
 from __future__ import annotations
 
@@ -96,6 +96,23 @@ class BenchmarkOptions:
     """How long one call of a policy file may take."""
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """Make one HTML page of an evaluation, and plots for papers."""
+
+    results: tyro.conf.Positional[str]
+    """Folder that far-env evaluate --out wrote."""
+    out: str = "report.html"
+    plots: str | None = None
+    """Write plots into this folder too, as PNG and SVG."""
+    policies: str | None = None
+    """Comma-separated: only these; all by default."""
+    reference: str | None = None
+    """Policy that the others are compared with; recent_fill by default."""
+    show_clips: int | None = None
+    """At most so many clips of each workload in the player, for a smaller page."""
+
+
 def run_evaluate(args: Sequence[str]) -> None:
     """Evaluate policies."""
     options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
@@ -172,6 +189,28 @@ def run_validate(args: Sequence[str]) -> int:
     findings = validate(results, records, make, tolerance=options.tolerance, batch_size=options.batch_size)
     print(report(findings, options.tolerance, len(results.records)))
     return int(any(finding.difference is not None for finding in findings))
+
+
+def run_report(args: Sequence[str]) -> None:
+    """Make a page of an evaluation."""
+    options = parse(ReportOptions, args, "far-env report", ReportOptions.__doc__ or "")
+    from far_env.evaluation.plots import save_plots
+    from far_env.evaluation.ranking import select_policies
+    from far_env.evaluation.records import load
+    from far_env.evaluation.report import report_page
+
+    if options.show_clips is not None and options.show_clips < 0:
+        raise ValueError(f"--show-clips must be at least 0, got {options.show_clips}")
+    names = [] if options.policies is None else _listed(options.policies, "policies", "policy")
+    results = select_policies(load(options.results), names)
+    if options.plots is not None:
+        make_run_dir(options.plots)
+    page = report_page(results, options.reference, options.show_clips)
+    write_text(Path(options.out), page)
+    print(f"wrote {options.out} ({len(page.encode()) / 1e6:.1f} MB)")
+    if options.plots is not None:
+        files = save_plots(results, Path(options.plots), options.reference)
+        print(f"wrote {len(files)} plots into {options.plots}")
 
 
 def run_benchmark(args: Sequence[str]) -> None:

@@ -1,0 +1,181 @@
+// Ranking tables: one per workload and budget, a row per policy, sortable by any column.
+
+function rankingTable(data, state, group, rows, actions) {
+  const metric = data.metrics[state.metric];
+  const reference = group.rows.findIndex((row) => row.policy === state.reference);
+  const ranks = new Map(ranked(rows, metric).map((row, place) => [row, hasScore(row, metric) ? place + 1 : null]));
+  const columns = [
+    { key: "rank", title: "#", text: false, value: (row) => ranks.get(row), cell: (row) => [ranks.get(row) ?? "–"] },
+    { key: "policy", title: "Policy", text: true, value: (row) => data.policies[row.policy].name.toLowerCase() },
+    {
+      key: "family",
+      title: "Family",
+      text: true,
+      value: (row) => data.policies[row.policy].family ?? "",
+      cell: (row) => [data.policies[row.policy].family ?? "–"],
+    },
+    {
+      key: "tier",
+      title: "Tier",
+      text: true,
+      value: (row) => data.policies[row.policy].tier ?? "",
+      cell: (row) => [data.policies[row.policy].tier ?? "–"],
+    },
+    scoreColumn(metric),
+    differenceColumn(data, group, metric, reference),
+    { key: "whisker", title: "95 % interval", cell: (row) => [whisker(rows, row, metric, group.rows[reference])] },
+    ...data.metrics.filter((one) => one !== metric).map(scoreColumn),
+    { key: "ms", title: "ms/decision", value: (row) => row.ms, cell: (row) => [row.ms === null ? "–" : fixed(row.ms, 3)] },
+    {
+      key: "clips",
+      title: "Clips",
+      value: (row) => row.n,
+      cell: (row) => [row.missing ? `${row.n} (${row.missing} missing)` : `${row.n}`],
+    },
+  ];
+  const sort = columns.find((column) => column.key === state.sort.key && column.value) ?? columns[0];
+  const shown = [...rows].sort((a, b) => {
+    const [u, v] = [sort.value(a), sort.value(b)];
+    if (u === null || v === null) return (u === null) - (v === null);
+    return (u < v ? -1 : u > v ? 1 : ranks.get(a) - ranks.get(b)) * state.sort.direction;
+  });
+  const head = make(
+    "tr",
+    {},
+    columns.map((column) => headCell(column, column === sort ? state.sort.direction : 0, actions.sort)),
+  );
+  const body = shown.map((row) => {
+    const cells = columns.map((column) => {
+      if (column.key === "policy") return nameCell(data, state, group, row, actions);
+      return make("td", { class: column.text ? "text tag" : null }, column.cell(row));
+    });
+    return make("tr", { "data-policy": data.policies[row.policy].name }, cells);
+  });
+  const label = groupTitle(data, group);
+  const table = make(
+    "table",
+    { class: "scores", "aria-label": `Ranking, ${label}` },
+    make("thead", {}, head),
+    make("tbody", {}, body),
+  );
+  const seeds = data.seeds.length > 1 ? `, each the mean of ${data.seeds.length} noise seeds` : "";
+  return make(
+    "div",
+    { class: "group" },
+    make(
+      "div",
+      { class: "group-head" },
+      make("h3", {}, label),
+      make("span", { class: "hint" }, `${data.clipCount} ${data.split} clips${seeds}`),
+    ),
+    make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Table of ${label}` }, table),
+    make("ul", { class: "notes" }, notesOf(data, rows)),
+  );
+}
+
+const hasScore = (row, metric) => Array.isArray(row.scores[metric.name]);
+
+function ranked(rows, metric) {
+  const place = (row) => (hasScore(row, metric) ? (metric.lower ? 1 : -1) * row.scores[metric.name][0] : Infinity);
+  return [...rows].sort((a, b) => (place(a) === place(b) ? 0 : place(a) - place(b)));
+}
+
+const groupTitle = (data, group) =>
+  `${group.workload}, ${group.budget >= data.unlimited ? "full history" : `budget ${group.budget}`}`;
+
+function scoreColumn(metric) {
+  const value = (row) => (hasScore(row, metric) ? row.scores[metric.name][0] : null);
+  const cell = (row) => {
+    if (!hasScore(row, metric)) return [make("span", { class: "plain", title: row.scores[metric.name] }, "absent")];
+    return [fixed(value(row), metric.digits), make("small", {}, bounds(row.scores[metric.name], metric.digits))];
+  };
+  return {
+    key: `metric:${metric.name}`,
+    title: `${metric.label}${metric.unit ? ` ${metric.unit}` : ""}${metric.lower ? " ↓" : ""}`,
+    value,
+    cell,
+  };
+}
+
+function differenceColumn(data, group, metric, reference) {
+  const name = data.policies[group.rows[reference]?.policy]?.name;
+  const difference = (row) => (reference < 0 ? null : group.differences[metric.name][group.rows.indexOf(row)][reference]);
+  const cell = (row) => {
+    const interval = difference(row);
+    if (!interval) return [make("span", { class: "plain" }, group.rows.indexOf(row) === reference ? "reference" : "–")];
+    const certain = interval[1] > 0 || interval[2] < 0;
+    const text = [signed(interval[0], metric.digits), make("small", {}, bounds(interval, metric.digits, signed))];
+    return [make("span", { class: certain ? null : "plain", title: `paired over ${plural(interval[3], "clip")}` }, text)];
+  };
+  return {
+    key: "difference",
+    title: name ? `${metric.label} − ${name}` : "Difference",
+    value: (row) => difference(row)?.[0] ?? null,
+    cell,
+  };
+}
+
+function headCell(column, direction, onSort) {
+  const attributes = { scope: "col", class: column.text ? "text" : null };
+  if (!column.value) return make("th", attributes, column.title);
+  if (direction) attributes["aria-sort"] = direction > 0 ? "ascending" : "descending";
+  const arrow = direction ? (direction > 0 ? " ▲" : " ▼") : "";
+  if (column.key === "policy") attributes.class = "text name";
+  return make("th", attributes, make("button", { type: "button", onclick: () => onSort(column.key) }, column.title + arrow));
+}
+
+function nameCell(data, state, group, row, actions) {
+  const policy = data.policies[row.policy];
+  const full = policy.full;
+  const slot = state.slots.get(row.policy);
+  const swatch = make("button", {
+    type: "button",
+    class: "swatch",
+    "aria-pressed": String(full || slot !== undefined),
+    "aria-label": `Show ${policy.name} in the charts`,
+    disabled: full,
+    onclick: () => actions.toggle(row.policy),
+  });
+  if (slot !== undefined) swatch.style.setProperty("--series", `var(--series-${slot})`);
+  const about = [policy.name, policy.source, policy.note].filter(Boolean).join(" · ");
+  const watch = actions.canWatch(group.workload, row) ? watchButton(policy, () => actions.watch(group.workload, row)) : null;
+  const kind = make("span", { class: "kind" }, [policy.family, policy.tier].filter(Boolean).join(", "));
+  const label = make("span", { class: "label", title: about }, shortened(policy.name, 30), kind);
+  return make("th", { scope: "row", class: "name" }, make("div", { class: "name-cell" }, swatch, label, watch));
+}
+
+function watchButton(policy, onclick) {
+  const icon = draw("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, draw("path", { d: "M4 2.5v11L13 8z" }));
+  return make(
+    "button",
+    { type: "button", class: "watch", title: "Watch its clips", "aria-label": `Watch ${policy.name}`, onclick },
+    icon,
+  );
+}
+
+function whisker(rows, row, metric, reference) {
+  if (!hasScore(row, metric)) return "";
+  const all = rows.filter((one) => hasScore(one, metric)).flatMap((one) => one.scores[metric.name]);
+  const [low, high] = [Math.min(...all), Math.max(...all)];
+  const x = (value) => (4 + 122 * (high > low ? (value - low) / (high - low) : 0.5)).toFixed(1);
+  const [mean, from, to] = row.scores[metric.name].map(x);
+  const svg = draw("svg", { class: "whisker", viewBox: "0 0 130 18", "aria-hidden": "true" });
+  if (reference && hasScore(reference, metric)) {
+    const at = x(reference.scores[metric.name][0]);
+    if (at >= 0 && at <= 130) svg.append(draw("line", { class: "reference", x1: at, x2: at, y1: 0, y2: 18 }));
+  }
+  svg.append(draw("line", { class: "span", x1: from, x2: to, y1: 9, y2: 9 }), draw("circle", { cx: mean, cy: 9, r: 3.2 }));
+  return svg;
+}
+
+function notesOf(data, rows) {
+  const notes = [];
+  for (const row of rows) {
+    const name = data.policies[row.policy].name;
+    for (const metric of data.metrics) {
+      if (!hasScore(row, metric)) notes.push(`${name} has no ${metric.label}: ${row.scores[metric.name]}.`);
+    }
+    if (row.missing) notes.push(`${name} lacks ${plural(row.missing, "episode")}; its mean is over ${plural(row.n, "clip")}.`);
+  }
+  return notes.map((note) => make("li", {}, note));
+}

@@ -1,0 +1,214 @@
+"""Results as comparable numbers: per workload and budget, every policy's means with intervals and the paired differences."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from far_env.contract import UNLIMITED_FRAMES, NewestFrames, unknown_name
+from far_env.evaluation.records import Record, Results
+from far_env.evaluation.statistics import Interval, mean_intervals
+from far_env.metrics import LOWER_IS_BETTER
+
+_FORMATS = {"psnr": ("PSNR", "dB", 2), "ssim": ("SSIM", "", 3), "lpips": ("LPIPS", "", 3)}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is written, and which way is better."""
+
+    name: str
+    label: str
+    unit: str
+    digits: int
+    lower_is_better: bool
+
+
+def metric_format(name: str) -> Metric:
+    """Label, unit and decimals of a metric."""
+    label, unit, digits = _FORMATS.get(name, (name.upper(), "", 3))
+    return Metric(name, label, unit, digits, name in LOWER_IS_BETTER)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy in a group.
+
+    Attributes:
+        budget: its own; full history has the same row in the groups of every budget.
+        clips: those that count: played with every noise seed. A clip's value is the mean over its seeds.
+        missing: episodes that were asked for and are not finished.
+        scores: metric → float64 (clips,), or why there is none.
+        intervals: metric → mean over clips with its interval, or why there is none.
+        per_frame: PSNR of every predicted frame, or why there is none.
+        decision_ms: mean milliseconds per decision, or None.
+    """
+
+    policy: str
+    budget: int
+    clips: tuple[int, ...]
+    missing: int
+    scores: dict[str, np.ndarray | str]
+    intervals: dict[str, Interval | str]
+    per_frame: list[Interval] | str
+    decision_ms: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The policies that are compared: those of one workload under one budget, and those that keep everything."""
+
+    workload: str
+    budget: int
+    rows: list[Row]
+
+    def ranked(self, metric: str) -> list[Row]:
+        """Rows by their mean, best first; rows without this metric last."""
+        sign = 1 if metric in LOWER_IS_BETTER else -1
+
+        def place(row: Row) -> float:
+            interval = row.intervals[metric]
+            return np.inf if isinstance(interval, str) else sign * interval.mean
+
+        return sorted(self.rows, key=place)
+
+    def differences(self, metric: str) -> list[list[Interval | None]]:
+        """Paired differences [row][reference], row minus reference on the clips that both have; None where there are none."""
+        table: list[list[Interval | None]] = [[None] * len(self.rows) for _ in self.rows]
+        alike: dict[tuple[int, ...], list[tuple[int, int, np.ndarray]]] = defaultdict(list)
+        for i, row in enumerate(self.rows):
+            for j, reference in enumerate(self.rows[:i]):
+                own, other = row.scores[metric], reference.scores[metric]
+                if isinstance(own, str) or isinstance(other, str):
+                    continue
+                clips, at, there = np.intersect1d(row.clips, reference.clips, assume_unique=True, return_indices=True)
+                if len(clips):
+                    alike[tuple(clips)].append((i, j, own[at] - other[there]))
+        for pairs in alike.values():
+            intervals = mean_intervals(np.stack([values for _, _, values in pairs], axis=1))
+            for (i, j, _), value in zip(pairs, intervals, strict=True):
+                table[i][j] = value
+                table[j][i] = Interval(-value.mean, -value.high, -value.low, value.n)
+        return table
+
+
+def select_policies(results: Results, names: Sequence[str]) -> Results:
+    """Results of these policies alone, in this order; of all if no name is given.
+
+    Raises:
+        ValueError: on a policy that was not evaluated, or if no episode is left.
+    """
+    settings = results.settings
+    for name in names:
+        if name not in settings.policies:
+            raise ValueError(f"{results.folder}: {unknown_name('policy', name, list(settings.policies))}")
+    chosen = {name: settings.policies[name] for name in names or settings.policies}
+    records = [record for record in results.records if record.policy in chosen]
+    if not records:
+        raise ValueError(f"{results.folder} holds no finished episode{' of these policies' if names else ''}; evaluate first")
+    return replace(results, settings=replace(settings, policies=chosen), records=records)
+
+
+def make_groups(results: Results) -> list[Group]:
+    """Every workload × budget that has episodes, in the order of the settings.
+
+    A workload whose only policies are unlimited is one group with the budget `UNLIMITED_FRAMES`.
+    """
+    episodes: dict[tuple[str, int], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in results.records:
+        episodes[record.workload, min(record.budget, UNLIMITED_FRAMES)][record.policy].append(record)
+    groups = []
+    for workload in results.settings.workloads:
+        rows = {
+            budget: [
+                _row(results, budget, episodes[workload, budget][name])
+                for name in results.settings.policies
+                if name in episodes[workload, budget]
+            ]
+            for budget in sorted({budget for name, budget in episodes if name == workload})
+        }
+        unlimited = rows.pop(UNLIMITED_FRAMES, [])
+        groups += [Group(workload, budget, [*own, *unlimited]) for budget, own in rows.items()]
+        if unlimited and not rows:
+            groups.append(Group(workload, UNLIMITED_FRAMES, unlimited))
+    return groups
+
+
+def _row(results: Results, budget: int, records: Sequence[Record]) -> Row:
+    settings = results.settings
+    by_clip: dict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        by_clip[record.clip].append(record)
+    whole = {clip: own for clip, own in sorted(by_clip.items()) if len(own) == len(settings.seeds)}
+    scores = {name: _scores(name, whole) for name in settings.metrics}
+    intervals: dict[str, Interval | str] = {}
+    for name, values in scores.items():
+        intervals[name] = values if isinstance(values, str) else mean_intervals(values[:, None])[0]
+    costs = [record.decision_ms for record in records if record.decision_ms is not None]
+    return Row(
+        policy=records[0].policy,
+        budget=budget,
+        clips=tuple(whole),
+        missing=len(settings.clips) * len(settings.seeds) - len(records),
+        scores=scores,
+        intervals=intervals,
+        per_frame=_per_frame(whole),
+        decision_ms=float(np.mean(costs)) if costs else None,
+    )
+
+
+def _scores(metric: str, episodes: dict[int, list[Record]]) -> np.ndarray | str:
+    """Per-clip means over seeds (clips,), or one sentence why there are none."""
+    for record in (record for own in episodes.values() for record in own):
+        if not np.isfinite(record.metrics[metric]):
+            return f"{metric_format(metric).label} is {record.metrics[metric]} on clip {record.clip}, seed {record.seed}"
+    if not episodes:
+        return "no clip is finished with every noise seed"
+    return np.array([np.mean([record.metrics[metric] for record in own]) for own in episodes.values()])
+
+
+def _per_frame(episodes: dict[int, list[Record]]) -> list[Interval] | str:
+    if not episodes:
+        return "no clip is finished with every noise seed"
+    for record in (record for own in episodes.values() for record in own):
+        if not np.isfinite(record.psnr_per_frame).all():
+            return f"the PSNR of a frame is not finite on clip {record.clip}, seed {record.seed}"
+    return mean_intervals(np.array([np.mean([record.psnr_per_frame for record in own], axis=0) for own in episodes.values()]))
+
+
+def highlighted(groups: Sequence[Group], metric: str, reference: str, count: int = 7) -> list[str]:
+    """Limited policies to draw in colour: those with the best mean place over all groups, and the reference last."""
+    places: dict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        limited = [row.policy for row in group.ranked(metric) if row.budget < UNLIMITED_FRAMES]
+        for place, policy in enumerate(limited):
+            places[policy].append(place / len(limited))
+    best = sorted(places, key=lambda policy: float(np.mean(places[policy])))
+    with_reference = [reference] if reference in places else []
+    return [policy for policy in best if policy != reference][: count - len(with_reference)] + with_reference
+
+
+def choose_reference(policies: Sequence[str], reference: str | None) -> str:
+    """The policy that others are compared with: as asked for, else ``recent_fill``, else the first.
+
+    Raises:
+        ValueError: if the one asked for was not evaluated.
+    """
+    if reference is None:
+        return NewestFrames.name if NewestFrames.name in policies else policies[0]
+    if reference not in policies:
+        raise ValueError(unknown_name("reference", reference, policies))
+    return reference
+
+
+def facts(results: Results) -> dict[str, dict[str, dict[str, int]]]:
+    """Workload → fact → value as text → number of episodes that have it."""
+    counts: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
+    for record in results.records:
+        for name, value in record.facts.items():
+            text = ", ".join(f"{k} {v}" for k, v in sorted(value.items())) if isinstance(value, dict) else str(value)
+            counts[record.workload][name][text] += 1
+    return {workload: {name: dict(values) for name, values in own.items()} for workload, own in counts.items()}

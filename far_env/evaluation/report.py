@@ -1,0 +1,213 @@
+"""A results folder as one self-contained HTML page: ranking, curves, and a player of the saved clips. It needs no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from far_env.contract import UNLIMITED_FRAMES
+from far_env.evaluation.ranking import Group, Row, choose_reference, facts, highlighted, make_groups, metric_format
+from far_env.evaluation.records import Record, Results
+from far_env.evaluation.statistics import Interval
+
+SCRIPTS = ("dom.js", "charts.js", "tables.js", "timeline.js", "player.js", "main.js")
+_TABLE_FACTS = ("family", "tier", "source", "note")
+
+
+def report_page(results: Results, reference: str | None = None, show_clips: int | None = None, progress: bool = True) -> str:
+    """The page as HTML text.
+
+    Args:
+        reference: policy that differences are shown to at first; ``recent_fill`` by default, if it was evaluated.
+        show_clips: at most so many clips per workload get a player; all that have frames by default.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if the reference was not evaluated, or a saved strip of frames is damaged.
+    """
+    data = report_data(results, reference, show_clips, progress)
+    folder = files("far_env") / "assets" / "report"
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    script = "\n".join(
+        ['"use strict";', *((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)],
+    )
+    parts = {
+        "title": html.escape(f"far-env report: {', '.join(results.settings.workloads)}"),
+        "style": style,
+        "style_hash": _source_hash(style),
+        "script": script,
+        "script_hash": _source_hash(script),
+        # Inside a script element only "<" could end the data.
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
+    }
+    template = (folder / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def report_data(
+    results: Results, reference: str | None = None, show_clips: int | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Everything the page shows, as plain values for JSON; intervals are [mean, low, high], policies are numbered."""
+    settings = results.settings
+    groups = make_groups(results)
+    played = {row.policy for group in groups for row in group.rows}
+    limited = {row.policy for group in groups for row in group.rows if row.budget < UNLIMITED_FRAMES}
+    names = [name for name in settings.policies if name in played]
+    number = {name: i for i, name in enumerate(names)}
+    chosen = choose_reference(names, reference)
+    images: dict[str, int] = {}
+    clips = _clips(results, number, images, show_clips, progress)
+    return {
+        "version": version("far-env"),
+        "folder": "" if results.folder is None else results.folder.resolve().name,
+        "split": settings.split,
+        "seeds": settings.seeds,
+        "clipCount": len(settings.clips),
+        "unlimited": UNLIMITED_FRAMES,
+        "metrics": [
+            {"name": m.name, "label": m.label, "unit": m.unit, "digits": m.digits, "lower": m.lower_is_better}
+            for m in map(metric_format, settings.metrics)
+        ],
+        "unavailable": settings.unavailable,
+        "policies": [
+            {"name": name, "full": name not in limited, **{key: settings.policies[name].get(key) for key in _TABLE_FACTS}}
+            for name in names
+        ],
+        "workloads": [
+            {
+                "name": name,
+                "context": settings.num_context[name],
+                "predict": settings.num_predict[name],
+                "size": settings.frame_size[name],
+            }
+            for name in settings.workloads
+        ],
+        "reference": number[chosen],
+        "highlighted": [number[name] for name in highlighted(groups, settings.metrics[0], chosen)],
+        "facts": facts(results),
+        "warnings": warnings(results),
+        "groups": [_group(group, number, settings.metrics) for group in _bar(groups, "intervals", progress)],
+        "clips": clips,
+        "images": list(images),
+    }
+
+
+def warnings(results: Results) -> list[str]:
+    """Sentences: policies that were not played yet, and facts that a workload's episodes should share and do not."""
+    played = {record.policy for record in results.records}
+    sentences = [f"No episode of {name} is finished." for name in results.settings.policies if name not in played]
+    for workload, own in facts(results).items():
+        for name in ("host", "weights", "ode_steps", "dtype"):
+            if len(values := own.get(name, {})) > 1:
+                counted = ", ".join(f"{value} ({count} episodes)" for value, count in values.items())
+                sentences.append(f"The episodes of {workload} do not have the same {name.replace('_', ' ')}: {counted}.")
+    return sentences
+
+
+def _group(group: Group, number: dict[str, int], metrics: Sequence[str]) -> dict[str, Any]:
+    differences = {}
+    for metric in metrics:
+        table = group.differences(metric)
+        differences[metric] = [[None if d is None else [*_triple(d), d.n] for d in line] for line in table]
+    rows = [_row(row, number) for row in group.rows]
+    return {"workload": group.workload, "budget": group.budget, "rows": rows, "differences": differences}
+
+
+def _row(row: Row, number: dict[str, int]) -> dict[str, Any]:
+    return {
+        "policy": number[row.policy],
+        "budget": row.budget,
+        "n": len(row.clips),
+        "missing": row.missing,
+        "scores": {metric: value if isinstance(value, str) else _triple(value) for metric, value in row.intervals.items()},
+        "perFrame": row.per_frame if isinstance(row.per_frame, str) else [_triple(value) for value in row.per_frame],
+        "ms": row.decision_ms,
+    }
+
+
+def _clips(
+    results: Results, number: dict[str, int], images: dict[str, int], show_clips: int | None, progress: bool
+) -> list[dict[str, Any]]:
+    """Clips with a strip of true frames and at least one of predicted frames; equal pictures are stored once in ``images``."""
+
+    def image(path: Path) -> int:
+        uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        return images.setdefault(uri, len(images))
+
+    settings = results.settings
+    by_clip: dict[tuple[str, int], list[tuple[Record, Path]]] = defaultdict(list)
+    for record in _bar(results.records, "frames", progress):
+        path = results.picture(record)
+        if path.is_file():
+            _check_strip(path, results, record.workload, settings.num_predict[record.workload])
+            by_clip[record.workload, record.clip].append((record, path))
+    clips = []
+    for workload in settings.workloads:
+        shown = 0
+        for clip in settings.clips:
+            runs, truth = by_clip[workload, clip], results.truth_picture(workload, clip)
+            if not runs or not truth.is_file() or shown == show_clips:
+                continue
+            _check_strip(truth, results, workload, settings.num_context[workload] + settings.num_predict[workload])
+            shown += 1
+            runs.sort(key=lambda run: (run[0].budget, number[run[0].policy]))
+            own = [_run(record, number, image(path)) for record, path in runs]
+            clips.append({"workload": workload, "clip": clip, "truth": image(truth), "runs": own})
+    return clips
+
+
+def _check_strip(path: Path, results: Results, workload: str, num_frames: int) -> None:
+    """Raise ValueError unless ``path`` is a PNG of so many frames side by side."""
+    size = results.settings.frame_size[workload]
+    try:
+        with Image.open(path) as image:
+            kind, (width, height) = image.format, image.size
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}; evaluate into a new folder") from error
+    if kind != "PNG" or (width, height) != (size * num_frames, size):
+        wanted = f"a PNG of {num_frames} frames, {size * num_frames}×{size} pixels"
+        raise ValueError(f"{path} should be {wanted}; it is a {kind} of {width}×{height}; evaluate into a new folder")
+
+
+def _run(record: Record, number: dict[str, int], image: int) -> dict[str, Any]:
+    return {
+        "policy": number[record.policy],
+        "budget": record.budget,
+        "seed": record.seed,
+        "image": image,
+        "metrics": {name: _round(value) for name, value in record.metrics.items() if math.isfinite(value)},
+        "psnr": [_round(value) if math.isfinite(value) else None for value in record.psnr_per_frame],
+        "plan": [[entry["step"], entry["kept"], entry["demoted"]] for entry in record.plan],
+    }
+
+
+def _bar(items: Sequence[Any], name: str, progress: bool) -> Iterable[Any]:
+    return tqdm(items, desc=name, disable=not progress, dynamic_ncols=True)
+
+
+def _triple(interval: Interval) -> list[float]:
+    own = asdict(interval)
+    return [_round(own[name]) for name in ("mean", "low", "high")]
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.7g}")
+
+
+def _source_hash(text: str) -> str:
+    """What a content security policy wants of an inline style or script."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
