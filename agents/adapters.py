@@ -29,7 +29,8 @@ class PolicyAgent:
     """Runs a policy as a fixed agent in `FrameRetentionEnv` or its vector form; each episode gets its own copy of it.
 
     Args:
-        policy: anything with ``build_temporal_cache_plan``.
+        policy: anything with ``build_temporal_cache_plan``. The environment shows it what the benchmark would; statistics that
+            it declares are not handed over.
     """
 
     def __init__(self, policy: RetentionPolicy) -> None:

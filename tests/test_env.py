@@ -12,8 +12,12 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
+import baselines
 import far_env  # noqa: F401  (registers the ids)
+from agents.adapters import PolicyAgent
+from far_env.contract import PolicyError
 from far_env.env import FrameRetentionEnv
+from far_env.rollout.play import play
 from far_env.vector_env import FrameRetentionVectorEnv
 
 
@@ -387,14 +391,27 @@ def test_sb3_adapter_keeps_sb3s_conventions(make_vector, tiny_workload):
     assert env.has_attr("action_masks") and not env.has_attr("no_such_thing")
 
 
+def of_frame_meta(name):
+    """A baseline that reads no more than the environment shows."""
+    return baselines.make(name, **({"tier": "M"} if "tier" in baselines.info(name).parameters else {}))
+
+
+def test_agents_that_need_statistics_are_refused_by_the_environment(make):
+    env = make(split="test")
+    obs, info = env.reset(options={"clip_id": 2})
+    with pytest.raises(PolicyError, match="context_match needs lat_cos, which this rollout does not hand over"):
+        PolicyAgent(baselines.make("context_match")).predict(obs, info)
+    # what can do without them does
+    for name in ("packforcing", "flowcache_paper", "deep_forcing"):
+        chosen = PolicyAgent(baselines.make(name)).predict(obs, info)
+        np.testing.assert_array_equal(chosen, PolicyAgent(of_frame_meta(name)).predict(obs, info))
+
+
 @torch.no_grad()
 def test_fixed_agents_play_in_the_environment_as_in_the_evaluation(make, make_vector, tiny_workload):
-    import baselines
-    from agents.adapters import PolicyAgent
-    from far_env.rollout.play import play
-
-    for name in baselines.names():
-        policy = baselines.make(name)
+    names = ("recent_window", "causalcache_vdm", "flowcache", "random", "least_change_next", "packcache_paper", "random_mid")
+    for name in (*names, "deep_forcing"):
+        policy = of_frame_meta(name)
         env = make(split="test")
         agent = PolicyAgent(policy)
         obs, info = env.reset(options={"clip_id": 2})
