@@ -16,10 +16,9 @@ from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan, unknown_name
 from far_env.device import peak_memory_mib, resolve_device, resolve_precision, timed
-from far_env.evaluation.evaluate import provenance
+from far_env.evaluation.evaluate import record_facts
 from far_env.host.random_host import random_host
 from far_env.host.zoo import RELEASED
-from far_env.provenance import machine
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED, rollout_noise
@@ -180,7 +179,14 @@ def self_test(workload: Workload, clip: Clip, noise_seed: int = BENCHMARK_SEED) 
     kept = [(decision.step, list(decision.kept)) for decision in decisions]
     latents = batch.generated([0])[0].float()
     checks = _checks(workload, noise_seed, latents, frames.float(), kept, reference)
-    facts = provenance(workload, max_frames) | {"machine": machine(host.device), "noise_seed": noise_seed}
+    facts = {
+        "workload": workload.name,
+        "context": workload.num_context,
+        "predict": workload.num_predict,
+        "budget": max_frames,
+        "noise_seed": noise_seed,
+        **record_facts(workload),
+    }
     return SelfTest(facts, checks, seconds, peak)
 
 
