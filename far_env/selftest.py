@@ -179,14 +179,14 @@ def self_test(workload: Workload, clip: Clip, noise_seed: int = BENCHMARK_SEED) 
     kept = [(decision.step, list(decision.kept)) for decision in decisions]
     latents = batch.generated([0])[0].float()
     checks = _checks(workload, noise_seed, latents, frames.float(), kept, reference)
-    asked = {
+    facts = {
         "workload": workload.name,
-        "budget": max_frames,
         "context": workload.num_context,
         "predict": workload.num_predict,
+        "budget": max_frames,
         "noise_seed": noise_seed,
+        **record_facts(workload),
     }
-    facts = asked | record_facts(workload)
     return SelfTest(facts, checks, seconds, peak)
 
 
