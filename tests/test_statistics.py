@@ -1,12 +1,23 @@
-"""Intervals against the normal approximation and against coverage."""
+"""Intervals against the normal approximation, against coverage and against SciPy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap, trim_mean
 
-from far_env.evaluation.evaluate import Evaluation
-from far_env.evaluation.statistics import mean_interval
+from far_env.evaluation.comparison import Evaluation, pooled_summary, tabulate
+from far_env.evaluation.records import Record, Results, Settings
+from far_env.evaluation.statistics import (
+    decision_cost,
+    episode_matrix,
+    iqm_interval,
+    mean_interval,
+    mean_intervals,
+    psnr_by_frame,
+    quality_by_budget,
+)
+from far_env.evaluation.table import pooled_table, results_table
 
 
 def test_the_interval_is_that_of_the_normal_approximation_for_many_clips():
@@ -35,5 +46,162 @@ def test_differences_are_paired():
 
 def test_the_interval_of_one_clip_is_its_value_and_of_none_an_error():
     assert mean_interval(np.array([7.0])).low == mean_interval(np.array([7.0])).high == 7
-    with pytest.raises(ValueError, match="at least one clip"):
-        mean_interval(np.array([]))
+    for nothing in (np.array([]), np.array([np.nan]), np.zeros((0, 2))):
+        for interval in (
+            mean_interval,
+            iqm_interval,
+            lambda values: mean_intervals(values.reshape(len(values), 2 - len(values))),
+        ):
+            with pytest.raises(ValueError, match="at least one clip"):
+                interval(nothing)
+
+
+def test_the_interval_is_scipys():
+    values = np.random.default_rng(3).gamma(2, 3, size=80)
+    own = mean_interval(values)
+    theirs = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", random_state=0).confidence_interval
+    assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
+    own = iqm_interval(values)
+    theirs = bootstrap((values,), lambda x, axis: trim_mean(x, 0.25, axis=axis), method="percentile", random_state=0)
+    assert (own.low, own.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.05)
+
+
+def test_the_interquartile_mean_is_the_trimmed_mean():
+    rng = np.random.default_rng(0)
+    for size in (*range(1, 20), 50, 101):
+        values = np.exp(rng.normal(size=(size, 1 + size % 3)))
+        assert iqm_interval(values).mean == pytest.approx(trim_mean(values.ravel(), 0.25))
+    strata = [rng.normal(size=(7, 2)), rng.normal(5, 1, size=(12, 1)), rng.normal(size=9)]
+    together = np.concatenate([stratum.ravel() for stratum in strata])
+    pooled = iqm_interval(*strata)
+    assert pooled.mean == pytest.approx(trim_mean(together, 0.25)) and pooled.n == 28
+    assert pooled.low < pooled.mean < pooled.high
+
+
+def test_strata_keep_their_sizes():
+    """Were clips drawn from the pool of both, the shares of the two would vary and the interval be wide."""
+    easy, hard = np.full(20, 40.0), np.full(20, 10.0)
+    pooled = iqm_interval(easy, hard)
+    assert (pooled.low, pooled.mean, pooled.high) == (25, 25, 25)
+    assert iqm_interval(np.concatenate([easy, hard])).high > 30
+
+
+def test_repeats_of_a_clip_are_drawn_together():
+    """With noise seeds as repeats the interval covers the truth; were episodes drawn one by one it would be too narrow."""
+    rng = np.random.default_rng(2)
+    for spread_of_clips, spread_of_noise in ((3, 1), (0, 2)):
+        held, held_apart = [], []
+        for _ in range(80):
+            values = 5 + spread_of_clips * rng.normal(size=(40, 1)) + spread_of_noise * rng.normal(size=(40, 4))
+            interval, apart = mean_interval(values), mean_interval(values.ravel())
+            held.append(interval.low <= 5 <= interval.high)
+            held_apart.append(apart.low <= 5 <= apart.high)
+        assert np.mean(held) >= 0.86
+        if spread_of_clips:
+            assert np.mean(held_apart) < 0.8
+
+
+def test_missing_values_are_left_out():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(30, 3))
+    values[4], values[7, 1], values[9, 2] = np.nan, np.inf, np.nan
+    known = values[np.isfinite(values)]
+    assert mean_interval(values).mean == pytest.approx(known.mean()) and mean_interval(values).n == 29
+    assert iqm_interval(values).mean == pytest.approx(trim_mean(known, 0.25))
+    columns = mean_intervals(values)
+    assert [column.n for column in columns] == [29, 28, 28]
+    for column, own in zip(columns, values.T, strict=True):
+        alone = mean_interval(own)
+        assert column.mean == pytest.approx(alone.mean)
+        assert (column.low, column.high) == pytest.approx((alone.low, alone.high), abs=0.03)
+
+
+def test_columns_are_intervals_of_their_own():
+    values = np.random.default_rng(5).normal(size=(50, 4))
+    for column, own in zip(mean_intervals(values), values.T, strict=True):
+        alone = mean_interval(own)
+        assert (column.mean, column.low, column.high) == pytest.approx((alone.mean, alone.low, alone.high))
+
+
+def made_up(clips=6, seeds=(1, 2)) -> Results:
+    """Two workloads; policy "good" at budgets 4 and 8 is 3 and 5 dB above "recent_fill", and full history 6."""
+    rng = np.random.default_rng(0)
+    gains = {("recent_fill", 4): 0, ("recent_fill", 8): 1, ("good", 4): 3, ("good", 8): 6, ("full_history", 9999): 7}
+    records = []
+    for workload in ("pan", "cuts"):
+        for clip in range(clips):
+            for seed in seeds:
+                base = 20 + rng.normal(0, 5)
+                for (policy, budget), gain in gains.items():
+                    frames = [base + gain - drop for drop in (0, 1, 5)]
+                    cost = None if policy == "full_history" else 0.1 * budget + clip
+                    numbers = {"metrics": {"psnr": base + gain}, "psnr_per_frame": frames, "decision_ms": cost}
+                    who = {"workload": workload, "budget": budget, "policy": policy, "clip": clip, "seed": seed}
+                    facts = {"host": "h", "weights": "w", "ode_steps": 4, "dtype": "float32", "device": "cpu", "commit": "c"}
+                    records.append(Record(**who, **numbers, plan=[], clip_sha256="", latents_sha256="", facts=facts))
+    sizes = {"pan": 5, "cuts": 5}
+    settings = Settings(
+        workloads=["pan", "cuts"],
+        budgets=[4, 8, 9999],
+        policies={"recent_fill": {}, "good": {}, "full_history": {}},
+        seeds=list(seeds),
+        split="test",
+        clips=list(range(clips)),
+        metrics=["psnr"],
+        unavailable={"lpips": "no weights"},
+        num_context=sizes,
+        num_predict={"pan": 3, "cuts": 3},
+        frame_size=sizes,
+    )
+    return Results(settings, records)
+
+
+def test_records_become_matrices_of_clips_and_seeds():
+    records = [r for r in made_up().records if (r.workload, r.policy, r.budget) == ("pan", "good", 4)]
+    matrix = episode_matrix(records, lambda record: record.metrics["psnr"])
+    assert matrix.shape == (6, 2)
+    assert matrix[3, 1] == next(r.metrics["psnr"] for r in records if (r.clip, r.seed) == (3, 2))
+    assert np.isnan(episode_matrix(records[:-1], lambda record: 1.0)).sum() == 1
+
+
+def test_quality_against_budget_drift_and_cost():
+    results = made_up()
+    by_budget = quality_by_budget(results, "pan", "good")
+    own = [r for r in results.records if (r.workload, r.policy) == ("pan", "good")]
+    assert {budget: interval.mean for budget, interval in by_budget.items()} == {
+        budget: pytest.approx(np.mean([r.metrics["psnr"] for r in own if r.budget == budget])) for budget in (4, 8)
+    }
+    drift = psnr_by_frame(results, "pan", 4, "good")
+    assert [frame.mean for frame in drift] == pytest.approx([by_budget[4].mean - drop for drop in (0, 1, 5)])
+    assert all(frame.low < frame.mean < frame.high and frame.n == 6 for frame in drift)
+    cost = decision_cost(results, "pan", 8, "good")
+    assert cost.mean == pytest.approx(0.8 + 2.5)
+    assert decision_cost(results, "pan", 9999, "full_history") is None
+    with pytest.raises(ValueError, match="no episode of magic on pan under budget 4"):
+        psnr_by_frame(results, "pan", 4, "magic")
+
+
+def test_pooled_numbers_are_those_of_all_cells():
+    results = made_up()
+    tables = [tabulate(results, workload, budget) for workload in ("pan", "cuts") for budget in (4, 8)]
+    pooled = pooled_summary(tables)
+    episodes = [r.metrics["psnr"] for r in results.records if r.policy == "good"]
+    assert pooled["good"]["psnr_iqm"].mean == pytest.approx(trim_mean(episodes, 0.25)) and pooled["good"]["psnr_iqm"].n == 12
+    # Gains are 3 at budget 4 and 5 at budget 8, the same share of both in every resample: the middle half's mean is 4.
+    gain = pooled["good"]["psnr_minus_recent_fill_iqm"]
+    assert (gain.low, gain.mean, gain.high) == pytest.approx((4, 4, 4))
+    assert "psnr_minus_recent_fill_iqm" not in pooled["recent_fill"]
+    table = pooled_table(tables)
+    assert table.splitlines()[2].startswith("full_history") and "+4.00 [+4.00, +4.00]" in table
+    assert table.endswith("interquartile means over pan 4, pan 8, cuts 4, cuts 8")
+
+
+def test_tables_show_costs_and_differing_facts():
+    results = made_up()
+    results.records[0].facts["commit"] = "another"
+    table = results_table(tabulate(results, "pan", 4))
+    (row,) = [line for line in table.splitlines() if line.startswith("good")]
+    assert row.split()[-1] == "2.900" and "+3.00 [+3.00, +3.00]" in row
+    (row,) = [line for line in table.splitlines() if line.startswith("full_history")]
+    assert row.rstrip().endswith("+7.00]")
+    assert "noise seed 1, 2 + clip id" in table and "commit another, c" in table and "no lpips column: no weights" in table

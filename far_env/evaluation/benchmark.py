@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from far_env.clips.clip import check_clip_id
 from far_env.clips.dmlab import DMLab
 from far_env.clips.ucf101 import UCF101
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy, unknown_name
@@ -118,6 +119,7 @@ def run_benchmark(
     """
     if num_clips < 1:
         raise ValueError(f"the benchmark needs at least 1 clip, got {num_clips}")
+    check_clip_id(workload.clips, "test", num_clips - 1)
     names, unavailable = available_metrics(metrics)
     scores: list[dict[str, float]] = []
     start = time.perf_counter()

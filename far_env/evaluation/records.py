@@ -184,7 +184,7 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
         stay = decisions.get(step, [])
         if not set(stay) <= set(history) or newest not in stay or len(stay) > record.budget:
             raise ValueError(f"has a plan that keeps {stay} of {history} at step {step}, with a budget of {record.budget}")
-        history = stay
+        history = list(stay)
     if asked != [entry["step"] for entry in record.plan]:
         raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget asks for decisions at {asked}")
     return decisions
