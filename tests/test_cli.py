@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -114,9 +115,81 @@ def test_results_do_not_depend_on_the_batch_size(capsys, tiny_host_folder):
     np.testing.assert_allclose(means, [means[0]] * 3, atol=1e-3)
 
 
+def test_evaluate_prints_a_table_per_workload_and_budget_and_one_of_all(capsys, tiny_host_folder, tmp_path):
+    args = ("--policies", "recent_fill,random,full_history", "--workload", "pan,cuts", "--budget", "4,tight_history_budget,2")
+    args += ("--seeds", "42,7", "--metrics", "psnr", "--out", str(tmp_path / "results"))
+    status, text, _ = evaluate(capsys, tiny_host_folder, *args)
+    assert status == 0
+    titles = [line for line in text.splitlines() if "test clips, noise seed 42, 7 + clip id" in line]
+    assert [title.split(", 3 test")[0] for title in titles] == [f"{w}, budget {b}" for w in ("pan", "cuts") for b in (2, 4)]
+    for name in ("full_history", "recent_fill", "random"):
+        assert len([line for line in text.splitlines() if line.startswith(name)]) == 5
+    assert "interquartile means over pan 2, pan 4, cuts 2, cuts 4" in text
+    assert f"60 records in {tmp_path / 'results'}" in text
+    _, out, _ = evaluate(capsys, tiny_host_folder, *args, "--json", "-")
+    result = json.loads(out)
+    assert [(table["workload"], table["budget"]) for table in result["tables"]] == [
+        (workload, budget) for workload in ("pan", "cuts") for budget in (2, 4)
+    ]
+    assert set(result["tables"][0]["decision_ms"]) == {"recent_fill", "random"}
+    for name, row in result["pooled"].items():
+        assert f"{row['psnr_iqm']['mean']:.2f} [{row['psnr_iqm']['low']:.2f}" in text and row["psnr_iqm"]["n"] == 6, name
+    settings = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    assert settings["policies"]["recent_fill"]["note"].startswith("Keeps the newest frames")
+    status, _, error = evaluate(capsys, tiny_host_folder, *args, "--split", "train")
+    assert status == 2 and "holds an evaluation with split test, not train; choose another folder" in error
+
+
+def test_all_policies_are_all_baselines(capsys, tiny_host_folder):
+    args = ("--policies", "all,full_history", "--metrics", "psnr", "--clips", "1", "--json", "-")
+    status, out, error = evaluate(capsys, tiny_host_folder, *args)
+    left_out = re.findall(r"left out (\w+)", error)
+    assert status == 0 and [*json.loads(out)["policies"], *left_out] == [*baselines.names(), *left_out, "full_history"]
+
+
+def test_full_history_needs_no_budget(capsys, tiny_host_folder):
+    full = ("--budget", "full_history_budget", "--metrics", "psnr", "--json", "-")
+    status, out, _ = evaluate(capsys, tiny_host_folder, "--policies", "full_history", *full)
+    alone = json.loads(out)
+    assert (status, alone["budget"]) == (0, "full history")
+    args = ("--budget", "4,9999", "--policies", "recent_fill", "--metrics", "psnr", "--json", "-")
+    _, out, _ = evaluate(capsys, tiny_host_folder, *args)
+    assert json.loads(out)["policies"]["full_history"] == {
+        **alone["policies"]["full_history"],
+        "psnr_minus_recent_fill": json.loads(out)["policies"]["full_history"]["psnr_minus_recent_fill"],
+    }
+    status, _, error = evaluate(capsys, tiny_host_folder, "--policies", "recent_fill", *full)
+    assert status == 2 and "with full history no policy is asked; give a budget for recent_fill" in error
+
+
+def test_a_policy_file_that_changes_is_not_mixed_with_what_it_was(capsys, tiny_host_folder, tmp_path):
+    path, out = tmp_path / "own.py", str(tmp_path / "results")
+    body = "return TemporalCachePlan([ChunkDecision(m.chunk_id, 'keep') for m in chunk_meta_list])"
+    path.write_text(POLICY.format(body=body))
+    args = ("--policies", str(path), "--metrics", "psnr", "--out", out)
+    assert evaluate(capsys, tiny_host_folder, *args)[0] == 0
+    assert len(list((tmp_path / "results" / "frames" / "pan" / "b4").rglob("*.png"))) == 3
+    path.write_text(POLICY.format(body="return TemporalCachePlan()"))
+    status, _, error = evaluate(capsys, tiny_host_folder, *args)
+    assert status == 2 and "holds an evaluation with the content of policy" in error
+
+
+def test_a_stopped_evaluation_tells_how_to_go_on(capsys, tiny_host_folder, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("far_env.evaluation.evaluate.play", stop)
+    status, _, error = evaluate(capsys, tiny_host_folder, "--policies", "random", "--out", str(tmp_path / "results"))
+    assert status == 130 and f"finished so far are in {tmp_path / 'results'}; the same command goes on from there" in error
+
+
 @pytest.mark.parametrize(
     ("args", "fragments"),
     [
+        (["--policies", "recent_fill", "--seeds", "4.2"], ["--seeds takes whole numbers from 0 on, got '4.2'"]),
+        (["--policies", "recent_fill", "--workload", " , "], ["--workload names no workload"]),
+        (["--policies", "recent_fill", "--budget", "4,tigt"], ["unknown budget 'tigt'"]),
+        (["--policies", "recent_fill", "--out", "/dev/null/results"], ["/dev/null/results cannot be written"]),
         (["--policies", "recent_fil"], ["no policy 'recent_fil'", "recent_fill"]),
         (["--policies", ","], ["names no policy"]),
         (["--policies", "recent_fill", "--budget", "0"], ["at least 1 frame, got 0"]),

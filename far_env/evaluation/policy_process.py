@@ -142,7 +142,7 @@ class PolicyProcess:
 
     def _raise_ended(self) -> None:
         try:
-            status = self._process.wait(timeout=5)
+            status = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             raise PolicyError("closed its answers") from None
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
