@@ -200,7 +200,13 @@ def test_the_policies_fill_their_shares_of_the_tokens(name, tiny_long_workload):
 def test_the_coarse_middle_is_a_queue():
     """Under 4 frames of tokens: two sinks, one newest frame, and four coarse ones."""
     policy = extended.make("packforcing_coarse")
-    numbers = {"max_frames": 4, "capacity_mb": 1.0, "token_budget": 64, "tokens_per_fine_frame": 16, "tokens_per_coarse_frame": 4}
+    numbers = {
+        "max_frames": 4,
+        "capacity_mb": 1.0,
+        "token_budget": 64,
+        "tokens_per_fine_frame": 16,
+        "tokens_per_coarse_frame": 4,
+    }
     plan = policy.build_temporal_cache_plan([None] * 9, None, numbers)
     # the first two of "drop", "demote_to_long_term" and "keep" tell them apart
     assert "".join(decision.action[:2] for decision in plan.chunk_decisions) == "keke" + "drdr" + "dededede" + "ke"

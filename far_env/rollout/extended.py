@@ -149,7 +149,9 @@ def play_extended(
     """
     counts = check_token_budget(workload.host, token_budget)
     if len(clips) != len(noise_seeds):
-        raise ValueError(f"a rollout needs a noise seed for every clip, got {len(clips)} clips and {len(noise_seeds)} noise seeds")
+        raise ValueError(
+            f"a rollout needs a noise seed for every clip, got {len(clips)} clips and {len(noise_seeds)} noise seeds"
+        )
     rows = [_begin(workload, clip, seed, policy) for clip, seed in zip(clips, noise_seeds, strict=True)]
     for step in range(workload.num_predict):
         alike: dict[tuple[bool, ...], list[_Row]] = {}
@@ -159,7 +161,10 @@ def play_extended(
             row.tokens.append(counts.of(row.coarse))
             alike.setdefault(tuple(row.coarse), []).append(row)
         for coarse, group in alike.items():
-            kept, noise = torch.stack([torch.stack(row.frames) for row in group]), torch.stack([row.noise[step] for row in group])
+            kept, noise = (
+                torch.stack([torch.stack(row.frames) for row in group]),
+                torch.stack([row.noise[step] for row in group]),
+            )
             new = workload.num_context + step
             actions = [[row.actions[number] for number in (*row.numbers, new)] for row in group] if workload.actions else None
             for row, frame in zip(group, denoise_extended(workload, kept, coarse, noise, actions), strict=True):
