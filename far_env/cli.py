@@ -87,6 +87,13 @@ def run_train_host(args: Sequence[str]) -> None:
     print(f"host {host.weights_hash} saved in {config.output_dir}")
 
 
+def run_extended(args: Sequence[str]) -> None:
+    """Evaluate policies under token budgets, demoted frames being coarse."""
+    from far_env.evaluation import extended
+
+    extended.run_extended(args)
+
+
 def run_export(args: Sequence[str]) -> None:
     """Export a policy."""
     options = parse(ExportOptions, args, "far-env export", ExportOptions.__doc__ or "")
@@ -181,6 +188,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "validate": run_validate,
     "report": run_report,
     "benchmark": run_benchmark,
+    "extended": run_extended,
     "export": run_export,
     "baselines": run_baselines,
     "weights": run_weights,

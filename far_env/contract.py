@@ -183,18 +183,21 @@ def ask_policy(
     *,
     clip: object,
     strict: bool = True,
+    most: int | None = None,
 ) -> Answer:
     """Call the policy and apply its plan.
 
     Args:
         clip: name of the clip, for the error message.
         strict: also require a well-formed plan. The benchmark path sets False and keeps the harness's lenient rules.
+        most: how many frames may stay; the budget's max_frames, unless the caller counts something else than frames.
 
     Raises:
         PolicyError: if the policy raises or its plan is not valid, naming policy, clip and step.
     """
     # What the policy does to its arguments must not change what its plan is held against.
-    num_frames, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
+    num_frames = len(chunk_meta_list)
+    most = int(budget_state["max_frames"]) if most is None else most
     where = f"policy {policy_name(policy)} on clip {clip}, step {rollout_state.step}"
     start = time.perf_counter()
     try:
@@ -207,7 +210,7 @@ def ask_policy(
     try:
         if strict:
             check_plan(plan, num_frames)
-        kept = apply_plan(plan, num_frames, max_frames)
+        kept = apply_plan(plan, num_frames, most)
         demoting = {decision.chunk_id for decision in plan.chunk_decisions if decision.action == DEMOTE}
         return Answer(kept, [chunk_id for chunk_id in kept if chunk_id in demoting], seconds)
     except (ValueError, AttributeError, TypeError) as error:

@@ -14,6 +14,7 @@ from agents.ppo import AgentTraining
 from far_env.cli import COMMANDS, BaselinesOptions, DataOptions, ExportOptions, SelfTestOptions, WeightsOptions
 from far_env.config import load_yaml, parse
 from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ReportOptions, ValidateOptions
+from far_env.evaluation.extended import ExtendedOptions
 from far_env.host.weights import load_host
 from far_env.train_host import HostTraining, check_models
 
@@ -25,6 +26,7 @@ OPTIONS = {
     "data": DataOptions,
     "evaluate": EvaluateOptions,
     "export": ExportOptions,
+    "extended": ExtendedOptions,
     "report": ReportOptions,
     "selftest": SelfTestOptions,
     "train-host": HostTraining,

@@ -121,17 +121,17 @@ def run_evaluate(args: Sequence[str]) -> None:
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.workloads import make_workload, resolve_budget
 
-    names = _listed(options.policies, "policies", "policy")
-    budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in _listed(options.budget, "budget", "budget")})
+    names = listed(options.policies, "policies", "policy")
+    budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in listed(options.budget, "budget", "budget")})
     limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
-    seeds = [_seed(text) for text in _listed(options.seeds, "seeds", "noise seed")]
-    metrics = _listed(options.metrics, "metrics", "metric")
+    seeds = [_seed(text) for text in listed(options.seeds, "seeds", "noise seed")]
+    metrics = listed(options.metrics, "metrics", "metric")
     policies, optional = _load_policies(names, budgets)
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
     clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
     common = {"host": options.host, "device": options.device, "precision": options.precision, **clip_options}
-    workloads = [make_workload(name, **common) for name in _listed(options.workload, "workload", "workload")]
+    workloads = [make_workload(name, **common) for name in listed(options.workload, "workload", "workload")]
     start = time.perf_counter()
     with _resumable(options.out):
         results = evaluate_grid(
@@ -201,7 +201,7 @@ def run_report(args: Sequence[str]) -> None:
 
     if options.show_clips is not None and options.show_clips < 0:
         raise ValueError(f"--show-clips must be at least 0, got {options.show_clips}")
-    names = [] if options.policies is None else _listed(options.policies, "policies", "policy")
+    names = [] if options.policies is None else listed(options.policies, "policies", "policy")
     results = select_policies(load(options.results), names)
     if options.plots is not None:
         make_run_dir(options.plots)
@@ -300,7 +300,7 @@ def _json(tables: Sequence[Evaluation]) -> str:
     return json.dumps({"tables": [table.summary() for table in tables], "pooled": pooled}, indent=2)
 
 
-def _listed(text: str, option: str, noun: str) -> list[str]:
+def listed(text: str, option: str, noun: str) -> list[str]:
     """The parts of a comma-separated option, each once. Raises ValueError if there is none."""
     parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:

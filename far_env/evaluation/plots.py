@@ -70,7 +70,7 @@ def save_plots(results: Results, folder: Path, reference: str | None = None, pro
         for name, make in tqdm(jobs, desc="plots", disable=not progress, dynamic_ncols=True):
             figure = make()
             if figure is not None:
-                written += [_save(figure, folder / f"{_file_name(name)}.{kind}", kind, source) for kind in ("png", "svg")]
+                written += [save_figure(figure, folder / f"{_file_name(name)}.{kind}", kind, source) for kind in ("png", "svg")]
     return written
 
 
@@ -228,7 +228,8 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
-def _save(figure: Figure, path: Path, kind: str, source: str) -> Path:
+def save_figure(figure: Figure, path: Path, kind: str, source: str) -> Path:
+    """Write a figure as a "png" or "svg" that says where its numbers come from. Raises ValueError if it cannot be written."""
     temporary = path.with_name(path.name + ".part")
     metadata = {"Title": path.stem, "Description": source} | ({"Date": None} if kind == "svg" else {})
     try:

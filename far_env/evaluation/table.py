@@ -38,7 +38,7 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     if "seconds" in facts:
         footer += f"; {facts['seconds']} s"
     missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
-    return "\n".join([_table(header, rows), footer, *missing])
+    return "\n".join([text_table(header, rows), footer, *missing])
 
 
 def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -> str:
@@ -57,14 +57,15 @@ def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -
             row.append(_signed(own[difference]) if difference in own else "")
         rows.append(row)
     cells = ", ".join(f"{table.provenance['workload']} {table.provenance['budget']}" for table in tables)
-    return f"{_table(header, rows)}\n\ninterquartile means over {cells}"
+    return f"{text_table(header, rows)}\n\ninterquartile means over {cells}"
 
 
 def _signed(interval: Interval) -> str:
     return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """Rows under a header, in columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(map(_align, row, widths, range(len(row)))) for row in [header, *rows]]
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
