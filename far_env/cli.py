@@ -23,7 +23,7 @@ class ExportOptions:
     """Write a trained policy as one self-contained Python file for the benchmark."""
 
     run: tyro.conf.Positional[str]
-    """Run folder of train_agent.py."""
+    """Run folder of train_agent.py, or pretrained/NAME for a policy that ships."""
     out: str = "policy.py"
 
 
@@ -98,8 +98,9 @@ def run_export(args: Sequence[str]) -> None:
     """Export a policy."""
     options = parse(ExportOptions, args, "far-env export", ExportOptions.__doc__ or "")
     from agents.export import export_run
+    from agents.runs import scorer_folder
 
-    export_run(Path(options.run), Path(options.out))
+    export_run(scorer_folder(options.run), Path(options.out))
     print(f"wrote {options.out}")
 
 

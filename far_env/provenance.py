@@ -34,6 +34,12 @@ def save_facts(folder: Path, facts: dict[str, object]) -> None:
     write_text(folder / FILE, json.dumps([*load_facts(folder), facts], indent=2) + "\n")
 
 
+def add_to_facts(folder: Path, more: dict[str, object]) -> None:
+    """Add what only its end tells to the facts of the run folder's last session."""
+    *before, last = load_facts(folder)
+    write_text(folder / FILE, json.dumps([*before, last | more], indent=2) + "\n")
+
+
 def load_facts(folder: Path) -> list[dict]:
     """Facts of every session that worked on a run, in order. Raises ValueError if the file is damaged."""
     path = folder / FILE

@@ -67,7 +67,7 @@ def test_the_commands_are_understood(monkeypatch):
             seen.add(args[1])
         else:
             assert (program, args[:1]) == ("tensorboard", ["--logdir"])
-    assert seen == {*COMMANDS, "train_agent.py", "benchmarks.rollout", "benchmarks.parts", "benchmarks.host"}
+    assert seen == {*COMMANDS, "train_agent.py", "benchmarks.rollout", "benchmarks.parts", "benchmarks.host", "agents.pretrained"}
 
 
 def test_the_files_it_names_exist():
