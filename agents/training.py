@@ -20,7 +20,7 @@ from far_env.provenance import add_to_facts, run_facts, save_facts
 from far_env.render import save_comparison
 from far_env.workloads import Workload, check_decides, make_workload, resolve_budget
 
-_FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
+FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
 """Settings that may differ when a run is resumed; all others shape the training."""
 
 
@@ -42,7 +42,8 @@ def train(config: AgentTraining) -> None:
     try:
         network = train_scorer(config, workload, max_frames, run_dir)
     except KeyboardInterrupt:
-        print(f"\nstopped; run the same command with --resume to go on from the last update in {run_dir}", file=sys.stderr)
+        how = "" if config.resume else " with --resume"
+        print(f"\nstopped; run the same command{how} to go on from the last update in {run_dir}", file=sys.stderr)
         raise
     finally:
         add_to_facts(run_dir, {"training_seconds": round(time.perf_counter() - start, 1)})
@@ -79,6 +80,6 @@ def check_run_dir(config: AgentTraining, run_dir: Path) -> None:
         raise ValueError(f"{run_dir} already holds a run; add --resume to go on with it, or choose another --run-dir")
     before = asdict(load_yaml(AgentTraining, run_dir / SETTINGS_FILE))
     now = asdict(config)
-    changed = [key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key]]
+    changed = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
     if changed:
         raise ValueError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); choose another --run-dir")

@@ -94,6 +94,13 @@ def run_extended(args: Sequence[str]) -> None:
     extended.run_extended(args)
 
 
+def run_reproduce(args: Sequence[str]) -> None:
+    """Measure the tables of RESULTS.md anew."""
+    from far_env.evaluation import reproduce
+
+    reproduce.run_reproduce(args)
+
+
 def run_export(args: Sequence[str]) -> None:
     """Export a policy."""
     options = parse(ExportOptions, args, "far-env export", ExportOptions.__doc__ or "")
@@ -190,6 +197,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "report": run_report,
     "benchmark": run_benchmark,
     "extended": run_extended,
+    "reproduce": run_reproduce,
     "export": run_export,
     "baselines": run_baselines,
     "weights": run_weights,

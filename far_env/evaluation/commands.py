@@ -133,7 +133,7 @@ def run_evaluate(args: Sequence[str]) -> None:
     common = {"host": options.host, "device": options.device, "precision": options.precision, **clip_options}
     workloads = [make_workload(name, **common) for name in listed(options.workload, "workload", "workload")]
     start = time.perf_counter()
-    with _resumable(options.out):
+    with resumable(options.out):
         results = evaluate_grid(
             workloads,
             limited,
@@ -321,7 +321,8 @@ def _lasting(clip_options: dict[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _resumable(out: str | None) -> Iterator[None]:
+def resumable(out: str | None) -> Iterator[None]:
+    """Tell on Ctrl-C where the episodes finished so far are."""
     try:
         yield
     except KeyboardInterrupt:
