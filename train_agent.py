@@ -10,96 +10,19 @@ results.json, results.txt, comparison.png, TensorBoard logs and the checkpoint t
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
-
-from agents.adapters import AgentPolicy
-from agents.ppo import CHECKPOINT_FILE, AgentTraining, experiment_facts, train_scorer
-from agents.runs import WEIGHTS_FILE, load_policy, save_scorer
+from agents.ppo import AgentTraining
+from agents.training import train
 from far_env.cli import run_guarded
-from far_env.config import load_yaml, make_run_dir, parse, save_yaml, write_text
-from far_env.evaluation.evaluate import evaluate
-from far_env.evaluation.table import results_table
-from far_env.provenance import run_facts, save_facts
-from far_env.render import save_comparison
-from far_env.workloads import Workload, check_decides, resolve_budgets
-
-LEARNED = "learned"
-_FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
-"""Settings that may differ when a run is resumed; all others shape the training."""
+from far_env.config import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     return run_guarded("train_agent.py", lambda: train(parse(AgentTraining, args, "train_agent.py", __doc__ or "")))
-
-
-def train(config: AgentTraining) -> None:
-    """Train, keep the best scorer by validation, print and save the table on test clips."""
-    torch.set_flush_denormal(True)
-    budgets = resolve_budgets(config.budget)
-    table_policies = {name: load_policy(name) for name in config.table}
-    workloads = config.make_workloads()
-    for workload in workloads:
-        _check_fits(config, workload, budgets)
-    host = workloads[0].host
-    run_dir = make_run_dir(config.run_dir)
-    _check_run_dir(config, run_dir)
-    facts = run_facts(host.device, host.dtype)
-    save_facts(run_dir, facts)
-    save_yaml(config, run_dir / "config.yaml")
-    try:
-        network = train_scorer(config, workloads, budgets, run_dir)
-    except KeyboardInterrupt:
-        print(f"\nstopped; run the same command with --resume to go on from the last update in {run_dir}", file=sys.stderr)
-        raise
-    if not (run_dir / WEIGHTS_FILE).exists():
-        about = experiment_facts(config, workloads, budgets) | {"commit": facts["commit"]}
-        save_scorer(network, asdict(config.network), about, run_dir)
-
-    policies = {LEARNED: AgentPolicy(network), **table_policies}
-    clips = range(config.test_clips)
-    results = [evaluate(workload, budget, policies, clips) for workload in workloads for budget in budgets]
-    summaries = [result.summary() for result in results]
-    write_text(
-        run_dir / "results.json", json.dumps(summaries[0] if len(results) == 1 else {"tables": summaries}, indent=2) + "\n"
-    )
-    tables = "\n\n".join(map(results_table, results))
-    write_text(run_dir / "results.txt", tables + "\n")
-    shown = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
-    save_comparison(run_dir / "comparison.png", workloads[0], budgets[0], shown)
-    print(tables)
-    print(f"\nrun folder: {run_dir}\nnext: far-env export {run_dir} --out policy.py")
-
-
-def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int]) -> None:
-    """Tell what would fail after the training before it."""
-    for budget in budgets:
-        check_decides(workload, budget)
-    wanted = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
-    for split, count in wanted.items():
-        available = workload.clips.num_clips(split)
-        if count > available:
-            raise ValueError(f"{split}_clips is {count}, but {workload.name}/{split} has {available}")
-
-
-def _check_run_dir(config: AgentTraining, run_dir: Path) -> None:
-    """Refuse to overwrite a run, or to go on with one whose settings were others."""
-    if not (run_dir / CHECKPOINT_FILE).exists():
-        return
-    if not config.resume:
-        raise ValueError(f"{run_dir} already holds a run; add --resume to go on with it, or choose another --run-dir")
-    before = asdict(load_yaml(AgentTraining, run_dir / "config.yaml"))
-    now = asdict(config)
-    changed = [key for key in now if key not in _FREE_TO_CHANGE and now[key] != before[key]]
-    if changed:
-        raise ValueError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); choose another --run-dir")
 
 
 if __name__ == "__main__":

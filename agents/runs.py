@@ -1,4 +1,4 @@
-"""Run folders and the names of policies: a trained scorer on disk, and one way to turn any name into a policy."""
+"""Run folders, policies that ship, and names: a trained scorer on disk, and one way to turn any name into a policy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ import baselines
 from agents.adapters import AgentPolicy
 from agents.network import RetentionNetwork
 from far_env.config import write_text
-from far_env.contract import RetentionPolicy
+from far_env.contract import RetentionPolicy, unknown_name
 from far_env.evaluation.evaluate import FULL_HISTORY
 from far_env.host.weights import load_weights
 from far_env.policy_file import policy_from_file
 
 WEIGHTS_FILE = "policy.safetensors"
 CONFIG_FILE = "policy.json"
+SETTINGS_FILE = "config.yaml"
+RESULTS_FILE = "results.json"
+LEARNED = "learned"
+"""The trained policy's name among those that stand beside it in a run's table."""
+PRETRAINED = "pretrained/"
+"""Names that begin so are policies that ship; a folder of one's own that is called so is named ``./pretrained/…``."""
+PRETRAINED_DIR = Path(__file__).parent / "pretrained"
 
 
 def save_scorer(network: RetentionNetwork, size: dict[str, int], facts: dict[str, object], folder: Path) -> None:
@@ -45,8 +52,22 @@ def load_scorer(folder: Path) -> tuple[RetentionNetwork, dict[str, object]]:
     return load_weights(network, folder / WEIGHTS_FILE), facts
 
 
+def pretrained_names() -> list[str]:
+    """The policies that ship, as `load_policy` knows them."""
+    return [f"{PRETRAINED}{path.parent.name}" for path in sorted(PRETRAINED_DIR.glob(f"*/{CONFIG_FILE}"))]
+
+
+def scorer_folder(name: str) -> Path:
+    """The folder of a trained scorer: a run's, or that of a policy that ships. Raises ValueError if no such policy ships."""
+    if not name.startswith(PRETRAINED):
+        return Path(name)
+    if name not in pretrained_names():
+        raise ValueError(unknown_name("pretrained policy", name, pretrained_names()))
+    return PRETRAINED_DIR / name.removeprefix(PRETRAINED)
+
+
 def load_policy(name: str) -> RetentionPolicy | None:
-    """A policy by name: a baseline, a Python file, a run folder, or full_history (None: nothing is dropped).
+    """A policy by name: a baseline, a Python file, a run folder, pretrained/NAME, or full_history (None: nothing is dropped).
 
     Raises:
         ValueError: if the name is none of these, or the file or folder cannot be used.
@@ -55,7 +76,7 @@ def load_policy(name: str) -> RetentionPolicy | None:
         return None
     if name in baselines.names():
         return baselines.make(name)
-    path = Path(name)
+    path = scorer_folder(name)
     if path.suffix == ".py" and path.is_file():
         policy = policy_from_file(path)
         with contextlib.suppress(AttributeError):
@@ -64,7 +85,10 @@ def load_policy(name: str) -> RetentionPolicy | None:
     if path.is_dir():
         return AgentPolicy(load_scorer(path)[0], name)
     known = ", ".join([*baselines.names(), FULL_HISTORY])
-    raise ValueError(f"no policy {name!r}: it is neither a baseline ({known}) nor an existing .py file or run folder")
+    raise ValueError(
+        f"no policy {name!r}: it is neither a baseline ({known}), nor a pretrained one ({', '.join(pretrained_names())}), nor "
+        "an existing .py file or run folder"
+    )
 
 
 def policy_facts(name: str) -> dict[str, str]:
@@ -73,6 +97,13 @@ def policy_facts(name: str) -> dict[str, str]:
         return {"note": "nothing is dropped"}
     if name in baselines.names():
         return {"note": inspect.getdoc(type(baselines.make(name))).split("\n")[0]}
-    path = Path(name)
-    content = path if path.is_file() else path / WEIGHTS_FILE
-    return {"source": str(path.resolve()), "sha256": hashlib.sha256(content.read_bytes()).hexdigest()}
+    path = scorer_folder(name)
+    if path.is_file():
+        return {"source": str(path.resolve()), "sha256": _sha256(path)}
+    source = f"{name} of far-env" if name.startswith(PRETRAINED) else str(path.resolve())
+    note = f"trained on {load_scorer(path)[1].get('trained_on', 'unknown clips')}"
+    return {"source": source, "note": note, "sha256": _sha256(path / WEIGHTS_FILE)}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,7 +23,7 @@ class ExportOptions:
     """Write a trained policy as one self-contained Python file for the benchmark."""
 
     run: tyro.conf.Positional[str]
-    """Run folder of train_agent.py."""
+    """Run folder of train_agent.py, or pretrained/NAME for a policy that ships."""
     out: str = "policy.py"
 
 
@@ -94,12 +94,20 @@ def run_extended(args: Sequence[str]) -> None:
     extended.run_extended(args)
 
 
+def run_reproduce(args: Sequence[str]) -> None:
+    """Measure the tables of RESULTS.md anew."""
+    from far_env.evaluation import reproduce
+
+    reproduce.run_reproduce(args)
+
+
 def run_export(args: Sequence[str]) -> None:
     """Export a policy."""
     options = parse(ExportOptions, args, "far-env export", ExportOptions.__doc__ or "")
     from agents.export import export_run
+    from agents.runs import scorer_folder
 
-    export_run(Path(options.run), Path(options.out))
+    export_run(scorer_folder(options.run), Path(options.out))
     print(f"wrote {options.out}")
 
 
@@ -189,6 +197,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "report": run_report,
     "benchmark": run_benchmark,
     "extended": run_extended,
+    "reproduce": run_reproduce,
     "export": run_export,
     "baselines": run_baselines,
     "weights": run_weights,

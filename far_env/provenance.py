@@ -34,6 +34,12 @@ def save_facts(folder: Path, facts: dict[str, object]) -> None:
     write_text(folder / FILE, json.dumps([*load_facts(folder), facts], indent=2) + "\n")
 
 
+def add_to_facts(folder: Path, more: dict[str, object]) -> None:
+    """Add what only its end tells to the facts of the run folder's last session."""
+    *before, last = load_facts(folder)
+    write_text(folder / FILE, json.dumps([*before, last | more], indent=2) + "\n")
+
+
 def load_facts(folder: Path) -> list[dict]:
     """Facts of every session that worked on a run, in order. Raises ValueError if the file is damaged."""
     path = folder / FILE
@@ -59,7 +65,11 @@ def machine(device: torch.device) -> str:
 
 
 def git_commit() -> str:
-    """Short commit of this source tree, marked if it was changed, or "unknown" where it is not part of a checkout."""
+    """Short commit of this source tree, or "unknown" where it is not part of a checkout.
+
+    It is marked if a tracked file was changed; Markdown does not count, for results that are written into the checkout do not
+    change what the next ones are made with.
+    """
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -69,6 +79,7 @@ def git_commit() -> str:
     try:
         # Installed into an environment that lies inside another project's checkout, git would describe that project.
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+        commit = git("describe", "--always", "--abbrev=10", "--exclude=*")
+        return f"{commit}-dirty" if git("diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)*.md") else commit
     except (OSError, subprocess.SubprocessError):
         return "unknown"

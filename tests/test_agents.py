@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
         name.startswith("events") for name in names
     )
     assert not any(name.endswith(".part") for name in names)
-    results = json.loads((folder / "results.json").read_text())
+    (results,) = json.loads((folder / "results.json").read_text())["tables"]
     assert set(results["policies"]) == {"learned", "recent_fill", "full_history"}
     assert results["policies"]["learned"]["psnr_minus_recent_fill"]["n"] == 3
     network, facts = load_scorer(folder)

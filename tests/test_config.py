@@ -61,7 +61,7 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert config == Outer(Inner(0.5, True), count=4)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "results.yaml"}), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
     cls = HostTraining if path.name.startswith("host") else AgentTraining
     config = load_yaml(cls, path)

@@ -15,6 +15,7 @@ from far_env.cli import COMMANDS, BaselinesOptions, DataOptions, ExportOptions, 
 from far_env.config import load_yaml, parse
 from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ReportOptions, ValidateOptions
 from far_env.evaluation.extended import ExtendedOptions
+from far_env.evaluation.reproduce import ReproduceOptions, load_tables
 from far_env.host.weights import load_host
 from far_env.train_host import HostTraining, check_models
 
@@ -28,6 +29,7 @@ OPTIONS = {
     "export": ExportOptions,
     "extended": ExtendedOptions,
     "report": ReportOptions,
+    "reproduce": ReproduceOptions,
     "selftest": SelfTestOptions,
     "train-host": HostTraining,
     "validate": ValidateOptions,
@@ -67,7 +69,14 @@ def test_the_commands_are_understood(monkeypatch):
             seen.add(args[1])
         else:
             assert (program, args[:1]) == ("tensorboard", ["--logdir"])
-    assert seen == {*COMMANDS, "train_agent.py", "benchmarks.rollout", "benchmarks.parts", "benchmarks.host"}
+    assert seen == {
+        *COMMANDS,
+        "train_agent.py",
+        "benchmarks.rollout",
+        "benchmarks.parts",
+        "benchmarks.host",
+        "agents.pretrained",
+    }
 
 
 def test_the_files_it_names_exist():
@@ -83,5 +92,7 @@ def test_every_config_loads(path):
     if path.name.startswith("host"):
         config = load_yaml(HostTraining, path)
         check_models(config, None if config.start_from is None else load_host(config.start_from, "cpu"))
+    elif path.name == "results.yaml":
+        assert load_tables(path)[0]
     else:
         load_yaml(AgentTraining, path)

@@ -27,7 +27,7 @@ class EvaluateOptions:
     """Compare policies on the same clips with the same noise."""
 
     policies: str
-    """Comma-separated: baselines, "all" of them, .py files with a policy class, run folders, or full_history."""
+    """Comma-separated: baselines, "all" of them, .py files with a policy class, run folders, pretrained/NAME, full_history."""
     workload: str = "pan"
     """One or more, separated by commas."""
     budget: str = "4"
@@ -81,7 +81,7 @@ class BenchmarkOptions:
     """Print a policy's line of metrics as the benchmark ar-video-kv-temporal-policy does."""
 
     policy: str
-    """A .py file (which runs in a process of its own), a baseline, a run folder or full_history."""
+    """A .py file (which runs in a process of its own), a baseline, a run folder, pretrained/NAME or full_history."""
     workload: str = "ucf101_short_prediction"
     budget: str = "tight_history_budget"
     host: str | None = None
@@ -133,7 +133,7 @@ def run_evaluate(args: Sequence[str]) -> None:
     common = {"host": options.host, "device": options.device, "precision": options.precision, **clip_options}
     workloads = [make_workload(name, **common) for name in listed(options.workload, "workload", "workload")]
     start = time.perf_counter()
-    with _resumable(options.out):
+    with resumable(options.out):
         results = evaluate_grid(
             workloads,
             limited,
@@ -321,7 +321,8 @@ def _lasting(clip_options: dict[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def _resumable(out: str | None) -> Iterator[None]:
+def resumable(out: str | None) -> Iterator[None]:
+    """Tell on Ctrl-C where the episodes finished so far are."""
     try:
         yield
     except KeyboardInterrupt:

@@ -47,8 +47,8 @@ class ExtendedOptions:
     tokens: str = "64,128,192,256"
     """Tokens of the history that each generated frame may see; one or more."""
     policies: str = f"{REFERENCE},sink_recent_fine,far_coarse,packforcing_coarse,{FULL_HISTORY}"
-    """Comma-separated: those of baselines/extended.py, baselines, .py files, run folders, or full_history, which is the host's
-    own: its window fine, all older frames coarse."""
+    """Comma-separated: those of baselines/extended.py, baselines, .py files, run folders, pretrained/NAME, or full_history,
+    which is the host's own: its window fine, all older frames coarse."""
     clips: int = 16
     """The first so many clips of the split."""
     seed: int = 42

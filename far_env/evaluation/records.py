@@ -22,7 +22,7 @@ FORMAT = 1
 FULL_HISTORY = "full_history"
 """The reference that lifts the budget; wherever a policy is named, this name means no policy at all."""
 _SETTINGS_FILE = "evaluation.json"
-_RECORDS_FILE = "records.jsonl"
+RECORDS_FILE = "records.jsonl"
 _UNITED = ("workloads", "budgets", "seeds", "clips")
 _EQUAL = ("split", "metrics", "show_clips")
 _BY_WORKLOAD = ("num_context", "num_predict", "frame_size", "made_with")
@@ -222,7 +222,7 @@ def load(folder: str | Path) -> Results:
     """
     folder = Path(folder)
     settings = _load_settings(folder / _SETTINGS_FILE)
-    return Results(settings, _parse(_read(folder / _RECORDS_FILE), settings, folder / _RECORDS_FILE), folder)
+    return Results(settings, _parse(_read(folder / RECORDS_FILE), settings, folder / RECORDS_FILE), folder)
 
 
 def _load_settings(path: Path) -> Settings:
@@ -277,12 +277,12 @@ class Recorder:
 
     def __init__(self, folder: str | Path, settings: Settings) -> None:
         folder = make_run_dir(folder)
-        self._file = _open_alone(folder / _RECORDS_FILE)
+        self._file = _open_alone(folder / RECORDS_FILE)
         try:
             if (folder / _SETTINGS_FILE).exists():
                 settings = _load_settings(folder / _SETTINGS_FILE).united(settings, folder)
             content = self._file.read()
-            self.results = Results(settings, _parse(content, settings, folder / _RECORDS_FILE), folder)
+            self.results = Results(settings, _parse(content, settings, folder / RECORDS_FILE), folder)
             self._file.truncate(content.rfind(b"\n") + 1)
             self._write_settings()
         except BaseException:

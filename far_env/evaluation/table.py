@@ -1,8 +1,9 @@
-"""Evaluations as tables for the terminal."""
+"""Evaluations as tables: text for the terminal, Markdown for files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from far_env.evaluation.comparison import Evaluation, pooled_summary
 from far_env.evaluation.statistics import Interval, mean_interval
@@ -28,17 +29,38 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
             row.append("" if name == reference else _signed(mean_interval(result.difference(name, reference))))
         row.append(f"{result.decision_ms[name]:.3f}" if name in result.decision_ms else "")
         rows.append(row)
-    facts = {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in result.provenance.items()
-    }
-    footer = (
-        "\n{workload}, budget {budget}, {clips} {split} clips, noise seed {noise_seed}, {ode_steps} ODE steps; host {host} "
-        "({weights}), {dtype} on {device}, commit {commit}".format(**facts)
-    )
+    facts = result.provenance
+    footer = "\n{workload}, budget {budget}, ".format(**facts) + source_line(facts)
     if "seconds" in facts:
         footer += f"; {facts['seconds']} s"
     missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
     return "\n".join([text_table(header, rows), footer, *missing])
+
+
+def source_line(facts: Mapping[str, object]) -> str:
+    """What an evaluation's numbers were made with, from its provenance; all values where its episodes differ."""
+    told = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
+    return (
+        "{clips} {split} clips, noise seed {noise_seed}, {ode_steps} ODE steps; host {host} ({weights}), {dtype} on {device}, "
+        "commit {commit}".format(**told)
+    )
+
+
+def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "recent_fill") -> str:
+    """Summaries of evaluations (`Evaluation.summary`) as one table: a row per workload, budget and policy, best first.
+
+    Args:
+        reference: the policy whose paired PSNR difference the summaries hold.
+    """
+    head = ["workload", "budget", "policy", "PSNR dB [95 %]", "SSIM [95 %]", f"PSNR − {reference} [95 %]"]
+    lines = [head, ["---"] * len(head)]
+    for summary in summaries:
+        for name, scores in sorted(summary["policies"].items(), key=lambda item: -item[1]["psnr"]["mean"]):
+            psnr, ssim = (Interval(**scores[metric]) for metric in ("psnr", "ssim"))
+            difference = scores.get(f"psnr_minus_{reference}")
+            told = "" if difference is None else _signed(Interval(**difference))
+            lines.append([summary["workload"], str(summary["budget"]), name, _plain(psnr, 2), _plain(ssim, 3), told])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -> str:
@@ -52,12 +74,16 @@ def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -
     rows = []
     for name, own in sorted(pooled.items(), key=lambda item: -item[1]["psnr_iqm"].mean):
         quality = own["psnr_iqm"]
-        row = [name, f"{quality.mean:.2f} [{quality.low:.2f}, {quality.high:.2f}]"]
+        row = [name, _plain(quality, 2)]
         if compared:
             row.append(_signed(own[difference]) if difference in own else "")
         rows.append(row)
     cells = ", ".join(f"{table.provenance['workload']} {table.provenance['budget']}" for table in tables)
     return f"{text_table(header, rows)}\n\ninterquartile means over {cells}"
+
+
+def _plain(interval: Interval, digits: int) -> str:
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def _signed(interval: Interval) -> str:
