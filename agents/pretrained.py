@@ -35,7 +35,7 @@ from agents.runs import (
 from far_env.cli import run_guarded
 from far_env.config import load_yaml, make_run_dir, parse, save_yaml, write_text
 from far_env.episodes import ROW_FEATURES
-from far_env.evaluation.table import markdown_table, source_line
+from far_env.evaluation.table import markdown_table, source_lines
 from far_env.provenance import load_facts
 
 CARD_FILE = "README.md"
@@ -80,19 +80,24 @@ def ship(run: Path, name: str, shelf: Path = PRETRAINED_DIR) -> Path:
     return folder
 
 
-def _results(run: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The run's final table. Raises ValueError if there is none, or if it was made with another host than the policy."""
+def _results(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run's final tables, one for each workload and budget.
+
+    Raises:
+        ValueError: if there are none, or if they were made with other hosts than the policy.
+    """
     path = run / RESULTS_FILE
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        host, _ = f"{results['host']} ({results['weights']})", results["policies"][LEARNED]["psnr"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tables = content.get("tables", [content])
+        hosts = dict.fromkeys(f"{table['host']} ({table['weights']})" for table in tables if table["policies"][LEARNED]["psnr"])
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; only a finished run can be shipped") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); run train_agent.py again to make its table anew") from error
-    if host != facts.get("host"):
+    if (host := ", ".join(hosts)) != facts.get("host"):
         raise ValueError(f"{path} was made with host {host}, the policy with {facts.get('host')}; train it again")
-    return results
+    return tables
 
 
 def _card(
@@ -101,7 +106,7 @@ def _card(
     network: RetentionNetwork,
     facts: dict[str, Any],
     settings: AgentTraining,
-    results: dict[str, Any],
+    results: list[dict[str, Any]],
     sessions: list[dict[str, Any]],
     time: str,
 ) -> str:
@@ -121,7 +126,11 @@ def _card(
     )
     if network.memory:
         sees += " It remembers its decisions within a clip, hence the frames' true ages and what each looked like when new."
-    shown = results | {"policies": {name if own == LEARNED else own: row for own, row in results["policies"].items()}}
+    shown = [
+        table | {"policies": {name if own == LEARNED else own: row for own, row in table["policies"].items()}}
+        for table in results
+    ]
+    sources = "\n".join(f"- {line}." for line in source_lines(results))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return f"""\
 # {name}
@@ -131,7 +140,7 @@ scores each of them; the newest frame and the best positive ones stay.
 
 - Trained on: {facts["trained_on"]}.
 - Training: {"; then ".join(stages)}.
-- Test: {results["clips"]} {results["split"]} clips, which training has not seen.
+- Test: {results[0]["clips"]} {results[0]["split"]} clips, which training has not seen.
 - Host: {facts["host"]}, {told("dtype")} on {told("machine")}.
 - Sees: {sees}
 - Command: `{told("command", "`, then `")}`; all settings are in {SETTINGS_FILE}.
@@ -141,9 +150,10 @@ scores each of them; the newest frame and the best positive ones stay.
 
 ## Measured quality
 
-{markdown_table([shown])}
+{markdown_table(shown)}
 
-{source_line(results)}. Intervals are bootstraps over clips; differences are paired, clip by clip.
+{sources}
+- Intervals are bootstraps over clips; differences are paired, clip by clip.
 
 ## Use
 
