@@ -89,6 +89,7 @@ def collect(
     actor: RetentionNetwork | None,
     memory: bool,
     candidates: int,
+    slots: int | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Decisions:
@@ -100,8 +101,9 @@ def collect(
         actor: who decides; None lets the expert itself decide.
         memory: whether observations carry what a `HistoryMemory` recalls.
         candidates: alternatives noted per decision.
+        slots: rows of an observation; by default as many as an environment with these budgets has.
     """
-    slots = max(workload.num_context, *budgets) + 1
+    slots = max(workload.num_context, *budgets) + 1 if slots is None else slots
     records: list[tuple] = []
     for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
         chosen = slice(first, first + batch_size)
@@ -201,8 +203,8 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, temperature:
 def imitate(
     settings: ImitationSettings,
     size: dict[str, int],
-    workload: Workload,
-    max_frames: int,
+    workloads: Sequence[Workload],
+    budgets: Sequence[int],
     folder: Path,
     *,
     seed: int,
@@ -210,8 +212,9 @@ def imitate(
 ) -> RetentionNetwork:
     """Collect decisions round by round, each kept as a file in ``folder``, and learn from all of them.
 
-    In round 0 the expert acts, later the scorer that has learned the rounds before. A round whose file is there is not
-    collected again, so a stopped run goes on where it stopped.
+    In round 0 the expert acts, later the scorer that has learned the rounds before. The clips of a round are shared evenly
+    among the workloads, and each is played under one of the budgets in turn. A round whose file is there is not collected
+    again, so a stopped run goes on where it stopped.
 
     Args:
         size: arguments of `RetentionNetwork`.
@@ -221,24 +224,32 @@ def imitate(
         ValueError: if the folder holds decisions made with other settings, or a damaged file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_index(folder, settings, size, workload, max_frames, seed, num_clips)
+    _check_index(folder, settings, size, workloads, budgets, seed, num_clips)
     rng = np.random.default_rng((seed, 4))
     order = np.concatenate(
         [rng.permutation(num_clips) for _ in range(-(-settings.rounds * settings.clips_per_round // num_clips))]
     )
+    slots = max(*(workload.num_context for workload in workloads), *budgets) + 1
     parts: list[Decisions] = []
     for number in range(settings.rounds):
         path = folder / f"round_{number:03d}.safetensors"
         if not path.exists():
             actor = fit(Decisions.join(parts), size, settings, seed) if parts else None
             clips = order[number * settings.clips_per_round : (number + 1) * settings.clips_per_round].tolist()
-            found = collect(
-                workload,
-                clips,
-                [max_frames] * len(clips),
-                actor=actor,
-                memory=bool(size.get("memory", False)),
-                candidates=settings.candidates,
+            found = Decisions.join(
+                [
+                    collect(
+                        workload,
+                        own,
+                        [budgets[i % len(budgets)] for i in range(len(own))],
+                        actor=actor,
+                        memory=bool(size.get("memory", False)),
+                        candidates=settings.candidates,
+                        slots=slots,
+                    )
+                    for index, workload in enumerate(workloads)
+                    if (own := clips[index :: len(workloads)])
+                ]
             )
             temporary = path.with_suffix(".part")
             save_file({name: getattr(found, name) for name in Decisions.__dataclass_fields__}, temporary)
@@ -249,11 +260,11 @@ def imitate(
 
 def _check_index(folder: Path, settings: ImitationSettings, *rest: object) -> None:
     """Note what the decisions in a folder were made with, or refuse one that was made otherwise."""
-    size, workload, max_frames, seed, num_clips = rest
+    size, workloads, budgets, seed, num_clips = rest
     about = {
-        "workload": workload.name,
-        "host": workload.host.weights_hash,
-        "budget": max_frames,
+        "workloads": [workload.name for workload in workloads],
+        "hosts": [workload.host.weights_hash for workload in workloads],
+        "budgets": list(budgets),
         "seed": seed,
         "train_clips": num_clips,
         "network": size,

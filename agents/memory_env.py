@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ class MemoryVecEnv(VecEnvWrapper):
     """Appends the memory's columns to ``observation["frames"]``: (slots, 6) becomes (slots, 13), zero on padding.
 
     Args:
-        venv: an `SB3VecEnv`, possibly monitored.
-        total_steps: predicted frames of an episode.
+        venv: an `SB3VecEnv` or several joined, possibly monitored.
+        total_steps: per row, the predicted frames of an episode.
     """
 
-    def __init__(self, venv: VecEnv, total_steps: int) -> None:
+    def __init__(self, venv: VecEnv, total_steps: Sequence[int]) -> None:
         parts = dict(venv.observation_space.spaces)
         self.num_slots = parts["frames"].shape[0]
-        self.total_steps = total_steps
+        self.total_steps = np.asarray(total_steps)
         width = len(ROW_FEATURES) + HistoryMemory.WIDTH
         # Logarithms of ages pass 1 after 50 frames.
         parts["frames"] = spaces.Box(0.0, 4.0, (self.num_slots, width), np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from far_env.config import require_positive
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.training_loop import load_tensors, save_tensors
 from far_env.metrics import LOWER_IS_BETTER
-from far_env.sb3 import SB3VecEnv
+from far_env.sb3 import JoinedVecEnv, SB3VecEnv
 from far_env.vector_env import FrameRetentionVectorEnv
-from far_env.workloads import Workload
+from far_env.workloads import Workload, make_workload
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 
@@ -98,7 +99,9 @@ class AgentTraining:
     network: NetworkSize = field(default_factory=NetworkSize)
     reward: RewardSettings = field(default_factory=RewardSettings)
     workload: str = "pan"
+    """One or more, separated by commas: episodes come from all of them in equal parts."""
     budget: int | str = 4
+    """One or more, separated by commas: each episode draws one."""
     host: str | None = None
     """"embedded", a released transformer or a host folder; by default the workload's own."""
     device: str = "auto"
@@ -134,6 +137,14 @@ class AgentTraining:
         given = {"data_dir": self.data_dir, "protocol": self.protocol}
         return {key: value for key, value in given.items() if value is not None}
 
+    def make_workloads(self) -> list[Workload]:
+        """What is trained on. Raises ValueError on an unknown name, or more environments than are shared evenly."""
+        names = [name.strip() for name in self.workload.split(",")]
+        if self.ppo.num_envs % len(names):
+            raise ValueError(f"ppo.num_envs is {self.ppo.num_envs}, which {len(names)} workloads cannot share evenly")
+        place = {"host": self.host, "device": self.device, "precision": self.precision}
+        return [make_workload(name, **place, **self.clip_options) for name in names]
+
 
 class ResumablePPO(MaskablePPO):
     """MaskablePPO whose logged iterations go on after a resume."""
@@ -143,7 +154,9 @@ class ResumablePPO(MaskablePPO):
         super().dump_logs(self.num_timesteps // (self.n_steps * self.n_envs))
 
 
-def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run_dir: Path) -> RetentionNetwork:
+def train_scorer(
+    config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], run_dir: Path
+) -> RetentionNetwork:
     """Imitate, if asked to, then train until ``total_timesteps`` decisions; returns the best scorer by validation.
 
     A training that was stopped is finished.
@@ -153,25 +166,30 @@ def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run
         ValueError: if the checkpoint is damaged or was made with another host.
     """
     if config.ppo.total_timesteps == 0:
-        return _imitated(config, workload, max_frames, run_dir)
-    env = FrameRetentionVectorEnv(
-        config.ppo.num_envs,
-        workload,
-        max_frames,
-        reward={config.reward.metric: config.reward.sign * config.reward.scale},
-        relative_to=config.reward.relative_to,
-        telescoping=config.reward.telescoping,
-        num_clips=config.train_clips,
-        autoreset_mode="SAME_STEP",
-    )
+        return _imitated(config, workloads, budgets, run_dir)
+    envs = [
+        FrameRetentionVectorEnv(
+            config.ppo.num_envs // len(workloads),
+            workload,
+            budgets,
+            reward={config.reward.metric: config.reward.sign * config.reward.scale},
+            relative_to=config.reward.relative_to,
+            telescoping=config.reward.telescoping,
+            num_clips=config.train_clips,
+            autoreset_mode="SAME_STEP",
+        )
+        for workload in workloads
+    ]
     settings = asdict(config.ppo)
     total, learning_rate = settings.pop("total_timesteps"), settings.pop("learning_rate")
     for own in ("num_envs", "critic_updates"):
         settings.pop(own)
-    venv = VecMonitor(SB3VecEnv(env))
+    venv = VecMonitor(JoinedVecEnv([SB3VecEnv(env) for env in envs]))
     model = ResumablePPO(
         SubsetPolicy,
-        MemoryVecEnv(venv, workload.num_predict) if config.network.memory else venv,
+        MemoryVecEnv(venv, [workload.num_predict for workload in workloads for _ in range(envs[0].num_envs)])
+        if config.network.memory
+        else venv,
         policy_kwargs={"network": asdict(config.network)},
         learning_rate=lambda remaining: learning_rate * remaining,
         seed=config.seed,
@@ -179,11 +197,11 @@ def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run
         verbose=0,
         **settings,
     )
-    progress = Progress(config, workload, max_frames, run_dir / CHECKPOINT_FILE)
+    progress = Progress(config, workloads, budgets, envs, run_dir / CHECKPOINT_FILE)
     if (run_dir / CHECKPOINT_FILE).exists():
-        progress.restore(model, env)
+        progress.restore(model)
     elif config.imitation.rounds:
-        model.policy.scorer.load_state_dict(_imitated(config, workload, max_frames, run_dir).state_dict())
+        model.policy.scorer.load_state_dict(_imitated(config, workloads, budgets, run_dir).state_dict())
     if model.num_timesteps < total:
         # One CSV per session: SB3's writer would begin the file again.
         csv = CSVOutputFormat(str(run_dir / f"progress_{model.num_timesteps:08d}.csv"))
@@ -194,13 +212,13 @@ def train_scorer(config: AgentTraining, workload: Workload, max_frames: int, run
     return network.eval()
 
 
-def _imitated(config: AgentTraining, workload: Workload, max_frames: int, run_dir: Path) -> RetentionNetwork:
+def _imitated(config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], run_dir: Path) -> RetentionNetwork:
     """The scorer that has learned from the expert."""
     return imitate(
         config.imitation,
         asdict(config.network),
-        workload,
-        max_frames,
+        workloads,
+        budgets,
         run_dir / "decisions",
         seed=config.seed,
         num_clips=config.train_clips,
@@ -214,27 +232,36 @@ class Progress(BaseCallback):
     everything is saved before a rollout starts, as tensors and plain values.
     """
 
-    def __init__(self, config: AgentTraining, workload: Workload, max_frames: int, path: Path) -> None:
+    def __init__(
+        self,
+        config: AgentTraining,
+        workloads: Sequence[Workload],
+        budgets: Sequence[int],
+        envs: Sequence[FrameRetentionVectorEnv],
+        path: Path,
+    ) -> None:
         super().__init__()
-        self.config, self.workload, self.max_frames, self.path = config, workload, max_frames, path
+        self.config, self.workloads, self.budgets, self.envs, self.path = config, workloads, budgets, envs, path
         self.updates = -1
         self.best_score = -np.inf
         self.best_weights: dict[str, torch.Tensor] = {}
 
-    def restore(self, model: MaskablePPO, env: FrameRetentionVectorEnv) -> None:
-        """Put model, environment and random states where the checkpoint left them."""
+    def restore(self, model: MaskablePPO) -> None:
+        """Put model, environments and random states where the checkpoint left them."""
         saved = load_tensors(self.path)
-        weights = self.workload.host.weights_hash
-        if saved["host"] != weights:
+        hosts = _hosts(self.workloads)
+        if saved["hosts"] != hosts:
             raise ValueError(
-                f"{self.path} was made with host {saved['host']}, this one is {weights}; choose another run folder"
+                f"{self.path} was made with host {', '.join(saved['hosts'])}, this one is {', '.join(hosts)}; "
+                "choose another run folder"
             )
         model.policy.load_state_dict(saved["policy"])
         model.policy.optimizer.load_state_dict(saved["optimizer"])
         model.num_timesteps, model._n_updates = saved["num_timesteps"], saved["n_updates"]
         self.updates, self.best_score = saved["updates"] - 1, saved["best_score"]
         self.best_weights = saved["best_weights"]
-        env.load_state_dict(saved["env"])
+        for env, state in zip(self.envs, saved["envs"], strict=True):
+            env.load_state_dict(state)
         # SB3 would reset the environment if it had no last observation.
         model._last_obs = {key: value.numpy() for key, value in saved["last_obs"].items()}
         model._last_episode_starts = saved["last_episode_starts"].numpy()
@@ -266,29 +293,30 @@ class Progress(BaseCallback):
 
     def _validate(self) -> None:
         scorer: RetentionNetwork = self.model.policy.scorer
-        result = evaluate(
-            self.workload,
-            self.max_frames,
-            {"learned": AgentPolicy(scorer)},
-            range(self.config.validation_clips),
-            split="validation",
-            metrics=(self.config.reward.metric,),
-            progress=False,
-        )
-        score = float(result.scores["learned"][self.config.reward.metric].mean())
-        self.logger.record(f"validation/{self.config.reward.metric}", score)
+        metric = self.config.reward.metric
+        scores = []
+        for workload in self.workloads:
+            for index, budget in enumerate(self.budgets):
+                # Each clip under one budget: several budgets cost no more than one.
+                clips = range(self.config.validation_clips)[index :: len(self.budgets)]
+                policies = {"learned": AgentPolicy(scorer)}
+                result = evaluate(workload, budget, policies, clips, split="validation", metrics=(metric,), progress=False)
+                scores.append(float(result.scores["learned"][metric].mean()))
+                if len(self.workloads) * len(self.budgets) > 1:
+                    self.logger.record(f"validation/{metric}_{workload.name}_{budget}", scores[-1])
+        score = float(np.mean(scores))
+        self.logger.record(f"validation/{metric}", score)
         if self.config.reward.sign * score > self.best_score:
             self.best_score = self.config.reward.sign * score
             self.best_weights = {key: value.detach().clone() for key, value in scorer.state_dict().items()}
 
     def _save(self) -> None:
         model, monitor = self.model, _monitor_of(self.model)
-        env: FrameRetentionVectorEnv = monitor.venv.env
         name, keys, position, has_gauss, gauss = np.random.get_state()
         save_tensors(
             self.path,
             {
-                "host": self.workload.host.weights_hash,
+                "hosts": _hosts(self.workloads),
                 "policy": model.policy.state_dict(),
                 "optimizer": model.policy.optimizer.state_dict(),
                 "num_timesteps": model.num_timesteps,
@@ -296,7 +324,7 @@ class Progress(BaseCallback):
                 "updates": self.updates,
                 "best_score": float(self.best_score),
                 "best_weights": self.best_weights,
-                "env": env.state_dict(),
+                "envs": [env.state_dict() for env in self.envs],
                 "memories": model.env.state_dict() if isinstance(model.env, MemoryVecEnv) else [],
                 "last_obs": {key: torch.as_tensor(value) for key, value in model._last_obs.items()},
                 "last_episode_starts": torch.as_tensor(model._last_episode_starts),
@@ -313,10 +341,16 @@ def _monitor_of(model: MaskablePPO) -> VecMonitor:
     return model.env.venv if isinstance(model.env, MemoryVecEnv) else model.env
 
 
-def experiment_facts(config: AgentTraining, workload: Workload, max_frames: int) -> dict[str, Any]:
+def _hosts(workloads: Sequence[Workload]) -> list[str]:
+    """Hashes of their weights, each once."""
+    return list(dict.fromkeys(workload.host.weights_hash for workload in workloads))
+
+
+def experiment_facts(config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int]) -> dict[str, Any]:
     """What a trained scorer should say about itself."""
+    worlds, allowed = ", ".join(workload.name for workload in workloads), ", ".join(map(str, budgets))
     return {
-        "trained_on": f"{workload.name}, budget {max_frames}, first {config.train_clips} train clips, seed {config.seed}",
+        "trained_on": f"{worlds}, budget {allowed}, first {config.train_clips} train clips, seed {config.seed}",
         "decisions": config.ppo.total_timesteps,
-        "host": f"{workload.host.name} ({workload.host.weights_hash})",
+        "host": ", ".join(dict.fromkeys(f"{own.host.name} ({own.host.weights_hash})" for own in workloads)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.table import results_table
 from far_env.provenance import add_to_facts, run_facts, save_facts
 from far_env.render import save_comparison
-from far_env.workloads import Workload, check_decides, make_workload, resolve_budget
+from far_env.workloads import Workload, check_decides, resolve_budgets
 
 FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
 """Settings that may differ when a run is resumed; all others shape the training."""
@@ -27,20 +28,20 @@ FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
 def train(config: AgentTraining) -> None:
     """Train, keep the best scorer by validation, print and save the table on test clips."""
     torch.set_flush_denormal(True)
-    max_frames = resolve_budget(config.budget)
+    budgets = resolve_budgets(config.budget)
     table_policies = {name: load_policy(name) for name in config.table}
-    workload = make_workload(
-        config.workload, host=config.host, device=config.device, precision=config.precision, **config.clip_options
-    )
-    _check_fits(config, workload, max_frames)
+    workloads = config.make_workloads()
+    for workload in workloads:
+        _check_fits(config, workload, budgets)
+    host = workloads[0].host
     run_dir = make_run_dir(config.run_dir)
     check_run_dir(config, run_dir)
-    facts = run_facts(workload.host.device, workload.host.dtype)
+    facts = run_facts(host.device, host.dtype)
     save_facts(run_dir, facts)
     save_yaml(config, run_dir / SETTINGS_FILE)
     start = time.perf_counter()
     try:
-        network = train_scorer(config, workload, max_frames, run_dir)
+        network = train_scorer(config, workloads, budgets, run_dir)
     except KeyboardInterrupt:
         how = "" if config.resume else " with --resume"
         print(f"\nstopped; run the same command{how} to go on from the last update in {run_dir}", file=sys.stderr)
@@ -48,23 +49,27 @@ def train(config: AgentTraining) -> None:
     finally:
         add_to_facts(run_dir, {"training_seconds": round(time.perf_counter() - start, 1)})
     if not (run_dir / WEIGHTS_FILE).exists():
-        about = experiment_facts(config, workload, max_frames) | {"commit": facts["commit"]}
+        about = experiment_facts(config, workloads, budgets) | {"commit": facts["commit"]}
         save_scorer(network, asdict(config.network), about, run_dir)
 
     policies = {LEARNED: AgentPolicy(network), **table_policies}
-    result = evaluate(workload, max_frames, policies, range(config.test_clips))
-    write_text(run_dir / RESULTS_FILE, json.dumps(result.summary(), indent=2) + "\n")
-    table = results_table(result)
-    write_text(run_dir / "results.txt", table + "\n")
+    clips = range(config.test_clips)
+    results = [evaluate(workload, budget, policies, clips) for workload in workloads for budget in budgets]
+    summaries = [result.summary() for result in results]
+    content = summaries[0] if len(results) == 1 else {"tables": summaries}
+    write_text(run_dir / RESULTS_FILE, json.dumps(content, indent=2) + "\n")
+    tables = "\n\n".join(map(results_table, results))
+    write_text(run_dir / "results.txt", tables + "\n")
     shown = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
-    save_comparison(run_dir / "comparison.png", workload, max_frames, shown)
-    print(table)
+    save_comparison(run_dir / "comparison.png", workloads[0], budgets[0], shown)
+    print(tables)
     print(f"\nrun folder: {run_dir}\nnext: far-env export {run_dir} --out policy.py")
 
 
-def _check_fits(config: AgentTraining, workload: Workload, max_frames: int) -> None:
+def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int]) -> None:
     """Tell what would fail after the training before it."""
-    check_decides(workload, max_frames)
+    for budget in budgets:
+        check_decides(workload, budget)
     wanted = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
     for split, count in wanted.items():
         available = workload.clips.num_clips(split)

@@ -15,7 +15,9 @@ from far_env.contract import RetentionPolicy, unknown_name
 from far_env.episodes import MUST_KEEP, ROW_FEATURES, EpisodeBatch, Reward
 from far_env.render import render_episode
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload, make_workload, resolve_budget
+from far_env.workloads import Workload, make_workload, resolve_budgets
+
+RESET_OPTIONS = ("clip_id", "noise_seed", "budget")
 
 
 class EpisodeSettings:
@@ -25,7 +27,7 @@ class EpisodeSettings:
         self,
         num_rows: int,
         workload: str | Workload,
-        budget: int | str,
+        budget: int | str | Sequence[int | str],
         reward: str | dict[str, float],
         relative_to: str | RetentionPolicy | None,
         telescoping: bool,
@@ -47,11 +49,11 @@ class EpisodeSettings:
             raise ValueError(f"{workload.name}/{split} has no clips; use another split or more data")
         if num_clips is not None and not 1 <= num_clips <= available:
             raise ValueError(f"num_clips must lie in 1 to {available}, the clips of {workload.name}/{split}; got {num_clips}")
-        max_frames = resolve_budget(budget)
+        self.budgets = resolve_budgets(budget)
         self.split = split
         self.num_clips = available if num_clips is None else num_clips
         scoring = Reward.make(reward, relative_to, telescoping)
-        self.episodes = EpisodeBatch(workload, max_frames, num_rows, scoring, metrics, memo_bytes)
+        self.episodes = EpisodeBatch(workload, self.budgets, num_rows, scoring, metrics, memo_bytes)
         slots = self.episodes.num_slots
         self.action_space = spaces.MultiBinary(slots)
         self.observation_space = spaces.Dict(
@@ -62,16 +64,24 @@ class EpisodeSettings:
             }
         )
 
-    def draw(self, rng: np.random.Generator, clip_id: int | None, noise_seed: int | None) -> tuple[int, int]:
-        """A clip id and a noise seed: the given ones, else a random clip and the benchmark's seed for it."""
+    def draw(
+        self, rng: np.random.Generator, clip_id: int | None, noise_seed: int | None, budget: int | None
+    ) -> tuple[int, int, int]:
+        """A clip id, a noise seed and a budget: the given ones, else random ones and the benchmark's seed for the clip."""
         if clip_id is None:
             clip_id = int(rng.integers(self.num_clips))
         clip_id = operator.index(clip_id)
         check_clip_id(self.episodes.workload.clips, self.split, clip_id)
-        return clip_id, BENCHMARK_SEED + clip_id if noise_seed is None else operator.index(noise_seed)
+        if budget is None:
+            # Nothing is drawn where there is no choice.
+            budget = self.budgets[0] if len(self.budgets) == 1 else int(rng.choice(self.budgets))
+        elif budget not in self.budgets:
+            known = ", ".join(map(str, self.budgets))
+            raise ValueError(f"budget {budget} is none of those that the environment was made with: {known}")
+        return clip_id, BENCHMARK_SEED + clip_id if noise_seed is None else operator.index(noise_seed), operator.index(budget)
 
 
-def check_reset_options(options: dict[str, Any] | None, known: Sequence[str] = ("clip_id", "noise_seed")) -> dict[str, Any]:
+def check_reset_options(options: dict[str, Any] | None, known: Sequence[str] = RESET_OPTIONS) -> dict[str, Any]:
     """The options as a dict; raises ValueError on a key that reset does not know."""
     options = dict(options or {})
     for key in options:
@@ -128,7 +138,7 @@ class FrameRetentionEnv(gym.Env):
 
     ## Arguments
     - ``workload``: a registered name ("pan", "cuts", …) or a `far_env.workloads.Workload`.
-    - ``budget``: frames that may be kept, or one of the benchmark's budget names.
+    - ``budget``: frames that may be kept, or one of the benchmark's budget names; of several, each episode draws one.
     - ``reward``: "psnr", "ssim", "lpips" (negated), or a dict of weights such as {"psnr": 0.1, "lpips": -1}.
     - ``relative_to``: subtract the score of "recent_fill", "full_history" or a policy object on the same clip and noise.
     - ``telescoping``: pay the change of the running clip score at every decision; the sum is the same.
@@ -141,7 +151,7 @@ class FrameRetentionEnv(gym.Env):
     - ``clip_options``: arguments of the clip source, such as a data folder.
     - ``render_mode``: None or "rgb_array".
 
-    ``reset(options={"clip_id": …, "noise_seed": …})`` plays a given clip.
+    ``reset(options={"clip_id": …, "noise_seed": …, "budget": …})`` plays a given clip.
 
     ## References
     Gu et al., Long-Context Autoregressive Video Modeling with Next-Frame Prediction, arXiv 2503.19325.
@@ -155,7 +165,7 @@ class FrameRetentionEnv(gym.Env):
     def __init__(
         self,
         workload: str | Workload = "pan",
-        budget: int | str = 4,
+        budget: int | str | Sequence[int | str] = 4,
         reward: str | dict[str, float] = "psnr",
         relative_to: str | RetentionPolicy | None = None,
         telescoping: bool = False,
@@ -194,11 +204,11 @@ class FrameRetentionEnv(gym.Env):
         self._history: list[tuple[int, list[int]]] = []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
-        """Begin an episode. Options: ``clip_id`` and ``noise_seed``. Raises ClipIdError on a clip id out of range."""
+        """Begin an episode. Options: ``clip_id``, ``noise_seed``, ``budget``. Raises ClipIdError on a clip id out of range."""
         super().reset(seed=seed)
         options = check_reset_options(options)
-        clip_id, noise_seed = self._settings.draw(self.np_random, options.get("clip_id"), options.get("noise_seed"))
-        self.episodes.begin([0], [self._settings.split], [clip_id], [noise_seed])
+        clip_id, noise_seed, budget = self._settings.draw(self.np_random, *(options.get(key) for key in RESET_OPTIONS))
+        self.episodes.begin([0], [self._settings.split], [clip_id], [noise_seed], [budget])
         self.episodes.run([0])
         self._history = []
         return self._observation(), self.episodes.info(0)

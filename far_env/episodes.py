@@ -68,37 +68,39 @@ class Reward:
 
 
 class EpisodeBatch:
-    """``num_rows`` episodes of one workload under one budget.
+    """``num_rows`` episodes of one workload, each under a budget of its own.
 
     Args:
         workload: what is rolled out.
-        max_frames: the budget.
+        budgets: frames that an episode may be allowed to keep.
         num_rows: episodes side by side.
         reward: how they are scored.
         metrics: metrics reported at the end, besides those of the reward.
         memo_bytes: memory for frames that come up again, see `far_env.rollout.memo.FrameMemo`.
 
     Raises:
-        ValueError: if no decision under this budget can influence a frame.
+        ValueError: if no decision under one of these budgets can influence a frame.
 
     Attributes:
-        num_slots: rows of an observation and bits of an action, max(n_context, max_frames) + 1. Histories are
+        max_frames: per row, the budget of its episode.
+        num_slots: rows of an observation and bits of an action, max(n_context, *budgets) + 1. Histories are
             right-aligned: the newest frame is always in the last slot.
     """
 
     def __init__(
         self,
         workload: Workload,
-        max_frames: int,
+        budgets: Sequence[int],
         num_rows: int,
         reward: Reward,
         metrics: Sequence[str] = (),
         memo_bytes: int = 0,
     ) -> None:
-        check_decides(workload, max_frames)
+        for budget in budgets:
+            check_decides(workload, budget)
         self.workload = workload
-        self.max_frames = max_frames
-        self.num_slots = max(workload.num_context, max_frames) + 1
+        self.max_frames = [budgets[0]] * num_rows
+        self.num_slots = max(workload.num_context, *budgets) + 1
         self.memo = FrameMemo(memo_bytes)
         self.rollouts = RolloutBatch(workload, num_rows, self.memo)
         self.reward = reward
@@ -115,14 +117,22 @@ class EpisodeBatch:
         self._reference_scores = np.zeros((num_rows, workload.num_predict))
         self._known_references: OrderedDict[tuple, np.ndarray] = OrderedDict()
 
-    def begin(self, rows: Sequence[int], splits: Sequence[str], clip_ids: Sequence[int], noise_seeds: Sequence[int]) -> None:
+    def begin(
+        self,
+        rows: Sequence[int],
+        splits: Sequence[str],
+        clip_ids: Sequence[int],
+        noise_seeds: Sequence[int],
+        budgets: Sequence[int],
+    ) -> None:
         """Put a fresh episode in each row, not yet run. Raises IndexError on a clip id out of range."""
         if not rows:
             return
         clips = [self.workload.clips.clip(split, int(i)) for split, i in zip(splits, clip_ids, strict=True)]
         self.rollouts.begin(rows, clips, noise_seeds)
-        for row, split, clip, seed in zip(rows, splits, clips, noise_seeds, strict=True):
+        for row, split, clip, seed, budget in zip(rows, splits, clips, noise_seeds, budgets, strict=True):
             self.splits[row], self.clips[row], self.noise_seeds[row] = split, clip, int(seed)
+            self.max_frames[row] = int(budget)
             self._paid[row] = 0.0
             self._decoded[row] = 0
         self._score_references(rows)
@@ -130,11 +140,11 @@ class EpisodeBatch:
     def retain(self, row: int, action: np.ndarray) -> int:
         """Apply a keep mask (slots,) to a row that awaits a decision; returns how many bits the benchmark's rule changed.
 
-        Padding slots count for nothing, the newest frame stays, and of more than ``max_frames`` the newest stay.
+        Padding slots count for nothing, the newest frame stays, and of more than the budget the newest stay.
         """
         num_frames = self.rollouts.history_length(row)
         wanted = np.asarray(action[self.num_slots - num_frames :]) > 0
-        kept = np.flatnonzero(wanted | (np.arange(num_frames) == num_frames - 1))[-self.max_frames :]
+        kept = np.flatnonzero(wanted | (np.arange(num_frames) == num_frames - 1))[-self.max_frames[row] :]
         self.rollouts.retain(row, kept.tolist())
         effective = np.zeros(num_frames, dtype=bool)
         effective[kept] = True
@@ -152,7 +162,7 @@ class EpisodeBatch:
 
     def awaits_decision(self, row: int) -> bool:
         """The history is over budget and a frame is still to come. A context over budget is first cut after one new frame."""
-        over = self.rollouts.history_length(row) > self.max_frames
+        over = self.rollouts.history_length(row) > self.max_frames[row]
         return over and self.rollouts.step(row) > 0 and not self.ended(row)
 
     def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:
@@ -216,9 +226,8 @@ class EpisodeBatch:
         motion = frames[:, :, -1]
         frames[:, :, -1] = motion / (1 + motion)
         steps = np.array([self.last_step(row) for row in rows])
-        budget = np.stack(
-            [np.full(len(rows), self.max_frames / slots), steps / self.workload.num_predict, lengths / slots], axis=1
-        )
+        allowed = np.array([self.max_frames[row] for row in rows])
+        budget = np.stack([allowed / slots, steps / self.workload.num_predict, lengths / slots], axis=1)
         return {"frames": frames.clip(0, 1), "mask": mask, "budget": budget.astype(np.float32)}
 
     def action_mask(self, row: int) -> np.ndarray:
@@ -243,8 +252,8 @@ class EpisodeBatch:
             "noise_seed": self.noise_seeds[row],
             "step": self.last_step(row),
             "total_steps": self.workload.num_predict,
-            "max_frames": self.max_frames,
-            "capacity_mb": self.workload.capacity_mb(self.max_frames),
+            "max_frames": self.max_frames[row],
+            "capacity_mb": self.workload.capacity_mb(self.max_frames[row]),
             "action_mask": self.action_mask(row),
             "kept_frames": list(self.rollouts.frame_numbers(row)),
             "frame_features": self._features[row].copy(),
@@ -258,6 +267,7 @@ class EpisodeBatch:
             "splits": list(self.splits),
             "clip_ids": clip_ids,
             "noise_seeds": list(self.noise_seeds),
+            "max_frames": list(self.max_frames),
             "paid": self._paid.tolist(),
         }
 
@@ -265,6 +275,7 @@ class EpisodeBatch:
         """Restore rows saved by `state_dict`; clips are made anew, pixels decoded again when needed."""
         self.rollouts.load_state_dict(state["rollouts"])
         self.splits, self.noise_seeds = list(state["splits"]), list(state["noise_seeds"])
+        self.max_frames = list(state["max_frames"])
         ids = zip(state["splits"], state["clip_ids"], strict=True)
         self.clips = [None if clip_id is None else self.workload.clips.clip(split, clip_id) for split, clip_id in ids]
         self._paid = np.array(state["paid"])
@@ -272,27 +283,27 @@ class EpisodeBatch:
         self._score_references([row for row, clip in enumerate(self.clips) if clip is not None])
 
     def _key(self, row: int) -> tuple:
-        return self.splits[row], self.clips[row].clip_id, self.noise_seeds[row]
+        return self.splits[row], self.clips[row].clip_id, self.noise_seeds[row], self.max_frames[row]
 
     def _score_references(self, rows: Sequence[int]) -> None:
         """Look up or compute the reference's scores on the rows' clips, one per number of generated frames."""
         if self.reward.relative_to is None:
             return
         missing = {self._key(row): row for row in rows if self._key(row) not in self._known_references}
-        if missing:
-            self._play_reference(missing)
+        for budget in sorted({key[-1] for key in missing}):
+            self._play_reference({key: row for key, row in missing.items() if key[-1] == budget}, budget)
         for row in rows:
             self._reference_scores[row] = self._known_references[self._key(row)]
         while len(self._known_references) > _REFERENCE_CACHE_SIZE:
             self._known_references.popitem(last=False)
 
-    def _play_reference(self, missing: dict[tuple, int]) -> None:
-        """Play the reference on the clips of these rows and remember its scores."""
+    def _play_reference(self, missing: dict[tuple, int], max_frames: int) -> None:
+        """Play the reference on the clips of these rows, which have one budget, and remember its scores."""
         keys, origin = list(missing), list(missing.values())
         clips = [self.clips[row] for row in origin]
         reference = self.reward.relative_to
         policy = {"full_history": None, "recent_fill": NewestFrames()}[reference] if isinstance(reference, str) else reference
-        rollouts, _ = play(self.workload, clips, [key[2] for key in keys], policy, self.max_frames, memo=self.memo)
+        rollouts, _ = play(self.workload, clips, [key[2] for key in keys], policy, max_frames, memo=self.memo)
         frames = rollouts.decode(range(len(keys)))
         num_scored = range(1, self.workload.num_predict + 1) if self.reward.telescoping else [self.workload.num_predict]
         truth = torch.stack([self.truth(row, self.workload.num_predict) for row in origin])

@@ -88,6 +88,80 @@ class SB3VecEnv(VecEnv):
         return [None] * self.num_envs
 
 
+class JoinedVecEnv(VecEnv):
+    """Several environments with the same spaces as one, for an agent that learns in all of them; rows come in their order.
+
+    Raises:
+        ValueError: if the spaces differ.
+    """
+
+    def __init__(self, envs: Sequence[SB3VecEnv]) -> None:
+        first = envs[0]
+        for env in envs[1:]:
+            if (env.observation_space, env.action_space) != (first.observation_space, first.action_space):
+                raise ValueError(
+                    "environments that are joined need the same number of slots: context lengths and budgets that fit together"
+                )
+        self.envs = list(envs)
+        ends = np.cumsum([env.num_envs for env in envs]).tolist()
+        self._slices = [slice(end - env.num_envs, end) for env, end in zip(envs, ends, strict=True)]
+        super().__init__(ends[-1], first.observation_space, first.action_space)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        """Begin all rows with the seeds and options that were set."""
+        for env, own in zip(self.envs, self._slices, strict=True):
+            env._seeds, env._options = self._seeds[own], self._options[own]
+        observations = [env.reset() for env in self.envs]
+        self.reset_infos = [info for env in self.envs for info in env.reset_infos]
+        self._reset_seeds()
+        self._reset_options()
+        return _stacked(observations)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Hand each environment its actions."""
+        for env, own in zip(self.envs, self._slices, strict=True):
+            env.step_async(actions[own])
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """As `SB3VecEnv.step_wait`, of all rows."""
+        observations, rewards, dones, infos = zip(*(env.step_wait() for env in self.envs), strict=True)
+        return _stacked(observations), np.concatenate(rewards), np.concatenate(dones), [info for own in infos for info in own]
+
+    def close(self) -> None:
+        """Close all of them."""
+        for env in self.envs:
+            env.close()
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """Each row's environment's attribute."""
+        values = [value for env in self.envs for value in env.get_attr(attr_name)]
+        return [values[row] for row in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Set an attribute for all rows. Raises ValueError for some of them only."""
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"rows share environments: {attr_name} can only be set for all of them")
+        for env in self.envs:
+            env.set_attr(attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
+        """Call a batched method of each environment and hand each row its slice."""
+        results = [row for env in self.envs for row in env.env_method(method_name, *args, **kwargs)]
+        return [results[row] for row in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
+        """False: the rows are no single environments that could be wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """Nothing: rows are not rendered."""
+        return [None] * self.num_envs
+
+
+def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
 def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
     """One row's part of Gymnasium's dict of arrays."""
     own = {}

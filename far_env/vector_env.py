@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from far_env.contract import RetentionPolicy
-from far_env.env import EpisodeSettings, check_reset_options, flat_action_mask
+from far_env.env import RESET_OPTIONS, EpisodeSettings, check_reset_options, flat_action_mask
 from far_env.workloads import Workload
 
 
@@ -25,8 +25,8 @@ class FrameRetentionVectorEnv(VectorEnv):
     - ``autoreset_mode``: NEXT_STEP (Gymnasium's default), SAME_STEP (what SB3 expects) or DISABLED, where finished rows are
       begun again by ``reset(options={"reset_mask": …})``. An `AutoresetMode` or its name.
 
-    Row i seeded with s equals a single environment seeded with s + i. ``reset`` options ``clip_id`` and ``noise_seed`` are
-    numbers or one number per row.
+    Row i seeded with s equals a single environment seeded with s + i. ``reset`` options ``clip_id``, ``noise_seed`` and
+    ``budget`` are numbers or one number per row.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -35,7 +35,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         self,
         num_envs: int = 1,
         workload: str | Workload = "pan",
-        budget: int | str = 4,
+        budget: int | str | Sequence[int | str] = 4,
         reward: str | dict[str, float] = "psnr",
         relative_to: str | RetentionPolicy | None = None,
         telescoping: bool = False,
@@ -90,7 +90,7 @@ class FrameRetentionVectorEnv(VectorEnv):
 
         Observations and infos are those of all rows that have been begun, now or before.
         """
-        options = check_reset_options(options, ("clip_id", "noise_seed", "reset_mask"))
+        options = check_reset_options(options, (*RESET_OPTIONS, "reset_mask"))
         rows = np.flatnonzero(_reset_mask(options.pop("reset_mask", None), self.num_envs)).tolist()
         given = {key: self._per_row(key, value) for key, value in options.items()}
         self._seed_rows(seed, rows)
@@ -197,13 +197,12 @@ class FrameRetentionVectorEnv(VectorEnv):
     def _begin(self, rows: list[int], given: dict[str, list[int | None]]) -> None:
         """Draw clips for rows and put their episodes in place; does not run them."""
         drawn = [
-            self._settings.draw(
-                self._generators[row], *(given[key][row] if key in given else None for key in ("clip_id", "noise_seed"))
-            )
+            self._settings.draw(self._generators[row], *(given[key][row] if key in given else None for key in RESET_OPTIONS))
             for row in rows
         ]
-        clip_ids, seeds = [clip_id for clip_id, _ in drawn], [seed for _, seed in drawn]
-        self.episodes.begin(rows, [self._settings.split] * len(rows), clip_ids, seeds)
+        if drawn:
+            clip_ids, seeds, budgets = zip(*drawn, strict=True)
+            self.episodes.begin(rows, [self._settings.split] * len(rows), clip_ids, seeds, budgets)
 
 
 def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:

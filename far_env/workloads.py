@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -217,6 +217,18 @@ def resolve_budget(budget: int | str) -> int:
     if max_frames < 1:
         raise ValueError(f"the budget must be at least 1 frame, got {max_frames}")
     return max_frames
+
+
+def resolve_budgets(budget: int | str | Sequence[int | str]) -> tuple[int, ...]:
+    """One budget or several (a list, or names and numbers separated by commas), ascending, each once.
+
+    Raises:
+        ValueError: as `resolve_budget`, or if there is none.
+    """
+    several = budget.split(",") if isinstance(budget, str) else budget if isinstance(budget, Sequence) else [budget]
+    if not several:
+        raise ValueError("a budget is needed: a number of frames or one of the benchmark's names")
+    return tuple(sorted({resolve_budget(own.strip() if isinstance(own, str) else own) for own in several}))
 
 
 def check_decides(workload: Workload, max_frames: int) -> None:

@@ -107,7 +107,7 @@ def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_
     # a finished run trains no further, but shows its table again
     train_agent.train(dataclasses.replace(config, resume=True))
     assert torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)["num_timesteps"] == 96
-    monkeypatch.setitem(state, "host", "00000000")
+    monkeypatch.setitem(state, "hosts", ["00000000"])
     torch.save(state, tmp_path / "run" / "checkpoint.ckpt")
     with pytest.raises(ValueError, match="was made with host 00000000"):
         train_agent.train(dataclasses.replace(config, resume=True))

@@ -16,9 +16,9 @@ from far_env.rollout.reference import reference_rollout
 
 
 def begin(workload, budget=4, rows=1, reward=None, metrics=()):
-    episodes = EpisodeBatch(workload, budget, rows, reward or Reward.make("psnr"), metrics)
+    episodes = EpisodeBatch(workload, [budget], rows, reward or Reward.make("psnr"), metrics)
     ids = list(range(rows))
-    episodes.begin(ids, ["test"] * rows, ids, [42 + i for i in ids])
+    episodes.begin(ids, ["test"] * rows, ids, [42 + i for i in ids], [budget] * rows)
     episodes.run(ids)
     return episodes
 
@@ -41,7 +41,7 @@ def finish(episodes, seed=0):
 
 
 def test_any_mask_has_the_effect_of_the_benchmarks_rule(tiny_workload):
-    episodes = EpisodeBatch(tiny_workload, 4, 1, Reward.make("psnr"))
+    episodes = EpisodeBatch(tiny_workload, [4], 1, Reward.make("psnr"))
     rng = np.random.default_rng(0)
     for _ in range(300):
         n = int(rng.integers(5, 7))
@@ -159,7 +159,7 @@ def test_decisions_begin_and_end_where_they_matter(tiny_workload):
 @pytest.mark.parametrize("budget", [15, 16, 9999])
 def test_budgets_without_a_decision_are_refused(tiny_workload, budget):
     with pytest.raises(ValueError, match=r"leaves nothing to decide in tiny_pan.*use at most 14"):
-        EpisodeBatch(tiny_workload, budget, 1, Reward.make("psnr"))
+        EpisodeBatch(tiny_workload, [budget], 1, Reward.make("psnr"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_saved_batch_goes_on_as_if_nothing_had_happened(tiny_workload):
                 episodes.retain(row, np.array([1, 0, 1, 1, 0, 1]))
             episodes.run([0, 1])
             episodes.rewards([0, 1])
-        other = EpisodeBatch(tiny_workload, 4, 2, reward)
+        other = EpisodeBatch(tiny_workload, [4], 2, reward)
         other.load_state_dict(episodes.state_dict())
         for key, value in episodes.observe([0, 1]).items():
             np.testing.assert_array_equal(value, other.observe([0, 1])[key])

@@ -85,7 +85,7 @@ def test_what_can_be_seen_is_learned():
 
 def test_a_stopped_collection_goes_on_to_the_same_scorer(tiny_workload, tmp_path):
     def run(name, settings=SETTINGS):
-        return imitate(settings, SIZE, tiny_workload, 4, tmp_path / name, seed=0, num_clips=5)
+        return imitate(settings, SIZE, [tiny_workload], [4], tmp_path / name, seed=0, num_clips=5)
 
     whole = run("whole")
     run("stopped", dataclasses.replace(SETTINGS, rounds=1))

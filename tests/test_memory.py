@@ -51,7 +51,7 @@ def test_a_new_clip_begins_anew():
 def test_environment_and_policy_remember_the_same(tiny_workload):
     """The network's inputs in training are those of the policy on the same history."""
     env = FrameRetentionVectorEnv(3, tiny_workload, 4, autoreset_mode="SAME_STEP", num_clips=16)
-    venv = MemoryVecEnv(SB3VecEnv(env), tiny_workload.num_predict)
+    venv = MemoryVecEnv(SB3VecEnv(env), [tiny_workload.num_predict] * 3)
     venv.seed(0)
     observations = venv.reset()
     policies = [AgentPolicy(RetentionNetwork(memory=True)) for _ in range(3)]
