@@ -41,6 +41,13 @@ def finished(tiny_host_folder, tmp_path_factory):
     return scorer_folder(config.run_dir)
 
 
+def table_of(run):
+    """The one table of a run's results."""
+    content = json.loads((run / runs.RESULTS_FILE).read_text())
+    (table,) = content.get("tables", [content])
+    return table
+
+
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     """An empty folder in place of the one of the policies that ship."""
@@ -95,8 +102,7 @@ def test_a_shipped_run_is_the_run(finished, shelf, tiny_workload):
     before, after = load_scorer(finished)[0].state_dict(), load_scorer(folder)[0].state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     card = (folder / pretrained.CARD_FILE).read_text()
-    results = json.loads((finished / runs.RESULTS_FILE).read_text())
-    scores = results["policies"]["learned"]["psnr"]
+    scores = table_of(finished)["policies"]["learned"]["psnr"]
     assert f"| pan | 4 | pretrained/mine | {scores['mean']:.2f} [{scores['low']:.2f}, {scores['high']:.2f}] |" in card
     assert "32 decisions of PPO" in card and "- Time: 0.0 minutes." in card and "imitation" not in card
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.yaml", "policy.json", "policy.safetensors"}
@@ -106,7 +112,7 @@ def test_a_shipped_run_is_the_run(finished, shelf, tiny_workload):
 
 def test_a_run_with_several_tables_shows_them_all(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
-    table = json.loads((run / runs.RESULTS_FILE).read_text())
+    table = table_of(run)
     (run / runs.RESULTS_FILE).write_text(json.dumps({"tables": [table, table | {"workload": "cuts", "budget": 8}]}))
     card = (pretrained.ship(run, "mine", tmp_path / "shelf") / pretrained.CARD_FILE).read_text()
     assert "| pan | 4 | pretrained/mine |" in card and "| cuts | 8 | pretrained/mine |" in card
@@ -149,8 +155,7 @@ def test_damaged_policies_and_unfinished_runs_are_one_sentence(finished, shelf, 
     run = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ValueError, match="lower-case letters, digits and hyphens, got 'Pan_1'"):
         pretrained.ship(run, "Pan_1", shelf)
-    results = json.loads((run / runs.RESULTS_FILE).read_text())
-    (run / runs.RESULTS_FILE).write_text(json.dumps(results | {"weights": "c0ffee00"}))
+    (run / runs.RESULTS_FILE).write_text(json.dumps(table_of(run) | {"weights": "c0ffee00"}))
     with pytest.raises(ValueError, match=r"made with host .*c0ffee00\), the policy with"):
         pretrained.ship(run, "other", shelf)
     (run / runs.RESULTS_FILE).unlink()
