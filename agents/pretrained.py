@@ -35,7 +35,7 @@ from agents.runs import (
 from far_env.cli import run_guarded
 from far_env.config import load_yaml, make_run_dir, parse, save_yaml, write_text
 from far_env.episodes import ROW_FEATURES
-from far_env.evaluation.table import markdown_table, source_line
+from far_env.evaluation.table import markdown_table, source_lines
 from far_env.provenance import load_facts
 
 CARD_FILE = "README.md"
@@ -81,18 +81,22 @@ def ship(run: Path, name: str, shelf: Path = PRETRAINED_DIR) -> Path:
 
 
 def _results(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The run's final tables. Raises ValueError if there are none, or if one was made with another host than the policy."""
+    """The run's final tables, one for each workload and budget.
+
+    Raises:
+        ValueError: if there are none, or if they were made with other hosts than the policy.
+    """
     path = run / RESULTS_FILE
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))["tables"]
-        hosts = [f"{own['host']} ({own['weights']})" for own in results if own["policies"][LEARNED]["psnr"]]
+        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+        hosts = dict.fromkeys(f"{table['host']} ({table['weights']})" for table in tables if table["policies"][LEARNED]["psnr"])
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; only a finished run can be shipped") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); run train_agent.py again to make its table anew") from error
-    if (host := ", ".join(dict.fromkeys(hosts))) != facts.get("host"):
+    if (host := ", ".join(hosts)) != facts.get("host"):
         raise ValueError(f"{path} was made with host {host}, the policy with {facts.get('host')}; train it again")
-    return results
+    return tables
 
 
 def _card(
@@ -125,7 +129,7 @@ def _card(
         table | {"policies": {name if own == LEARNED else own: row for own, row in table["policies"].items()}}
         for table in results
     ]
-    first = results[0]
+    sources = "\n".join(f"- {line}." for line in source_lines(results))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return f"""\
 # {name}
@@ -135,7 +139,7 @@ scores each of them; the newest frame and the best positive ones stay.
 
 - Trained on: {facts["trained_on"]}.
 - Training: {"; then ".join(stages)}.
-- Test: {first["clips"]} {first["split"]} clips per world and budget, which training has not seen.
+- Test: {results[0]["clips"]} {results[0]["split"]} clips for each world and budget, which training has not seen.
 - Host: {facts["host"]}, {told("dtype")} on {told("machine")}.
 - Sees: {sees}
 - Command: `{told("command", "`, then `")}`; all settings are in {SETTINGS_FILE}.
@@ -147,7 +151,8 @@ scores each of them; the newest frame and the best positive ones stay.
 
 {markdown_table(shown)}
 
-{source_line(first)}. Intervals are bootstraps over clips; differences are paired, clip by clip.
+{sources}
+- Intervals are bootstraps over clips; differences are paired, clip by clip.
 
 ## Use
 

@@ -23,7 +23,7 @@ from far_env.evaluation.comparison import tabulate
 from far_env.evaluation.evaluate import evaluate_grid
 from far_env.evaluation.ranking import select_policies
 from far_env.evaluation.records import FULL_HISTORY, RECORDS_FILE
-from far_env.evaluation.table import markdown_table, source_line
+from far_env.evaluation.table import markdown_table, source_lines
 from far_env.provenance import load_facts, save_facts
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import WORKLOADS, make_workload
@@ -292,12 +292,7 @@ def _section(
     """The table in Markdown, with all that its numbers depend on."""
     from agents.runs import policy_facts
 
-    cells: dict[str, list[str]] = {}
-    for summary in summaries:
-        machines = summary["machine"] if isinstance(summary["machine"], list) else [summary["machine"]]
-        line = f"{source_line(summary)}, {', '.join(machines)}"
-        cells.setdefault(line, []).append(f"{summary['workload']} {summary['budget']}")
-    sources = [f"- {', '.join(dict.fromkeys(own))}: {line}." for line, own in cells.items()]
+    sources = [f"- {line}." for line in source_lines(summaries)]
     for policy in table.policies:
         if policy in agents:
             facts = policy_facts(policy)

@@ -63,6 +63,16 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the numbers of several summaries were made with: a line for all workloads and budgets that have it in common."""
+    cells: dict[str, list[str]] = {}
+    for summary in summaries:
+        machines = summary["machine"] if isinstance(summary["machine"], list) else [summary["machine"]]
+        line = f"{source_line(summary)}, {', '.join(machines)}"
+        cells.setdefault(line, []).append(f"{summary['workload']} {summary['budget']}")
+    return [f"{', '.join(dict.fromkeys(own))}: {line}" for line, own in cells.items()]
+
+
 def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -> str:
     """Several tables as one, best policy first; empty where PSNR was not computed or no policy stands in all of them."""
     pooled = pooled_summary(tables, reference)
