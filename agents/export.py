@@ -121,12 +121,13 @@ class VideoTemporalKVPolicy:
         width = x.shape[1]
         for layer in range(self.NUM_LAYERS):
             block = "blocks.%d." % layer
-            qkv = linear(block + "qkv", norm(block + "norm1", x)).reshape(n, 3, heads, width // heads)
-            query, key, value = qkv.transpose(1, 2, 0, 3)
-            scores = query @ key.transpose(0, 2, 1) / np.float32((width // heads) ** 0.5)
-            scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            mixed = scores @ value / scores.sum(axis=-1, keepdims=True)
-            x = x + linear(block + "out", mixed.transpose(1, 0, 2).reshape(n, width))
+            if block + "qkv.weight" in p:
+                qkv = linear(block + "qkv", norm(block + "norm1", x)).reshape(n, 3, heads, width // heads)
+                query, key, value = qkv.transpose(1, 2, 0, 3)
+                scores = query @ key.transpose(0, 2, 1) / np.float32((width // heads) ** 0.5)
+                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+                mixed = scores @ value / scores.sum(axis=-1, keepdims=True)
+                x = x + linear(block + "out", mixed.transpose(1, 0, 2).reshape(n, width))
             x = x + linear(block + "down", np.maximum(linear(block + "up", norm(block + "norm2", x)), 0))
         return linear("head", norm("norm", x))[:, 0]
 '''
@@ -144,7 +145,7 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
     packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
     text = _TEMPLATE.format(
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
-        num_heads=network.blocks[0].num_heads,
+        num_heads=network.num_heads,
         num_layers=len(network.blocks),
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
         memory="self.HistoryMemory()" if network.memory else None,

@@ -34,25 +34,28 @@ def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
 
 
 class SetBlock(nn.Module):
-    """Pre-norm attention across the rows, then a two-layer perceptron in each row."""
+    """Pre-norm attention across the rows, unless left out, then a two-layer perceptron in each row."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, attention: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.attention = attention
+        if attention:
+            self.norm1 = nn.LayerNorm(width)
+            self.qkv = nn.Linear(width, 3 * width)
+            self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, N, width); bias (B, 1, 1, N) is very negative on padding."""
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
-        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
-        x = x + self.out((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+        if self.attention:
+            query, key, value = (
+                part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
+            )
+            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
+            x = x + self.out((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(self.norm2(x))))
 
 
@@ -62,15 +65,19 @@ class RetentionNetwork(nn.Module):
     Args:
         width, num_layers, num_heads: size of the set transformer; the defaults make 67k weights.
         memory: rows also carry what a `HistoryMemory` recalls of them.
+        attention: rows see each other. Without it each is scored alone: a perceptron, or with no layers a (normalised) linear
+            rule. These are for comparison.
     """
 
-    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False) -> None:
+    def __init__(
+        self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False, attention: bool = True
+    ) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory, self.num_heads = memory, num_heads
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
         self.embed = nn.Linear(NUM_INPUTS + HistoryMemory.WIDTH * memory, width)
-        self.blocks = nn.ModuleList(SetBlock(width, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(SetBlock(width, num_heads, attention) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
         # Start close to uniform over full subsets: small scores, all worth a place.
@@ -93,9 +100,11 @@ class RetentionNetwork(nn.Module):
 class ValueNetwork(nn.Module):
     """The critic: the same trunk, the mean over rows, one number."""
 
-    def __init__(self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False) -> None:
+    def __init__(
+        self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False, attention: bool = True
+    ) -> None:
         super().__init__()
-        self.trunk = RetentionNetwork(width, num_layers, num_heads, memory)
+        self.trunk = RetentionNetwork(width, num_layers, num_heads, memory, attention)
         self.trunk.head = nn.Identity()
 
     def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class NetworkSize:
     num_heads: int = 4
     memory: bool = False
     """Whether it remembers births, see `agents.memory.HistoryMemory`."""
+    attention: bool = True
+    """Whether rows see each other; without it each is scored alone."""
 
 
 @dataclass(frozen=True)

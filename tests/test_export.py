@@ -20,11 +20,13 @@ from far_env.contract import RolloutState, apply_plan
 from far_env.frame_meta import frame_meta_list
 from far_env.rollout.play import play
 
+SIZES = {"memoryless": {}, "memory": {"memory": True}, "rows alone": {"attention": False}, "linear": {"num_layers": 0}}
 
-@pytest.fixture(scope="module", params=[False, True], ids=["memoryless", "memory"])
+
+@pytest.fixture(scope="module", params=SIZES.values(), ids=SIZES)
 def scorer(request):
     torch.manual_seed(0)
-    network = RetentionNetwork(memory=request.param)
+    network = RetentionNetwork(**request.param)
     for parameter in network.parameters():
         parameter.data = 0.3 * torch.randn_like(parameter)
     return network.eval()
@@ -48,11 +50,11 @@ def random_call(rng: np.random.Generator):
     return metas, RolloutState(step, capacity, total), {"max_frames": max_frames, "capacity_mb": capacity}
 
 
-def test_exported_and_trained_policy_keep_the_same_frames_on_10000_observations(scorer, exported):
+def test_exported_and_trained_policy_keep_the_same_frames_on_5000_observations(scorer, exported):
     trained, file = AgentPolicy(scorer), load_policy(str(exported))
     rng = np.random.default_rng(0)
     sizes = []
-    for _ in range(10_000):
+    for _ in range(5_000):
         metas, state, budget = random_call(rng)
         plans = [policy.build_temporal_cache_plan(metas, state, budget) for policy in (trained, file)]
         kept = [sorted(d.chunk_id for d in plan.chunk_decisions if d.action == "keep") for plan in plans]

@@ -73,3 +73,17 @@ def test_a_fresh_scorer_fills_the_budget():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="width 30 must be a multiple of num_heads 4"):
         RetentionNetwork(width=30)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_layers", [0, 2])
+def test_without_attention_a_row_is_scored_alone(num_layers):
+    torch.manual_seed(0)
+    sizes = {"num_layers": num_layers, "attention": False}
+    alone, together = RetentionNetwork(**sizes).eval(), RetentionNetwork().eval()
+    frames, mask, budget = observation(6)
+    changed = frames.clone()
+    changed[:, 2, 2:] += 0.5
+    for network, affected in ((alone, {2}), (together, set(range(6)))):
+        differs = (network(changed, mask, budget) - network(frames, mask, budget)).abs().amax(dim=0) > 1e-6
+        assert set(differs.nonzero().flatten().tolist()) == affected
