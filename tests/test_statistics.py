@@ -9,13 +9,9 @@ from scipy.stats import bootstrap, trim_mean
 from far_env.evaluation.comparison import Evaluation, pooled_summary, tabulate
 from far_env.evaluation.records import Record, Results, Settings
 from far_env.evaluation.statistics import (
-    decision_cost,
-    episode_matrix,
     iqm_interval,
     mean_interval,
     mean_intervals,
-    psnr_by_frame,
-    quality_by_budget,
 )
 from far_env.evaluation.table import pooled_table, results_table
 
@@ -154,31 +150,6 @@ def made_up(clips=6, seeds=(1, 2)) -> Results:
         frame_size=sizes,
     )
     return Results(settings, records)
-
-
-def test_records_become_matrices_of_clips_and_seeds():
-    records = [r for r in made_up().records if (r.workload, r.policy, r.budget) == ("pan", "good", 4)]
-    matrix = episode_matrix(records, lambda record: record.metrics["psnr"])
-    assert matrix.shape == (6, 2)
-    assert matrix[3, 1] == next(r.metrics["psnr"] for r in records if (r.clip, r.seed) == (3, 2))
-    assert np.isnan(episode_matrix(records[:-1], lambda record: 1.0)).sum() == 1
-
-
-def test_quality_against_budget_drift_and_cost():
-    results = made_up()
-    by_budget = quality_by_budget(results, "pan", "good")
-    own = [r for r in results.records if (r.workload, r.policy) == ("pan", "good")]
-    assert {budget: interval.mean for budget, interval in by_budget.items()} == {
-        budget: pytest.approx(np.mean([r.metrics["psnr"] for r in own if r.budget == budget])) for budget in (4, 8)
-    }
-    drift = psnr_by_frame(results, "pan", 4, "good")
-    assert [frame.mean for frame in drift] == pytest.approx([by_budget[4].mean - drop for drop in (0, 1, 5)])
-    assert all(frame.low < frame.mean < frame.high and frame.n == 6 for frame in drift)
-    cost = decision_cost(results, "pan", 8, "good")
-    assert cost.mean == pytest.approx(0.8 + 2.5)
-    assert decision_cost(results, "pan", 9999, "full_history") is None
-    with pytest.raises(ValueError, match="no episode of magic on pan under budget 4"):
-        psnr_by_frame(results, "pan", 4, "magic")
 
 
 def test_pooled_numbers_are_those_of_all_cells():

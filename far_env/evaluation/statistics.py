@@ -9,14 +9,11 @@ finite (missing episodes, the PSNR of frames equal to the truth) are left out; `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-
-from far_env.contract import UNLIMITED_FRAMES
-from far_env.evaluation.records import Record, Results
 
 NUM_RESAMPLES = 10_000
 _CHUNK = 500
@@ -72,49 +69,6 @@ def iqm_interval(*strata: np.ndarray, seed: int = 0) -> Interval:
         ValueError: without a finite value.
     """
     return _pooled(strata, seed, _interquartile_mean)
-
-
-def episode_matrix(records: Iterable[Record], value: Callable[[Record], float]) -> np.ndarray:
-    """A value of every episode, float64 (clips, seeds), both ascending; NaN where an episode is missing."""
-    found = {(record.clip, record.seed): value(record) for record in records}
-    clips, seeds = (sorted({key[axis] for key in found}) for axis in (0, 1))
-    return np.array([[found.get((clip, seed), np.nan) for seed in seeds] for clip in clips], dtype=np.float64)
-
-
-def quality_by_budget(results: Results, workload: str, policy: str, metric: str = "psnr") -> dict[int, Interval]:
-    """Budget → mean of a metric with its interval, for the budgets that the policy was played under."""
-    episodes: dict[int, list[Record]] = {}
-    for record in results.records:
-        if (record.workload, record.policy) == (workload, policy):
-            episodes.setdefault(record.budget, []).append(record)
-    return {
-        budget: mean_interval(episode_matrix(own, lambda record: record.metrics[metric]))
-        for budget, own in sorted(episodes.items())
-    }
-
-
-def psnr_by_frame(results: Results, workload: str, budget: int, policy: str) -> list[Interval]:
-    """Mean PSNR in dB of every predicted frame with its interval, the drift; a clip counts by its seeds' mean."""
-    own = _episodes(results, workload, budget, policy)
-    frames = range(results.settings.num_predict[workload])
-    by_frame = [episode_matrix(own, lambda record, frame=frame: record.psnr_per_frame[frame]) for frame in frames]
-    finite = [np.ma.masked_invalid(matrix).mean(axis=1).filled(np.nan) for matrix in by_frame]
-    return mean_intervals(np.stack(finite, axis=1))
-
-
-def decision_cost(results: Results, workload: str, budget: int, policy: str) -> Interval | None:
-    """Mean milliseconds that the policy took per decision; None where it decided nothing."""
-    own = [record for record in _episodes(results, workload, budget, policy) if record.decision_ms is not None]
-    return mean_interval(episode_matrix(own, lambda record: record.decision_ms)) if own else None
-
-
-def _episodes(results: Results, workload: str, budget: int, policy: str) -> list[Record]:
-    """Episodes of one policy under one budget. Raises ValueError if there are none."""
-    wanted = (workload, min(budget, UNLIMITED_FRAMES), policy)
-    own = [record for record in results.records if (record.workload, record.budget, record.policy) == wanted]
-    if not own:
-        raise ValueError(f"there is no episode of {policy} on {workload} under budget {budget}")
-    return own
 
 
 def _pooled(strata: Sequence[np.ndarray], seed: int, statistic: _Statistic) -> Interval:
