@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.memory import HistoryMemory
-from agents.network import RetentionNetwork
+from agents.network import UNSHARED, RetentionNetwork
 from agents.runs import load_scorer
 from far_env.config import write_text
 
@@ -52,6 +52,7 @@ class VideoTemporalKVPolicy:
 
     NUM_HEADS = {num_heads}
     NUM_LAYERS = {num_layers}
+    SUCCESSOR = {successor}
     SHAPES = {shapes}
     WEIGHTS = (
 {weights}
@@ -101,9 +102,13 @@ class VideoTemporalKVPolicy:
             for m in chunk_meta_list
         ]
         recalled = [()] * n if self.memory is None else self.memory.recall(looks, rollout_state.step)
+        following = [()] * n
+        if self.SUCCESSOR:
+            told = [(*look, *own[{unshared}:]) for look, own in zip(looks, recalled)]
+            following = [*told[1:], (0.0,) * len(told[0])]
         x = np.array(
             [
-                (np.log1p(m.age) / 3, m.recentness, *looks[i], float(i == n - 1), *shared, *recalled[i])
+                (np.log1p(m.age) / 3, m.recentness, *looks[i], float(i == n - 1), *shared, *recalled[i], *following[i])
                 for i, m in enumerate(chunk_meta_list)
             ],
             dtype=np.float32,
@@ -146,6 +151,8 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
     text = _TEMPLATE.format(
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
         num_heads=network.num_heads,
+        successor=network.successor,
+        unshared=UNSHARED,
         num_layers=len(network.blocks),
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
         memory="self.HistoryMemory()" if network.memory else None,

@@ -43,6 +43,9 @@ class ImitationSettings:
     """Sets per decision whose costs are noted."""
     temperature: float = 1e-3
     """In units of mean squared pixel error per predicted frame."""
+    regret: float = 0.0
+    """Weight of what the scorer's own choice among the alternatives is expected to cost, in temperatures, beside the
+    cross-entropy: which mistakes matter."""
     epochs: int = 30
     """Over all decisions so far, from a fresh scorer in every round."""
     batch_size: int = 256
@@ -50,6 +53,8 @@ class ImitationSettings:
     """At the start; falls by a cosine to zero."""
 
     def __post_init__(self) -> None:
+        if self.regret < 0:
+            raise ValueError(f"the weight of regret cannot be negative, got {self.regret}")
         require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
 
 
@@ -192,12 +197,21 @@ def _distribution(network: RetentionNetwork, decisions: Decisions) -> BudgetedSu
     return BudgetedSubset(logits, free, forced, decisions.max_frames)
 
 
-def imitation_loss(network: RetentionNetwork, decisions: Decisions, temperature: float) -> Tensor:
-    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's sets."""
-    target = (-(decisions.costs - decisions.costs[:, :1]) / temperature).softmax(dim=1)
+def imitation_loss(network: RetentionNetwork, decisions: Decisions, temperature: float, regret: float = 0.0) -> Tensor:
+    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's sets.
+
+    To it is added, ``regret`` times, the mean over alternatives of (cost − lowest cost) / temperature under the scorer's
+    probabilities, shared among the alternatives alone.
+    """
+    missing = decisions.costs.isinf()
+    extra = (decisions.costs - decisions.costs[:, :1]) / temperature
     distribution = _distribution(network, decisions)
     log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
-    return -(target * log_probs.masked_fill(decisions.costs.isinf(), 0.0)).sum(dim=1).mean()
+    loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(missing, 0.0)).sum(dim=1)
+    if regret:
+        chosen = log_probs.masked_fill(missing, -torch.inf).softmax(dim=1)
+        loss = loss + regret * (chosen * extra.masked_fill(missing, 0.0)).sum(dim=1)
+    return loss.mean()
 
 
 def imitate(
@@ -297,7 +311,7 @@ def fit(decisions: Decisions, size: dict[str, int], settings: ImitationSettings,
             losses = []
             for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
                 part = Decisions(*(getattr(decisions, name)[rows] for name in Decisions.__dataclass_fields__))
-                loss = imitation_loss(network, part, settings.temperature)
+                loss = imitation_loss(network, part, settings.temperature, settings.regret)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

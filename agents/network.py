@@ -9,15 +9,18 @@ from torch.nn import functional as F
 from agents.memory import HistoryMemory
 from far_env.episodes import ROW_FEATURES
 
-NUM_INPUTS = len(ROW_FEATURES) + 4
+UNSHARED = 2
+"""The first columns of `HistoryMemory.recall`, age and origin, follow from the row's own or hardly differ for the next."""
 _MASKED = -1e9
 
 
-def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
-    """Observations to network inputs (B, N, 10 or 17): counts are made independent of the number of slots N.
+def network_inputs(frames: Tensor, budget: Tensor, successor: bool = False) -> Tensor:
+    """Observations to network inputs (B, N, `num_inputs`): counts are made independent of the number of slots N.
 
     Per row log(1 + age) / 3, the other features as they are, then whether it is the newest, log(1 + budget) / 3,
-    the step's share of the rollout and log(1 + frames) / 3, then what is remembered of it.
+    the step's share of the rollout and log(1 + frames) / 3, then what is remembered of it, then, if asked for, what tells the
+    row after it from this one: its features that compare it with its predecessor, and what is remembered but its age and
+    origin. The newest has no row after it, and zeros.
 
     Args:
         frames: observation["frames"] (B, N, 6), or with the columns of `HistoryMemory.recall` behind them (B, N, 13).
@@ -30,7 +33,18 @@ def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
     counts = torch.log1p(budget[:, [0, 2]] * slots) / 3
     shared = torch.stack([counts[:, 0], budget[:, 1], counts[:, 1]], dim=-1)[:, None].expand(-1, slots, -1)
     now, remembered = frames[..., 1 : len(ROW_FEATURES)], frames[..., len(ROW_FEATURES) :]
-    return torch.cat([torch.log1p(age) / 3, now, newest, shared, remembered], dim=-1)
+    parts = [torch.log1p(age) / 3, now, newest, shared, remembered]
+    if successor:
+        told = torch.cat([now[..., 1:], remembered[..., UNSHARED:]], dim=-1)
+        parts.append(torch.cat([told[:, 1:], torch.zeros_like(told[:, :1])], dim=1))
+    return torch.cat(parts, dim=-1)
+
+
+def num_inputs(memory: bool, successor: bool) -> int:
+    """Columns of `network_inputs`."""
+    remembered = HistoryMemory.WIDTH * memory
+    told = (len(ROW_FEATURES) - 2 + max(0, remembered - UNSHARED)) * successor
+    return len(ROW_FEATURES) + 4 + remembered + told
 
 
 class SetBlock(nn.Module):
@@ -67,16 +81,23 @@ class RetentionNetwork(nn.Module):
         memory: rows also carry what a `HistoryMemory` recalls of them.
         attention: rows see each other. Without it each is scored alone: a perceptron, or with no layers a (normalised) linear
             rule. These are for comparison.
+        successor: rows also show how the row after them differs. Their order then matters.
     """
 
     def __init__(
-        self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False, attention: bool = True
+        self,
+        width: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        memory: bool = False,
+        attention: bool = True,
+        successor: bool = False,
     ) -> None:
         super().__init__()
-        self.memory, self.num_heads = memory, num_heads
+        self.memory, self.num_heads, self.successor = memory, num_heads, successor
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
-        self.embed = nn.Linear(NUM_INPUTS + HistoryMemory.WIDTH * memory, width)
+        self.embed = nn.Linear(num_inputs(memory, successor), width)
         self.blocks = nn.ModuleList(SetBlock(width, num_heads, attention) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
@@ -91,7 +112,7 @@ class RetentionNetwork(nn.Module):
     def encode(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
         """Row representations (B, N, width)."""
         bias = ((1 - mask) * _MASKED)[:, None, None, :]
-        x = self.embed(network_inputs(frames, budget))
+        x = self.embed(network_inputs(frames, budget, self.successor))
         for block in self.blocks:
             x = block(x, bias)
         return self.norm(x)
@@ -100,11 +121,9 @@ class RetentionNetwork(nn.Module):
 class ValueNetwork(nn.Module):
     """The critic: the same trunk, the mean over rows, one number."""
 
-    def __init__(
-        self, width: int = 64, num_layers: int = 2, num_heads: int = 4, memory: bool = False, attention: bool = True
-    ) -> None:
+    def __init__(self, width: int = 64, **size: int) -> None:
         super().__init__()
-        self.trunk = RetentionNetwork(width, num_layers, num_heads, memory, attention)
+        self.trunk = RetentionNetwork(width, **size)
         self.trunk.head = nn.Identity()
 
     def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class NetworkSize:
     """Whether it remembers births, see `agents.memory.HistoryMemory`."""
     attention: bool = True
     """Whether rows see each other; without it each is scored alone."""
+    successor: bool = False
+    """Whether rows also show how the row after them differs."""
 
 
 @dataclass(frozen=True)

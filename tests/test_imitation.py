@@ -99,3 +99,19 @@ def test_a_stopped_collection_goes_on_to_the_same_scorer(tiny_workload, tmp_path
     (tmp_path / "whole" / "round_001.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"round_001.safetensors cannot be read .*; delete it"):
         run("whole")
+
+
+def test_the_regret_is_what_the_choice_among_the_alternatives_costs():
+    """By enumeration: four frames, two of the three older ones kept, so three alternatives, of which one is not noted."""
+    generator = torch.Generator().manual_seed(0)
+    frames, ones = torch.rand(1, 4, 6, generator=generator), torch.ones(1, 4)
+    sets = torch.tensor([[[1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0]]], dtype=torch.bool)
+    costs = torch.tensor([[2.0, 5.0, torch.inf]])
+    decisions = Decisions(frames, ones, torch.tensor([[0.75, 0.0, 1.0]]), torch.tensor([3]), sets, costs)
+    network = RetentionNetwork(width=16, num_heads=2).eval()
+    scores = [(network(frames, ones, decisions.budget)[0] * kept).sum().exp().item() for kept in sets[0, :2].float()]
+    expected = 0.5 * 3.0 * scores[1] / sum(scores)
+    without, both = (imitation.imitation_loss(network, decisions, 2.0, weight).item() for weight in (0.0, 1.0))
+    assert both - without == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="weight of regret cannot be negative"):
+        ImitationSettings(regret=-1.0)

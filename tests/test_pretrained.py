@@ -13,7 +13,7 @@ import torch
 
 import train_agent
 from agents import pretrained, runs
-from agents.ppo import AgentTraining, PPOSettings
+from agents.ppo import AgentTraining, NetworkSize, PPOSettings
 from agents.runs import PRETRAINED, load_policy, load_scorer, policy_facts, pretrained_names, scorer_folder
 from far_env import cli
 from far_env.config import load_yaml
@@ -72,7 +72,7 @@ def test_cards_say_what_the_files_say(name):
     parameters = sum(value.numel() for value in network.state_dict().values())
     for said in (f"# {name}\n", facts["trained_on"], facts["host"], facts["commit"], digest, f"{parameters:,} parameters"):
         assert said in card
-    assert facts["network"] == dataclasses.asdict(settings.network)
+    assert NetworkSize(**facts["network"]) == settings.network
     trained_on = facts["trained_on"].replace(", ", ",")
     for said in (f"{settings.workload},budget {settings.budget}", f"seed {settings.seed}"):
         assert said.replace(", ", ",") in trained_on
@@ -104,7 +104,7 @@ def test_a_shipped_run_is_the_run(finished, shelf, tiny_workload):
     card = (folder / pretrained.CARD_FILE).read_text()
     scores = table_of(finished)["policies"]["learned"]["psnr"]
     assert f"| pan | 4 | pretrained/mine | {scores['mean']:.2f} [{scores['low']:.2f}, {scores['high']:.2f}] |" in card
-    assert "32 decisions of PPO" in card and re.search(r"- Time: \d+\.\d minutes\.", card) and "imitation" not in card
+    assert "32 decisions of PPO" in card and re.search(r"- Time: \d+\.\d minutes\.", card) and "rounds of imitation" not in card
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.yaml", "policy.json", "policy.safetensors"}
     result = evaluate(tiny_workload, 4, {"pretrained/mine": load_policy("pretrained/mine")}, [0], metrics=["psnr"])
     assert result.scores["pretrained/mine"]["psnr"].shape == (1, 1)
