@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 from pathlib import Path
 
@@ -92,17 +91,19 @@ def load_policy(name: str) -> RetentionPolicy | None:
 
 
 def policy_facts(name: str) -> dict[str, str]:
-    """What is known of a policy that `load_policy` accepts, for results: a note, and the hash of what its name stands for."""
+    """What is known of a policy that `load_policy` accepts, for results: family, tier, source and a note of baselines, and
+    the hash of what the name of another stands for."""
     if name == FULL_HISTORY:
         return {"note": "nothing is dropped"}
     if name in baselines.names():
-        return {"note": inspect.getdoc(type(baselines.make(name))).split("\n")[0]}
+        about = baselines.info(name)
+        return {"family": about.family, "tier": about.tier, "source": about.source, "note": about.note.split("\n")[0]}
     path = scorer_folder(name)
     if path.is_file():
-        return {"source": str(path.resolve()), "sha256": _sha256(path)}
+        return {"family": "file", "source": str(path.resolve()), "sha256": _sha256(path)}
     source = f"{name} of far-env" if name.startswith(PRETRAINED) else str(path.resolve())
     note = f"trained on {load_scorer(path)[1].get('trained_on', 'unknown clips')}"
-    return {"source": source, "note": note, "sha256": _sha256(path / WEIGHTS_FILE)}
+    return {"family": "learned", "tier": "M", "source": source, "note": note, "sha256": _sha256(path / WEIGHTS_FILE)}
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import baselines
+from agents.runs import policy_facts
 from far_env.contract import RolloutState, apply_plan, check_plan
 from far_env.frame_meta import frame_meta_list
 
@@ -138,3 +139,11 @@ def test_the_registry_names_makes_and_corrects():
         baselines.make("random", sed=1)
     with pytest.raises(ValueError, match="it takes none"):
         baselines.make("recent_fill", n=1)
+
+
+def test_results_tell_family_tier_and_source():
+    facts = policy_facts("packforcing")
+    about = baselines.info("packforcing")
+    assert (facts["family"], facts["tier"], facts["source"]) == (about.family, about.tier, about.source)
+    assert about.note.startswith(facts["note"]) and "\n" not in facts["note"]
+    assert policy_facts("pretrained/pan-tight")["family"] == "learned"
