@@ -64,7 +64,7 @@ def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
     assert set(results["policies"]) == {"learned", "recent_fill", "full_history"}
     assert results["policies"]["learned"]["psnr_minus_recent_fill"]["n"] == 3
     network, facts = load_scorer(folder)
-    assert facts["network"] == {"width": 64, "num_layers": 2, "num_heads": 4, "memory": False}
+    assert facts["network"] == dataclasses.asdict(NetworkSize())
     assert "pan, budget 4" in facts["trained_on"]
     assert load_policy(str(folder)).network.state_dict().keys() == network.state_dict().keys()
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
