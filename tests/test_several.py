@@ -183,6 +183,8 @@ def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, t
 
 
 def test_rows_are_shared_evenly(config):
+    with pytest.raises(ValueError, match="validation_clips is 1, fewer than the 2 budgets that share them"):
+        train_agent.train(dataclasses.replace(config, validation_clips=1))
     with pytest.raises(ValueError, match="num_envs is 5, which 2 workloads cannot share evenly"):
         train_agent.train(dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, num_envs=5)))
     assert [workload.name for workload in config.make_workloads()] == ["pan", "cuts"]
