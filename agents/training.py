@@ -69,7 +69,9 @@ def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int
     for budget in budgets:
         check_decides(workload, budget)
     if config.validation_clips < len(budgets):
-        raise ValueError(f"validation_clips is {config.validation_clips}, fewer than the {len(budgets)} budgets that share them")
+        raise ValueError(
+            f"validation_clips is {config.validation_clips}, fewer than the {len(budgets)} budgets that share them"
+        )
     wanted = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
     for split, count in wanted.items():
         available = workload.clips.num_clips(split)
