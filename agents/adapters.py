@@ -10,9 +10,11 @@ import torch
 
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
+from agents.seen import columns
 from agents.subset import BudgetedSubset
 from far_env.contract import (
     FrameMeta,
+    PolicyError,
     RetentionPolicy,
     RolloutState,
     TemporalCachePlan,
@@ -75,6 +77,7 @@ class AgentPolicy:
     def __init__(self, network: RetentionNetwork, name: str = "learned") -> None:
         self.network = network.eval()
         self.name = name
+        self.statistics = network.statistics
         self.memory = HistoryMemory() if network.memory else None
 
     @torch.no_grad()
@@ -87,9 +90,15 @@ class AgentPolicy:
             (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
             for m in chunk_meta_list
         ]
-        rows = observed_rows(looks, rollout_state.step, self.memory)
+        rows = torch.tensor([observed_rows(looks, rollout_state.step, self.memory)])
+        if self.statistics:
+            shown = getattr(rollout_state, "statistics", {})
+            missing = [name for name in self.statistics if name not in shown]
+            if missing:
+                raise PolicyError(f"this agent needs {', '.join(missing)}, which this rollout does not hand over")
+            rows = torch.cat([rows, torch.from_numpy(columns(shown, self.statistics))[None]], dim=-1)
         budget = (max_frames / num_frames, rollout_state.step / rollout_state.total_steps, 1.0)
-        logits = self.network(torch.tensor([rows]), torch.ones(1, num_frames), torch.tensor([budget]))
+        logits = self.network(rows, torch.ones(1, num_frames), torch.tensor([budget]))
         forced = torch.zeros(1, num_frames, dtype=torch.bool)
         forced[:, -1] = True
         mode = BudgetedSubset(logits, ~forced, forced, torch.tensor([max_frames])).mode()[0]

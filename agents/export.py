@@ -145,7 +145,13 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         network: the trained scorer.
         path: the file to write.
         provenance: lines for the file's docstring: what it was trained on, by which commit.
+
+    Raises:
+        ValueError: if the scorer needs what the benchmark does not show.
     """
+    if network.statistics:
+        told = ", ".join(network.statistics)
+        raise ValueError(f"this policy sees {told}, which the benchmark shows no policy; export one trained without statistics")
     state = {name: value.detach().cpu().numpy().astype("<f4") for name, value in network.state_dict().items()}
     packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
     text = _TEMPLATE.format(
@@ -163,7 +169,8 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
 
 
 def export_run(run: Path, path: Path) -> None:
-    """Export the scorer of a run folder. Raises ValueError if the folder holds none or the file cannot be written."""
+    """Export the scorer of a run folder. Raises ValueError if the folder holds none, or one that cannot be exported, or if the
+    file cannot be written."""
     network, facts = load_scorer(run)
     told = {key: value for key, value in facts.items() if key != "network"}
     lines = [f"{key}: {value}" for key, value in told.items()]

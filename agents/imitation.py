@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from agents import seen
 from agents.adapters import observed_rows
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
 from agents.oracle import best_cover, coverage, pixel_error_scale
 from agents.subset import BudgetedSubset
 from far_env.config import require_positive, write_text
+from far_env.episodes import ROW_FEATURES, right_aligned
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import Workload
@@ -63,7 +65,7 @@ class Decisions:
     """Decisions and what their alternatives cost; histories are right-aligned like the environment's.
 
     Attributes:
-        frames: float32 (D, slots, 6 or 13), mask: float32 (D, slots), budget: float32 (D, 3): observations.
+        frames: float32 (D, slots, columns), mask: float32 (D, slots), budget: float32 (D, 3): observations.
         max_frames: int64 (D,).
         sets: bool (D, candidates, slots), the frames that each alternative keeps; the best comes first.
         costs: float32 (D, candidates): expected squared error per predicted frame; infinite where there is no alternative.
@@ -94,6 +96,7 @@ def collect(
     actor: RetentionNetwork | None,
     memory: bool,
     candidates: int,
+    statistics: Sequence[str] = (),
     slots: int | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -105,6 +108,7 @@ def collect(
         budgets: one per clip.
         actor: who decides; None lets the expert itself decide.
         memory: whether observations carry what a `HistoryMemory` recalls.
+        statistics: whose columns (`agents.seen.columns`) they carry as well.
         candidates: alternatives noted per decision.
         slots: rows of an observation; by default as many as an environment with these budgets has.
     """
@@ -112,7 +116,7 @@ def collect(
     records: list[tuple] = []
     for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
         chosen = slice(first, first + batch_size)
-        records += _play(workload, clip_ids[chosen], budgets[chosen], actor, memory, candidates, slots)
+        records += _play(workload, clip_ids[chosen], budgets[chosen], actor, memory, candidates, tuple(statistics), slots)
     columns = [np.stack(column) for column in zip(*records, strict=True)]
     return Decisions(*(torch.from_numpy(column) for column in columns))
 
@@ -124,6 +128,7 @@ def _play(
     actor: RetentionNetwork | None,
     memory: bool,
     candidates: int,
+    statistics: tuple[str, ...],
     slots: int,
 ) -> list[tuple]:
     clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
@@ -131,7 +136,7 @@ def _play(
     frames = torch.stack([torch.from_numpy(clip.frames[: workload.num_frames]) for clip in clips]).to(host.device)
     truth = host.autoencoder.encode(frames.to(host.dtype))[:, context:]
     scale = pixel_error_scale(frames, truth) / workload.num_predict
-    batch = RolloutBatch(workload, len(clips))
+    batch = RolloutBatch(workload, len(clips), statistics=statistics)
     batch.begin(range(len(clips)), clips, [BENCHMARK_SEED + clip_id for clip_id in clip_ids])
     memories = [HistoryMemory() if memory else None for _ in clips]
     records = []
@@ -143,14 +148,19 @@ def _play(
         features = batch.features(full)
         features[..., 3] /= 1 + features[..., 3]
         histories, lengths = batch.history(full)
+        found = batch.statistics(full) if statistics else []
         for place, row in enumerate(full):
             length, budget = int(lengths[place]), budgets[row]
             cover = coverage(histories[place, :length], truth[row, step], truth[row, step + 1 :])
             sets = best_cover(cover, budget, candidates)
-            record = _empty_record(slots, 6 + HistoryMemory.WIDTH * memory, candidates)
+            told = {name: right_aligned(name, found[place][name], slots) for name in statistics}
+            columns = seen.columns(told, statistics) if told else np.zeros((slots, 0), dtype=np.float32)
+            own = len(ROW_FEATURES) + HistoryMemory.WIDTH * memory
+            record = _empty_record(slots, own + columns.shape[1], candidates)
             shown = slice(slots - length, slots)
-            record[0][shown] = observed_rows(features[place, :length].tolist(), step, memories[row])
+            record[0][shown, :own] = observed_rows(features[place, :length].tolist(), step, memories[row])
             record[0][shown, 0] *= length / slots
+            record[0][:, own:] = columns
             record[1][shown] = 1
             record[2][:] = budget / slots, step / workload.num_predict, length / slots
             record[3][...] = budget
@@ -159,9 +169,9 @@ def _play(
                 record[5][index] = scale * cover.cost(kept)
             records.append(record)
         kept_sets = _acted(records[-len(full) :], actor)
-        for record, own, row in zip(records[-len(full) :], kept_sets, full, strict=True):
+        for record, mask, row in zip(records[-len(full) :], kept_sets, full, strict=True):
             offset = slots - int(record[1].sum())
-            ids = (np.flatnonzero(own) - offset).tolist()
+            ids = (np.flatnonzero(mask) - offset).tolist()
             batch.retain(row, ids)
             if memories[row] is not None:
                 memories[row].keep(ids)
@@ -259,6 +269,7 @@ def imitate(
                         actor=actor,
                         memory=bool(size.get("memory", False)),
                         candidates=settings.candidates,
+                        statistics=size.get("statistics", ()),
                         slots=slots,
                     )
                     for index, workload in enumerate(workloads)
@@ -281,7 +292,7 @@ def _check_index(folder: Path, settings: ImitationSettings, *rest: object) -> No
         "budgets": list(budgets),
         "seed": seed,
         "train_clips": num_clips,
-        "network": size,
+        "network": {**size, "statistics": list(size.get("statistics", ()))},
         "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
     }
     path = folder / INDEX_FILE

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from agents import seen
 from agents.memory import HistoryMemory
 from far_env.episodes import ROW_FEATURES
 
 UNSHARED = 2
 """The first columns of `HistoryMemory.recall`, age and origin, follow from the row's own or hardly differ for the next."""
+EDGE_WIDTH = 8
 _MASKED = -1e9
 
 
@@ -48,28 +52,38 @@ def num_inputs(memory: bool, successor: bool) -> int:
 
 
 class SetBlock(nn.Module):
-    """Pre-norm attention across the rows, unless left out, then a two-layer perceptron in each row."""
+    """Pre-norm attention across the rows, unless left out, then a two-layer perceptron in each row.
 
-    def __init__(self, width: int, num_heads: int, attention: bool) -> None:
+    With edges (what each row knows of each other), these add to the attention scores, and what is mixed holds them as well.
+    """
+
+    def __init__(self, width: int, num_heads: int, attention: bool, edge_width: int = 0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention = attention
         if attention:
             self.norm1 = nn.LayerNorm(width)
             self.qkv = nn.Linear(width, 3 * width)
-            self.out = nn.Linear(width, width)
+            self.out = nn.Linear(width + num_heads * edge_width, width)
+            self.edge_scores = nn.Linear(edge_width, num_heads) if edge_width else None
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, N, width); bias (B, 1, 1, N) is very negative on padding."""
+    def forward(self, x: Tensor, bias: Tensor, edges: Tensor | None = None) -> Tensor:
+        """x (B, N, width); bias (B, 1, 1, N) is very negative on padding; edges (B, N, N, edge_width)."""
         if self.attention:
             query, key, value = (
                 part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
             )
             scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
-            x = x + self.out((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+            if edges is None:
+                mixed = (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+            else:
+                weights = (scores + self.edge_scores(edges).movedim(-1, 1)).softmax(dim=-1)
+                told = (weights.transpose(1, 2) @ edges).flatten(2)
+                mixed = torch.cat([(weights @ value).transpose(1, 2).flatten(2), told], dim=-1)
+            x = x + self.out(mixed)
         return x + self.down(F.relu(self.up(self.norm2(x))))
 
 
@@ -82,6 +96,10 @@ class RetentionNetwork(nn.Module):
         attention: rows see each other. Without it each is scored alone: a perceptron, or with no layers a (normalised) linear
             rule. These are for comparison.
         successor: rows also show how the row after them differs. Their order then matters.
+        statistics: names of `far_env.contract.STATISTICS` whose `agents.seen.columns` stand behind the other columns.
+
+    Raises:
+        ValueError: if the heads do not share the width evenly, or on a statistic that cannot be used.
     """
 
     def __init__(
@@ -92,13 +110,21 @@ class RetentionNetwork(nn.Module):
         memory: bool = False,
         attention: bool = True,
         successor: bool = False,
+        statistics: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.memory, self.num_heads, self.successor = memory, num_heads, successor
+        self.statistics = seen.check_usable(statistics)
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
-        self.embed = nn.Linear(num_inputs(memory, successor), width)
-        self.blocks = nn.ModuleList(SetBlock(width, num_heads, attention) for _ in range(num_layers))
+        self.embed = nn.Linear(num_inputs(memory, successor) + seen.num_row_inputs(self.statistics), width)
+        self.embed_edges, edge_width = None, 0
+        if attention and self.statistics:
+            edge_width = EDGE_WIDTH
+            self.embed_edges = nn.Sequential(
+                nn.Linear(seen.num_edges(self.statistics), 2 * EDGE_WIDTH), nn.ReLU(), nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
+            )
+        self.blocks = nn.ModuleList(SetBlock(width, num_heads, attention, edge_width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
         # Start close to uniform over full subsets: small scores, all worth a place.
@@ -112,9 +138,15 @@ class RetentionNetwork(nn.Module):
     def encode(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
         """Row representations (B, N, width)."""
         bias = ((1 - mask) * _MASKED)[:, None, None, :]
-        x = self.embed(network_inputs(frames, budget, self.successor))
+        told, edges = len(ROW_FEATURES) + HistoryMemory.WIDTH * self.memory, None
+        inputs = network_inputs(frames[..., :told], budget, self.successor)
+        if self.statistics:
+            rows, edges = seen.rows_and_edges(frames[..., told:], mask, self.statistics)
+            inputs = torch.cat([inputs, rows], dim=-1)
+            edges = None if self.embed_edges is None else self.embed_edges(edges)
+        x = self.embed(inputs)
         for block in self.blocks:
-            x = block(x, bias)
+            x = block(x, bias, edges)
         return self.norm(x)
 
 

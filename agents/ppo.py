@@ -15,8 +15,8 @@ from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoard
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.adapters import AgentPolicy
+from agents.agent_env import AgentVecEnv
 from agents.imitation import ImitationSettings, imitate
-from agents.memory_env import MemoryVecEnv
 from agents.network import RetentionNetwork
 from agents.subset_policy import SubsetPolicy
 from far_env.config import require_positive
@@ -43,6 +43,8 @@ class NetworkSize:
     """Whether rows see each other; without it each is scored alone."""
     successor: bool = False
     """Whether rows also show how the row after them differs."""
+    statistics: tuple[str, ...] = ()
+    """What it may see beyond the benchmark's matrix, see `far_env.contract.STATISTICS`; such a scorer cannot be exported."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def train_scorer(
             relative_to=config.reward.relative_to,
             telescoping=config.reward.telescoping,
             num_clips=config.train_clips,
+            statistics=config.network.statistics,
             autoreset_mode="SAME_STEP",
         )
         for workload in workloads
@@ -191,9 +194,12 @@ def train_scorer(
     venv = VecMonitor(JoinedVecEnv([SB3VecEnv(env) for env in envs]))
     model = ResumablePPO(
         SubsetPolicy,
-        MemoryVecEnv(venv, [workload.num_predict for workload in workloads for _ in range(envs[0].num_envs)])
-        if config.network.memory
-        else venv,
+        AgentVecEnv(
+            venv,
+            [workload.num_predict for workload in workloads for _ in range(envs[0].num_envs)],
+            memory=config.network.memory,
+            statistics=config.network.statistics,
+        ),
         policy_kwargs={"network": asdict(config.network)},
         learning_rate=lambda remaining: learning_rate * remaining,
         seed=config.seed,
@@ -269,9 +275,8 @@ class Progress(BaseCallback):
         # SB3 would reset the environment if it had no last observation.
         model._last_obs = {key: value.numpy() for key, value in saved["last_obs"].items()}
         model._last_episode_starts = saved["last_episode_starts"].numpy()
-        if isinstance(model.env, MemoryVecEnv):
-            model.env.load_state_dict(saved["memories"], model._last_obs)
-        monitor = _monitor_of(model)
+        model.env.load_state_dict(saved["memories"], model._last_obs)
+        monitor = model.env.venv
         monitor.episode_returns = saved["episode_returns"].numpy()
         monitor.episode_lengths = saved["episode_lengths"].numpy()
         torch.set_rng_state(saved["torch_rng"])
@@ -315,7 +320,7 @@ class Progress(BaseCallback):
             self.best_weights = {key: value.detach().clone() for key, value in scorer.state_dict().items()}
 
     def _save(self) -> None:
-        model, monitor = self.model, _monitor_of(self.model)
+        model, monitor = self.model, self.model.env.venv
         name, keys, position, has_gauss, gauss = np.random.get_state()
         save_tensors(
             self.path,
@@ -329,7 +334,7 @@ class Progress(BaseCallback):
                 "best_score": float(self.best_score),
                 "best_weights": self.best_weights,
                 "envs": [env.state_dict() for env in self.envs],
-                "memories": model.env.state_dict() if isinstance(model.env, MemoryVecEnv) else [],
+                "memories": model.env.state_dict(),
                 "last_obs": {key: torch.as_tensor(value) for key, value in model._last_obs.items()},
                 "last_episode_starts": torch.as_tensor(model._last_episode_starts),
                 "episode_returns": torch.as_tensor(monitor.episode_returns),
@@ -338,11 +343,6 @@ class Progress(BaseCallback):
                 "numpy_rng": (name, torch.as_tensor(keys.astype(np.int64)), position, has_gauss, gauss),
             },
         )
-
-
-def _monitor_of(model: MaskablePPO) -> VecMonitor:
-    """The monitor, which memory may be wrapped around."""
-    return model.env.venv if isinstance(model.env, MemoryVecEnv) else model.env
 
 
 def _hosts(workloads: Sequence[Workload]) -> list[str]:

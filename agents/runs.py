@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import baselines
 from agents.adapters import AgentPolicy
 from agents.network import RetentionNetwork
+from agents.seen import tier
 from far_env.config import write_text
 from far_env.contract import RetentionPolicy, unknown_name
 from far_env.evaluation.evaluate import FULL_HISTORY
@@ -102,8 +103,10 @@ def policy_facts(name: str) -> dict[str, str]:
     if path.is_file():
         return {"family": "file", "source": str(path.resolve()), "sha256": _sha256(path)}
     source = f"{name} of far-env" if name.startswith(PRETRAINED) else str(path.resolve())
-    note = f"trained on {load_scorer(path)[1].get('trained_on', 'unknown clips')}"
-    return {"family": "learned", "tier": "M", "source": source, "note": note, "sha256": _sha256(path / WEIGHTS_FILE)}
+    network, facts = load_scorer(path)
+    note = f"trained on {facts.get('trained_on', 'unknown clips')}"
+    sha256 = _sha256(path / WEIGHTS_FILE)
+    return {"family": "learned", "tier": tier(network.statistics), "source": source, "note": note, "sha256": sha256}
 
 
 def _sha256(path: Path) -> str:

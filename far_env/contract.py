@@ -44,6 +44,10 @@ STATISTICS = {
 }
 """What a policy may ask of a rollout beyond the benchmark's `FrameMeta`, by name in its attribute ``statistics``. float32; row
 i is the kept frame with chunk_id i, N of them, the newest included. See `ObservedRolloutState`."""
+OF_LATENTS = ("lat_cos", "column_gap", "key_proto")
+"""Functions of the kept latents alone; for all others the newest frame has to be watched while it is made."""
+OF_PAIRS = ("lat_cos", "column_gap", "key_cos", "expected_cos")
+"""Those with an entry for every two frames; all others have one per frame."""
 
 
 @dataclass
@@ -251,11 +255,18 @@ def make_plan(kept: Collection[int], num_frames: int, *, anchors: Collection[int
 
 def wanted_statistics(policy: RetentionPolicy | None) -> tuple[str, ...]:
     """The statistics a policy declares, none if it has no such attribute. Raises PolicyError on a name that is none."""
-    names = tuple(getattr(policy, "statistics", ()))
+    try:
+        return check_statistics(getattr(policy, "statistics", ()))
+    except ValueError as error:
+        raise PolicyError(f"policy {policy_name(policy)} asks for an {error}") from error
+
+
+def check_statistics(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of statistics, each once. Raises ValueError on a name that is none."""
     for name in names:
         if name not in STATISTICS:
-            raise PolicyError(f"policy {policy_name(policy)} asks for an {unknown_name('statistic', name, list(STATISTICS))}")
-    return names
+            raise ValueError(unknown_name("statistic", name, list(STATISTICS)))
+    return tuple(dict.fromkeys(names))
 
 
 class NewestFrames:

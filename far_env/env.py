@@ -38,6 +38,7 @@ class EpisodeSettings:
         device: str,
         precision: str,
         memo_bytes: int,
+        statistics: Sequence[str],
         clip_options: dict[str, Any] | None,
     ) -> None:
         if isinstance(workload, str):
@@ -53,7 +54,7 @@ class EpisodeSettings:
         self.split = split
         self.num_clips = available if num_clips is None else num_clips
         scoring = Reward.make(reward, relative_to, telescoping)
-        self.episodes = EpisodeBatch(workload, self.budgets, num_rows, scoring, metrics, memo_bytes)
+        self.episodes = EpisodeBatch(workload, self.budgets, num_rows, scoring, metrics, memo_bytes, statistics)
         slots = self.episodes.num_slots
         self.action_space = spaces.MultiBinary(slots)
         self.observation_space = spaces.Dict(
@@ -61,6 +62,10 @@ class EpisodeSettings:
                 "frames": spaces.Box(0.0, 1.0, (slots, len(ROW_FEATURES)), np.float32),
                 "mask": spaces.Box(0.0, 1.0, (slots,), np.float32),
                 "budget": spaces.Box(0.0, 1.0, (3,), np.float32),
+                **{
+                    name: spaces.Box(-np.inf, np.inf, self.episodes.statistic_shape(name), np.float32)
+                    for name in self.episodes.statistics
+                },
             }
         )
 
@@ -112,7 +117,7 @@ class FrameRetentionEnv(gym.Env):
     the newest stay; ``info["repaired"]`` counts the bits this changed.
 
     ## Observation Space
-    A ``Dict`` of float32 boxes in [0, 1]:
+    A ``Dict`` of float32 boxes, in [0, 1] but for statistics:
 
     | key | shape | content |
     |---|---|---|
@@ -120,6 +125,7 @@ class FrameRetentionEnv(gym.Env):
     | | | motion strength m as m / (1 + m); padding is zero. Age is a position in the kept history, not time |
     | mask | (N,) | 1 where a frame is |
     | budget | (3,) | budget / N, step / predicted frames, frames / N |
+    | one per name in ``statistics`` | (N, …) | see `far_env.contract.STATISTICS`; slots in place of frames, padding is zero |
 
     ## Starting State
     ``reset`` draws a clip of the split, encodes its context and generates frames until the history exceeds the budget.
@@ -148,6 +154,8 @@ class FrameRetentionEnv(gym.Env):
     - ``device``, ``precision``: "auto" uses a GPU where there is one; "float32", "bfloat16" or "auto".
     - ``memo_bytes``: memory for frames that come up again, 0 for none. Drawing the same few clips often becomes cheaper;
       results then depend on what came before in their last bits.
+    - ``statistics``: what the agent may see beyond the benchmark's matrix, names of `far_env.contract.STATISTICS`: of the
+      latents ("lat_cos", "column_gap", …) or of the host's attention ("attn_mass", …). Such an agent cannot be exported.
     - ``clip_options``: arguments of the clip source, such as a data folder.
     - ``render_mode``: None or "rgb_array".
 
@@ -176,6 +184,7 @@ class FrameRetentionEnv(gym.Env):
         device: str = "auto",
         precision: str = "float32",
         memo_bytes: int = 0,
+        statistics: Sequence[str] = (),
         clip_options: dict[str, Any] | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -196,6 +205,7 @@ class FrameRetentionEnv(gym.Env):
             device,
             precision,
             memo_bytes,
+            statistics,
             clip_options,
         )
         self.episodes = self._settings.episodes

@@ -1,7 +1,7 @@
 """Episodes: rollouts cut at the decisions that matter. The one implementation behind the single and the vector environment.
 
 A batch of rows goes in; each is begun with a clip, run to its next decision, given a keep mask, run again, and scored at the
-end. Observations hold exactly what the benchmark hands a policy.
+end. Observations hold exactly what the benchmark hands a policy, and such statistics of the rollout as are asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.contract import NewestFrames, RetentionPolicy
+from far_env.contract import OF_PAIRS, NewestFrames, RetentionPolicy, check_statistics
 from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
 from far_env.rollout.engine import RolloutBatch
@@ -77,9 +77,10 @@ class EpisodeBatch:
         reward: how they are scored.
         metrics: metrics reported at the end, besides those of the reward.
         memo_bytes: memory for frames that come up again, see `far_env.rollout.memo.FrameMemo`.
+        statistics: names of `far_env.contract.STATISTICS` that are shown as well.
 
     Raises:
-        ValueError: if no decision under one of these budgets can influence a frame.
+        ValueError: if no decision under one of these budgets can influence a frame, or on an unknown statistic.
 
     Attributes:
         max_frames: per row, the budget of its episode.
@@ -95,6 +96,7 @@ class EpisodeBatch:
         reward: Reward,
         metrics: Sequence[str] = (),
         memo_bytes: int = 0,
+        statistics: Sequence[str] = (),
     ) -> None:
         for budget in budgets:
             check_decides(workload, budget)
@@ -102,7 +104,8 @@ class EpisodeBatch:
         self.max_frames = [budgets[0]] * num_rows
         self.num_slots = max(workload.num_context, *budgets) + 1
         self.memo = FrameMemo(memo_bytes)
-        self.rollouts = RolloutBatch(workload, num_rows, self.memo)
+        self.statistics = check_statistics(statistics)
+        self.rollouts = RolloutBatch(workload, num_rows, self.memo, self.statistics)
         self.reward = reward
         self.metric_names = tuple(dict.fromkeys([*reward.weights, *metrics]))
         require_metrics(self.metric_names)
@@ -206,7 +209,7 @@ class EpisodeBatch:
         return self._pixels[rows, :done]
 
     def observe(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Observations of rows, stacked: frames (R, slots, 6), mask (R, slots), budget (R, 3), all float32.
+        """Observations of rows, stacked: frames (R, slots, 6), mask (R, slots), budget (R, 3) and statistics, all float32.
 
         Also what `info` tells of the frames is brought up to date.
         """
@@ -228,7 +231,17 @@ class EpisodeBatch:
         steps = np.array([self.last_step(row) for row in rows])
         allowed = np.array([self.max_frames[row] for row in rows])
         budget = np.stack([allowed / slots, steps / self.workload.num_predict, lengths / slots], axis=1)
-        return {"frames": frames.clip(0, 1), "mask": mask, "budget": budget.astype(np.float32)}
+        shown = {"frames": frames.clip(0, 1), "mask": mask, "budget": budget.astype(np.float32)}
+        if self.statistics:
+            found = self.rollouts.statistics(rows)
+            shown |= {name: np.stack([right_aligned(name, own[name], slots) for own in found]) for name in self.statistics}
+        return shown
+
+    def statistic_shape(self, name: str) -> tuple[int, ...]:
+        """Of a statistic in an observation."""
+        host, slots = self.workload.host, self.num_slots
+        rest = {"column_gap": host.latent_shape[-1:], "key_proto": (sum(host.transformer.axes_dims_rope),)}.get(name, ())
+        return (slots, *((slots,) if name in OF_PAIRS else ()), *rest)
 
     def action_mask(self, row: int) -> np.ndarray:
         """int8 (slots,): 0 must drop (padding), 1 must keep (the newest frame), 2 free."""
@@ -312,3 +325,13 @@ class EpisodeBatch:
             metrics = clip_metrics(frames[:, :count], truth[:, :count], tuple(self.reward.weights))
             scores[:, count - 1] = [self.reward.score(clip) for clip in metrics]
         self._known_references.update(zip(keys, scores, strict=True))
+
+
+def right_aligned(name: str, statistic: np.ndarray, slots: int) -> np.ndarray:
+    """A statistic of n frames as an observation of so many slots shows it: zero on padding, and where it is not a number."""
+    num_frames = len(statistic)
+    frames = slice(slots - num_frames, slots)
+    pairs = name in OF_PAIRS
+    shown = np.zeros((slots, slots, *statistic.shape[2:]) if pairs else (slots, *statistic.shape[1:]), dtype=np.float32)
+    shown[(frames, frames) if pairs else frames] = np.nan_to_num(statistic)
+    return shown

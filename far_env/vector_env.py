@@ -46,6 +46,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         device: str = "auto",
         precision: str = "float32",
         memo_bytes: int = 0,
+        statistics: Sequence[str] = (),
         clip_options: dict[str, Any] | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: None = None,
@@ -70,6 +71,7 @@ class FrameRetentionVectorEnv(VectorEnv):
             device,
             precision,
             memo_bytes,
+            statistics,
             clip_options,
         )
         self.episodes = self._settings.episodes

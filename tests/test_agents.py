@@ -64,16 +64,18 @@ def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
     assert set(results["policies"]) == {"learned", "recent_fill", "full_history"}
     assert results["policies"]["learned"]["psnr_minus_recent_fill"]["n"] == 3
     network, facts = load_scorer(folder)
-    assert facts["network"] == dataclasses.asdict(NetworkSize())
+    assert facts["network"] == {**dataclasses.asdict(NetworkSize()), "statistics": []}
     assert "pan, budget 4" in facts["trained_on"]
     assert load_policy(str(folder)).network.state_dict().keys() == network.state_dict().keys()
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
         train_agent.train(config)
 
 
-@pytest.mark.parametrize("memory", [False, True])
-def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_path, monkeypatch, memory):
-    config = dataclasses.replace(config, network=NetworkSize(memory=memory))
+@pytest.mark.parametrize(
+    "size", [{}, {"memory": True}, {"statistics": ("lat_cos", "denoise_gap", "expected_mass")}], ids=lambda size: "+".join(size)
+)
+def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_path, monkeypatch, size):
+    config = dataclasses.replace(config, network=NetworkSize(**size))
     whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
     train_agent.train(whole)
     saves = []

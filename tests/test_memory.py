@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from agents.adapters import AgentPolicy
+from agents.agent_env import AgentVecEnv
 from agents.memory import HistoryMemory
-from agents.memory_env import MemoryVecEnv
 from agents.network import RetentionNetwork
 from far_env.sb3 import SB3VecEnv
 from far_env.vector_env import FrameRetentionVectorEnv
@@ -51,7 +51,7 @@ def test_a_new_clip_begins_anew():
 def test_environment_and_policy_remember_the_same(tiny_workload):
     """The network's inputs in training are those of the policy on the same history."""
     env = FrameRetentionVectorEnv(3, tiny_workload, 4, autoreset_mode="SAME_STEP", num_clips=16)
-    venv = MemoryVecEnv(SB3VecEnv(env), [tiny_workload.num_predict] * 3)
+    venv = AgentVecEnv(SB3VecEnv(env), [tiny_workload.num_predict] * 3, memory=True)
     venv.seed(0)
     observations = venv.reset()
     policies = [AgentPolicy(RetentionNetwork(memory=True)) for _ in range(3)]

@@ -257,17 +257,15 @@ class RolloutBatch:
             "noise_seeds": [own.noise_seed for own in self._rows],
             "actions": [list(own.actions) for own in self._rows],
             "frames": [torch.stack(own.frames).cpu() if own.frames else None for own in self._rows],
+            "observed": [own.observed.state_dict() for own in self._rows],
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Restore rollouts saved by `state_dict`.
 
         Raises:
-            ValueError: if they are of another host or number of rows, or have no actions where the workload needs them, or if
-                frames are watched here: states hold no statistics.
+            ValueError: if they are of another host or number of rows, or have no actions where the workload needs them.
         """
-        if self._collector.watching:
-            raise ValueError("rollouts whose frames are watched cannot be restored; begin them again")
         host = self.workload.host.weights_hash
         if (state["host"], len(state["frames"])) != (host, len(self._rows)):
             raise ValueError(
@@ -296,6 +294,7 @@ class RolloutBatch:
                 kept=list(state["kept"][row]),
                 frames=list(frames.to(self._empty)),
                 keys=list(state["keys"][row]),
+                observed=Observed.from_state_dict(state["observed"][row], self._empty.device),
             )
 
     def _unbegun(self) -> Rollout:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from far_env.contract import OF_LATENTS
 from far_env.host.blocks import rotate
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.memo import content_key
 
-OF_LATENTS = ("lat_cos", "column_gap", "key_proto")
-"""Functions of the kept latents alone; for all others the newest frame has to be watched while it is made."""
 EXPECTED = ("expected_mass", "expected_cos")
 PROXY_RANK = 8
 """Leading eigenvectors of the queries' covariance that span what future queries can tell apart."""
@@ -73,6 +72,22 @@ class Observed:
     newest: dict[str, Tensor] = field(default_factory=dict)
     gaps: tuple[Tensor, ...] = ()
     moments: QueryMoments | None = None
+
+    def state_dict(self) -> dict[str, object]:
+        """All of it as tensors and plain values, on the CPU."""
+        moments = self.moments and (self.moments.count, self.moments.mean.cpu(), self.moments.scatter.cpu())
+        newest = {name: value.cpu() for name, value in self.newest.items()}
+        return {"newest": newest, "gaps": [gap.cpu() for gap in self.gaps], "moments": moments}
+
+    @staticmethod
+    def from_state_dict(state: dict[str, object], device: torch.device) -> Observed:
+        """What `state_dict` returned, on a device."""
+        count, *moments = state["moments"] or (None,)
+        return Observed(
+            newest={name: value.to(device) for name, value in state["newest"].items()},
+            gaps=tuple(gap.to(device) for gap in state["gaps"]),
+            moments=None if count is None else QueryMoments(count, *(value.to(device) for value in moments)),
+        )
 
 
 class Watch:
