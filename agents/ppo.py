@@ -303,17 +303,11 @@ class Progress(BaseCallback):
     def _validate(self) -> None:
         scorer: RetentionNetwork = self.model.policy.scorer
         metric = self.config.reward.metric
-        scores = []
-        for workload in self.workloads:
-            for index, budget in enumerate(self.budgets):
-                # Each clip under one budget: several budgets cost no more than one.
-                clips = range(self.config.validation_clips)[index :: len(self.budgets)]
-                policies = {"learned": AgentPolicy(scorer)}
-                result = evaluate(workload, budget, policies, clips, split="validation", metrics=(metric,), progress=False)
-                scores.append(float(result.scores["learned"][metric].mean()))
-                if len(self.workloads) * len(self.budgets) > 1:
-                    self.logger.record(f"validation/{metric}_{workload.name}_{budget}", scores[-1])
-        score = float(np.mean(scores))
+        scores = validation_scores(self.config, self.workloads, self.budgets, scorer)
+        for (name, budget), own in scores.items():
+            if len(scores) > 1:
+                self.logger.record(f"validation/{metric}_{name}_{budget}", own)
+        score = float(np.mean(list(scores.values())))
         self.logger.record(f"validation/{metric}", score)
         if self.config.reward.sign * score > self.best_score:
             self.best_score = self.config.reward.sign * score
@@ -343,6 +337,23 @@ class Progress(BaseCallback):
                 "numpy_rng": (name, torch.as_tensor(keys.astype(np.int64)), position, has_gauss, gauss),
             },
         )
+
+
+def validation_scores(
+    config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], scorer: RetentionNetwork
+) -> dict[tuple[str, int], float]:
+    """(workload, budget) → the scorer's mean of the reward's metric on validation clips.
+
+    Each clip is played under one of the budgets, so that several cost no more than one.
+    """
+    metric, scores = config.reward.metric, {}
+    for workload in workloads:
+        for index, budget in enumerate(budgets):
+            clips = range(config.validation_clips)[index :: len(budgets)]
+            policies = {"learned": AgentPolicy(scorer)}
+            result = evaluate(workload, budget, policies, clips, split="validation", metrics=(metric,), progress=False)
+            scores[workload.name, budget] = float(result.scores["learned"][metric].mean())
+    return scores
 
 
 def _hosts(workloads: Sequence[Workload]) -> list[str]:
