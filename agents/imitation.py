@@ -2,6 +2,8 @@
 
 The label of a decision is not one set of frames but the best few with their costs, because many sets are equally good:
 the target is softmax(−cost / temperature), the loss its cross-entropy under the budgeted-subset distribution.
+For comparison, labels can be future utilities of single frames (`agents.utility`): then the alternatives are the frames, and
+the scorer's probabilities those of drawing one.
 Dataset aggregation: Ross et al., arXiv 1011.0686.
 """
 
@@ -25,13 +27,20 @@ from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
 from agents.oracle import best_cover, coverage, pixel_error_scale
 from agents.subset import BudgetedSubset
+from agents.utility import denoising_losses
 from far_env.config import require_positive, write_text
+from far_env.contract import unknown_name
 from far_env.episodes import ROW_FEATURES, right_aligned
+from far_env.host.sampler import FrameSampler
 from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.memo import content_key
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import Workload
 
 INDEX_FILE = "index.json"
+LABELS = ("coverage", "future_utility")
+ALWAYS_POSITIVE = 100.0
+"""Added to logits that rank frames but were not taught how many are worth a place."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,13 @@ class ImitationSettings:
 
     rounds: int = 0
     """Of collecting and learning; in the first the expert acts, then the scorer. 0 for none."""
+    label: str = "coverage"
+    """"coverage": what sets of frames leave uncovered of the clip's true rest; or "future_utility", of single frames."""
     clips_per_round: int = 256
     candidates: int = 8
     """Sets per decision whose costs are noted."""
     temperature: float = 1e-3
-    """In units of mean squared pixel error per predicted frame."""
+    """In units of mean squared pixel error per predicted frame, or of the squared error of velocities for future_utility."""
     regret: float = 0.0
     """Weight of what the scorer's own choice among the alternatives is expected to cost, in temperatures, beside the
     cross-entropy: which mistakes matter."""
@@ -55,6 +66,8 @@ class ImitationSettings:
     """At the start; falls by a cosine to zero."""
 
     def __post_init__(self) -> None:
+        if self.label not in LABELS:
+            raise ValueError(unknown_name("label", self.label, LABELS))
         if self.regret < 0:
             raise ValueError(f"the weight of regret cannot be negative, got {self.regret}")
         require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
@@ -67,8 +80,10 @@ class Decisions:
     Attributes:
         frames: float32 (D, slots, columns), mask: float32 (D, slots), budget: float32 (D, 3): observations.
         max_frames: int64 (D,).
-        sets: bool (D, candidates, slots), the frames that each alternative keeps; the best comes first.
-        costs: float32 (D, candidates): expected squared error per predicted frame; infinite where there is no alternative.
+        sets: bool (D, candidates, slots), the frames that each alternative keeps; the best comes first. For future_utility
+            each is one frame.
+        costs: float32 (D, candidates): expected squared error per predicted frame, or of velocities for future_utility;
+            infinite where there is no alternative.
     """
 
     frames: Tensor
@@ -97,6 +112,7 @@ def collect(
     memory: bool,
     candidates: int,
     statistics: Sequence[str] = (),
+    label: str = "coverage",
     slots: int | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -109,14 +125,22 @@ def collect(
         actor: who decides; None lets the expert itself decide.
         memory: whether observations carry what a `HistoryMemory` recalls.
         statistics: whose columns (`agents.seen.columns`) they carry as well.
+        label: see `ImitationSettings`; with future_utility every older frame is a candidate.
         candidates: alternatives noted per decision.
         slots: rows of an observation; by default as many as an environment with these budgets has.
     """
     slots = max(workload.num_context, *budgets) + 1 if slots is None else slots
+    sampler = None
+    if label == "future_utility":
+        candidates, sampler = slots - 1, FrameSampler(workload.host.transformer, workload.num_steps)
+        if workload.actions or workload.guidance > 1:
+            raise ValueError(f"labels of future utility need a host without actions and guidance; {workload.name} has them")
     records: list[tuple] = []
     for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
         chosen = slice(first, first + batch_size)
-        records += _play(workload, clip_ids[chosen], budgets[chosen], actor, memory, candidates, tuple(statistics), slots)
+        records += _play(
+            workload, clip_ids[chosen], budgets[chosen], actor, memory, candidates, tuple(statistics), sampler, slots
+        )
     columns = [np.stack(column) for column in zip(*records, strict=True)]
     return Decisions(*(torch.from_numpy(column) for column in columns))
 
@@ -129,6 +153,7 @@ def _play(
     memory: bool,
     candidates: int,
     statistics: tuple[str, ...],
+    sampler: FrameSampler | None,
     slots: int,
 ) -> list[tuple]:
     clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
@@ -151,8 +176,14 @@ def _play(
         found = batch.statistics(full) if statistics else []
         for place, row in enumerate(full):
             length, budget = int(lengths[place]), budgets[row]
-            cover = coverage(histories[place, :length], truth[row, step], truth[row, step + 1 :])
-            sets = best_cover(cover, budget, candidates)
+            future = histories[place, :length], truth[row, step], truth[row, step + 1 :]
+            if sampler is None:
+                cover = coverage(*future)
+                alternatives = [(scale * cover.cost(kept), kept) for kept in best_cover(cover, budget, candidates)]
+            else:
+                noise_key = content_key("future utility", clip_ids[row], step)
+                losses = denoising_losses(sampler, future[0][:-1], *future[1:], noise_key).tolist()
+                alternatives = sorted((loss, [index]) for index, loss in enumerate(losses))
             told = {name: right_aligned(name, found[place][name], slots) for name in statistics}
             columns = seen.columns(told, statistics) if told else np.zeros((slots, 0), dtype=np.float32)
             own = len(ROW_FEATURES) + HistoryMemory.WIDTH * memory
@@ -164,9 +195,9 @@ def _play(
             record[1][shown] = 1
             record[2][:] = budget / slots, step / workload.num_predict, length / slots
             record[3][...] = budget
-            for index, kept in enumerate(sets):
+            for index, (cost, kept) in enumerate(alternatives):
                 record[4][index, slots - length + np.array(kept)] = True
-                record[5][index] = scale * cover.cost(kept)
+                record[5][index] = cost
             records.append(record)
         kept_sets = _acted(records[-len(full) :], actor)
         for record, mask, row in zip(records[-len(full) :], kept_sets, full, strict=True):
@@ -191,9 +222,17 @@ def _empty_record(slots: int, width: int, candidates: int) -> tuple[np.ndarray, 
 
 
 def _acted(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
-    """Keep masks (D, slots): the expert's best sets, or the actor's most probable ones."""
+    """Keep masks (D, slots): the expert's best sets (with the best single frames), or the actor's most probable ones."""
     if actor is None:
-        return np.stack([record[4][0] for record in records])
+        masks = []
+        for _, _, _, max_frames, sets, _ in records:
+            own = sets[0].copy()
+            for single in sets[1:]:
+                if own[:-1].sum() < max_frames - 1:
+                    own |= single
+            own[-1] = True
+            masks.append(own)
+        return np.stack(masks)
     columns = [torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)]
     decisions = Decisions(*columns)
     return _distribution(actor, decisions).mode().numpy().astype(bool)
@@ -207,16 +246,25 @@ def _distribution(network: RetentionNetwork, decisions: Decisions) -> BudgetedSu
     return BudgetedSubset(logits, free, forced, decisions.max_frames)
 
 
-def imitation_loss(network: RetentionNetwork, decisions: Decisions, temperature: float, regret: float = 0.0) -> Tensor:
-    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's sets.
+def imitation_loss(
+    network: RetentionNetwork, decisions: Decisions, temperature: float, regret: float = 0.0, label: str = "coverage"
+) -> Tensor:
+    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's sets, or, for
+    future_utility, the softmax of its logits over the older frames.
 
     To it is added, ``regret`` times, the mean over alternatives of (cost − lowest cost) / temperature under the scorer's
     probabilities, shared among the alternatives alone.
     """
     missing = decisions.costs.isinf()
     extra = (decisions.costs - decisions.costs[:, :1]) / temperature
-    distribution = _distribution(network, decisions)
-    log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
+    if label == "future_utility":
+        logits = network(decisions.frames, decisions.mask, decisions.budget)
+        older = decisions.sets.any(dim=1)
+        single = logits.masked_fill(~older, -torch.inf).log_softmax(dim=1).masked_fill(~older, 0.0)
+        log_probs = (decisions.sets * single[:, None]).sum(dim=2)
+    else:
+        distribution = _distribution(network, decisions)
+        log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
     loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(missing, 0.0)).sum(dim=1)
     if regret:
         chosen = log_probs.masked_fill(missing, -torch.inf).softmax(dim=1)
@@ -270,6 +318,7 @@ def imitate(
                         memory=bool(size.get("memory", False)),
                         candidates=settings.candidates,
                         statistics=size.get("statistics", ()),
+                        label=settings.label,
                         slots=slots,
                     )
                     for index, workload in enumerate(workloads)
@@ -322,7 +371,7 @@ def fit(decisions: Decisions, size: dict[str, int], settings: ImitationSettings,
             losses = []
             for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
                 part = Decisions(*(getattr(decisions, name)[rows] for name in Decisions.__dataclass_fields__))
-                loss = imitation_loss(network, part, settings.temperature, settings.regret)
+                loss = imitation_loss(network, part, settings.temperature, settings.regret, settings.label)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -330,4 +379,6 @@ def fit(decisions: Decisions, size: dict[str, int], settings: ImitationSettings,
                 schedule.step()
                 losses.append(loss.item())
             bar.set_postfix(loss=f"{np.mean(losses):.4g}")
+    if settings.label == "future_utility":
+        network.head.bias.data += ALWAYS_POSITIVE
     return network.eval()

@@ -2,7 +2,7 @@
 
     python -m agents.sweep --config configs/sweep.yaml
 
-Trials are kept in a database in the sweep's folder, and each trains in a run folder of its own, so a stopped sweep goes on where
+Trials are kept in a database in the sweep's folder, each trains in a run folder of its own, and a stopped sweep goes on where
 it stopped. Test clips are never looked at. ``best.yaml`` is the best trial's configuration, for train_agent.py.
 """
 

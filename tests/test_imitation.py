@@ -12,6 +12,8 @@ from agents import imitation
 from agents.imitation import Decisions, ImitationSettings, collect, fit, imitate, imitation_loss
 from agents.network import RetentionNetwork
 from agents.oracle import search
+from agents.utility import denoising_losses
+from far_env.host.sampler import FrameSampler
 from far_env.rollout.noise import BENCHMARK_SEED
 
 SETTINGS = ImitationSettings(rounds=2, clips_per_round=3, candidates=4, epochs=2, batch_size=16)
@@ -115,3 +117,47 @@ def test_the_regret_is_what_the_choice_among_the_alternatives_costs():
     assert both - without == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="weight of regret cannot be negative"):
         ImitationSettings(regret=-1.0)
+
+
+@torch.no_grad()
+def test_future_utility_is_the_loss_of_the_true_frames_behind_one_source(tiny_workload):
+    """Against the plain forward over the whole sequence of source, predecessor and noisy target."""
+    host = tiny_workload.host
+    sampler = FrameSampler(host.transformer, tiny_workload.num_steps)
+    frames = torch.randn(8, *host.latent_shape, generator=torch.Generator().manual_seed(0))
+    sources, newest, future = frames[:3], frames[3], frames[4:]
+    losses = denoising_losses(sampler, sources, newest, torch.cat([future, future]), "00000000000f")
+    noise = torch.randn(future.shape, generator=torch.Generator().manual_seed(15))
+    expected = torch.zeros(3)
+    for row, source in enumerate(sources):
+        for index, target in enumerate(future):  # four of the eight count
+            for sigma in (sampler.times[0] / 1000, sampler.times[1] / 1000):  # of three ODE steps
+                noisy = (1 - sigma) * target + sigma * noise[index]
+                sequence = torch.stack([source, newest if index == 0 else future[index - 1], noisy])[None]
+                velocity = host.transformer(sequence, torch.tensor([[-1.0, -1.0, 1000 * sigma]]))[0, -1]
+                expected[row] += (velocity - (noise[index] - target)).square().mean() / 8
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    assert losses.std() > 1e-4
+
+
+def test_labels_of_future_utility_rank_single_frames_and_the_scorer_fills_the_budget(tiny_workload, tmp_path):
+    settings = dataclasses.replace(SETTINGS, label="future_utility", temperature=0.01, rounds=1)
+    network = imitate(settings, SIZE, [tiny_workload], [4], tmp_path, seed=0, num_clips=3)
+    noted = imitation._load(tmp_path / "round_000.safetensors")
+    assert noted.sets.shape == (30, 5, 6)
+    assert (noted.sets.sum(dim=2) <= 1).all() and not noted.sets[..., -1].any(), "each older frame, alone"
+    assert ((noted.mask[:, :-1] > 0) == noted.sets.any(dim=1)[:, :-1]).all()
+    logits = network(noted.frames, noted.mask, noted.budget)
+    older = noted.mask[:, :-1] > 0
+    target = torch.zeros_like(logits[:, :-1])
+    for row in range(30):
+        for kept, cost in zip(noted.sets[row], noted.costs[row], strict=True):
+            if not cost.isinf():
+                target[row, kept[:-1]] = -cost / 0.01
+    target = target.masked_fill(~older, -torch.inf).softmax(dim=1)
+    log_probs = logits[:, :-1].masked_fill(~older, -1e9).log_softmax(dim=1)
+    loss = imitation_loss(network, noted, 0.01, label="future_utility")
+    torch.testing.assert_close(loss, -(target * log_probs).sum(dim=1).mean(), rtol=1e-4, atol=1e-5)
+    assert (imitation._distribution(network, noted).mode().sum(dim=1) == 4).all()
+    with pytest.raises(ValueError, match="did you mean 'future_utility'"):
+        ImitationSettings(label="future_utilty")
