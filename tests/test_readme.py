@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import tyro
 
 from agents.ppo import AgentTraining
+from agents.sweep import Sweep
 from far_env.cli import COMMANDS, BaselinesOptions, DataOptions, ExportOptions, SelfTestOptions, WeightsOptions
 from far_env.config import load_yaml, parse
 from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ReportOptions, ValidateOptions
@@ -64,9 +66,18 @@ def test_the_commands_are_understood(monkeypatch):
         elif args[:1] == ["train_agent.py"]:
             parse(AgentTraining, args[1:], "train_agent.py", "")
             seen.add("train_agent.py")
+        elif args[:2] == ["-m", "agents.sweep"]:
+            parse(Sweep, args[2:], "agents.sweep", "")
+            seen.add("agents.sweep")
         elif args[:1] == ["-m"]:
             tyro.cli(importlib.import_module(args[1]).Options, args=args[2:])
             seen.add(args[1])
+        elif program == "pip":
+            extra = re.fullmatch(r"\.\[(\w+)\]", args[-1])[1]
+            assert (
+                args[:2] == ["install", "-e"]
+                and extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            )
         else:
             assert (program, args[:1]) == ("tensorboard", ["--logdir"])
     assert seen == {
@@ -76,6 +87,7 @@ def test_the_commands_are_understood(monkeypatch):
         "benchmarks.parts",
         "benchmarks.host",
         "agents.pretrained",
+        "agents.sweep",
     }
 
 
@@ -94,5 +106,7 @@ def test_every_config_loads(path):
         check_models(config, None if config.start_from is None else load_host(config.start_from, "cpu"))
     elif path.name == "results.yaml":
         assert load_tables(path)[0]
+    elif path.name == "sweep.yaml":
+        assert load_yaml(Sweep, path).search
     else:
         load_yaml(AgentTraining, path)
