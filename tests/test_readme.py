@@ -86,7 +86,9 @@ def test_the_commands_are_understood(monkeypatch):
         "benchmarks.rollout",
         "benchmarks.parts",
         "benchmarks.host",
+        "agents.curves",
         "agents.pretrained",
+        "agents.regret",
         "agents.sweep",
     }
 
