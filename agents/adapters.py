@@ -77,8 +77,8 @@ class AgentPolicy:
     def __init__(self, network: RetentionNetwork, name: str = "learned") -> None:
         self.network = network.eval()
         self.name = name
-        self.statistics = network.statistics
-        self.memory = HistoryMemory() if network.memory else None
+        self.statistics = network.view.statistics
+        self.memory = network.view.new_memory()
 
     @torch.no_grad()
     def build_temporal_cache_plan(
@@ -109,7 +109,7 @@ class AgentPolicy:
 
 
 def observed_rows(looks: Sequence[Sequence[float]], step: int, memory: HistoryMemory | None) -> list[tuple[float, ...]]:
-    """What the environment would show of a history without padding, and what is remembered: a row of 6 or 13 per frame.
+    """What the environment would show of a history without padding, and what is remembered: a row of 6 or more per frame.
 
     Args:
         looks: per frame boundary_score, feature_drift, temporal_similarity and squashed motion, see `ROW_FEATURES`.

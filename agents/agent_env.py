@@ -15,33 +15,32 @@ from far_env.episodes import ROW_FEATURES
 
 
 class AgentVecEnv(VecEnvWrapper):
-    """Appends columns to ``observation["frames"]``, (slots, 6), all zero on padding: 7 of memory, then those of statistics.
+    """Appends columns to ``observation["frames"]``, (slots, 6), all zero on padding: those of memory, then those of statistics.
 
     Args:
         venv: an `SB3VecEnv` or several joined, possibly monitored.
         total_steps: per row, the predicted frames of an episode.
-        memory: whether rows remember.
-        statistics: of the environment's, those that become columns (see `agents.seen.columns`).
+        view: what the agent's scorer sees; its statistics are some of the environment's.
     """
 
-    def __init__(self, venv: VecEnv, total_steps: Sequence[int], *, memory: bool, statistics: Sequence[str] = ()) -> None:
+    def __init__(self, venv: VecEnv, total_steps: Sequence[int], view: seen.View) -> None:
         parts = dict(venv.observation_space.spaces)
         self.num_slots = parts["frames"].shape[0]
         self.total_steps = np.asarray(total_steps)
-        self.statistics = tuple(statistics)
-        shapes = {name: parts.pop(name).shape for name in self.statistics}
+        self.view = view
+        shapes = {name: parts.pop(name).shape for name in view.statistics}
         # Logarithms of ages pass 1 after 50 frames; cosines are not below -1.
-        low = np.zeros((self.num_slots, len(ROW_FEATURES) + HistoryMemory.WIDTH * memory), dtype=np.float32)
+        low = np.zeros((self.num_slots, view.num_told), dtype=np.float32)
         told = np.full((self.num_slots, seen.num_columns(shapes)), -1.0, dtype=np.float32)
         low = np.concatenate([low, told], axis=1)
         parts["frames"] = spaces.Box(low, np.full_like(low, 4.0), dtype=np.float32)
         super().__init__(venv, observation_space=spaces.Dict(parts))
-        self.memories = [HistoryMemory() for _ in range(self.num_envs)] if memory else []
+        self.memories: list[HistoryMemory] = [view.new_memory() for _ in range(self.num_envs)] if view.memory else []
         self._shown = [(0, 0)] * self.num_envs
 
     def reset(self) -> dict[str, np.ndarray]:
         """Begin all rows with empty memories."""
-        self.memories = [HistoryMemory() for _ in self.memories]
+        self.memories = [self.view.new_memory() for _ in self.memories]
         return self._told(self.venv.reset(), self._recalled)
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -58,10 +57,10 @@ class AgentVecEnv(VecEnvWrapper):
         observations, rewards, dones, infos = self.venv.step_wait()
         for row in np.flatnonzero(dones):
             if self.memories:
-                self.memories[row] = HistoryMemory()
+                self.memories[row] = self.view.new_memory()
             last = {key: value[None] for key, value in infos[row]["terminal_observation"].items()}
             # Nothing is decided there, so nothing is recalled.
-            last = self._told(last, lambda own: np.zeros((1, self.num_slots, HistoryMemory.WIDTH), dtype=np.float32))
+            last = self._told(last, lambda own: np.zeros((1, self.num_slots, self.view.num_remembered), dtype=np.float32))
             infos[row]["terminal_observation"] = {key: value[0] for key, value in last.items()}
         return self._told(observations, self._recalled), rewards, dones, infos
 
@@ -88,16 +87,16 @@ class AgentVecEnv(VecEnvWrapper):
         parts = [observations["frames"]]
         if self.memories:
             parts.append(recall(observations))
-        if self.statistics:
-            parts.append(seen.columns(observations, self.statistics))
-        rest = {key: value for key, value in observations.items() if key not in self.statistics}
+        if self.view.statistics:
+            parts.append(seen.columns(observations, self.view.statistics))
+        rest = {key: value for key, value in observations.items() if key not in self.view.statistics}
         return {**rest, "frames": np.concatenate(parts, axis=2)}
 
     def _recalled(self, observations: dict[str, np.ndarray]) -> np.ndarray:
-        """The memories' columns (num_envs, slots, 7)."""
+        """The memories' columns (num_envs, slots, remembered)."""
         self._shown = self._counts(observations)
         steps = np.rint(observations["budget"][:, 1] * self.total_steps).astype(int)
-        recalled = np.zeros((self.num_envs, self.num_slots, HistoryMemory.WIDTH), dtype=np.float32)
+        recalled = np.zeros((self.num_envs, self.num_slots, self.view.num_remembered), dtype=np.float32)
         for row, (memory, (num_frames, _)) in enumerate(zip(self.memories, self._shown, strict=True)):
             looks = observations["frames"][row, self.num_slots - num_frames :, 2 : len(ROW_FEATURES)]
             recalled[row, self.num_slots - num_frames :] = memory.recall(looks, int(steps[row]))

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from agents.memory import HistoryMemory
-from agents.network import UNSHARED, RetentionNetwork
+from agents.network import RetentionNetwork
 from agents.runs import load_scorer
+from agents.surroundings import compare
 from far_env.config import write_text
 
 _TEMPLATE = '''\
@@ -52,7 +53,6 @@ class VideoTemporalKVPolicy:
 
     NUM_HEADS = {num_heads}
     NUM_LAYERS = {num_layers}
-    SUCCESSOR = {successor}
     SHAPES = {shapes}
     WEIGHTS = (
 {weights}
@@ -102,13 +102,9 @@ class VideoTemporalKVPolicy:
             for m in chunk_meta_list
         ]
         recalled = [()] * n if self.memory is None else self.memory.recall(looks, rollout_state.step)
-        following = [()] * n
-        if self.SUCCESSOR:
-            told = [(*look, *own[{unshared}:]) for look, own in zip(looks, recalled)]
-            following = [*told[1:], (0.0,) * len(told[0])]
         x = np.array(
             [
-                (np.log1p(m.age) / 3, m.recentness, *looks[i], float(i == n - 1), *shared, *recalled[i], *following[i])
+                (np.log1p(m.age) / 3, m.recentness, *looks[i], float(i == n - 1), *shared, *recalled[i])
                 for i, m in enumerate(chunk_meta_list)
             ],
             dtype=np.float32,
@@ -122,6 +118,12 @@ class VideoTemporalKVPolicy:
             scale = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + np.float32(1e-5))
             return centred / scale * p[name + ".weight"] + p[name + ".bias"]
 
+        edges = None
+        if hasattr(self, "compare"):
+            rows, edges = self.compare(np, np.array(recalled, dtype=np.float32))
+            x = np.concatenate([x, rows], axis=1)
+            if "embed_edges.0.weight" in p:
+                edges = linear("embed_edges.2", np.maximum(linear("embed_edges.0", edges), 0))
         x = linear("embed", x)
         width = x.shape[1]
         for layer in range(self.NUM_LAYERS):
@@ -130,9 +132,14 @@ class VideoTemporalKVPolicy:
                 qkv = linear(block + "qkv", norm(block + "norm1", x)).reshape(n, 3, heads, width // heads)
                 query, key, value = qkv.transpose(1, 2, 0, 3)
                 scores = query @ key.transpose(0, 2, 1) / np.float32((width // heads) ** 0.5)
+                if edges is not None:
+                    scores = scores + linear(block + "edge_scores", edges).transpose(2, 0, 1)
                 scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-                mixed = scores @ value / scores.sum(axis=-1, keepdims=True)
-                x = x + linear(block + "out", mixed.transpose(1, 0, 2).reshape(n, width))
+                weights = scores / scores.sum(axis=-1, keepdims=True)
+                mixed = (weights @ value).transpose(1, 0, 2).reshape(n, width)
+                if edges is not None:
+                    mixed = np.concatenate([mixed, (weights.transpose(1, 0, 2) @ edges).reshape(n, -1)], axis=1)
+                x = x + linear(block + "out", mixed)
             x = x + linear(block + "down", np.maximum(linear(block + "up", norm(block + "norm2", x)), 0))
         return linear("head", norm("norm", x))[:, 0]
 '''
@@ -149,20 +156,18 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
     Raises:
         ValueError: if the scorer needs what the benchmark does not show.
     """
-    if network.statistics:
-        told = ", ".join(network.statistics)
+    if network.view.statistics:
+        told = ", ".join(network.view.statistics)
         raise ValueError(f"this policy sees {told}, which the benchmark shows no policy; export one trained without statistics")
     state = {name: value.detach().cpu().numpy().astype("<f4") for name, value in network.state_dict().items()}
     packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
     text = _TEMPLATE.format(
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
         num_heads=network.num_heads,
-        successor=network.successor,
-        unshared=UNSHARED,
         num_layers=len(network.blocks),
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
-        memory="self.HistoryMemory()" if network.memory else None,
-        memory_class="\n" + textwrap.indent(inspect.getsource(HistoryMemory), "    ") if network.memory else "",
+        memory=f"self.HistoryMemory({network.view.surroundings})" if network.view.memory else None,
+        memory_class=_own_source(network),
         weights="\n".join(f'        "{line}"' for line in textwrap.wrap(packed, 100)),
     )
     write_text(path, text)
@@ -175,6 +180,14 @@ def export_run(run: Path, path: Path) -> None:
     told = {key: value for key, value in facts.items() if key != "network"}
     lines = [f"{key}: {value}" for key, value in told.items()]
     export_policy(network, path, "\n".join(lines))
+
+
+def _own_source(network: RetentionNetwork) -> str:
+    """The classes and functions of this project that the file needs, as members of its class."""
+    members = [inspect.getsource(HistoryMemory)] if network.view.memory else []
+    if network.view.surroundings:
+        members.append(f"@staticmethod\n{inspect.getsource(compare)}")
+    return "".join("\n" + textwrap.indent(member, "    ") for member in members)
 
 
 def _shapes(state: dict[str, np.ndarray]) -> str:

@@ -10,9 +10,10 @@ Dataset aggregation: Ross et al., arXiv 1011.0686.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from agents import seen
-from agents.adapters import observed_rows
-from agents.memory import HistoryMemory
+from agents.decisions import Decisions, choices, collect
 from agents.network import RetentionNetwork
-from agents.oracle import best_cover, coverage, pixel_error_scale
-from agents.subset import BudgetedSubset
-from agents.utility import denoising_losses
 from far_env.config import require_positive, write_text
 from far_env.contract import unknown_name
-from far_env.episodes import ROW_FEATURES, right_aligned
-from far_env.host.sampler import FrameSampler
-from far_env.rollout.engine import RolloutBatch
-from far_env.rollout.memo import content_key
-from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.host.training_loop import load_tensors, save_tensors
 from far_env.workloads import Workload
 
 INDEX_FILE = "index.json"
+TRUE_SCORER_FILE = "true_scorer.ckpt"
+GOING_ON = 0.25
+"""Share of the learning rate for a scorer that has already learned from true frames."""
 LABELS = ("coverage", "future_utility")
 ALWAYS_POSITIVE = 100.0
 """Added to logits that rank frames but were not taught how many are worth a place."""
@@ -49,6 +44,9 @@ class ImitationSettings:
 
     rounds: int = 0
     """Of collecting and learning; in the first the expert acts, then the scorer. 0 for none."""
+    true_clips: int = 0
+    """Clips in whose true frames decisions are collected beforehand, without rollouts, which is much faster. The first round's
+    rollouts are then already decided by a scorer that has learned from them."""
     label: str = "coverage"
     """"coverage": what sets of frames leave uncovered of the clip's true rest; or "future_utility", of single frames."""
     clips_per_round: int = 256
@@ -68,182 +66,11 @@ class ImitationSettings:
     def __post_init__(self) -> None:
         if self.label not in LABELS:
             raise ValueError(unknown_name("label", self.label, LABELS))
+        if self.true_clips and not self.rounds:
+            raise ValueError("true_clips prepare for rounds: set rounds above 0 as well")
         if self.regret < 0:
             raise ValueError(f"the weight of regret cannot be negative, got {self.regret}")
         require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """Decisions and what their alternatives cost; histories are right-aligned like the environment's.
-
-    Attributes:
-        frames: float32 (D, slots, columns), mask: float32 (D, slots), budget: float32 (D, 3): observations.
-        max_frames: int64 (D,).
-        sets: bool (D, candidates, slots), the frames that each alternative keeps; the best comes first. For future_utility
-            each is one frame.
-        costs: float32 (D, candidates): expected squared error per predicted frame, or of velocities for future_utility;
-            infinite where there is no alternative.
-    """
-
-    frames: Tensor
-    mask: Tensor
-    budget: Tensor
-    max_frames: Tensor
-    sets: Tensor
-    costs: Tensor
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    @staticmethod
-    def join(parts: Sequence[Decisions]) -> Decisions:
-        """All of them, one after the other."""
-        return Decisions(*(torch.cat([getattr(part, name) for part in parts]) for name in Decisions.__dataclass_fields__))
-
-
-@torch.no_grad()
-def collect(
-    workload: Workload,
-    clip_ids: Sequence[int],
-    budgets: Sequence[int],
-    *,
-    actor: RetentionNetwork | None,
-    memory: bool,
-    candidates: int,
-    statistics: Sequence[str] = (),
-    label: str = "coverage",
-    slots: int | None = None,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> Decisions:
-    """Roll train clips out and note the expert's opinion at every decision that matters.
-
-    Args:
-        clip_ids: of the train split.
-        budgets: one per clip.
-        actor: who decides; None lets the expert itself decide.
-        memory: whether observations carry what a `HistoryMemory` recalls.
-        statistics: whose columns (`agents.seen.columns`) they carry as well.
-        label: see `ImitationSettings`; with future_utility every older frame is a candidate.
-        candidates: alternatives noted per decision.
-        slots: rows of an observation; by default as many as an environment with these budgets has.
-    """
-    slots = max(workload.num_context, *budgets) + 1 if slots is None else slots
-    sampler = None
-    if label == "future_utility":
-        candidates, sampler = slots - 1, FrameSampler(workload.host.transformer, workload.num_steps)
-        if workload.actions or workload.guidance > 1:
-            raise ValueError(f"labels of future utility need a host without actions and guidance; {workload.name} has them")
-    records: list[tuple] = []
-    for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
-        chosen = slice(first, first + batch_size)
-        records += _play(
-            workload, clip_ids[chosen], budgets[chosen], actor, memory, candidates, tuple(statistics), sampler, slots
-        )
-    columns = [np.stack(column) for column in zip(*records, strict=True)]
-    return Decisions(*(torch.from_numpy(column) for column in columns))
-
-
-def _play(
-    workload: Workload,
-    clip_ids: Sequence[int],
-    budgets: Sequence[int],
-    actor: RetentionNetwork | None,
-    memory: bool,
-    candidates: int,
-    statistics: tuple[str, ...],
-    sampler: FrameSampler | None,
-    slots: int,
-) -> list[tuple]:
-    clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
-    host, context = workload.host, workload.num_context
-    frames = torch.stack([torch.from_numpy(clip.frames[: workload.num_frames]) for clip in clips]).to(host.device)
-    truth = host.autoencoder.encode(frames.to(host.dtype))[:, context:]
-    scale = pixel_error_scale(frames, truth) / workload.num_predict
-    batch = RolloutBatch(workload, len(clips), statistics=statistics)
-    batch.begin(range(len(clips)), clips, [BENCHMARK_SEED + clip_id for clip_id in clip_ids])
-    memories = [HistoryMemory() if memory else None for _ in clips]
-    records = []
-    for step in range(workload.num_predict - 1):
-        batch.advance(range(len(clips)))
-        full = [row for row in range(len(clips)) if batch.history_length(row) > budgets[row]]
-        if not full:
-            continue
-        features = batch.features(full)
-        features[..., 3] /= 1 + features[..., 3]
-        histories, lengths = batch.history(full)
-        found = batch.statistics(full) if statistics else []
-        for place, row in enumerate(full):
-            length, budget = int(lengths[place]), budgets[row]
-            future = histories[place, :length], truth[row, step], truth[row, step + 1 :]
-            if sampler is None:
-                cover = coverage(*future)
-                alternatives = [(scale * cover.cost(kept), kept) for kept in best_cover(cover, budget, candidates)]
-            else:
-                noise_key = content_key("future utility", clip_ids[row], step)
-                losses = denoising_losses(sampler, future[0][:-1], *future[1:], noise_key).tolist()
-                alternatives = sorted((loss, [index]) for index, loss in enumerate(losses))
-            told = {name: right_aligned(name, found[place][name], slots) for name in statistics}
-            columns = seen.columns(told, statistics) if told else np.zeros((slots, 0), dtype=np.float32)
-            own = len(ROW_FEATURES) + HistoryMemory.WIDTH * memory
-            record = _empty_record(slots, own + columns.shape[1], candidates)
-            shown = slice(slots - length, slots)
-            record[0][shown, :own] = observed_rows(features[place, :length].tolist(), step, memories[row])
-            record[0][shown, 0] *= length / slots
-            record[0][:, own:] = columns
-            record[1][shown] = 1
-            record[2][:] = budget / slots, step / workload.num_predict, length / slots
-            record[3][...] = budget
-            for index, (cost, kept) in enumerate(alternatives):
-                record[4][index, slots - length + np.array(kept)] = True
-                record[5][index] = cost
-            records.append(record)
-        kept_sets = _acted(records[-len(full) :], actor)
-        for record, mask, row in zip(records[-len(full) :], kept_sets, full, strict=True):
-            offset = slots - int(record[1].sum())
-            ids = (np.flatnonzero(mask) - offset).tolist()
-            batch.retain(row, ids)
-            if memories[row] is not None:
-                memories[row].keep(ids)
-    return records
-
-
-def _empty_record(slots: int, width: int, candidates: int) -> tuple[np.ndarray, ...]:
-    """One row of `Decisions`, of zeros and no alternatives."""
-    return (
-        np.zeros((slots, width), dtype=np.float32),
-        np.zeros(slots, dtype=np.float32),
-        np.zeros(3, dtype=np.float32),
-        np.zeros((), dtype=np.int64),
-        np.zeros((candidates, slots), dtype=bool),
-        np.full(candidates, np.inf, dtype=np.float32),
-    )
-
-
-def _acted(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
-    """Keep masks (D, slots): the expert's best sets (with the best single frames), or the actor's most probable ones."""
-    if actor is None:
-        masks = []
-        for _, _, _, max_frames, sets, _ in records:
-            own = sets[0].copy()
-            for single in sets[1:]:
-                if own[:-1].sum() < max_frames - 1:
-                    own |= single
-            own[-1] = True
-            masks.append(own)
-        return np.stack(masks)
-    columns = [torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)]
-    decisions = Decisions(*columns)
-    return _distribution(actor, decisions).mode().numpy().astype(bool)
-
-
-def _distribution(network: RetentionNetwork, decisions: Decisions) -> BudgetedSubset:
-    logits = network(decisions.frames, decisions.mask, decisions.budget)
-    forced = torch.zeros_like(decisions.mask, dtype=torch.bool)
-    forced[:, -1] = True
-    free = (decisions.mask > 0) & ~forced
-    return BudgetedSubset(logits, free, forced, decisions.max_frames)
 
 
 def imitation_loss(
@@ -263,7 +90,7 @@ def imitation_loss(
         single = logits.masked_fill(~older, -torch.inf).log_softmax(dim=1).masked_fill(~older, 0.0)
         log_probs = (decisions.sets * single[:, None]).sum(dim=2)
     else:
-        distribution = _distribution(network, decisions)
+        distribution = choices(network, decisions)
         log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
     loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(missing, 0.0)).sum(dim=1)
     if regret:
@@ -274,7 +101,7 @@ def imitation_loss(
 
 def imitate(
     settings: ImitationSettings,
-    size: dict[str, int],
+    size: dict[str, Any],
     workloads: Sequence[Workload],
     budgets: Sequence[int],
     folder: Path,
@@ -284,9 +111,10 @@ def imitate(
 ) -> RetentionNetwork:
     """Collect decisions round by round, each kept as a file in ``folder``, and learn from all of them.
 
-    In round 0 the expert acts, later the scorer that has learned the rounds before. The clips of a round are shared evenly
-    among the workloads, and each is played under one of the budgets in turn. A round whose file is there is not collected
-    again, so a stopped run goes on where it stopped.
+    While nothing has been learned the expert acts, later the scorer that has learned all before: from the true frames first, if
+    there are any, and from there on from the rollouts of all rounds. The clips of a round are shared evenly among the
+    workloads, and each is played under one of the budgets in turn. A round whose file is there is not collected again, so a
+    stopped run goes on where it stopped.
 
     Args:
         size: arguments of `RetentionNetwork`.
@@ -298,38 +126,52 @@ def imitate(
     folder.mkdir(parents=True, exist_ok=True)
     _check_index(folder, settings, size, workloads, budgets, seed, num_clips)
     rng = np.random.default_rng((seed, 4))
-    order = np.concatenate(
-        [rng.permutation(num_clips) for _ in range(-(-settings.rounds * settings.clips_per_round // num_clips))]
-    )
+    wanted = settings.true_clips + settings.rounds * settings.clips_per_round
+    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-wanted // num_clips))]).tolist()
+    first, order = order[: settings.true_clips], order[settings.true_clips :]
     slots = max(*(workload.num_context for workload in workloads), *budgets) + 1
+    collecting = {
+        "view": RetentionNetwork(**size).view,
+        "candidates": settings.candidates,
+        "label": settings.label,
+        "slots": slots,
+    }
+    start = None
+    if first:
+        known = folder / TRUE_SCORER_FILE
+        if not known.exists():
+            path = folder / "true_frames.safetensors"
+            decisions = _collected(path, workloads, budgets, first, actor=None, true_frames=True, **collecting)
+            save_tensors(known, fit(decisions, size, settings, seed).state_dict())
+        start = load_tensors(known)
     parts: list[Decisions] = []
+    actor = None if start is None else fitted(size, start)
     for number in range(settings.rounds):
         path = folder / f"round_{number:03d}.safetensors"
-        if not path.exists():
-            actor = fit(Decisions.join(parts), size, settings, seed) if parts else None
-            clips = order[number * settings.clips_per_round : (number + 1) * settings.clips_per_round].tolist()
-            found = Decisions.join(
-                [
-                    collect(
-                        workload,
-                        own,
-                        [budgets[i % len(budgets)] for i in range(len(own))],
-                        actor=actor,
-                        memory=bool(size.get("memory", False)),
-                        candidates=settings.candidates,
-                        statistics=size.get("statistics", ()),
-                        label=settings.label,
-                        slots=slots,
-                    )
-                    for index, workload in enumerate(workloads)
-                    if (own := clips[index :: len(workloads)])
-                ]
-            )
-            temporary = path.with_suffix(".part")
-            save_file({name: getattr(found, name) for name in Decisions.__dataclass_fields__}, temporary)
-            temporary.replace(path)
-        parts.append(_load(path))
-    return fit(Decisions.join(parts), size, settings, seed)
+        if parts and not path.exists():
+            actor = fit(Decisions.join(parts), size, settings, seed, start)
+        clips = order[number * settings.clips_per_round : (number + 1) * settings.clips_per_round]
+        parts.append(_collected(path, workloads, budgets, clips, actor=actor, **collecting))
+    return fit(Decisions.join(parts), size, settings, seed, start)
+
+
+def _collected(
+    path: Path, workloads: Sequence[Workload], budgets: Sequence[int], clips: list[int], **collecting: Any
+) -> Decisions:
+    """The decisions of a file, which is written first if it is not there; clips are shared evenly."""
+    if not path.exists():
+        shares = [(workload, clips[index :: len(workloads)]) for index, workload in enumerate(workloads)]
+        found = Decisions.join(
+            [
+                collect(workload, own, [budgets[i % len(budgets)] for i in range(len(own))], **collecting)
+                for workload, own in shares
+                if own
+            ]
+        )
+        temporary = path.with_suffix(".part")
+        save_file({name: getattr(found, name) for name in Decisions.__dataclass_fields__}, temporary)
+        temporary.replace(path)
+    return _load(path)
 
 
 def _check_index(folder: Path, settings: ImitationSettings, *rest: object) -> None:
@@ -357,12 +199,33 @@ def _load(path: Path) -> Decisions:
         raise ValueError(f"{path} cannot be read ({error}); delete it to collect this round again") from error
 
 
-def fit(decisions: Decisions, size: dict[str, int], settings: ImitationSettings, seed: int) -> RetentionNetwork:
-    """A fresh scorer that has learned the decisions; the same seed gives the same scorer."""
+def fitted(size: dict[str, Any], weights: Mapping[str, Tensor]) -> RetentionNetwork:
+    """A scorer with these weights."""
+    network = RetentionNetwork(**size)
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def fit(
+    decisions: Decisions,
+    size: dict[str, Any],
+    settings: ImitationSettings,
+    seed: int,
+    start: Mapping[str, Tensor] | None = None,
+) -> RetentionNetwork:
+    """A scorer that has learned the decisions; the same seed gives the same scorer.
+
+    Args:
+        start: weights to go on from, at a quarter of the learning rate; a fresh scorer by default.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = RetentionNetwork(**size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.01)
+    learning_rate = settings.learning_rate
+    if start is not None:
+        network.load_state_dict(start)
+        learning_rate *= GOING_ON
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     batches = -(-len(decisions) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
@@ -379,6 +242,6 @@ def fit(decisions: Decisions, size: dict[str, int], settings: ImitationSettings,
                 schedule.step()
                 losses.append(loss.item())
             bar.set_postfix(loss=f"{np.mean(losses):.4g}")
-    if settings.label == "future_utility":
+    if settings.label == "future_utility" and start is None:
         network.head.bias.data += ALWAYS_POSITIVE
     return network.eval()

@@ -9,25 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents import seen
-from agents.memory import HistoryMemory
+from agents.surroundings import NUM_EDGES, NUM_ROWS, compare
 from far_env.episodes import ROW_FEATURES
 
-UNSHARED = 2
-"""The first columns of `HistoryMemory.recall`, age and origin, follow from the row's own or hardly differ for the next."""
 EDGE_WIDTH = 8
 _MASKED = -1e9
 
 
-def network_inputs(frames: Tensor, budget: Tensor, successor: bool = False) -> Tensor:
-    """Observations to network inputs (B, N, `num_inputs`): counts are made independent of the number of slots N.
+def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
+    """Observations to network inputs (B, N, columns + 4): counts are made independent of the number of slots N.
 
     Per row log(1 + age) / 3, the other features as they are, then whether it is the newest, log(1 + budget) / 3,
-    the step's share of the rollout and log(1 + frames) / 3, then what is remembered of it, then, if asked for, what tells the
-    row after it from this one: its features that compare it with its predecessor, and what is remembered but its age and
-    origin. The newest has no row after it, and zeros.
+    the step's share of the rollout and log(1 + frames) / 3, then what is remembered of it.
 
     Args:
-        frames: observation["frames"] (B, N, 6), or with the columns of `HistoryMemory.recall` behind them (B, N, 13).
+        frames: observation["frames"] (B, N, 6), or with the columns of `HistoryMemory.recall` behind them.
         budget: observation["budget"] (B, 3).
     """
     slots = frames.shape[1]
@@ -37,18 +33,7 @@ def network_inputs(frames: Tensor, budget: Tensor, successor: bool = False) -> T
     counts = torch.log1p(budget[:, [0, 2]] * slots) / 3
     shared = torch.stack([counts[:, 0], budget[:, 1], counts[:, 1]], dim=-1)[:, None].expand(-1, slots, -1)
     now, remembered = frames[..., 1 : len(ROW_FEATURES)], frames[..., len(ROW_FEATURES) :]
-    parts = [torch.log1p(age) / 3, now, newest, shared, remembered]
-    if successor:
-        told = torch.cat([now[..., 1:], remembered[..., UNSHARED:]], dim=-1)
-        parts.append(torch.cat([told[:, 1:], torch.zeros_like(told[:, :1])], dim=1))
-    return torch.cat(parts, dim=-1)
-
-
-def num_inputs(memory: bool, successor: bool) -> int:
-    """Columns of `network_inputs`."""
-    remembered = HistoryMemory.WIDTH * memory
-    told = (len(ROW_FEATURES) - 2 + max(0, remembered - UNSHARED)) * successor
-    return len(ROW_FEATURES) + 4 + remembered + told
+    return torch.cat([torch.log1p(age) / 3, now, newest, shared, remembered], dim=-1)
 
 
 class SetBlock(nn.Module):
@@ -95,11 +80,11 @@ class RetentionNetwork(nn.Module):
         memory: rows also carry what a `HistoryMemory` recalls of them.
         attention: rows see each other. Without it each is scored alone: a perceptron, or with no layers a (normalised) linear
             rule. These are for comparison.
-        successor: rows also show how the row after them differs. Their order then matters.
+        surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
         statistics: names of `far_env.contract.STATISTICS` whose `agents.seen.columns` stand behind the other columns.
 
     Raises:
-        ValueError: if the heads do not share the width evenly, or on a statistic that cannot be used.
+        ValueError: if the heads do not share the width evenly, or on a view that cannot be (see `agents.seen.View`).
     """
 
     def __init__(
@@ -109,21 +94,24 @@ class RetentionNetwork(nn.Module):
         num_heads: int = 4,
         memory: bool = False,
         attention: bool = True,
-        successor: bool = False,
+        surroundings: bool = False,
         statistics: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.memory, self.num_heads, self.successor = memory, num_heads, successor
-        self.statistics = seen.check_usable(statistics)
+        self.num_heads = num_heads
+        self.view = seen.View(memory, surroundings, tuple(statistics))
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
-        self.embed = nn.Linear(num_inputs(memory, successor) + seen.num_row_inputs(self.statistics), width)
+        inputs, edges = self.view.num_told + 4, 0
+        if surroundings:
+            inputs, edges = inputs + NUM_ROWS, edges + NUM_EDGES
+        if statistics:
+            inputs, edges = inputs + seen.num_row_inputs(statistics), edges + seen.num_edges(statistics)
+        self.embed = nn.Linear(inputs, width)
         self.embed_edges, edge_width = None, 0
-        if attention and self.statistics:
+        if attention and edges:
             edge_width = EDGE_WIDTH
-            self.embed_edges = nn.Sequential(
-                nn.Linear(seen.num_edges(self.statistics), 2 * EDGE_WIDTH), nn.ReLU(), nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH)
-            )
+            self.embed_edges = nn.Sequential(nn.Linear(edges, 2 * EDGE_WIDTH), nn.ReLU(), nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH))
         self.blocks = nn.ModuleList(SetBlock(width, num_heads, attention, edge_width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
@@ -138,13 +126,14 @@ class RetentionNetwork(nn.Module):
     def encode(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
         """Row representations (B, N, width)."""
         bias = ((1 - mask) * _MASKED)[:, None, None, :]
-        told, edges = len(ROW_FEATURES) + HistoryMemory.WIDTH * self.memory, None
-        inputs = network_inputs(frames[..., :told], budget, self.successor)
-        if self.statistics:
-            rows, edges = seen.rows_and_edges(frames[..., told:], mask, self.statistics)
-            inputs = torch.cat([inputs, rows], dim=-1)
-            edges = None if self.embed_edges is None else self.embed_edges(edges)
-        x = self.embed(inputs)
+        told = self.view.num_told
+        inputs, found = network_inputs(frames[..., :told], budget), []
+        if self.view.surroundings:
+            found.append(compare(torch, frames[..., len(ROW_FEATURES) : told]))
+        if self.view.statistics:
+            found.append(seen.rows_and_edges(frames[..., told:], mask, self.view.statistics))
+        x = self.embed(torch.cat([inputs, *(rows for rows, _ in found)], dim=-1))
+        edges = None if self.embed_edges is None else self.embed_edges(torch.cat([edges for _, edges in found], dim=-1))
         for block in self.blocks:
             x = block(x, bias, edges)
         return self.norm(x)

@@ -41,8 +41,8 @@ class NetworkSize:
     """Whether it remembers births, see `agents.memory.HistoryMemory`."""
     attention: bool = True
     """Whether rows see each other; without it each is scored alone."""
-    successor: bool = False
-    """Whether rows also show how the row after them differs."""
+    surroundings: bool = False
+    """Whether it also remembers how frames changed around each one, dropped ones too, and compares frames by it."""
     statistics: tuple[str, ...] = ()
     """What it may see beyond the benchmark's matrix, see `far_env.contract.STATISTICS`; such a scorer cannot be exported."""
 
@@ -197,8 +197,7 @@ def train_scorer(
         AgentVecEnv(
             venv,
             [workload.num_predict for workload in workloads for _ in range(envs[0].num_envs)],
-            memory=config.network.memory,
-            statistics=config.network.statistics,
+            RetentionNetwork(**asdict(config.network)).view,
         ),
         policy_kwargs={"network": asdict(config.network)},
         learning_rate=lambda remaining: learning_rate * remaining,

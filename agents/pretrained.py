@@ -123,7 +123,7 @@ def _card(
         f"of each kept frame {', '.join(ROW_FEATURES)} as the benchmark tells them, the budget and the step; no pixels, no "
         "latents, no attention."
     )
-    if network.memory:
+    if network.view.memory:
         sees += " It remembers its decisions within a clip, hence the frames' true ages and what each looked like when new."
     shown = [
         table | {"policies": {name if own == LEARNED else own: row for own, row in table["policies"].items()}}

@@ -106,7 +106,7 @@ def policy_facts(name: str) -> dict[str, str]:
     network, facts = load_scorer(path)
     note = f"trained on {facts.get('trained_on', 'unknown clips')}"
     sha256 = _sha256(path / WEIGHTS_FILE)
-    return {"family": "learned", "tier": tier(network.statistics), "source": source, "note": note, "sha256": sha256}
+    return {"family": "learned", "tier": tier(network.view.statistics), "source": source, "note": note, "sha256": sha256}
 
 
 def _sha256(path: Path) -> str:

@@ -1,18 +1,58 @@
-"""What statistics of a rollout become for the scorer: further columns of its rows, and edges between them."""
+"""What a scorer sees of a rollout, and what statistics become for it: further columns of its rows, and edges between them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from agents.memory import HistoryMemory
 from far_env.contract import OF_LATENTS, OF_PAIRS, check_statistics
+from far_env.episodes import ROW_FEATURES
 
 GAP = "column_gap"
 UNUSABLE = ("key_proto",)
 """As long as the host's keys are, so a scorer could not be used with another host."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a scorer sees beside the benchmark's matrix.
+
+    Attributes:
+        memory: what a `HistoryMemory` recalls.
+        surroundings: of frames that were dropped as well.
+        statistics: names of `far_env.contract.STATISTICS`.
+
+    Raises:
+        ValueError: on surroundings without memory, or a statistic that cannot be used.
+    """
+
+    memory: bool = False
+    surroundings: bool = False
+    statistics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", check_usable(self.statistics))
+        if self.surroundings and not self.memory:
+            raise ValueError("surroundings are remembered: set memory as well")
+
+    def new_memory(self) -> HistoryMemory | None:
+        """For a new clip."""
+        return HistoryMemory(self.surroundings) if self.memory else None
+
+    @property
+    def num_remembered(self) -> int:
+        """Columns of memory."""
+        return HistoryMemory.WIDTH * self.memory + 3 * len(HistoryMemory.AROUND) * self.surroundings
+
+    @property
+    def num_told(self) -> int:
+        """Columns of rows before those of statistics."""
+        return len(ROW_FEATURES) + self.num_remembered
 
 
 def check_usable(names: Sequence[str]) -> tuple[str, ...]:

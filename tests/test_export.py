@@ -25,7 +25,8 @@ SIZES = {
     "memory": {"memory": True},
     "rows alone": {"attention": False},
     "linear": {"num_layers": 0},
-    "successor": {"memory": True, "successor": True},
+    "surroundings": {"memory": True, "surroundings": True},
+    "surroundings, rows alone": {"memory": True, "surroundings": True, "attention": False},
 }
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from agents import imitation
-from agents.imitation import Decisions, ImitationSettings, collect, fit, imitate, imitation_loss
+from agents.decisions import Decisions, TrueHistories, choices, collect
+from agents.imitation import ImitationSettings, fit, imitate, imitation_loss
 from agents.network import RetentionNetwork
 from agents.oracle import search
+from agents.seen import View
 from agents.utility import denoising_losses
 from far_env.host.sampler import FrameSampler
+from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 
 SETTINGS = ImitationSettings(rounds=2, clips_per_round=3, candidates=4, epochs=2, batch_size=16)
@@ -22,7 +26,7 @@ SIZE = {"width": 16, "memory": True}
 
 @pytest.fixture(scope="module")
 def collected(tiny_workload) -> Decisions:
-    return collect(tiny_workload, [0, 1, 2], [4, 4, 2], actor=None, memory=True, candidates=4, progress=False)
+    return collect(tiny_workload, [0, 1, 2], [4, 4, 2], actor=None, view=View(memory=True), candidates=4, progress=False)
 
 
 def test_every_decision_that_matters_is_noted_with_legal_alternatives(collected):
@@ -81,7 +85,7 @@ def test_what_can_be_seen_is_learned():
     known = Decisions(*(getattr(decisions, name)[:300] for name in Decisions.__dataclass_fields__))
     settings = ImitationSettings(epochs=40, batch_size=50, learning_rate=5e-3)
     network = fit(known, {"width": 32}, settings, seed=0)
-    agreement = (imitation._distribution(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
+    agreement = (choices(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
     assert agreement.float().mean() > 0.9
 
 
@@ -158,6 +162,53 @@ def test_labels_of_future_utility_rank_single_frames_and_the_scorer_fills_the_bu
     log_probs = logits[:, :-1].masked_fill(~older, -1e9).log_softmax(dim=1)
     loss = imitation_loss(network, noted, 0.01, label="future_utility")
     torch.testing.assert_close(loss, -(target * log_probs).sum(dim=1).mean(), rtol=1e-4, atol=1e-5)
-    assert (imitation._distribution(network, noted).mode().sum(dim=1) == 4).all()
+    assert (choices(network, noted).mode().sum(dim=1) == 4).all()
     with pytest.raises(ValueError, match="did you mean 'future_utility'"):
         ImitationSettings(label="future_utilty")
+
+
+@torch.no_grad()
+def test_histories_of_true_frames_are_rollouts_of_a_perfect_host(tiny_workload):
+    """Same features and statistics as of rollouts whose generated frames are replaced by the true ones."""
+    clips = [tiny_workload.clips.clip("train", i) for i in (0, 1)]
+    latents = torch.stack([tiny_workload.host.autoencoder.encode(torch.from_numpy(clip.frames)[None])[0] for clip in clips])
+    true, rolled = TrueHistories(latents, 5), RolloutBatch(tiny_workload, 2, statistics=("lat_cos", "column_gap"))
+    rolled.begin([0, 1], clips, [1, 2])
+    for step in range(4):
+        true.advance([0, 1])
+        rolled.advance([0, 1])
+        for row in (0, 1):
+            rolled._rows[row].frames[-1] = latents[row, 5 + step]
+            assert true.kept[row] == rolled.frame_numbers(row) and true.history_length(row) == rolled.history_length(row)
+        for own, other in zip(true.history([0, 1]), rolled.history([0, 1]), strict=True):
+            torch.testing.assert_close(own, other)
+        np.testing.assert_allclose(true.features([0, 1]), rolled.features([0, 1]), atol=1e-6)
+        for own, other in zip(true.statistics([1, 0]), rolled.statistics([1, 0]), strict=True):
+            for name in own:
+                np.testing.assert_allclose(own[name], other[name], atol=1e-5)
+        for histories in (true, rolled):
+            histories.retain(0, [0, 2, 3])
+            histories.retain(1, [0, 2] if step else [1, 2, 4, 5])
+
+
+def test_decisions_about_true_clips_come_first_and_are_not_collected_again(tiny_workload, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, true_clips=4)
+    calls, original = [], imitation.collect
+
+    def noted(workload, clip_ids, budgets, **options):
+        calls.append((options.get("true_frames", False), options["actor"] is not None, len(clip_ids)))
+        return original(workload, clip_ids, budgets, **options)
+
+    monkeypatch.setattr(imitation, "collect", noted)
+    whole = imitate(settings, SIZE, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
+    assert calls == [(True, False, 4), (False, True, 3), (False, True, 3)], "the first rollouts are decided by what was learned"
+    noted_decisions = imitation._load(tmp_path / "whole" / "true_frames.safetensors")
+    assert len(noted_decisions) == 4 * 10
+    again = imitate(settings, SIZE, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
+    assert len(calls) == 3
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value)
+    with pytest.raises(ValueError, match="true_clips prepare for rounds"):
+        dataclasses.replace(settings, rounds=0)
+    with pytest.raises(ValueError, match="no statistics but lat_cos and column_gap"):
+        collect(tiny_workload, [0], [4], actor=None, view=View(statistics=("attn_mass",)), candidates=2, true_frames=True)

@@ -11,6 +11,7 @@ from agents.adapters import AgentPolicy
 from agents.agent_env import AgentVecEnv
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
+from agents.seen import View
 from far_env.sb3 import SB3VecEnv
 from far_env.vector_env import FrameRetentionVectorEnv
 
@@ -51,7 +52,7 @@ def test_a_new_clip_begins_anew():
 def test_environment_and_policy_remember_the_same(tiny_workload):
     """The network's inputs in training are those of the policy on the same history."""
     env = FrameRetentionVectorEnv(3, tiny_workload, 4, autoreset_mode="SAME_STEP", num_clips=16)
-    venv = AgentVecEnv(SB3VecEnv(env), [tiny_workload.num_predict] * 3, memory=True)
+    venv = AgentVecEnv(SB3VecEnv(env), [tiny_workload.num_predict] * 3, View(memory=True))
     venv.seed(0)
     observations = venv.reset()
     policies = [AgentPolicy(RetentionNetwork(memory=True)) for _ in range(3)]
@@ -71,3 +72,28 @@ def test_environment_and_policy_remember_the_same(tiny_workload):
         observations, _, dones, _ = venv.step(actions)
         for row in np.flatnonzero(dones):
             policies[row] = AgentPolicy(RetentionNetwork(memory=True))
+
+
+def test_surroundings_are_the_changes_around_a_frame_also_of_dropped_ones():
+    def looks(*names):
+        return [(1.0, 0.0, name / 100, name / 10) for name in names]
+
+    def known(*names):
+        return [value for name in names for value in ((name / 100, name / 10, 1.0) if name else (0.0, 0.0, 0.0))]
+
+    memory = HistoryMemory(surroundings=True)
+    first = memory.recall(looks(9, 1, 2, 3, 4, 5), 0)  # what the first frame shows compares it with nothing
+    assert [len(row) for row in first] == [19] * 6
+    assert [list(row[7:]) for row in first] == [
+        known(0, 0, 1, 2),
+        known(0, 1, 2, 3),
+        known(1, 2, 3, 4),
+        known(2, 3, 4, 5),
+        known(3, 4, 5, 0),
+        known(4, 5, 0, 0),
+    ]
+    memory.keep([0, 3, 5])
+    later = memory.recall(looks(9, 70, 80, 6), 1)  # changes from other neighbours are not remembered
+    assert [list(row[7:]) for row in later] == [known(0, 0, 1, 2), known(2, 3, 4, 5), known(4, 5, 6, 0), known(5, 6, 0, 0)]
+    memory.keep([1, 2, 3])
+    assert memory.recall(looks(9, 1, 2, 3, 4, 5), 0) == first, "another clip"

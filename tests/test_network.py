@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agents.memory import HistoryMemory
-from agents.network import RetentionNetwork, ValueNetwork, network_inputs, num_inputs
+from agents.network import RetentionNetwork, ValueNetwork
 
 
 def observation(rows: int, slots: int | None = None, seed: int = 0):
@@ -88,16 +87,3 @@ def test_without_attention_a_row_is_scored_alone(num_layers):
     for network, affected in ((alone, {2}), (together, set(range(6)))):
         differs = (network(changed, mask, budget) - network(frames, mask, budget)).abs().amax(dim=0) > 1e-6
         assert set(differs.nonzero().flatten().tolist()) == affected
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("memory", [False, True])
-def test_a_row_may_show_what_tells_the_row_after_it_from_it(memory):
-    frames, mask, budget = observation(5, slots=8)
-    frames = torch.cat([frames, torch.rand(4, 8, HistoryMemory.WIDTH) * mask[..., None]], dim=-1) if memory else frames
-    plain, inputs = network_inputs(frames, budget), network_inputs(frames, budget, successor=True)
-    assert inputs.shape[-1] == num_inputs(memory, True) and plain.shape[-1] == num_inputs(memory, False)
-    torch.testing.assert_close(inputs[..., : plain.shape[-1]], plain)
-    columns = [2, 3, 4, 5, *([8, 9, 10, 11, 12] if memory else [])]
-    torch.testing.assert_close(inputs[:, :-1, plain.shape[-1] :], frames[:, 1:][..., columns])
-    assert (inputs[:, -1, plain.shape[-1] :] == 0).all()

@@ -13,7 +13,7 @@ import train_agent
 from agents import seen
 from agents.adapters import AgentPolicy
 from agents.agent_env import AgentVecEnv
-from agents.imitation import collect
+from agents.decisions import collect
 from agents.network import RetentionNetwork, ValueNetwork
 from agents.runs import load_policy, policy_facts
 from far_env.contract import OF_PAIRS, STATISTICS, PolicyError, RolloutState, make_plan
@@ -177,19 +177,16 @@ def test_environment_policy_and_collection_show_the_scorer_the_same(tiny_workloa
     """The same logits, so the same decisions, whether a scorer acts in the environment, as a policy, or while labels are
     collected."""
     venv = AgentVecEnv(
-        SB3VecEnv(FrameRetentionVectorEnv(2, tiny_workload, 4, autoreset_mode="SAME_STEP", statistics=network.statistics)),
+        SB3VecEnv(FrameRetentionVectorEnv(2, tiny_workload, 4, autoreset_mode="SAME_STEP", statistics=network.view.statistics)),
         [tiny_workload.num_predict] * 2,
-        memory=True,
-        statistics=network.statistics,
+        network.view,
     )
     venv.set_options([{"clip_id": 5}, {"clip_id": 6}])
     obs = venv.reset()
     assert venv.observation_space.contains({key: value[0] for key, value in obs.items()})
     clips = [tiny_workload.clips.clip("train", i) for i in (5, 6)]
     _, decisions = play(tiny_workload, clips, [BENCHMARK_SEED + 5, BENCHMARK_SEED + 6], AgentPolicy(network), 4)
-    noted = collect(
-        tiny_workload, [5, 6], [4, 4], actor=network, memory=True, candidates=2, statistics=network.statistics, progress=False
-    )
+    noted = collect(tiny_workload, [5, 6], [4, 4], actor=network, view=network.view, candidates=2, progress=False)
     for number in range(10):
         frames, mask, budget = (torch.from_numpy(obs[key]) for key in ("frames", "mask", "budget"))
         for row in range(2):

@@ -1,0 +1,295 @@
+"""Decisions with what each alternative would cost: collected by rolling train clips out, or from the true clips themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agents import seen
+from agents.adapters import observed_rows
+from agents.network import RetentionNetwork
+from agents.oracle import best_cover, coverage, pixel_error_scale
+from agents.seen import View
+from agents.subset import BudgetedSubset
+from agents.utility import denoising_losses
+from far_env.episodes import right_aligned
+from far_env.frame_meta import frame_features
+from far_env.host.sampler import FrameSampler
+from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.memo import content_key
+from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.rollout.statistics import column_gaps, latent_cosines
+from far_env.workloads import Workload
+
+WANDER = 0.3
+"""Share of decisions about true clips in which not the best but some noted alternative is chosen, so that histories vary."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Decisions and what their alternatives cost; histories are right-aligned like the environment's.
+
+    Attributes:
+        frames: float32 (D, slots, columns), mask: float32 (D, slots), budget: float32 (D, 3): observations.
+        max_frames: int64 (D,).
+        sets: bool (D, candidates, slots), the frames that each alternative keeps; the best comes first. For future_utility
+            each is one frame.
+        costs: float32 (D, candidates): expected squared error per predicted frame, or of velocities for future_utility;
+            infinite where there is no alternative.
+    """
+
+    frames: Tensor
+    mask: Tensor
+    budget: Tensor
+    max_frames: Tensor
+    sets: Tensor
+    costs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @staticmethod
+    def join(parts: Sequence[Decisions]) -> Decisions:
+        """All of them, one after the other."""
+        return Decisions(*(torch.cat([getattr(part, name) for part in parts]) for name in Decisions.__dataclass_fields__))
+
+
+class Histories(Protocol):
+    """What collecting needs of rollouts, see `far_env.rollout.engine.RolloutBatch`."""
+
+    def advance(self, rows: Sequence[int]) -> None:
+        """Append the next frame of each row."""
+
+    def history_length(self, row: int) -> int:
+        """Frames in a row's history."""
+
+    def history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Kept latents, padded at the end, and lengths."""
+
+    def features(self, rows: Sequence[int]) -> np.ndarray:
+        """`frame_features` of kept histories."""
+
+    def statistics(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Of each row's history, by name."""
+
+    def retain(self, row: int, ids: Sequence[int]) -> None:
+        """Keep these places of the row's history."""
+
+
+class TrueHistories:
+    """Histories of true frames, where no host generates any; see `Histories`.
+
+    Args:
+        latents: of whole clips (R, T, C, h, w).
+        num_context: frames that each history begins with.
+    """
+
+    def __init__(self, latents: Tensor, num_context: int) -> None:
+        self.latents = latents
+        self.kept = [list(range(num_context)) for _ in latents]
+        self.next = [num_context] * len(latents)
+
+    def advance(self, rows: Sequence[int]) -> None:
+        """Append the next true frame of each row."""
+        for row in rows:
+            self.kept[row].append(self.next[row])
+            self.next[row] += 1
+
+    def history_length(self, row: int) -> int:
+        """Frames in a row's history."""
+        return len(self.kept[row])
+
+    def history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Kept latents (R, K, C, h, w), oldest first, padded with zeros at the end, and lengths (R,)."""
+        own = [self.latents[row, self.kept[row]] for row in rows]
+        lengths = torch.tensor([len(frames) for frames in own], device=self.latents.device)
+        return torch.nn.utils.rnn.pad_sequence(own, batch_first=True), lengths
+
+    def features(self, rows: Sequence[int]) -> np.ndarray:
+        """`frame_features` of the kept histories, float32 (R, K, 4), padded with zeros at the end."""
+        return frame_features(*self.history(rows)).cpu().numpy()
+
+    def statistics(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """lat_cos and column_gap of each row's history."""
+        found = []
+        for row in rows:
+            own = self.latents[row, self.kept[row]][None]
+            found.append({"lat_cos": latent_cosines(own)[0], "column_gap": column_gaps(own)[0]})
+        return [{name: value.float().cpu().numpy() for name, value in own.items()} for own in found]
+
+    def retain(self, row: int, ids: Sequence[int]) -> None:
+        """Keep these places of the row's history."""
+        self.kept[row] = [self.kept[row][place] for place in ids]
+
+
+@torch.no_grad()
+def collect(
+    workload: Workload,
+    clip_ids: Sequence[int],
+    budgets: Sequence[int],
+    *,
+    actor: RetentionNetwork | None,
+    view: View,
+    candidates: int,
+    label: str = "coverage",
+    true_frames: bool = False,
+    slots: int | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Decisions:
+    """Roll train clips out and note the expert's opinion at every decision that matters.
+
+    Args:
+        clip_ids: of the train split.
+        budgets: one per clip.
+        actor: who decides; None lets the expert itself decide.
+        view: what observations hold.
+        candidates: alternatives noted per decision.
+        label: see `agents.imitation.ImitationSettings`; with future_utility every older frame is a candidate.
+        true_frames: let the clip's own frames stand for those that the host would generate: hundreds of times faster, and
+            nearly what is seen while the right frames are kept. The expert decides, and sometimes wanders off.
+        slots: rows of an observation; by default as many as an environment with these budgets has.
+
+    Raises:
+        ValueError: if labels of future utility are wanted from a host with actions or guidance, or statistics of attention
+            without rollouts.
+    """
+    slots = max(workload.num_context, *budgets) + 1 if slots is None else slots
+    sampler = None
+    if label == "future_utility":
+        candidates, sampler = slots - 1, FrameSampler(workload.host.transformer, workload.num_steps)
+        if workload.actions or workload.guidance > 1:
+            raise ValueError(f"labels of future utility need a host without actions and guidance; {workload.name} has them")
+    if true_frames and (actor is not None or not set(view.statistics) <= {"lat_cos", "column_gap"}):
+        raise ValueError("true frames are collected with the expert, and show no statistics but lat_cos and column_gap")
+    records: list[tuple] = []
+    for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
+        chosen = slice(first, first + batch_size)
+        records += _play(workload, clip_ids[chosen], budgets[chosen], actor, view, candidates, sampler, true_frames, slots)
+    columns = [np.stack(column) for column in zip(*records, strict=True)]
+    return Decisions(*(torch.from_numpy(column) for column in columns))
+
+
+def _play(
+    workload: Workload,
+    clip_ids: Sequence[int],
+    budgets: Sequence[int],
+    actor: RetentionNetwork | None,
+    view: View,
+    candidates: int,
+    sampler: FrameSampler | None,
+    true_frames: bool,
+    slots: int,
+) -> list[tuple]:
+    clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
+    host, context = workload.host, workload.num_context
+    frames = torch.stack([torch.from_numpy(clip.frames[: workload.num_frames]) for clip in clips]).to(host.device)
+    latents = host.autoencoder.encode(frames.to(host.dtype))
+    truth = latents[:, context:]
+    scale = pixel_error_scale(frames, truth) / workload.num_predict
+    batch: Histories
+    if true_frames:
+        batch = TrueHistories(latents, context)
+    else:
+        batch = RolloutBatch(workload, len(clips), statistics=view.statistics)
+        batch.begin(range(len(clips)), clips, [BENCHMARK_SEED + clip_id for clip_id in clip_ids])
+    memories = [view.new_memory() for _ in clips]
+    records = []
+    for step in range(workload.num_predict - 1):
+        batch.advance(range(len(clips)))
+        full = [row for row in range(len(clips)) if batch.history_length(row) > budgets[row]]
+        if not full:
+            continue
+        features = batch.features(full)
+        features[..., 3] /= 1 + features[..., 3]
+        histories, lengths = batch.history(full)
+        found = batch.statistics(full) if view.statistics else []
+        for place, row in enumerate(full):
+            length, budget = int(lengths[place]), budgets[row]
+            future = histories[place, :length], truth[row, step], truth[row, step + 1 :]
+            if sampler is None:
+                cover = coverage(*future)
+                alternatives = [(scale * cover.cost(kept), kept) for kept in best_cover(cover, budget, candidates)]
+            else:
+                noise_key = content_key("future utility", clip_ids[row], step)
+                losses = denoising_losses(sampler, future[0][:-1], *future[1:], noise_key).tolist()
+                alternatives = sorted((loss, [index]) for index, loss in enumerate(losses))
+            told = {name: right_aligned(name, found[place][name], slots) for name in view.statistics}
+            columns = seen.columns(told, view.statistics) if told else np.zeros((slots, 0), dtype=np.float32)
+            own = view.num_told
+            record = _empty_record(slots, own + columns.shape[1], candidates)
+            shown = slice(slots - length, slots)
+            record[0][shown, :own] = observed_rows(features[place, :length].tolist(), step, memories[row])
+            record[0][shown, 0] *= length / slots
+            record[0][:, own:] = columns
+            record[1][shown] = 1
+            record[2][:] = budget / slots, step / workload.num_predict, length / slots
+            record[3][...] = budget
+            for index, (cost, kept) in enumerate(alternatives):
+                record[4][index, slots - length + np.array(kept)] = True
+                record[5][index] = cost
+            records.append(record)
+        kept_sets = _acted(records[-len(full) :], actor)
+        if true_frames:
+            for place, row in enumerate(full):
+                kept_sets[place] = _wandering(records[place - len(full)], kept_sets[place], clip_ids[row], step)
+        for record, mask, row in zip(records[-len(full) :], kept_sets, full, strict=True):
+            offset = slots - int(record[1].sum())
+            ids = (np.flatnonzero(mask) - offset).tolist()
+            batch.retain(row, ids)
+            if memories[row] is not None:
+                memories[row].keep(ids)
+    return records
+
+
+def _wandering(record: tuple, best: np.ndarray, clip_id: int, step: int) -> np.ndarray:
+    """The best set, or one of the alternatives; which is a function of clip and step."""
+    rng = np.random.default_rng((clip_id, step))
+    sets = record[4][np.isfinite(record[5])]
+    if rng.random() >= WANDER or sets[0].sum() < record[3]:  # single frames are no sets to wander to
+        return best
+    return sets[rng.integers(len(sets))]
+
+
+def _empty_record(slots: int, width: int, candidates: int) -> tuple[np.ndarray, ...]:
+    """One row of `Decisions`, of zeros and no alternatives."""
+    return (
+        np.zeros((slots, width), dtype=np.float32),
+        np.zeros(slots, dtype=np.float32),
+        np.zeros(3, dtype=np.float32),
+        np.zeros((), dtype=np.int64),
+        np.zeros((candidates, slots), dtype=bool),
+        np.full(candidates, np.inf, dtype=np.float32),
+    )
+
+
+def _acted(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
+    """Keep masks (D, slots): the expert's best sets (with the best single frames), or the actor's most probable ones."""
+    if actor is None:
+        masks = []
+        for _, _, _, max_frames, sets, _ in records:
+            own = sets[0].copy()
+            for single in sets[1:]:
+                if own[:-1].sum() < max_frames - 1:
+                    own |= single
+            own[-1] = True
+            masks.append(own)
+        return np.stack(masks)
+    columns = [torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)]
+    decisions = Decisions(*columns)
+    return choices(actor, decisions).mode().numpy().astype(bool)
+
+
+def choices(network: RetentionNetwork, decisions: Decisions) -> BudgetedSubset:
+    """The scorer's distribution over what to keep at each decision."""
+    logits = network(decisions.frames, decisions.mask, decisions.budget)
+    forced = torch.zeros_like(decisions.mask, dtype=torch.bool)
+    forced[:, -1] = True
+    free = (decisions.mask > 0) & ~forced
+    return BudgetedSubset(logits, free, forced, decisions.max_frames)

@@ -1,0 +1,80 @@
+"""Comparing frames by their surroundings: against plain loops, with NumPy and torch alike, and on a camera that comes back."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from agents.memory import HistoryMemory
+from agents.network import RetentionNetwork
+from agents.surroundings import NUM_EDGES, NUM_ROWS, compare
+
+
+def recalled(similarities, motions, kept):
+    """What is remembered of the kept frames of a clip whose frames changed so; the first change leads to frame 1."""
+    memory = HistoryMemory(surroundings=True)
+    count = len(similarities) + 1
+    looks = [(1.0, 1.0, 1.0, 0.0), *((1.0, 1.0, s, m) for s, m in zip(similarities, motions, strict=True))]
+    memory.recall(looks, count - 6)
+    memory.keep(kept)
+    return np.array(memory.recall([looks[i] for i in kept] + [(1.0, 1.0, 0.0, 0.0)], count - 5), dtype=np.float32)[:-1]
+
+
+def agreement(one, other, scale):
+    if one is None or other is None:
+        return 0.0
+    return math.exp(-math.dist(one, other) / scale)
+
+
+def test_agreements_are_those_of_plain_loops_in_torch_and_numpy():
+    rng = np.random.default_rng(0)
+    similarities, motions = rng.integers(0, 3, 11) / 50, rng.integers(0, 3, 11) / 40
+    kept = [0, 1, 4, 5, 9, 11]
+    remembered = recalled(similarities, motions, kept)
+    rows, edges = compare(np, remembered)
+    assert rows.shape == (6, NUM_ROWS) and edges.shape == (6, 6, NUM_EDGES)
+    for found, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    changes = {i + 1: change for i, change in enumerate(zip(similarities, motions, strict=True))}
+    changes[12] = (0.0, 0.0)  # to the new frame of the last call
+    best = np.zeros((6, 6))
+    for i, own in enumerate(kept):
+        before, after = ((changes.get(own), changes.get(own - 1)), (changes.get(own + 1), changes.get(own + 2)))
+        for j, other in enumerate(kept):
+            past, next_ = ((changes.get(other), changes.get(other - 1)), (changes.get(other + 1), changes.get(other + 2)))
+            expected, both = [], {0.004: [], 0.03: []}
+            for one, two in ((before, past), (after, next_), (before, next_), (after, past)):
+                expected += [agreement(one[0], two[0], scale) for scale in (0.004, 0.03)]
+                for scale in (0.004, 0.03):
+                    pair = [agreement(one[k], two[k], scale) for k in range(2)]
+                    both[scale].append(min(pair))
+                    expected.append(min(pair))
+            gap = own - other
+            expected += [max(both[0.004]), max(both[0.03]), np.clip(gap, -1, 1), math.log1p(abs(gap)) / 3, float(i == j)]
+            np.testing.assert_allclose(edges[i, j], expected, atol=2e-3)
+            best[i, j] = max(both[0.03]) * (i != j)
+    np.testing.assert_allclose(rows[:, 0], best.max(axis=1), atol=2e-3)
+    np.testing.assert_allclose(rows[:, 1], [best[i, i + 1 :].max(initial=0) for i in range(6)], atol=2e-3)
+
+
+def test_a_camera_that_comes_back_is_recognised():
+    """Ten places on a ring; from one to the next the picture changes as nowhere else. Where two changes are known on one side,
+    frames agree if and only if they show the same place."""
+    moves = [1, 1, 1, 1, 1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1]
+    places = np.cumsum([0, *moves]) % 10
+    ring = np.random.default_rng(1).permutation(10) / 10
+    passed = [ring[place if move > 0 else (place - 1) % 10] for place, move in zip(places, moves, strict=False)]
+    kept = list(range(2, len(places) - 2))
+    _, edges = compare(np, recalled([0.5] * len(passed), passed, kept))
+    found = edges[..., 16] > 0.5
+    expected = places[kept][:, None] == places[kept][None]
+    np.testing.assert_array_equal(found | np.eye(len(kept), dtype=bool), expected)
+
+
+def test_surroundings_need_memory():
+    with pytest.raises(ValueError, match="surroundings are remembered: set memory as well"):
+        RetentionNetwork(surroundings=True)
+    assert sum(p.numel() for p in RetentionNetwork(memory=True, surroundings=True).parameters()) < 100_000
