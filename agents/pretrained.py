@@ -21,6 +21,7 @@ from typing import Any
 import tyro
 
 from agents.network import RetentionNetwork
+from agents.seen import View
 from agents.ppo import AgentTraining
 from agents.runs import (
     LEARNED,
@@ -120,11 +121,14 @@ def _card(
         kept = f"the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
         stages.append(f"{settings.ppo.total_timesteps:,} decisions of PPO, of which {kept} is kept")
     sees = (
-        f"of each kept frame {', '.join(ROW_FEATURES)} as the benchmark tells them, the budget and the step; no pixels, no "
-        "latents, no attention."
+        f"of each kept frame {', '.join(ROW_FEATURES)} as the benchmark tells them, the budget and the step"
+        f"{_beyond(network.view)}."
     )
     if network.view.memory:
         sees += " It remembers its decisions within a clip, hence the frames' true ages and what each looked like when new."
+    if network.view.surroundings:
+        sees += " It also remembers how frames changed around each one, and compares frames by that."
+    export = "" if network.view.statistics else f"far-env export {name} --out policy.py\n"
     shown = [
         table | {"policies": {name if own == LEARNED else own: row for own, row in table["policies"].items()}}
         for table in results
@@ -158,9 +162,15 @@ scores each of them; the newest frame and the best positive ones stay.
 
 ```sh
 far-env evaluate --workload {settings.workload} --budget {settings.budget} --policies {name},recent_fill
-far-env export {name} --out policy.py
-```
+{export}```
 """
+
+
+def _beyond(view: View) -> str:
+    """What a scorer sees that the benchmark does not show."""
+    if not view.statistics:
+        return "; no pixels, no latents, no attention"
+    return f"; beyond the benchmark {', '.join(view.statistics)} of the kept frames, so that it cannot be exported"
 
 
 def _time(run: Path, sessions: list[dict[str, Any]]) -> str:
