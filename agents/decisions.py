@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,8 @@ from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.statistics import column_gaps, latent_cosines
 from far_env.workloads import Workload
 
+UNCUT_EVERY = 3
+"""Steps of a true clip between decisions about a history of which nothing was dropped yet."""
 WANDER = 0.3
 """Share of decisions about true clips in which not the best but some noted alternative is chosen, so that histories vary."""
 
@@ -152,8 +154,10 @@ def collect(
         view: what observations hold.
         candidates: alternatives noted per decision.
         label: see `agents.imitation.ImitationSettings`; with future_utility every older frame is a candidate.
-        true_frames: let the clip's own frames stand for those that the host would generate: hundreds of times faster, and
-            nearly what is seen while the right frames are kept. The expert decides, and sometimes wanders off.
+        true_frames: let the clip's own frames stand for those that the host would generate: much faster, and nearly what is
+            seen while the right frames are kept. The expert decides, and sometimes wanders off. Every few steps the last
+            frames before anything was dropped, as many as there are slots, are noted as a first decision too, because large
+            cuts are rare otherwise.
         slots: rows of an observation; by default as many as an environment with these budgets has.
 
     Raises:
@@ -206,35 +210,22 @@ def _play(
         full = [row for row in range(len(clips)) if batch.history_length(row) > budgets[row]]
         if not full:
             continue
-        features = batch.features(full)
-        features[..., 3] /= 1 + features[..., 3]
+        features = _squashed(batch.features(full))
         histories, lengths = batch.history(full)
         found = batch.statistics(full) if view.statistics else []
         for place, row in enumerate(full):
-            length, budget = int(lengths[place]), budgets[row]
+            length = int(lengths[place])
+            rows = observed_rows(features[place, :length].tolist(), step, memories[row])
             future = histories[place, :length], truth[row, step], truth[row, step + 1 :]
             if sampler is None:
-                cover = coverage(*future)
-                alternatives = [(scale * cover.cost(kept), kept) for kept in best_cover(cover, budget, candidates)]
+                alternatives = _covers(*future, scale, budgets[row], candidates)
             else:
                 noise_key = content_key("future utility", clip_ids[row], step)
                 losses = denoising_losses(sampler, future[0][:-1], *future[1:], noise_key).tolist()
                 alternatives = sorted((loss, [index]) for index, loss in enumerate(losses))
-            told = {name: right_aligned(name, found[place][name], slots) for name in view.statistics}
-            columns = seen.columns(told, view.statistics) if told else np.zeros((slots, 0), dtype=np.float32)
-            own = view.num_told
-            record = _empty_record(slots, own + columns.shape[1], candidates)
-            shown = slice(slots - length, slots)
-            record[0][shown, :own] = observed_rows(features[place, :length].tolist(), step, memories[row])
-            record[0][shown, 0] *= length / slots
-            record[0][:, own:] = columns
-            record[1][shown] = 1
-            record[2][:] = budget / slots, step / workload.num_predict, length / slots
-            record[3][...] = budget
-            for index, (cost, kept) in enumerate(alternatives):
-                record[4][index, slots - length + np.array(kept)] = True
-                record[5][index] = cost
-            records.append(record)
+            told = found[place] if found else {}
+            progress = step / workload.num_predict
+            records.append(_record(rows, told, progress, budgets[row], alternatives, view, candidates, slots))
         kept_sets = _acted(records[-len(full) :], actor)
         if true_frames:
             for place, row in enumerate(full):
@@ -245,7 +236,66 @@ def _play(
             batch.retain(row, ids)
             if memories[row] is not None:
                 memories[row].keep(ids)
+    if true_frames and sampler is None:
+        for row, budget in enumerate(budgets):
+            for step in range(UNCUT_EVERY, workload.num_predict - 1, UNCUT_EVERY):
+                uncut = TrueHistories(latents[row : row + 1, step + context + 1 - slots :], slots)
+                rows = observed_rows(_squashed(uncut.features([0]))[0].tolist(), step, view.new_memory())
+                told = uncut.statistics([0])[0]
+                alternatives = _covers(
+                    uncut.history([0])[0][0], truth[row, step], truth[row, step + 1 :], scale, budget, candidates
+                )
+                progress = step / workload.num_predict
+                records.append(_record(rows, told, progress, budget, alternatives, view, candidates, slots))
     return records
+
+
+def _squashed(features: np.ndarray) -> np.ndarray:
+    """`frame_features` with motion as observations show it."""
+    features[..., 3] /= 1 + features[..., 3]
+    return features
+
+
+def _covers(
+    history: Tensor, newest: Tensor, future: Tensor, scale: float, budget: int, candidates: int
+) -> list[tuple[float, list[int]]]:
+    """The best sets to keep and what they cost, the cheapest first."""
+    cover = coverage(history, newest, future)
+    return [(scale * cover.cost(kept), kept) for kept in best_cover(cover, budget, candidates)]
+
+
+def _record(
+    rows: list[tuple[float, ...]],
+    statistics: Mapping[str, np.ndarray],
+    progress: float,
+    budget: int,
+    alternatives: Sequence[tuple[float, list[int]]],
+    view: View,
+    candidates: int,
+    slots: int,
+) -> tuple[np.ndarray, ...]:
+    """One row of `Decisions`.
+
+    Args:
+        rows: what is observed and remembered of each frame, oldest first.
+        progress: the step's share of the rollout.
+        alternatives: cost and kept frames of each, the cheapest first.
+    """
+    length, own = len(rows), view.num_told
+    told = {name: right_aligned(name, statistics[name], slots) for name in view.statistics}
+    columns = seen.columns(told, view.statistics) if told else np.zeros((slots, 0), dtype=np.float32)
+    record = _empty_record(slots, own + columns.shape[1], candidates)
+    shown = slice(slots - length, slots)
+    record[0][shown, :own] = rows
+    record[0][shown, 0] *= length / slots
+    record[0][:, own:] = columns
+    record[1][shown] = 1
+    record[2][:] = budget / slots, progress, length / slots
+    record[3][...] = budget
+    for index, (cost, kept) in enumerate(alternatives):
+        record[4][index, slots - length + np.array(kept)] = True
+        record[5][index] = cost
+    return record
 
 
 def _wandering(record: tuple, best: np.ndarray, clip_id: int, step: int) -> np.ndarray:

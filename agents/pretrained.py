@@ -21,7 +21,6 @@ from typing import Any
 import tyro
 
 from agents.network import RetentionNetwork
-from agents.seen import View
 from agents.ppo import AgentTraining
 from agents.runs import (
     LEARNED,
@@ -33,6 +32,7 @@ from agents.runs import (
     load_scorer,
     save_scorer,
 )
+from agents.seen import View
 from far_env.cli import run_guarded
 from far_env.config import load_yaml, make_run_dir, parse, save_yaml, write_text
 from far_env.episodes import ROW_FEATURES

@@ -203,7 +203,8 @@ def test_decisions_about_true_clips_come_first_and_are_not_collected_again(tiny_
     whole = imitate(settings, SIZE, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
     assert calls == [(True, False, 4), (False, True, 3), (False, True, 3)], "the first rollouts are decided by what was learned"
     noted_decisions = imitation._load(tmp_path / "whole" / "true_frames.safetensors")
-    assert len(noted_decisions) == 4 * 10
+    uncut = noted_decisions.budget[:, 1] * 11 % 3 < 1e-4  # steps 0, 3, 6 and 9: as steps of a clip, and without cuts before
+    assert len(noted_decisions) == 4 * (10 + 3) and uncut.sum() == 4 * (4 + 3)
     again = imitate(settings, SIZE, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
     assert len(calls) == 3
     for key, value in whole.state_dict().items():
