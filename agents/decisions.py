@@ -239,12 +239,14 @@ def _play(
     if true_frames and sampler is None:
         for row, budget in enumerate(budgets):
             for step in range(UNCUT_EVERY, workload.num_predict - 1, UNCUT_EVERY):
-                uncut = TrueHistories(latents[row : row + 1, step + context + 1 - slots :], slots)
+                length = min(slots, context + step + 1)
+                if length <= budget:
+                    continue
+                uncut = TrueHistories(latents[row : row + 1, context + step + 1 - length :], length)
                 rows = observed_rows(_squashed(uncut.features([0]))[0].tolist(), step, view.new_memory())
                 told = uncut.statistics([0])[0]
-                alternatives = _covers(
-                    uncut.history([0])[0][0], truth[row, step], truth[row, step + 1 :], scale, budget, candidates
-                )
+                future = uncut.history([0])[0][0], truth[row, step], truth[row, step + 1 :]
+                alternatives = _covers(*future, scale, budget, candidates)
                 progress = step / workload.num_predict
                 records.append(_record(rows, told, progress, budget, alternatives, view, candidates, slots))
     return records
