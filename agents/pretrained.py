@@ -115,6 +115,10 @@ def _card(
         return separator.join(dict.fromkeys(str(session[key]) for session in sessions))
 
     stages = []
+    if settings.imitation.true_clips:
+        stages.append(
+            f"imitation of an expert that knows the clip, on the true frames of {settings.imitation.true_clips:,} clips"
+        )
     if settings.imitation.rounds:
         stages.append(f"{settings.imitation.rounds} rounds of imitation of an expert that knows what the clip will show")
     if settings.ppo.total_timesteps:
