@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
@@ -22,6 +23,7 @@ from far_env.contract import (
     copy_for_clip,
     make_plan,
 )
+from far_env.episodes import ROW_FEATURES
 from far_env.frame_meta import frame_meta_list
 
 _USED = ("clip_id", "noise_seed", "step", "total_steps", "max_frames", "capacity_mb", "frame_features")
@@ -90,22 +92,67 @@ class AgentPolicy:
             (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
             for m in chunk_meta_list
         ]
-        rows = torch.tensor([observed_rows(looks, rollout_state.step, self.memory)])
+        rows = observed_rows(looks, rollout_state.step, self.memory)
+        told = None
         if self.statistics:
             shown = getattr(rollout_state, "statistics", {})
             missing = [name for name in self.statistics if name not in shown]
             if missing:
                 raise PolicyError(f"this agent needs {', '.join(missing)}, which this rollout does not hand over")
-            rows = torch.cat([rows, torch.from_numpy(columns(shown, self.statistics))[None]], dim=-1)
-        budget = (max_frames / num_frames, rollout_state.step / rollout_state.total_steps, 1.0)
-        logits = self.network(rows, torch.ones(1, num_frames), torch.tensor([budget]))
-        forced = torch.zeros(1, num_frames, dtype=torch.bool)
-        forced[:, -1] = True
-        mode = BudgetedSubset(logits, ~forced, forced, torch.tensor([max_frames])).mode()[0]
-        kept = mode.nonzero().flatten().tolist()
+            told = torch.from_numpy(columns(shown, self.statistics))
+        progress = rollout_state.step / rollout_state.total_steps
+        kept = choose(self.network, rows, self.memory, max_frames, progress, told)
         if self.memory is not None:
             self.memory.keep(kept)
         return make_plan(kept, num_frames, retention_family="anchor")
+
+
+@torch.no_grad()
+def choose(
+    network: RetentionNetwork,
+    rows: Sequence[Sequence[float]],
+    memory: HistoryMemory | None,
+    max_frames: int,
+    progress: float,
+    statistics: Tensor | None = None,
+) -> list[int]:
+    """Ids of the frames that a scorer keeps: the newest and the up to budget − 1 others with the largest positive logits.
+
+    A scorer that works one by one first drops the frame with the lowest logit, again and again, until one too many is left.
+
+    Args:
+        rows: of `observed_rows`.
+        memory: that recalled their columns.
+        progress: the step's share of the rollout.
+        statistics: columns (N, C) of `agents.seen.columns`.
+    """
+    left = list(range(len(rows)))
+    while True:
+        shown = torch.tensor([remaining_rows(rows, left, memory)])
+        if statistics is not None:
+            shown = torch.cat([shown, statistics[None]], dim=-1)
+        count = len(left)
+        logits = network(shown, torch.ones(1, count), torch.tensor([(max_frames / count, progress, 1.0)]))
+        if not network.one_by_one or count <= max_frames + 1:
+            break
+        left.pop(int(logits[0, :-1].argmin()))
+    forced = torch.zeros(1, count, dtype=torch.bool)
+    forced[:, -1] = True
+    mode = BudgetedSubset(logits, ~forced, forced, torch.tensor([max_frames])).mode()[0]
+    return [left[place] for place in mode.nonzero().flatten().tolist()]
+
+
+def remaining_rows(
+    rows: Sequence[Sequence[float]], left: Sequence[int], memory: HistoryMemory | None
+) -> list[tuple[float, ...]]:
+    """`observed_rows` of the frames that are left as if all others were gone: places and gaps as then, all else as before."""
+    last = len(left) - 1
+    told = [(place / len(left), 1 / (1 + place)) for place in range(last, -1, -1)]
+    if memory is None:
+        return [(*place, *rows[i][2:]) for place, i in zip(told, left, strict=True)]
+    column = len(ROW_FEATURES) + 2
+    gaps = zip(told, left, memory.gaps(left), strict=True)
+    return [(*place, *rows[i][2:column], gap, *rows[i][column + 1 :]) for place, i, gap in gaps]
 
 
 def observed_rows(looks: Sequence[Sequence[float]], step: int, memory: HistoryMemory | None) -> list[tuple[float, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from agents import seen
-from agents.adapters import observed_rows
+from agents.adapters import choose, observed_rows, remaining_rows
 from agents.network import RetentionNetwork
-from agents.oracle import best_cover, coverage, pixel_error_scale
+from agents.oracle import Coverage, best_cover, coverage, pixel_error_scale
 from agents.seen import View
 from agents.subset import BudgetedSubset
 from agents.utility import denoising_losses
@@ -27,6 +27,8 @@ from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.statistics import column_gaps, latent_cosines
 from far_env.workloads import Workload
 
+CHAIN_SIZES = 3
+"""Drops that are noted of a cut made one by one."""
 UNCUT_EVERY = 3
 """Steps of a true clip between decisions about a history of which nothing was dropped yet."""
 WANDER = 0.3
@@ -141,6 +143,7 @@ def collect(
     candidates: int,
     label: str = "coverage",
     true_frames: bool = False,
+    one_by_one: bool = False,
     slots: int | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -158,6 +161,7 @@ def collect(
             seen while the right frames are kept. The expert decides, and sometimes wanders off. Every few steps the last
             frames before anything was dropped, as many as there are slots, are noted as a first decision too, because large
             cuts are rare otherwise.
+        one_by_one: for a scorer that works so: with true frames, large cuts are noted as some of the drops they consist of.
         slots: rows of an observation; by default as many as an environment with these budgets has.
 
     Raises:
@@ -175,7 +179,9 @@ def collect(
     records: list[tuple] = []
     for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
         chosen = slice(first, first + batch_size)
-        records += _play(workload, clip_ids[chosen], budgets[chosen], actor, view, candidates, sampler, true_frames, slots)
+        records += _play(
+            workload, clip_ids[chosen], budgets[chosen], actor, view, candidates, sampler, true_frames, one_by_one, slots
+        )
     columns = [np.stack(column) for column in zip(*records, strict=True)]
     return Decisions(*(torch.from_numpy(column) for column in columns))
 
@@ -189,6 +195,7 @@ def _play(
     candidates: int,
     sampler: FrameSampler | None,
     true_frames: bool,
+    one_by_one: bool,
     slots: int,
 ) -> list[tuple]:
     clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
@@ -213,6 +220,7 @@ def _play(
         features = _squashed(batch.features(full))
         histories, lengths = batch.history(full)
         found = batch.statistics(full) if view.statistics else []
+        chosen: dict[int, list[int]] = {}
         for place, row in enumerate(full):
             length = int(lengths[place])
             rows = observed_rows(features[place, :length].tolist(), step, memories[row])
@@ -226,13 +234,15 @@ def _play(
             told = found[place] if found else {}
             progress = step / workload.num_predict
             records.append(_record(rows, told, progress, budgets[row], alternatives, view, candidates, slots))
+            if actor is not None and actor.one_by_one:
+                chosen[row] = choose(actor, rows, memories[row], budgets[row], progress)
         kept_sets = _acted(records[-len(full) :], actor)
         if true_frames:
             for place, row in enumerate(full):
                 kept_sets[place] = _wandering(records[place - len(full)], kept_sets[place], clip_ids[row], step)
         for record, mask, row in zip(records[-len(full) :], kept_sets, full, strict=True):
             offset = slots - int(record[1].sum())
-            ids = (np.flatnonzero(mask) - offset).tolist()
+            ids = chosen.get(row, (np.flatnonzero(mask) - offset).tolist())
             batch.retain(row, ids)
             if memories[row] is not None:
                 memories[row].keep(ids)
@@ -243,13 +253,33 @@ def _play(
                 if length <= budget:
                     continue
                 uncut = TrueHistories(latents[row : row + 1, context + step + 1 - length :], length)
-                rows = observed_rows(_squashed(uncut.features([0]))[0].tolist(), step, view.new_memory())
-                told = uncut.statistics([0])[0]
+                memory, progress = view.new_memory(), step / workload.num_predict
+                rows = observed_rows(_squashed(uncut.features([0]))[0].tolist(), step, memory)
                 future = uncut.history([0])[0][0], truth[row, step], truth[row, step + 1 :]
-                alternatives = _covers(*future, scale, budget, candidates)
-                progress = step / workload.num_predict
-                records.append(_record(rows, told, progress, budget, alternatives, view, candidates, slots))
+                if one_by_one:
+                    rng = np.random.default_rng((clip_ids[row], step, 1))
+                    sizes = set(rng.integers(budget + 1, length + 1, CHAIN_SIZES).tolist())
+                    for left, drops in _chain(coverage(*future), scale, budget, sizes, candidates):
+                        remaining = remaining_rows(rows, left, memory)
+                        records.append(_record(remaining, {}, progress, budget, drops, view, candidates, slots, len(left) - 1))
+                else:
+                    told, alternatives = uncut.statistics([0])[0], _covers(*future, scale, budget, candidates)
+                    records.append(_record(rows, told, progress, budget, alternatives, view, candidates, slots))
     return records
+
+
+def _chain(
+    cover: Coverage, scale: float, budget: int, sizes: Collection[int], candidates: int
+) -> Iterator[tuple[list[int], list[tuple[float, list[int]]]]]:
+    """Drop the frames of a history one by one, the one that is missed least first; at these sizes tell which rows are left, and
+    the best alternatives: what is lost, and the places among them that stay."""
+    left = list(range(len(cover.distance)))
+    while len(left) > budget:
+        costs = sorted((cover.cost(left[:place] + left[place + 1 :]), place) for place in range(len(left) - 1))
+        if len(left) in sizes:
+            places = range(len(left))
+            yield list(left), [(scale * cost, [own for own in places if own != drop]) for cost, drop in costs[:candidates]]
+        left.pop(costs[0][1])
 
 
 def _squashed(features: np.ndarray) -> np.ndarray:
@@ -275,6 +305,7 @@ def _record(
     view: View,
     candidates: int,
     slots: int,
+    most: int | None = None,
 ) -> tuple[np.ndarray, ...]:
     """One row of `Decisions`.
 
@@ -282,6 +313,7 @@ def _record(
         rows: what is observed and remembered of each frame, oldest first.
         progress: the step's share of the rollout.
         alternatives: cost and kept frames of each, the cheapest first.
+        most: how many may stay, if not as many as the budget allows.
     """
     length, own = len(rows), view.num_told
     told = {name: right_aligned(name, statistics[name], slots) for name in view.statistics}
@@ -293,7 +325,7 @@ def _record(
     record[0][:, own:] = columns
     record[1][shown] = 1
     record[2][:] = budget / slots, progress, length / slots
-    record[3][...] = budget
+    record[3][...] = budget if most is None else most
     for index, (cost, kept) in enumerate(alternatives):
         record[4][index, slots - length + np.array(kept)] = True
         record[5][index] = cost

@@ -53,6 +53,7 @@ class VideoTemporalKVPolicy:
 
     NUM_HEADS = {num_heads}
     NUM_LAYERS = {num_layers}
+    ONE_BY_ONE = {one_by_one}
     SHAPES = {shapes}
     WEIGHTS = (
 {weights}
@@ -75,37 +76,41 @@ class VideoTemporalKVPolicy:
     def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
         import numpy as np
 
-        max_frames = int(budget_state["max_frames"])
-        logits = self.logits(chunk_meta_list, rollout_state, max_frames)
-        last = len(logits) - 1
-        order = np.argsort(-logits[:last], kind="stable")[: max(0, max_frames - 1)]
-        kept = {{last}} | {{int(i) for i in order if logits[i] > 0}}
-        if self.memory is not None:
-            self.memory.keep(sorted(kept))
-        decisions = [
-            ChunkDecision(meta.chunk_id, "keep" if i in kept else "drop", float(logits[i]))
-            for i, meta in enumerate(chunk_meta_list)
-        ]
-        return TemporalCachePlan(chunk_decisions=decisions, retention_family="anchor")
-
-    def logits(self, chunk_meta_list, rollout_state, max_frames):
-        import numpy as np
-
-        p, heads, n = self.parameters, self.NUM_HEADS, len(chunk_meta_list)
-        shared = (
-            np.log1p(max_frames) / 3,
-            rollout_state.step / rollout_state.total_steps,
-            np.log1p(n) / 3,
-        )
+        n, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
+        progress = rollout_state.step / rollout_state.total_steps
         looks = [
             (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
             for m in chunk_meta_list
         ]
         recalled = [()] * n if self.memory is None else self.memory.recall(looks, rollout_state.step)
+        left = list(range(n))
+        logits = self.logits(left, looks, recalled, max_frames, progress)
+        while self.ONE_BY_ONE and len(left) > max_frames + 1:
+            left.pop(int(np.argmin(logits[:-1])))
+            logits = self.logits(left, looks, recalled, max_frames, progress)
+        last = len(left) - 1
+        order = np.argsort(-logits[:last], kind="stable")[: max(0, max_frames - 1)]
+        kept = {{left[last]}} | {{left[i] for i in order if logits[i] > 0}}
+        if self.memory is not None:
+            self.memory.keep(sorted(kept))
+        scores = dict(zip(left, logits.tolist()))
+        decisions = [
+            ChunkDecision(meta.chunk_id, "keep" if i in kept else "drop", scores.get(i, 0.0))
+            for i, meta in enumerate(chunk_meta_list)
+        ]
+        return TemporalCachePlan(chunk_decisions=decisions, retention_family="anchor")
+
+    def logits(self, left, looks, recalled, max_frames, progress):
+        import numpy as np
+
+        p, heads, n = self.parameters, self.NUM_HEADS, len(left)
+        shared = (np.log1p(max_frames) / 3, progress, np.log1p(n) / 3)
+        if self.memory is not None:
+            recalled = {{i: (*recalled[i][:2], gap, *recalled[i][3:]) for i, gap in zip(left, self.memory.gaps(left))}}
         x = np.array(
             [
-                (np.log1p(m.age) / 3, m.recentness, *looks[i], float(i == n - 1), *shared, *recalled[i])
-                for i, m in enumerate(chunk_meta_list)
+                (np.log1p(n - 1 - at) / 3, 1 / (n - at), *looks[i], float(at == n - 1), *shared, *recalled[i])
+                for at, i in enumerate(left)
             ],
             dtype=np.float32,
         )
@@ -120,7 +125,7 @@ class VideoTemporalKVPolicy:
 
         edges = None
         if hasattr(self, "compare"):
-            rows, edges = self.compare(np, np.array(recalled, dtype=np.float32))
+            rows, edges = self.compare(np, np.array([recalled[i] for i in left], dtype=np.float32))
             x = np.concatenate([x, rows], axis=1)
             if "embed_edges.0.weight" in p:
                 edges = linear("embed_edges.2", np.maximum(linear("embed_edges.0", edges), 0))
@@ -165,6 +170,7 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
         num_heads=network.num_heads,
         num_layers=len(network.blocks),
+        one_by_one=network.one_by_one,
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
         memory=f"self.HistoryMemory({network.view.surroundings})" if network.view.memory else None,
         memory_class=_own_source(network),

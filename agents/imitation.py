@@ -134,6 +134,7 @@ def imitate(
         "view": RetentionNetwork(**size).view,
         "candidates": settings.candidates,
         "label": settings.label,
+        "one_by_one": bool(size.get("one_by_one", False)),
         "slots": slots,
     }
     start = None

@@ -60,17 +60,23 @@ class HistoryMemory:
         if self.surroundings:
             # The frame before a new one is always there, but the first frame has none.
             self.changes.update({birth: look[2:] for birth, look in zip(new_births, new_looks, strict=False) if birth > 0})
-        previous = [self.births[0], *self.births]
         return [
             (
                 log1p(newest - birth) / 4,
                 float(birth >= self.num_context),
-                log1p(birth - before) / 3,
+                gap,
                 *look,
                 *self.around(birth),
             )
-            for birth, before, look in zip(self.births, previous, self.looks, strict=False)
+            for birth, gap, look in zip(self.births, self.gaps(range(num_frames)), self.looks, strict=False)
         ]
+
+    def gaps(self, left: list) -> list:
+        """log(1 + gap to the row before it) / 3 of these rows of the last call, as if all others were gone."""
+        from math import log1p
+
+        births = [self.births[i] for i in left]
+        return [log1p(birth - before) / 3 for birth, before in zip(births, [births[0], *births], strict=False)]
 
     def around(self, birth: int) -> list:
         """The columns of a frame's surroundings, none if they are not followed."""

@@ -82,9 +82,12 @@ class RetentionNetwork(nn.Module):
             rule. These are for comparison.
         surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
         statistics: names of `far_env.contract.STATISTICS` whose `agents.seen.columns` stand behind the other columns.
+        one_by_one: where several frames have to go, they are to be dropped one after the other, and the rest scored anew
+            (`agents.adapters.choose`). Of frames that look alike one can then stay.
 
     Raises:
-        ValueError: if the heads do not share the width evenly, or on a view that cannot be (see `agents.seen.View`).
+        ValueError: if the heads do not share the width evenly, on a view that cannot be (see `agents.seen.View`), or on
+            one_by_one with statistics.
     """
 
     def __init__(
@@ -96,9 +99,12 @@ class RetentionNetwork(nn.Module):
         attention: bool = True,
         surroundings: bool = False,
         statistics: Sequence[str] = (),
+        one_by_one: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        if one_by_one and statistics:
+            raise ValueError("one_by_one is for scorers without statistics")
+        self.num_heads, self.one_by_one = num_heads, one_by_one
         self.view = seen.View(memory, surroundings, tuple(statistics))
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")

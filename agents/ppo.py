@@ -45,6 +45,8 @@ class NetworkSize:
     """Whether it also remembers how frames changed around each one, dropped ones too, and compares frames by it."""
     statistics: tuple[str, ...] = ()
     """What it may see beyond the benchmark's matrix, see `far_env.contract.STATISTICS`; such a scorer cannot be exported."""
+    one_by_one: bool = False
+    """Whether it drops frames one after the other where several have to go; such a scorer learns by imitation alone."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class AgentTraining:
         require_positive(self, "train_clips", "validation_clips", "validate_every", "test_clips")
         if self.ppo.total_timesteps == 0 and self.imitation.rounds == 0:
             raise ValueError("nothing would be learned: set imitation.rounds, ppo.total_timesteps or both above 0")
+        if self.network.one_by_one and self.ppo.total_timesteps:
+            raise ValueError("network.one_by_one is for imitation alone: set ppo.total_timesteps to 0")
 
     @property
     def clip_options(self) -> dict[str, str]:
