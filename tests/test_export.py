@@ -59,11 +59,11 @@ def random_call(rng: np.random.Generator):
     return metas, RolloutState(step, capacity, total), {"max_frames": max_frames, "capacity_mb": capacity}
 
 
-def test_exported_and_trained_policy_keep_the_same_frames_on_5000_observations(scorer, exported):
+def test_exported_and_trained_policy_keep_the_same_frames_on_thousands_of_observations(scorer, exported):
     trained, file = AgentPolicy(scorer), load_policy(str(exported))
     rng = np.random.default_rng(0)
     sizes = []
-    for _ in range(5_000):
+    for _ in range(300 if scorer.one_by_one else 2_000):  # one of the former is dozens of passes
         metas, state, budget = random_call(rng)
         plans = [policy.build_temporal_cache_plan(metas, state, budget) for policy in (trained, file)]
         kept = [sorted(d.chunk_id for d in plan.chunk_decisions if d.action == "keep") for plan in plans]
