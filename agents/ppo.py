@@ -219,7 +219,10 @@ def train_scorer(
         # One CSV per session: SB3's writer would begin the file again.
         csv = CSVOutputFormat(str(run_dir / f"progress_{model.num_timesteps:08d}.csv"))
         model.set_logger(Logger(str(run_dir), [csv, TensorBoardOutputFormat(str(run_dir))]))
-        model.learn(total - model.num_timesteps, callback=progress, reset_num_timesteps=False, progress_bar=True)
+        try:
+            model.learn(total - model.num_timesteps, callback=progress, reset_num_timesteps=False, progress_bar=True)
+        finally:
+            model.logger.close()
     network = RetentionNetwork(**asdict(config.network))
     network.load_state_dict(progress.best_weights)
     return network.eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agents.ppo import AgentTraining
+from agents.sweep import Sweep
 from far_env.config import from_dict, load_yaml, make_run_dir, parse, save_yaml
 from far_env.train_host import HostTraining
 
@@ -63,7 +64,7 @@ def test_the_command_line_overrides_the_file(tmp_path):
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "results.yaml"}), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
-    cls = HostTraining if path.name.startswith("host") else AgentTraining
+    cls = HostTraining if path.name.startswith("host") else Sweep if path.name == "sweep.yaml" else AgentTraining
     config = load_yaml(cls, path)
     save_yaml(config, tmp_path / "saved.yaml")
     assert load_yaml(cls, tmp_path / "saved.yaml") == config
