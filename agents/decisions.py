@@ -176,28 +176,32 @@ def collect(
             raise ValueError(f"labels of future utility need a host without actions and guidance; {workload.name} has them")
     if true_frames and (actor is not None or not set(view.statistics) <= {"lat_cos", "column_gap"}):
         raise ValueError("true frames are collected with the expert, and show no statistics but lat_cos and column_gap")
+    task = _Task(workload, actor, view, candidates, sampler, true_frames, one_by_one, slots)
     records: list[tuple] = []
     for first in tqdm(range(0, len(clip_ids), batch_size), desc="collect", disable=not progress, dynamic_ncols=True):
         chosen = slice(first, first + batch_size)
-        records += _play(
-            workload, clip_ids[chosen], budgets[chosen], actor, view, candidates, sampler, true_frames, one_by_one, slots
-        )
+        records += _play(task, clip_ids[chosen], budgets[chosen])
     columns = [np.stack(column) for column in zip(*records, strict=True)]
     return Decisions(*(torch.from_numpy(column) for column in columns))
 
 
-def _play(
-    workload: Workload,
-    clip_ids: Sequence[int],
-    budgets: Sequence[int],
-    actor: RetentionNetwork | None,
-    view: View,
-    candidates: int,
-    sampler: FrameSampler | None,
-    true_frames: bool,
-    one_by_one: bool,
-    slots: int,
-) -> list[tuple]:
+@dataclass(frozen=True)
+class _Task:
+    """What `collect` was asked for, the same for all clips; see there."""
+
+    workload: Workload
+    actor: RetentionNetwork | None
+    view: View
+    candidates: int
+    sampler: FrameSampler | None
+    true_frames: bool
+    one_by_one: bool
+    slots: int
+
+
+def _play(task: _Task, clip_ids: Sequence[int], budgets: Sequence[int]) -> list[tuple]:
+    """Records of the decisions about some clips, played side by side."""
+    workload, view, actor = task.workload, task.view, task.actor
     clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
     host, context = workload.host, workload.num_context
     frames = torch.stack([torch.from_numpy(clip.frames[: workload.num_frames]) for clip in clips]).to(host.device)
@@ -205,7 +209,7 @@ def _play(
     truth = latents[:, context:]
     scale = pixel_error_scale(frames, truth) / workload.num_predict
     batch: Histories
-    if true_frames:
+    if task.true_frames:
         batch = TrueHistories(latents, context)
     else:
         batch = RolloutBatch(workload, len(clips), statistics=view.statistics)
@@ -219,52 +223,68 @@ def _play(
             continue
         features = _squashed(batch.features(full))
         histories, lengths = batch.history(full)
-        found = batch.statistics(full) if view.statistics else []
-        chosen: dict[int, list[int]] = {}
+        found = batch.statistics(full) if view.statistics else [{}] * len(full)
+        observed, noted = [], []
         for place, row in enumerate(full):
             length = int(lengths[place])
             rows = observed_rows(features[place, :length].tolist(), step, memories[row])
             future = histories[place, :length], truth[row, step], truth[row, step + 1 :]
-            if sampler is None:
-                alternatives = _covers(*future, scale, budgets[row], candidates)
+            if task.sampler is None:
+                alternatives = _covers(*future, scale, budgets[row], task.candidates)
             else:
                 noise_key = content_key("future utility", clip_ids[row], step)
-                losses = denoising_losses(sampler, future[0][:-1], *future[1:], noise_key).tolist()
+                losses = denoising_losses(task.sampler, future[0][:-1], *future[1:], noise_key).tolist()
                 alternatives = sorted((loss, [index]) for index, loss in enumerate(losses))
-            told = found[place] if found else {}
+            observed.append(rows)
+            noted.append(_record(task, rows, found[place], step, budgets[row], alternatives))
+        if actor is not None and actor.one_by_one:
             progress = step / workload.num_predict
-            records.append(_record(rows, told, progress, budgets[row], alternatives, view, candidates, slots))
-            if actor is not None and actor.one_by_one:
-                chosen[row] = choose(actor, rows, memories[row], budgets[row], progress)
-        kept_sets = _acted(records[-len(full) :], actor)
-        if true_frames:
-            for place, row in enumerate(full):
-                kept_sets[place] = _wandering(records[place - len(full)], kept_sets[place], clip_ids[row], step)
-        for record, mask, row in zip(records[-len(full) :], kept_sets, full, strict=True):
-            offset = slots - int(record[1].sum())
-            ids = chosen.get(row, (np.flatnonzero(mask) - offset).tolist())
+            kept = [
+                choose(actor, rows, memories[row], budgets[row], progress) for row, rows in zip(full, observed, strict=True)
+            ]
+        else:
+            masks = _acted(noted, actor)
+            if task.true_frames:
+                clips_of = [clip_ids[row] for row in full]
+                masks = [_wandering(*own, step) for own in zip(noted, masks, clips_of, strict=True)]
+            starts = [task.slots - len(rows) for rows in observed]
+            kept = [(np.flatnonzero(mask) - start).tolist() for mask, start in zip(masks, starts, strict=True)]
+        for row, ids in zip(full, kept, strict=True):
             batch.retain(row, ids)
             if memories[row] is not None:
                 memories[row].keep(ids)
-    if true_frames and sampler is None:
-        for row, budget in enumerate(budgets):
-            for step in range(UNCUT_EVERY, workload.num_predict - 1, UNCUT_EVERY):
-                length = min(slots, context + step + 1)
-                if length <= budget:
-                    continue
-                uncut = TrueHistories(latents[row : row + 1, context + step + 1 - length :], length)
-                memory, progress = view.new_memory(), step / workload.num_predict
-                rows = observed_rows(_squashed(uncut.features([0]))[0].tolist(), step, memory)
-                future = uncut.history([0])[0][0], truth[row, step], truth[row, step + 1 :]
-                if one_by_one:
-                    rng = np.random.default_rng((clip_ids[row], step, 1))
-                    sizes = set(rng.integers(budget + 1, length + 1, CHAIN_SIZES).tolist())
-                    for left, drops in _chain(coverage(*future), scale, budget, sizes, candidates):
-                        remaining = remaining_rows(rows, left, memory)
-                        records.append(_record(remaining, {}, progress, budget, drops, view, candidates, slots, len(left) - 1))
-                else:
-                    told, alternatives = uncut.statistics([0])[0], _covers(*future, scale, budget, candidates)
-                    records.append(_record(rows, told, progress, budget, alternatives, view, candidates, slots))
+        records += noted
+    if task.true_frames and task.sampler is None:
+        for row, (clip_id, budget) in enumerate(zip(clip_ids, budgets, strict=True)):
+            records += _uncut(task, latents[row], clip_id, budget, scale)
+    return records
+
+
+def _uncut(task: _Task, latents: Tensor, clip_id: int, budget: int, scale: float) -> list[tuple]:
+    """Records of first decisions, about the last true frames of which nothing was dropped yet, at every few steps of a clip.
+
+    Args:
+        latents: of the whole clip (T, C, h, w).
+    """
+    view, context, records = task.view, task.workload.num_context, []
+    for step in range(UNCUT_EVERY, task.workload.num_predict - 1, UNCUT_EVERY):
+        end = context + step + 1
+        length = min(task.slots, end)
+        if length <= budget:
+            continue
+        uncut, memory = TrueHistories(latents[None, end - length :], length), view.new_memory()
+        rows = observed_rows(_squashed(uncut.features([0]))[0].tolist(), step, memory)
+        future = latents[end - length : end], latents[end - 1], latents[end:]
+        if task.one_by_one:
+            rng = np.random.default_rng((clip_id, step, 1))
+            sizes = set(rng.integers(budget + 1, length + 1, CHAIN_SIZES).tolist())
+            for left, drops in _chain(coverage(*future), scale, budget, sizes, task.candidates):
+                remaining = remaining_rows(rows, left, memory)
+                records.append(_record(task, remaining, {}, step, budget, drops, len(left) - 1))
+        else:
+            statistics = uncut.statistics([0])[0] if view.statistics else {}
+            alternatives = _covers(*future, scale, budget, task.candidates)
+            records.append(_record(task, rows, statistics, step, budget, alternatives))
     return records
 
 
@@ -297,34 +317,32 @@ def _covers(
 
 
 def _record(
+    task: _Task,
     rows: list[tuple[float, ...]],
     statistics: Mapping[str, np.ndarray],
-    progress: float,
+    step: int,
     budget: int,
     alternatives: Sequence[tuple[float, list[int]]],
-    view: View,
-    candidates: int,
-    slots: int,
     most: int | None = None,
 ) -> tuple[np.ndarray, ...]:
     """One row of `Decisions`.
 
     Args:
         rows: what is observed and remembered of each frame, oldest first.
-        progress: the step's share of the rollout.
         alternatives: cost and kept frames of each, the cheapest first.
         most: how many may stay, if not as many as the budget allows.
     """
+    slots, view = task.slots, task.view
     length, own = len(rows), view.num_told
     told = {name: right_aligned(name, statistics[name], slots) for name in view.statistics}
     columns = seen.columns(told, view.statistics) if told else np.zeros((slots, 0), dtype=np.float32)
-    record = _empty_record(slots, own + columns.shape[1], candidates)
+    record = _empty_record(slots, own + columns.shape[1], task.candidates)
     shown = slice(slots - length, slots)
     record[0][shown, :own] = rows
     record[0][shown, 0] *= length / slots
     record[0][:, own:] = columns
     record[1][shown] = 1
-    record[2][:] = budget / slots, progress, length / slots
+    record[2][:] = budget / slots, step / task.workload.num_predict, length / slots
     record[3][...] = budget if most is None else most
     for index, (cost, kept) in enumerate(alternatives):
         record[4][index, slots - length + np.array(kept)] = True

@@ -58,7 +58,7 @@ class ImitationSettings:
     """Weight of what the scorer's own choice among the alternatives is expected to cost, in temperatures, beside the
     cross-entropy: which mistakes matter."""
     epochs: int = 30
-    """Over all decisions so far, from a fresh scorer in every round."""
+    """Over all decisions so far, in every round from a fresh scorer, or from the one that has learned from true frames."""
     batch_size: int = 256
     learning_rate: float = 2e-3
     """At the start; falls by a cosine to zero."""

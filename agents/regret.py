@@ -22,9 +22,9 @@ from agents.runs import load_policy
 from far_env.cli import run_guarded
 from far_env.config import parse, require_positive, write_text
 from far_env.evaluation.evaluate import evaluate
-from far_env.evaluation.reproduce import put_section
-from far_env.evaluation.statistics import Interval, mean_interval
-from far_env.provenance import run_facts
+from far_env.evaluation.reproduce import put_section, read_results
+from far_env.evaluation.statistics import mean_interval
+from far_env.evaluation.table import interval_text, markdown_lines, source_lines
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import Workload, make_workload
 
@@ -81,20 +81,15 @@ def run(options: Options) -> None:
     """Search, evaluate, print and write the table."""
     name = f"regret-{options.workload}-{options.budget}"
     path = Path(options.results)
-    content = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
-    put_section(content, name, "")
+    put_section(read_results(path), name, "")
     policies = {own: load_policy(own) for own in options.policies}
     workload = make_workload(options.workload, host=options.host, device=options.device, precision=options.precision)
     bounds = {own: bound(workload, options, *widths) for own, widths in options.widths().items()}
     result = evaluate(workload, options.budget, policies, range(options.clips), metrics=("psnr",))
-    text = f"## {name}\n\n{regret_table(bounds, {own: values['psnr'][:, 0] for own, values in result.scores.items()})}"
-    facts = run_facts(workload.host.device, workload.host.dtype)
-    host = f"{workload.host.name} ({workload.host.weights_hash})"
-    text += (
-        f"\n\n- {options.workload} {options.budget}: {options.clips} test clips, noise seed 42 + clip id; host {host}, "
-        f"{str(workload.host.dtype).removeprefix('torch.')} on {workload.host.device.type}, commit {facts['commit']}."
-    )
-    write_text(path, put_section(path.read_text(encoding="utf-8") if path.exists() else content, name, text))
+    table = regret_table(bounds, {own: values["psnr"][:, 0] for own, values in result.scores.items()})
+    (source,) = source_lines([result.summary()])
+    text = f"## {name}\n\n{table}\n\n- {source}."
+    write_text(path, put_section(read_results(path), name, text))
     print(f"{text}\n\nwrote {name} into {path}")
 
 
@@ -120,17 +115,16 @@ def regret_table(bounds: Mapping[str, Bound], scores: Mapping[str, np.ndarray]) 
     """
     best = np.max([own.psnr for own in bounds.values()], axis=0)
     lines = [["policy", "PSNR dB [95 %]", "regret dB [95 %]", "frames generated", "s per clip"], ["---"] * 5]
-    lines.append(["best found", _told(mean_interval(best)), "", "", ""])
+    lines.append(["best found", _told(best), "", "", ""])
     for name, own in sorted(bounds.items(), key=lambda item: -item[1].psnr.mean()):
-        psnr, lost = mean_interval(own.psnr), mean_interval(best - own.psnr)
-        lines.append([f"search {name}", _told(psnr), _told(lost), f"{own.cost:.1f}×", f"{own.seconds:.2f}"])
+        lines.append([f"search {name}", _told(own.psnr), _told(best - own.psnr), f"{own.cost:.1f}×", f"{own.seconds:.2f}"])
     for name, psnr in sorted(scores.items(), key=lambda item: -item[1].mean()):
-        lines.append([name, _told(mean_interval(psnr)), _told(mean_interval(best - psnr)), "1×", ""])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([name, _told(psnr), _told(best - psnr), "1×", ""])
+    return markdown_lines(lines)
 
 
-def _told(interval: Interval) -> str:
-    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+def _told(values: np.ndarray) -> str:
+    return interval_text(mean_interval(values), 2)
 
 
 if __name__ == "__main__":

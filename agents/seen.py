@@ -57,10 +57,11 @@ class View:
 
 def check_usable(names: Sequence[str]) -> tuple[str, ...]:
     """The names. Raises ValueError on one that is no statistic, or of no use to a scorer."""
-    for name in check_statistics(names):
+    names = check_statistics(names)
+    for name in names:
         if name in UNUSABLE:
             raise ValueError(f"a scorer cannot be shown {name}, whose length depends on the host; show it lat_cos or key_cos")
-    return check_statistics(names)
+    return names
 
 
 def tier(names: Sequence[str]) -> str:

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agents.ppo import AgentTraining, train_scorer, validation_scores
-from agents.training import check_run_dir
+from agents.training import begin_run
 from far_env.cli import run_guarded
 from far_env.config import from_dict, load_yaml, make_run_dir, parse, require_positive, save_yaml, write_text
 from far_env.contract import unknown_name
-from far_env.provenance import run_facts, save_facts
-from far_env.workloads import resolve_budgets
 
 if TYPE_CHECKING:
     import optuna
@@ -96,7 +94,8 @@ def sweep(options: Sweep) -> None:
         print(f"trial {number + 1} of {options.trials}: {_told(chosen)}")
         score = _score(config)
         study.tell(trial, score)
-        print(f"validation {config.reward.metric} {abs(score):.3f}; best so far {abs(study.best_value):.3f}")
+        shown, best = (config.reward.sign * value for value in (score, study.best_value))
+        print(f"validation {config.reward.metric} {shown:.3f}; best so far {best:.3f}")
     best = study.best_params
     save_yaml(changed(base, {**best, "run_dir": str(folder / "best")}), folder / BEST_FILE)
     print(f"\nbest of {options.trials}: {_told(best)}\nnext: python train_agent.py --config {folder / BEST_FILE}")
@@ -128,11 +127,7 @@ def changed(config: AgentTraining, values: Mapping[str, Any]) -> AgentTraining:
 
 def _score(config: AgentTraining) -> float:
     """Train, and score the best scorer on validation clips; higher is better."""
-    budgets, workloads = resolve_budgets(config.budget), config.make_workloads()
-    run_dir = make_run_dir(config.run_dir)
-    check_run_dir(config, run_dir)
-    save_facts(run_dir, run_facts(workloads[0].host.device, workloads[0].host.dtype))
-    save_yaml(config, run_dir / "config.yaml")
+    workloads, budgets, run_dir, _ = begin_run(config)
     network = train_scorer(config, workloads, budgets, run_dir)
     scores = validation_scores(config, workloads, budgets, network)
     return config.reward.sign * sum(scores.values()) / len(scores)
@@ -142,10 +137,10 @@ def _suggest(trial: optuna.Trial, name: str, given: dict[str, Any]) -> Any:
     if "choices" in given:
         return trial.suggest_categorical(name, given["choices"])
     low, high = given["low"], given["high"]
-    whole = isinstance(low, int) and isinstance(high, int)
-    if whole:
-        return trial.suggest_int(name, low, high, log=bool(given.get("log", False)))
-    return trial.suggest_float(name, float(low), float(high), log=bool(given.get("log", False)))
+    log = bool(given.get("log", False))
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(name, low, high, log=log)
+    return trial.suggest_float(name, float(low), float(high), log=log)
 
 
 def _check_same(folder: Path, options: Sweep, base: AgentTraining) -> None:

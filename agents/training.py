@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,17 +29,8 @@ FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
 def train(config: AgentTraining) -> None:
     """Train, keep the best scorer by validation, print and save the table on test clips."""
     torch.set_flush_denormal(True)
-    budgets = resolve_budgets(config.budget)
     table_policies = {name: load_policy(name) for name in config.table}
-    workloads = config.make_workloads()
-    for workload in workloads:
-        _check_fits(config, workload, budgets)
-    host = workloads[0].host
-    run_dir = make_run_dir(config.run_dir)
-    check_run_dir(config, run_dir)
-    facts = run_facts(host.device, host.dtype)
-    save_facts(run_dir, facts)
-    save_yaml(config, run_dir / SETTINGS_FILE)
+    workloads, budgets, run_dir, facts = begin_run(config)
     start = time.perf_counter()
     try:
         network = train_scorer(config, workloads, budgets, run_dir)
@@ -62,6 +54,26 @@ def train(config: AgentTraining) -> None:
     save_comparison(run_dir / "comparison.png", workloads[0], budgets[0], shown)
     print(tables)
     print(f"\nrun folder: {run_dir}\nnext: far-env export {run_dir} --out policy.py")
+
+
+def begin_run(config: AgentTraining) -> tuple[list[Workload], tuple[int, ...], Path, dict[str, Any]]:
+    """Check the settings, and note them and where the run takes place in its folder, new or to be gone on with.
+
+    Returns:
+        The workloads, the budgets, the run folder, and the facts that were noted.
+
+    Raises:
+        ValueError: if something would fail after the training, or the folder holds another run.
+    """
+    budgets, workloads = resolve_budgets(config.budget), config.make_workloads()
+    for workload in workloads:
+        _check_fits(config, workload, budgets)
+    run_dir = make_run_dir(config.run_dir)
+    check_run_dir(config, run_dir)
+    facts = run_facts(workloads[0].host.device, workloads[0].host.dtype)
+    save_facts(run_dir, facts)
+    save_yaml(config, run_dir / SETTINGS_FILE)
+    return workloads, budgets, run_dir, facts
 
 
 def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int]) -> None:

@@ -129,7 +129,7 @@ def run_reproduce(args: Sequence[str]) -> None:
     names = list(tables) if ALL in options.tables else list(dict.fromkeys(options.tables))
     path = Path(options.results)
     for name in names:
-        put_section(_read(path), name, "")
+        put_section(read_results(path), name, "")
     stand_ins = {}
     if options.from_scratch:
         wanted = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
@@ -144,7 +144,7 @@ def run_reproduce(args: Sequence[str]) -> None:
         command = ["far-env", "reproduce", name, *(["--from-scratch"] if options.from_scratch else [])]
         command += [] if options.clips is None else ["--clips", str(options.clips)]
         text = _section(name, table, summaries, trained_by, load_facts(folder), shlex.join(command))
-        write_text(path, put_section(_read(path), name, text))
+        write_text(path, put_section(read_results(path), name, text))
         print(f"{text}\n\nwrote {name} into {path}; its episodes are in {folder}\n")
 
 
@@ -320,7 +320,7 @@ def _num_lines(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob(f"*/{RECORDS_FILE}"))
 
 
-def _read(path: Path) -> str:
+def read_results(path: Path) -> str:
     """The results file, or how a new one begins. Raises ValueError if it cannot be read."""
     if not path.exists():
         return HEADING

@@ -59,8 +59,15 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
             psnr, ssim = (Interval(**scores[metric]) for metric in ("psnr", "ssim"))
             difference = scores.get(f"psnr_minus_{reference}")
             told = "" if difference is None else _signed(Interval(**difference))
-            lines.append([summary["workload"], str(summary["budget"]), name, _plain(psnr, 2), _plain(ssim, 3), told])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            lines.append(
+                [summary["workload"], str(summary["budget"]), name, interval_text(psnr, 2), interval_text(ssim, 3), told]
+            )
+    return markdown_lines(lines)
+
+
+def markdown_lines(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as the lines of a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -84,7 +91,7 @@ def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -
     rows = []
     for name, own in sorted(pooled.items(), key=lambda item: -item[1]["psnr_iqm"].mean):
         quality = own["psnr_iqm"]
-        row = [name, _plain(quality, 2)]
+        row = [name, interval_text(quality, 2)]
         if compared:
             row.append(_signed(own[difference]) if difference in own else "")
         rows.append(row)
@@ -92,7 +99,8 @@ def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -
     return f"{text_table(header, rows)}\n\ninterquartile means over {cells}"
 
 
-def _plain(interval: Interval, digits: int) -> str:
+def interval_text(interval: Interval, digits: int) -> str:
+    """Mean and bounds with so many decimals."""
     return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
