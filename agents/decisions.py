@@ -295,7 +295,7 @@ def _chain(
     the best alternatives: what is lost, and the places among them that stay."""
     left = list(range(len(cover.distance)))
     while len(left) > budget:
-        costs = sorted((cover.cost(left[:place] + left[place + 1 :]), place) for place in range(len(left) - 1))
+        costs = sorted((cost, place) for place, cost in enumerate(cover.costs_without(left)[:-1].tolist()))
         if len(left) in sizes:
             places = range(len(left))
             yield list(left), [(scale * cost, [own for own in places if own != drop]) for cost, drop in costs[:candidates]]

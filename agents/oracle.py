@@ -29,36 +29,48 @@ class Coverage:
     """What every frame of a history could contribute to the frames to come.
 
     Attributes:
-        missing: float32 (columns,), what one latent column of a coming frame differs from the nearest column of the true
-            frame just before it, which every rollout has: it needs no memory.
-        distance: float32 (history, columns), the same for every frame of the history.
+        missing: float32 (cells,), what one latent cell of a coming frame differs from the nearest cell of the same row in the
+            true frame just before it, which every rollout has: it needs no memory.
+        distance: float32 (history, cells), the same for every frame of the history.
     """
 
     missing: np.ndarray
     distance: np.ndarray
 
     def cost(self, kept: Sequence[int]) -> float:
-        """Sum over columns of the distance to the nearest source when these frames are kept."""
+        """Sum over cells of the distance to the nearest source when these frames are kept."""
         return float(np.minimum(self.missing, self.distance[list(kept)].min(axis=0)).sum())
+
+    def costs_without(self, kept: Sequence[int]) -> np.ndarray:
+        """`cost` of these frames, two at least, without each of them in turn: float64 (kept,)."""
+        distance = np.minimum(self.missing, self.distance[list(kept)])
+        nearest = distance.argmin(axis=0)
+        first, second = np.partition(distance, 1, axis=0)[:2].astype(np.float64)
+        return first.sum() + np.bincount(nearest, second - first, len(distance))
 
 
 def coverage(history: Tensor, newest: Tensor, future: Tensor) -> Coverage:
-    """Match the columns of coming frames with those of the history.
+    """Match the cells of coming frames with those of the history.
 
-    Columns, because the content of a moving camera shifts sideways; a column is compared with all columns of a source.
+    A cell is compared with all cells of the same row in a source, because the content of a moving camera shifts sideways. Rows
+    are matched each for itself, so that one in which every frame is another does not hide what the others have in common.
 
     Args:
         history: latents (n, C, h, w) of the frames that may be kept.
         newest: the true latent (C, h, w) of the frame generated last.
         future: true latents (m, C, h, w) of the frames still to come.
     """
-    columns = future.movedim(-1, 1).flatten(2).float()
-    targets = columns.flatten(0, 1)
-    before = torch.cat([newest[None], future[:-1]]).movedim(-1, 1).flatten(2).float()
-    missing = torch.cdist(columns, before).square().amin(dim=2).flatten()
-    sources = history.movedim(-1, 1).flatten(2).float()
-    distance = torch.cdist(targets[None], sources).square().amin(dim=2)
-    return Coverage(missing.cpu().numpy(), distance.cpu().numpy())
+    targets = rows_of_cells(future)
+    before = rows_of_cells(torch.cat([newest[None], future[:-1]]))
+    missing = torch.cdist(targets, before).square().amin(dim=3)
+    sources = rows_of_cells(history)[:, :, None]
+    distance = torch.cdist(targets[:, None], sources).square().amin(dim=4)
+    return Coverage(missing.flatten().cpu().numpy(), distance.transpose(0, 1).flatten(1).cpu().numpy())
+
+
+def rows_of_cells(latents: Tensor) -> Tensor:
+    """Latents (n, C, h, w) as vectors of cells, the rows of a frame first: float32 (h, n, w, C)."""
+    return latents.permute(2, 0, 3, 1).float()
 
 
 def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[int]]:
@@ -76,8 +88,7 @@ def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[in
     else:
         kept = list(range(num_frames))
         while len(kept) > max_frames:
-            drop = min(kept[:-1], key=lambda row: cover.cost([other for other in kept if other != row]))
-            kept.remove(drop)
+            kept.pop(int(cover.costs_without(kept)[:-1].argmin()))
         sets = [kept]
         if limit > 1:
             dropped = [row for row in range(num_frames) if row not in kept]

@@ -14,20 +14,27 @@ from far_env.metrics import psnr
 from far_env.rollout.reference import reference_rollout
 
 
-def test_a_column_is_compared_with_all_columns_of_a_source():
+def test_a_cell_is_compared_with_all_cells_of_its_row_in_a_source():
     generator = torch.Generator().manual_seed(0)
     history, newest, future = (torch.randn(n, 3, 2, 4, generator=generator) for n in (5, 1, 3))
     cover = coverage(history, newest[0], future)
     before = [newest[0], future[0], future[1]]
-    for f, c in itertools.product(range(3), range(4)):
+    for index, (r, f, c) in enumerate(itertools.product(range(2), range(3), range(4))):
 
-        def nearest(source, target=future[f, :, :, c]):
-            return min(float((source[:, :, k] - target).square().sum()) for k in range(4))
+        def nearest(source, target=future[f, :, r, c], r=r):
+            return min(float((source[:, r, k] - target).square().sum()) for k in range(4))
 
-        index = 4 * f + c
         assert cover.missing[index] == pytest.approx(nearest(before[f]), rel=1e-4)
         for row in range(5):
             assert cover.distance[row, index] == pytest.approx(nearest(history[row]), rel=1e-4)
+
+
+def test_what_is_lost_without_each_frame_is_the_cost_of_the_others():
+    rng = np.random.default_rng(2)
+    cover = Coverage(rng.random(50).astype(np.float32), rng.random((9, 50)).astype(np.float32))
+    for kept in ([0, 1], [1, 3, 4, 8], list(range(9))):
+        one_by_one = [cover.cost([other for other in kept if other != row]) for row in kept]
+        np.testing.assert_allclose(cover.costs_without(kept), one_by_one, rtol=1e-5)
 
 
 def test_the_best_cover_is_the_cheapest_set_with_the_newest_frame():
