@@ -96,6 +96,7 @@ class TrueHistories:
 
     def __init__(self, latents: Tensor, num_context: int) -> None:
         self.latents = latents
+        self.num_context = num_context
         self.kept = [list(range(num_context)) for _ in latents]
         self.next = [num_context] * len(latents)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.adapters import AgentPolicy
 from agents.agent_env import AgentVecEnv
-from agents.imitation import ImitationSettings, imitate
+from agents.imitation import ImitationSettings, fitted, imitate
 from agents.network import RetentionNetwork
+from agents.stand_in import StandInVectorEnv
 from agents.subset_policy import SubsetPolicy
 from far_env.config import require_positive
 from far_env.evaluation.evaluate import evaluate
@@ -28,6 +29,8 @@ from far_env.vector_env import FrameRetentionVectorEnv
 from far_env.workloads import Workload, make_workload
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
+STAND_IN_FOLDER = "stand_in"
+Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class AgentTraining:
     """One experiment."""
 
     imitation: ImitationSettings = field(default_factory=ImitationSettings)
+    stand_in: PPOSettings = field(default_factory=lambda: PPOSettings(total_timesteps=0))
+    """PPO before PPO, where the host only has a stand-in, which is much faster: see `agents.stand_in`."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     network: NetworkSize = field(default_factory=NetworkSize)
     reward: RewardSettings = field(default_factory=RewardSettings)
@@ -136,10 +141,11 @@ class AgentTraining:
 
     def __post_init__(self) -> None:
         require_positive(self, "train_clips", "validation_clips", "validate_every", "test_clips")
-        if self.ppo.total_timesteps == 0 and self.imitation.rounds == 0:
-            raise ValueError("nothing would be learned: set imitation.rounds, ppo.total_timesteps or both above 0")
-        if self.network.one_by_one and self.ppo.total_timesteps:
-            raise ValueError("network.one_by_one is for imitation alone: set ppo.total_timesteps to 0")
+        decisions = self.stand_in.total_timesteps + self.ppo.total_timesteps
+        if decisions == 0 and self.imitation.rounds == 0:
+            raise ValueError("nothing would be learned: set imitation.rounds or the total_timesteps of stand_in or ppo above 0")
+        if self.network.one_by_one and decisions:
+            raise ValueError("network.one_by_one is for imitation alone: set the total_timesteps of stand_in and ppo to 0")
 
     @property
     def clip_options(self) -> dict[str, str]:
@@ -150,8 +156,9 @@ class AgentTraining:
     def make_workloads(self) -> list[Workload]:
         """What is trained on. Raises ValueError on an unknown name, or more environments than are shared evenly."""
         names = [name.strip() for name in self.workload.split(",")]
-        if self.ppo.num_envs % len(names):
-            raise ValueError(f"ppo.num_envs is {self.ppo.num_envs}, which {len(names)} workloads cannot share evenly")
+        for name, own in (("stand_in", self.stand_in), ("ppo", self.ppo)):
+            if own.num_envs % len(names):
+                raise ValueError(f"{name}.num_envs is {own.num_envs}, which {len(names)} workloads cannot share evenly")
         place = {"host": self.host, "device": self.device, "precision": self.precision}
         return [make_workload(name, **place, **self.clip_options) for name in names]
 
@@ -167,7 +174,7 @@ class ResumablePPO(MaskablePPO):
 def train_scorer(
     config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], run_dir: Path
 ) -> RetentionNetwork:
-    """Imitate, if asked to, then train until ``total_timesteps`` decisions; returns the best scorer by validation.
+    """Imitate, practise with the stand-in and train with the host, as far as asked to; returns the best scorer by validation.
 
     A training that was stopped is finished.
 
@@ -175,11 +182,44 @@ def train_scorer(
         KeyboardInterrupt: on Ctrl-C; the last checkpoint stays in ``run_dir`` and ``resume`` goes on from it.
         ValueError: if the checkpoint is damaged or was made with another host.
     """
+    experiment = (config, workloads, budgets)
+
+    def practised() -> Weights | None:
+        if config.stand_in.total_timesteps == 0:
+            return imitated()
+        return _learn(*experiment, config.stand_in, StandInVectorEnv, run_dir / STAND_IN_FOLDER, imitated)
+
+    def imitated() -> Weights | None:
+        return _imitated(*experiment, run_dir) if config.imitation.rounds else None
+
     if config.ppo.total_timesteps == 0:
-        return _imitated(config, workloads, budgets, run_dir)
+        best = practised()
+    else:
+        best = _learn(*experiment, config.ppo, FrameRetentionVectorEnv, run_dir, practised)
+    return fitted(asdict(config.network), best)
+
+
+def _learn(
+    config: AgentTraining,
+    workloads: Sequence[Workload],
+    budgets: Sequence[int],
+    ppo: PPOSettings,
+    env_class: type[FrameRetentionVectorEnv],
+    folder: Path,
+    before: Callable[[], Weights | None],
+) -> Weights:
+    """PPO in environments of this class, until ``total_timesteps``; the weights that were best on validation clips.
+
+    Args:
+        ppo: its settings.
+        folder: for checkpoint and logs.
+        before: gives the weights to begin with, if any; not called where there is a checkpoint to go on from.
+    """
+    start = None if (folder / CHECKPOINT_FILE).exists() else before()
+    folder.mkdir(parents=True, exist_ok=True)
     envs = [
-        FrameRetentionVectorEnv(
-            config.ppo.num_envs // len(workloads),
+        env_class(
+            ppo.num_envs // len(workloads),
             workload,
             budgets,
             reward={config.reward.metric: config.reward.sign * config.reward.scale},
@@ -191,7 +231,7 @@ def train_scorer(
         )
         for workload in workloads
     ]
-    settings = asdict(config.ppo)
+    settings = asdict(ppo)
     total, learning_rate = settings.pop("total_timesteps"), settings.pop("learning_rate")
     for own in ("num_envs", "critic_updates"):
         settings.pop(own)
@@ -210,27 +250,25 @@ def train_scorer(
         verbose=0,
         **settings,
     )
-    progress = Progress(config, workloads, budgets, envs, run_dir / CHECKPOINT_FILE)
-    if (run_dir / CHECKPOINT_FILE).exists():
+    progress = Progress(config, workloads, budgets, ppo, envs, folder / CHECKPOINT_FILE)
+    if progress.path.exists():
         progress.restore(model)
-    elif config.imitation.rounds:
-        model.policy.scorer.load_state_dict(_imitated(config, workloads, budgets, run_dir).state_dict())
+    elif start is not None:
+        model.policy.scorer.load_state_dict(start)
     if model.num_timesteps < total:
         # One CSV per session: SB3's writer would begin the file again.
-        csv = CSVOutputFormat(str(run_dir / f"progress_{model.num_timesteps:08d}.csv"))
-        model.set_logger(Logger(str(run_dir), [csv, TensorBoardOutputFormat(str(run_dir))]))
+        csv = CSVOutputFormat(str(folder / f"progress_{model.num_timesteps:08d}.csv"))
+        model.set_logger(Logger(str(folder), [csv, TensorBoardOutputFormat(str(folder))]))
         try:
             model.learn(total - model.num_timesteps, callback=progress, reset_num_timesteps=False, progress_bar=True)
         finally:
             model.logger.close()
-    network = RetentionNetwork(**asdict(config.network))
-    network.load_state_dict(progress.best_weights)
-    return network.eval()
+    return progress.best_weights
 
 
-def _imitated(config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], run_dir: Path) -> RetentionNetwork:
-    """The scorer that has learned from the expert."""
-    return imitate(
+def _imitated(config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], run_dir: Path) -> Weights:
+    """Of the scorer that has learned from the expert."""
+    network = imitate(
         config.imitation,
         asdict(config.network),
         workloads,
@@ -239,6 +277,7 @@ def _imitated(config: AgentTraining, workloads: Sequence[Workload], budgets: Seq
         seed=config.seed,
         num_clips=config.train_clips,
     )
+    return network.state_dict()
 
 
 class Progress(BaseCallback):
@@ -253,14 +292,16 @@ class Progress(BaseCallback):
         config: AgentTraining,
         workloads: Sequence[Workload],
         budgets: Sequence[int],
+        ppo: PPOSettings,
         envs: Sequence[FrameRetentionVectorEnv],
         path: Path,
     ) -> None:
         super().__init__()
-        self.config, self.workloads, self.budgets, self.envs, self.path = config, workloads, budgets, envs, path
+        self.config, self.workloads, self.budgets, self.ppo = config, workloads, budgets, ppo
+        self.envs, self.path = envs, path
         self.updates = -1
         self.best_score = -np.inf
-        self.best_weights: dict[str, torch.Tensor] = {}
+        self.best_weights: Weights = {}
 
     def restore(self, model: MaskablePPO) -> None:
         """Put model, environments and random states where the checkpoint left them."""
@@ -294,7 +335,7 @@ class Progress(BaseCallback):
         if self.updates % self.config.validate_every == 0:
             self._validate()
         self._save()
-        self.model.policy.scorer.requires_grad_(self.updates >= self.config.ppo.critic_updates)
+        self.model.policy.scorer.requires_grad_(self.updates >= self.ppo.critic_updates)
 
     def _on_training_end(self) -> None:
         self.updates += 1

@@ -1,0 +1,209 @@
+"""A stand-in for the host that costs next to nothing: rollouts of true frames, and an estimate of what a host would get wrong.
+
+A video model can only show what it remembers. So the error of a frame is estimated by what the kept frames hold of it: each
+latent cell could be copied from the most similar cell of the same row in a kept frame, and inherits that cell's error. What
+even the whole history does not hold counts for nothing. PPO can practise on it before it meets the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.decisions import TrueHistories
+from agents.oracle import pixel_error_scale, rows_of_cells
+from far_env.clips.clip import Clip
+from far_env.contract import OF_LATENTS
+from far_env.episodes import EpisodeBatch
+from far_env.metrics import clip_metrics
+from far_env.rollout.memo import FrameMemo, content_key
+from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.rollout.play import play
+from far_env.vector_env import FrameRetentionVectorEnv
+from far_env.workloads import Workload
+
+ESTIMATE = "estimated_psnr"
+NUM_MEASURED = 32
+"""Train clips on which the host's own error is measured."""
+TOLERANCE = 0.04
+"""Share of the squared distance of unrelated cells that two cells of the same content may differ by."""
+MEMO_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Constants of the estimate, for one host and world.
+
+    Attributes:
+        host_error: mean squared pixel error of a frame when nothing was dropped.
+        pixel_scale: mean squared pixel error per summed squared latent error of a frame.
+        tolerance: squared distance that two cells of the same content may differ by.
+    """
+
+    host_error: float
+    pixel_scale: float
+    tolerance: float
+
+    @staticmethod
+    def of(workload: Workload) -> Measured:
+        """Roll the first train clips out with full history."""
+        clips = [
+            workload.clips.clip("train", clip_id) for clip_id in range(min(NUM_MEASURED, workload.clips.num_clips("train")))
+        ]
+        rollouts, _ = play(workload, clips, [BENCHMARK_SEED + clip.clip_id for clip in clips], None, 1)
+        frames = torch.stack([true_frames(workload, clip) for clip in clips])
+        scores = clip_metrics(rollouts.decode(range(len(clips))).float(), frames[:, workload.num_context :], ("psnr",))
+        latents = workload.host.autoencoder.encode(frames.to(workload.host.dtype))
+        return Measured(
+            host_error=float(10 ** -(np.mean([own["psnr"] for own in scores]) / 10)),
+            pixel_scale=pixel_error_scale(frames, latents),
+            tolerance=TOLERANCE * 2 * float(latents.float().var()) * latents.shape[2],
+        )
+
+
+def true_frames(workload: Workload, clip: Clip) -> Tensor:
+    """The frames of a rollout (T, 3, H, W) as they are in the clip."""
+    return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
+
+
+class StandInRollouts(TrueHistories):
+    """Takes the place of a `far_env.rollout.engine.RolloutBatch`: frames are the clip's own, errors are kept beside them.
+
+    Attributes:
+        errors: float32 (rows, T, h, w), squared error that each cell of each frame is expected to have.
+    """
+
+    def __init__(self, workload: Workload, num_rows: int, tolerance: float) -> None:
+        self.workload = workload
+        self.tolerance = tolerance
+        self.memo = FrameMemo(MEMO_BYTES)
+        shape = workload.host.latent_shape
+        super().__init__(torch.zeros(num_rows, workload.num_frames, *shape), workload.num_context)
+        self.next = [workload.num_frames] * num_rows
+        self.errors = np.zeros((num_rows, workload.num_frames, *shape[1:]), dtype=np.float32)
+        self._likeness: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * num_rows
+
+    def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
+        """Start rollouts of these clips; there is no noise in them."""
+        for row, clip in zip(rows, clips, strict=True):
+            self.latents[row], *likeness = self._looked_up(clip)
+            self._likeness[row] = tuple(own.numpy() for own in likeness)
+            self.kept[row] = list(range(self.num_context))
+            self.next[row] = self.num_context
+            self.errors[row] = 0
+
+    def advance(self, rows: Sequence[int]) -> None:
+        """Append the next true frame of each row, with the error that the history lets one expect of it."""
+        for row in rows:
+            kept, frame, (distance, nearest) = self.kept[row], self.next[row], self._likeness[row]
+            inherited = np.take_along_axis(self.errors[row, kept], nearest[frame, kept].astype(np.int64), axis=-1)
+            missing = (distance[frame, kept] + inherited).min(axis=0) - distance[frame, :frame].min(axis=0)
+            self.errors[row, frame] = np.maximum(missing - self.tolerance, 0)
+        super().advance(rows)
+
+    def step(self, row: int) -> int:
+        """How many frames the row has been given."""
+        return self.next[row] - self.num_context
+
+    def finished(self, row: int) -> bool:
+        """Whether the row has come to the end (or was never begun)."""
+        return self.next[row] >= self.workload.num_frames
+
+    def frame_numbers(self, row: int) -> list[int]:
+        """True numbers of the row's history, oldest first."""
+        return list(self.kept[row])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not known from the clips."""
+        return {
+            "kept": [list(own) for own in self.kept],
+            "next": list(self.next),
+            "errors": torch.from_numpy(self.errors.copy()),
+        }
+
+    def restore(self, clips: Sequence[Clip | None], state: dict[str, Any]) -> None:
+        """Put rows where `state_dict` left them."""
+        for row, clip in enumerate(clips):
+            if clip is not None:
+                self.begin([row], [clip], [0])
+                self.kept[row], self.next[row] = list(state["kept"][row]), state["next"][row]
+        self.errors = state["errors"].numpy().copy()
+
+    @torch.no_grad()
+    def _looked_up(self, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
+        """A clip's latents (T, C, h, w), and of each frame's cells the squared distance to the nearest cell of the row in each
+        other frame, float32 (T, T, h, w), and its place there, int8."""
+        names = [content_key(clip.clip_id, name) for name in ("latents", "distance", "nearest")]  # of one split all of them
+        known = [self.memo.get(name) for name in names]
+        if any(own is None for own in known):
+            host = self.workload.host
+            latents = host.autoencoder.encode(true_frames(self.workload, clip)[None].to(host.dtype))[0].float().cpu()
+            cells = rows_of_cells(latents)
+            squares = torch.cdist(cells[:, :, None], cells[:, None]).square()  # (h, target, source, w, w)
+            distance, nearest = squares.min(dim=-1)
+            known = [latents, *(own.permute(1, 2, 0, 3).contiguous() for own in (distance, nearest.to(torch.int8)))]
+            for name, value in zip(names, known, strict=True):
+                self.memo.put(name, value)
+        return tuple(known)
+
+
+class StandInEpisodes(EpisodeBatch):
+    """Episodes with stand-in rollouts; what they earn is the estimate of the PSNR so far."""
+
+    def __init__(
+        self, workload: Workload, budgets: Sequence[int], num_rows: int, real: EpisodeBatch, measured: Measured
+    ) -> None:
+        super().__init__(workload, budgets, num_rows, real.reward, statistics=real.statistics)
+        self.measured = measured
+        self.rollouts = StandInRollouts(workload, num_rows, measured.tolerance)
+
+    def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:
+        """What each row earned since the last call, and the final estimate of rows that ended (else None)."""
+        earned, finals = np.zeros(len(rows)), []
+        for index, row in enumerate(rows):
+            ended = self.ended(row)
+            if ended or self.reward.telescoping:
+                estimate = self.estimate(row)
+                score = self.reward.score({"psnr": estimate})
+                earned[index] = score - self._paid[row]
+                self._paid[row] = score
+            finals.append({ESTIMATE: estimate} if ended else None)
+        return earned, finals
+
+    def estimate(self, row: int) -> float:
+        """PSNR in dB that a host is expected to have so far."""
+        frames = self.rollouts.errors[row, self.workload.num_context : self.rollouts.next[row]]
+        error = self.measured.host_error + self.measured.pixel_scale * float(frames.sum(axis=(1, 2)).mean())
+        return -10 * float(np.log10(error))
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore rows saved by `state_dict`."""
+        self.splits, self.noise_seeds = list(state["splits"]), list(state["noise_seeds"])
+        self.max_frames = list(state["max_frames"])
+        ids = zip(state["splits"], state["clip_ids"], strict=True)
+        self.clips = [None if clip_id is None else self.workload.clips.clip(split, clip_id) for split, clip_id in ids]
+        self._paid = np.array(state["paid"])
+        self.rollouts.restore(self.clips, state["rollouts"])
+
+
+class StandInVectorEnv(FrameRetentionVectorEnv):
+    """`FrameRetentionVectorEnv` with stand-in rollouts.
+
+    Raises:
+        ValueError: on a reward other than PSNR alone, on a reference, or on statistics that only a host can tell.
+    """
+
+    def __init__(self, num_envs: int, workload: Workload, budget: Sequence[int], **options: Any) -> None:
+        super().__init__(num_envs, workload, budget, **options)
+        real = self.episodes
+        if set(real.reward.weights) != {"psnr"} or real.reward.relative_to is not None:
+            raise ValueError("the stand-in estimates PSNR alone: set reward.metric to psnr and reward.relative_to to null")
+        if unknown := [name for name in real.statistics if name not in OF_LATENTS]:
+            raise ValueError(f"the stand-in has no {', '.join(unknown)}: set stand_in.total_timesteps to 0")
+        self.episodes = StandInEpisodes(workload, budget, num_envs, real, Measured.of(workload))
+        self._settings.episodes = self.episodes
