@@ -84,8 +84,8 @@ def test_telescoping_rewards_add_up_and_rows_go_on_where_they_were_left(tiny_wor
     rewards = {}
     for env in (whole, split):
         env.reset(options={"clip_id": [4, 7]})
-        rewards[env] = []
-        while not (rewards[env] and done.all()):
+        rewards[env], done = [], np.zeros(2, dtype=bool)
+        while not done.all():
             if env is split and len(rewards[env]) == 2:
                 state = env.state_dict()
             _, earned, done, _, _ = env.step(recent(env))
