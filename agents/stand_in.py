@@ -20,6 +20,7 @@ from agents.oracle import pixel_error_scale, rows_of_cells
 from far_env.clips.clip import Clip
 from far_env.contract import OF_LATENTS
 from far_env.episodes import EpisodeBatch
+from far_env.frame_meta import FEATURES, frame_features
 from far_env.metrics import clip_metrics
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import BENCHMARK_SEED
@@ -28,6 +29,7 @@ from far_env.vector_env import FrameRetentionVectorEnv
 from far_env.workloads import Workload
 
 ESTIMATE = "estimated_psnr"
+DRIFT, SIMILARITY = FEATURES.index("feature_drift"), FEATURES.index("temporal_similarity")
 NUM_MEASURED = 32
 """Train clips on which the host's own error is measured."""
 TOLERANCE = 0.04
@@ -71,6 +73,34 @@ def true_frames(workload: Workload, clip: Clip) -> Tensor:
     return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
 
 
+@dataclass(frozen=True)
+class Likeness:
+    """How alike every two frames of a clip are.
+
+    Attributes:
+        distance: float32 (T, T, h, w), of each cell of frame i the squared distance to the nearest cell of its row in frame j.
+        nearest: int8 (T, T, h, w), the place of that cell in the row.
+        features: float32 (T, T, 4), `frame_features` of frame i where frame j is both the one before it and the oldest.
+    """
+
+    distance: np.ndarray
+    nearest: np.ndarray
+    features: np.ndarray
+
+    @staticmethod
+    def of(latents: Tensor) -> Likeness:
+        """Compare the frames of a clip (T, C, h, w)."""
+        cells = rows_of_cells(latents)
+        distance, nearest = torch.cdist(cells[:, :, None], cells[:, None]).square().min(dim=-1)
+        count = len(latents)
+        pairs = torch.stack(
+            [latents[None].expand(count, *latents.shape), latents[:, None].expand(count, *latents.shape)], dim=2
+        )
+        features = frame_features(pairs.flatten(0, 1))[:, 1].unflatten(0, (count, count))
+        ordered = (distance.permute(1, 2, 0, 3), nearest.permute(1, 2, 0, 3).to(torch.int8), features)
+        return Likeness(*(part.contiguous().numpy() for part in ordered))
+
+
 class StandInRollouts(TrueHistories):
     """Takes the place of a `far_env.rollout.engine.RolloutBatch`: frames are the clip's own, errors are kept beside them.
 
@@ -86,13 +116,12 @@ class StandInRollouts(TrueHistories):
         super().__init__(torch.zeros(num_rows, workload.num_frames, *shape), workload.num_context)
         self.next = [workload.num_frames] * num_rows
         self.errors = np.zeros((num_rows, workload.num_frames, *shape[1:]), dtype=np.float32)
-        self._likeness: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * num_rows
+        self._known = [Likeness(*[np.zeros(0)] * 3)] * num_rows
 
     def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
         """Start rollouts of these clips; there is no noise in them."""
         for row, clip in zip(rows, clips, strict=True):
-            self.latents[row], *likeness = self._looked_up(clip)
-            self._likeness[row] = tuple(own.numpy() for own in likeness)
+            self.latents[row], self._known[row] = self._looked_up(clip)
             self.kept[row] = list(range(self.num_context))
             self.next[row] = self.num_context
             self.errors[row] = 0
@@ -100,11 +129,21 @@ class StandInRollouts(TrueHistories):
     def advance(self, rows: Sequence[int]) -> None:
         """Append the next true frame of each row, with the error that the history lets one expect of it."""
         for row in rows:
-            kept, frame, (distance, nearest) = self.kept[row], self.next[row], self._likeness[row]
-            inherited = np.take_along_axis(self.errors[row, kept], nearest[frame, kept].astype(np.int64), axis=-1)
-            missing = (distance[frame, kept] + inherited).min(axis=0) - distance[frame, :frame].min(axis=0)
+            kept, frame, known = self.kept[row], self.next[row], self._known[row]
+            inherited = np.take_along_axis(self.errors[row, kept], known.nearest[frame, kept].astype(np.int64), axis=-1)
+            missing = (known.distance[frame, kept] + inherited).min(axis=0) - known.distance[frame, :frame].min(axis=0)
             self.errors[row, frame] = np.maximum(missing - self.tolerance, 0)
         super().advance(rows)
+
+    def features(self, rows: Sequence[int]) -> np.ndarray:
+        """`frame_features` of the kept histories, looked up."""
+        found = np.zeros((len(rows), max(len(self.kept[row]) for row in rows), len(FEATURES)), dtype=np.float32)
+        for place, row in enumerate(rows):
+            kept, pairs = self.kept[row], self._known[row].features
+            found[place, 0, SIMILARITY] = 1
+            found[place, 1 : len(kept)] = pairs[kept[1:], kept[:-1]]
+            found[place, 1 : len(kept), DRIFT] = pairs[kept[1:], kept[0], DRIFT]
+        return found
 
     def step(self, row: int) -> int:
         """How many frames the row has been given."""
@@ -135,21 +174,17 @@ class StandInRollouts(TrueHistories):
         self.errors = state["errors"].numpy().copy()
 
     @torch.no_grad()
-    def _looked_up(self, clip: Clip) -> tuple[Tensor, Tensor, Tensor]:
-        """A clip's latents (T, C, h, w), and of each frame's cells the squared distance to the nearest cell of the row in each
-        other frame, float32 (T, T, h, w), and its place there, int8."""
-        names = [content_key(clip.clip_id, name) for name in ("latents", "distance", "nearest")]  # of one split all of them
-        known = [self.memo.get(name) for name in names]
-        if any(own is None for own in known):
+    def _looked_up(self, clip: Clip) -> tuple[Tensor, Likeness]:
+        """A clip's latents (T, C, h, w), and how alike its frames are."""
+        names = [content_key(clip.clip_id, part) for part in range(4)]  # the clips of an environment are of one split
+        parts = [self.memo.get(name) for name in names]
+        if any(part is None for part in parts):
             host = self.workload.host
             latents = host.autoencoder.encode(true_frames(self.workload, clip)[None].to(host.dtype))[0].float().cpu()
-            cells = rows_of_cells(latents)
-            squares = torch.cdist(cells[:, :, None], cells[:, None]).square()  # (h, target, source, w, w)
-            distance, nearest = squares.min(dim=-1)
-            known = [latents, *(own.permute(1, 2, 0, 3).contiguous() for own in (distance, nearest.to(torch.int8)))]
-            for name, value in zip(names, known, strict=True):
-                self.memo.put(name, value)
-        return tuple(known)
+            parts = [latents, *map(torch.from_numpy, vars(Likeness.of(latents)).values())]
+            for name, part in zip(names, parts, strict=True):
+                self.memo.put(name, part)
+        return parts[0], Likeness(*(part.numpy() for part in parts[1:]))
 
 
 class StandInEpisodes(EpisodeBatch):

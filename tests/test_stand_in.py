@@ -14,6 +14,7 @@ from agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
 from agents.runs import load_policy, load_scorer
 from agents.stand_in import ESTIMATE, Measured, StandInRollouts, StandInVectorEnv
 from far_env.evaluation.evaluate import evaluate
+from far_env.frame_meta import frame_features
 from far_env.host.training_loop import load_tensors
 from far_env.vector_env import FrameRetentionVectorEnv
 from far_env.workloads import make_workload
@@ -52,6 +53,8 @@ def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(t
         rollouts.advance([1])
         kept.append(frame)
         assert rollouts.frame_numbers(1) == kept and rollouts.step(1) == frame - 4
+        shown = frame_features(latents[None, kept].float()).numpy()
+        np.testing.assert_allclose(rollouts.features([1]), shown, atol=1e-6)
         if len(kept) > 3:
             rollouts.retain(1, [1, len(kept) - 2, len(kept) - 1])
             kept = [kept[1], *kept[-2:]]
@@ -126,7 +129,7 @@ def test_what_cannot_be_estimated_is_refused(tiny_workload, options, message):
         make_env(tiny_workload, **options)
 
 
-SMALL = PPOSettings(total_timesteps=64, num_envs=4, n_steps=8, batch_size=16, n_epochs=1)
+SMALL = PPOSettings(total_timesteps=32, num_envs=4, n_steps=4, batch_size=16, n_epochs=1)
 
 
 @pytest.fixture
@@ -134,7 +137,7 @@ def config(tmp_path) -> AgentTraining:
     return AgentTraining(
         network=NetworkSize(width=16, num_layers=1, memory=True, surroundings=True),
         stand_in=SMALL,
-        ppo=dataclasses.replace(SMALL, total_timesteps=32, critic_updates=9),
+        ppo=dataclasses.replace(SMALL, total_timesteps=16, critic_updates=9),
         reward=RewardSettings(telescoping=True),
         precision="float32",
         device="cpu",
@@ -149,7 +152,7 @@ def config(tmp_path) -> AgentTraining:
 def test_ppo_goes_on_from_what_it_practised_and_the_practice_from_where_it_stopped(config, tmp_path, monkeypatch):
     train_agent.train(config)
     practised = load_tensors(tmp_path / "run" / "stand_in" / "checkpoint.ckpt")
-    assert practised["num_timesteps"] == 64
+    assert practised["num_timesteps"] == 32
     alone = dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
 
     from agents import ppo
