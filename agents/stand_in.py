@@ -18,13 +18,13 @@ from torch import Tensor
 from agents.decisions import TrueHistories
 from agents.oracle import pixel_error_scale, rows_of_cells
 from far_env.clips.clip import Clip
-from far_env.contract import OF_LATENTS
 from far_env.episodes import EpisodeBatch
 from far_env.frame_meta import FEATURES, frame_features
 from far_env.metrics import clip_metrics
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
+from far_env.rollout.statistics import column_gaps, latent_cosines
 from far_env.vector_env import FrameRetentionVectorEnv
 from far_env.workloads import Workload
 
@@ -81,11 +81,14 @@ class Likeness:
         distance: float32 (T, T, h, w), of each cell of frame i the squared distance to the nearest cell of its row in frame j.
         nearest: int8 (T, T, h, w), the place of that cell in the row.
         features: float32 (T, T, 4), `frame_features` of frame i where frame j is both the one before it and the oldest.
+        lat_cos, column_gap: float32 (T, T) and (T, T, w), see `far_env.contract.STATISTICS`.
     """
 
     distance: np.ndarray
     nearest: np.ndarray
     features: np.ndarray
+    lat_cos: np.ndarray
+    column_gap: np.ndarray
 
     @staticmethod
     def of(latents: Tensor) -> Likeness:
@@ -97,8 +100,9 @@ class Likeness:
             [latents[None].expand(count, *latents.shape), latents[:, None].expand(count, *latents.shape)], dim=2
         )
         features = frame_features(pairs.flatten(0, 1))[:, 1].unflatten(0, (count, count))
-        ordered = (distance.permute(1, 2, 0, 3), nearest.permute(1, 2, 0, 3).to(torch.int8), features)
-        return Likeness(*(part.contiguous().numpy() for part in ordered))
+        statistics = latent_cosines(latents[None])[0], column_gaps(latents[None])[0]
+        parts = (distance.permute(1, 2, 0, 3), nearest.permute(1, 2, 0, 3).to(torch.int8), features, *statistics)
+        return Likeness(*(part.contiguous().numpy() for part in parts))
 
 
 class StandInRollouts(TrueHistories):
@@ -116,7 +120,7 @@ class StandInRollouts(TrueHistories):
         super().__init__(torch.zeros(num_rows, workload.num_frames, *shape), workload.num_context)
         self.next = [workload.num_frames] * num_rows
         self.errors = np.zeros((num_rows, workload.num_frames, *shape[1:]), dtype=np.float32)
-        self._known = [Likeness(*[np.zeros(0)] * 3)] * num_rows
+        self._known = [Likeness(*[np.zeros(0)] * 5)] * num_rows
 
     def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
         """Start rollouts of these clips; there is no noise in them."""
@@ -144,6 +148,11 @@ class StandInRollouts(TrueHistories):
             found[place, 1 : len(kept)] = pairs[kept[1:], kept[:-1]]
             found[place, 1 : len(kept), DRIFT] = pairs[kept[1:], kept[0], DRIFT]
         return found
+
+    def statistics(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """lat_cos and column_gap of each row's history, looked up."""
+        chosen = [(self._known[row], np.ix_(self.kept[row], self.kept[row])) for row in rows]
+        return [{"lat_cos": known.lat_cos[kept], "column_gap": known.column_gap[kept]} for known, kept in chosen]
 
     def step(self, row: int) -> int:
         """How many frames the row has been given."""
@@ -176,7 +185,7 @@ class StandInRollouts(TrueHistories):
     @torch.no_grad()
     def _looked_up(self, clip: Clip) -> tuple[Tensor, Likeness]:
         """A clip's latents (T, C, h, w), and how alike its frames are."""
-        names = [content_key(clip.clip_id, part) for part in range(4)]  # the clips of an environment are of one split
+        names = [content_key(clip.clip_id, part) for part in range(6)]  # the clips of an environment are of one split
         parts = [self.memo.get(name) for name in names]
         if any(part is None for part in parts):
             host = self.workload.host
@@ -238,7 +247,7 @@ class StandInVectorEnv(FrameRetentionVectorEnv):
         real = self.episodes
         if set(real.reward.weights) != {"psnr"} or real.reward.relative_to is not None:
             raise ValueError("the stand-in estimates PSNR alone: set reward.metric to psnr and reward.relative_to to null")
-        if unknown := [name for name in real.statistics if name not in OF_LATENTS]:
+        if unknown := sorted({*real.statistics} - {"lat_cos", "column_gap"}):
             raise ValueError(f"the stand-in has no {', '.join(unknown)}: set stand_in.total_timesteps to 0")
         self.episodes = StandInEpisodes(workload, budget, num_envs, real, Measured.of(workload))
         self._settings.episodes = self.episodes

@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 import train_agent
 from agents.adapters import PolicyAgent
+from agents.decisions import TrueHistories
 from agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
 from agents.runs import load_policy, load_scorer
 from agents.stand_in import ESTIMATE, Measured, StandInRollouts, StandInVectorEnv
@@ -55,6 +56,8 @@ def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(t
         assert rollouts.frame_numbers(1) == kept and rollouts.step(1) == frame - 4
         shown = frame_features(latents[None, kept].float()).numpy()
         np.testing.assert_allclose(rollouts.features([1]), shown, atol=1e-6)
+        for name, value in TrueHistories.statistics(rollouts, [1])[0].items():
+            np.testing.assert_allclose(rollouts.statistics([1])[0][name], value, atol=1e-5)
         if len(kept) > 3:
             rollouts.retain(1, [1, len(kept) - 2, len(kept) - 1])
             kept = [kept[1], *kept[-2:]]
