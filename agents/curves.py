@@ -15,7 +15,7 @@ import tyro
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from agents.ppo import AgentTraining
+from agents.ppo import STAND_IN_FOLDER, AgentTraining, PPOSettings
 from agents.runs import SETTINGS_FILE
 from far_env.cli import run_guarded
 from far_env.config import load_yaml
@@ -41,13 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def curve(run: Path) -> tuple[str, list[tuple[int, float]]]:
     """The metric that a run was validated by, and (decisions, mean score) of each validation; a resumed run's are joined.
 
+    Decisions with the stand-in come first, and count as those with the host do.
+
     Raises:
         ValueError: if the folder holds no run, or one without validations.
     """
     settings = load_yaml(AgentTraining, run / SETTINGS_FILE)
-    metric, update = settings.reward.metric, settings.ppo.n_steps * settings.ppo.num_envs
-    points: dict[int, float] = {}
-    for path in sorted(run.glob("progress_*.csv")):
+    metric, practised = settings.reward.metric, settings.stand_in.total_timesteps
+    points = _validations(run / STAND_IN_FOLDER, settings.stand_in, metric) if practised else {}
+    points |= {practised + decisions: score for decisions, score in _validations(run, settings.ppo, metric).items()}
+    if not points:
+        raise ValueError(f"{run} holds no validations: it is no run of train_agent.py with PPO, or has just begun")
+    return metric, sorted(points.items())
+
+
+def _validations(folder: Path, settings: PPOSettings, metric: str) -> dict[int, float]:
+    """Decisions → score, from the logs of one stage."""
+    update, points = settings.n_steps * settings.num_envs, {}
+    for path in sorted(folder.glob("progress_*.csv")):
         # A session's file repeats what the one before it logged last.
         begun = int(path.stem.removeprefix("progress_"))
         points = {decisions: score for decisions, score in points.items() if decisions <= begun}
@@ -56,10 +67,8 @@ def curve(run: Path) -> tuple[str, list[tuple[int, float]]]:
                 if score := line.get(f"validation/{metric}"):
                     # Logged with the decisions that were collected after it, and at the end with none.
                     logged = line.get("time/total_timesteps")
-                    points[int(logged) - update if logged else settings.ppo.total_timesteps] = float(score)
-    if not points:
-        raise ValueError(f"{run} holds no validations: it is no run of train_agent.py with PPO, or has just begun")
-    return metric, sorted(points.items())
+                    points[int(logged) - update if logged else settings.total_timesteps] = float(score)
+    return points
 
 
 def draw(options: Options) -> None:

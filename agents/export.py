@@ -172,7 +172,7 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         num_layers=len(network.blocks),
         one_by_one=network.one_by_one,
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
-        memory=f"self.HistoryMemory({network.view.surroundings})" if network.view.memory else None,
+        memory=f"self.HistoryMemory({network.view.surroundings}, {network.view.places})" if network.view.memory else None,
         memory_class=_own_source(network),
         weights="\n".join(f'        "{line}"' for line in textwrap.wrap(packed, 100)),
     )

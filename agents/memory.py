@@ -18,19 +18,30 @@ class HistoryMemory:
 
     Args:
         surroundings: also recall how frames changed around each kept one, from frames that were dropped as well.
+        places: also recall which kept frames show the same place (or shot), as far as the changes tell.
     """
 
     WIDTH = 7
     AROUND = (-1, 0, 1, 2)
     """The changes from the frame two before to the one before, from that to the frame, to the next, and to the one after it."""
 
-    def __init__(self, surroundings: bool = False) -> None:
-        self.surroundings = surroundings
+    ALIKE = 0.4
+    """Two neighbours of this temporal_similarity show one place. Those whose feature_drift is below 1 show the oldest one's."""
+    SPREAD = (0.04, 0.012)
+    """How much temporal_similarity and squashed motion differ between two changes from one place to another."""
+    UNSEEN, FARTHEST = 3.0, 25.0
+    """Squared distances, in units of `SPREAD`, of two places that were never neighbours, and from which on a place is new."""
+
+    def __init__(self, surroundings: bool = False, places: bool = False) -> None:
+        self.surroundings, self.with_places = surroundings, places
         self.last_step = -1
         self.num_context = 0
         self.births: list[int] = []
         self.looks: list[tuple] = []
         self.changes: dict[int, tuple] = {}
+        self.places: list[int] = []
+        self.num_places = 0
+        self.between: dict[tuple, tuple] = {}
 
     def recall(self, rows: list, step: int) -> list:
         """Columns for each kept frame, to be called once per decision.
@@ -42,13 +53,15 @@ class HistoryMemory:
         Returns:
             Per frame: log(1 + age in frames) / 4, whether it was generated, log(1 + gap to the frame kept before it) / 3,
             and the four features of its first call. With surroundings then, for each of `AROUND`, temporal_similarity and
-            squashed motion of that change and 1, or zeros where it is not known.
+            squashed motion of that change and 1, or zeros where it is not known. With places then the number of the frame's
+            place among those that are kept, 1, 2, …, as a sixteenth.
         """
         from math import log1p  # here, because the exported class brings nothing but its own lines
 
         num_frames = len(rows)
         if step <= self.last_step or step - self.last_step != num_frames - len(self.births):
             self.births, self.looks, self.changes = [], [], {}
+            self.places, self.num_places, self.between = [], 0, {}
             self.num_context = num_frames - step - 1
         self.last_step = step
         num_new = num_frames - len(self.births)
@@ -60,6 +73,11 @@ class HistoryMemory:
         if self.surroundings:
             # The frame before a new one is always there, but the first frame has none.
             self.changes.update({birth: look[2:] for birth, look in zip(new_births, new_looks, strict=False) if birth > 0})
+        shown: list = [()] * num_frames
+        if self.with_places:
+            self.find_places(rows, num_new)
+            numbers = {place: number for number, place in enumerate(dict.fromkeys(self.places), start=1)}
+            shown = [(numbers[place] / 16,) for place in self.places]
         return [
             (
                 log1p(newest - birth) / 4,
@@ -67,8 +85,9 @@ class HistoryMemory:
                 gap,
                 *look,
                 *self.around(birth),
+                *place,
             )
-            for birth, gap, look in zip(self.births, self.gaps(range(num_frames)), self.looks, strict=False)
+            for birth, gap, look, place in zip(self.births, self.gaps(range(num_frames)), self.looks, shown, strict=False)
         ]
 
     def gaps(self, left: list) -> list:
@@ -85,7 +104,53 @@ class HistoryMemory:
         known = [self.changes.get(birth + offset) for offset in self.AROUND]
         return [value for change in known for value in ((0.0, 0.0, 0.0) if change is None else (*change, 1.0))]
 
+    def find_places(self, rows: list, num_new: int) -> None:
+        """Tell the places of the new frames, and correct those of older ones by what their neighbours of now tell."""
+        for i, (_, drift, similarity, motion) in enumerate(rows):
+            if i >= len(rows) - num_new:
+                self.places.append(self.place_of(i, drift, (similarity, motion)))
+            elif i > 0:
+                own, before = self.places[i], self.places[i - 1]
+                same = before if similarity > self.ALIKE else self.places[0] if drift < 1 else None
+                if same not in (None, own):
+                    self.places = [same if place == own else place for place in self.places]
+                    named = {pair: tuple(sorted(same if place == own else place for place in pair)) for pair in self.between}
+                    self.between = {named[pair]: change for pair, change in self.between.items()}
+                elif same is None and own == before:
+                    self.places[i] = self.new_place()
+            if i > 0 and similarity <= self.ALIKE:
+                pair = tuple(sorted(self.places[i - 1 : i + 1]))
+                mean, count = self.between.get(pair, ((0.0, 0.0), 0))
+                change = zip(mean, (similarity, motion), strict=False)
+                self.between[pair] = (tuple(old + (new - old) / (count + 1) for old, new in change), count + 1)
+
+    def place_of(self, i: int, drift: float, change: tuple) -> int:
+        """Of the new frame i: its neighbour's or the oldest frame's, else one that the camera has come to by such a change."""
+        if i == 0:
+            return self.new_place()
+        before, oldest = self.places[i - 1], self.places[0]
+        if change[0] > self.ALIKE:
+            return before
+        if drift < 1:
+            return oldest
+        others = {} if self.births[i] < self.num_context else dict.fromkeys(self.places)
+        distances = {}
+        for place in others:
+            distances[place] = self.UNSEEN
+            if (known := self.between.get((min(before, place), max(before, place)))) is not None:
+                parts = zip(change, known[0], self.SPREAD, strict=False)
+                distances[place] = sum(((own - other) / spread) ** 2 for own, other, spread in parts)
+        likely = [place for place in others if place not in (before, oldest) and distances[place] < self.FARTHEST]
+        return min(likely, key=distances.get) if likely else self.new_place()
+
+    def new_place(self) -> int:
+        """A number that no place of this clip has."""
+        self.num_places += 1
+        return self.num_places
+
     def keep(self, ids: list) -> None:
         """Remember which rows of the last call stay."""
         self.births = [self.births[i] for i in ids]
         self.looks = [self.looks[i] for i in ids]
+        if self.with_places:
+            self.places = [self.places[i] for i in ids]

@@ -46,6 +46,8 @@ class NetworkSize:
     """Whether rows see each other; without it each is scored alone."""
     surroundings: bool = False
     """Whether it also remembers how frames changed around each one, dropped ones too, and compares frames by it."""
+    places: bool = False
+    """Whether it also remembers which frames show the same place or shot, as far as changes tell."""
     statistics: tuple[str, ...] = ()
     """What it may see beyond the benchmark's matrix, see `far_env.contract.STATISTICS`; such a scorer cannot be exported."""
     one_by_one: bool = False
@@ -414,5 +416,6 @@ def experiment_facts(config: AgentTraining, workloads: Sequence[Workload], budge
     return {
         "trained_on": f"{worlds}, budget {allowed}, first {config.train_clips} train clips, seed {config.seed}",
         "decisions": config.ppo.total_timesteps,
+        "decisions_with_stand_in": config.stand_in.total_timesteps,
         "host": ", ".join(dict.fromkeys(f"{own.host.name} ({own.host.weights_hash})" for own in workloads)),
     }

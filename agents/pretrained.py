@@ -121,9 +121,10 @@ def _card(
         )
     if settings.imitation.rounds:
         stages.append(f"{settings.imitation.rounds} rounds of imitation of an expert that knows what the clip will show")
-    if settings.ppo.total_timesteps:
-        kept = f"the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
-        stages.append(f"{settings.ppo.total_timesteps:,} decisions of PPO, of which {kept} is kept")
+    kept = f"the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
+    for ppo, where in ((settings.stand_in, "with a stand-in for the host"), (settings.ppo, "with the host")):
+        if ppo.total_timesteps:
+            stages.append(f"{ppo.total_timesteps:,} decisions of PPO {where}, of which {kept} is kept")
     sees = (
         f"of each kept frame {', '.join(ROW_FEATURES)} as the benchmark tells them, the budget and the step"
         f"{_beyond(network.view)}."

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 NUM_EDGES = 21
 NUM_ROWS = 2
+NUM_PLACE_EDGES = 1
+NUM_PLACE_ROWS = 3
 
 
 def compare(xp: object, remembered: object) -> tuple:
@@ -49,4 +51,9 @@ def compare(xp: object, remembered: object) -> tuple:
     edges += [*best, xp.clip(gap, -1, 1), xp.log1p(xp.abs(gap)) / 3, same]
     others = best[1] * (1 - same)
     rows = [xp.amax(others, -1), xp.amax(others * xp.clip(-gap, 0, 1), -1)]
+    if remembered.shape[-1] > 19:
+        place = remembered[..., 19]
+        alike = xp.exp(-1000 * xp.abs(place[..., :, None] - place[..., None, :]))
+        edges.append(alike)
+        rows += [xp.amax(alike * xp.clip(-gap, 0, 1), -1), xp.amax(alike * xp.clip(gap, 0, 1), -1), alike[..., -1]]
     return xp.stack(rows, -1), xp.stack(edges, -1)

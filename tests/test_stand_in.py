@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 import train_agent
 from agents.adapters import PolicyAgent
+from agents.curves import curve
 from agents.decisions import TrueHistories
 from agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
 from agents.runs import load_policy, load_scorer
@@ -156,6 +157,8 @@ def test_ppo_goes_on_from_what_it_practised_and_the_practice_from_where_it_stopp
     train_agent.train(config)
     practised = load_tensors(tmp_path / "run" / "stand_in" / "checkpoint.ckpt")
     assert practised["num_timesteps"] == 32
+    decisions = [point for point, _ in curve(tmp_path / "run")[1]]
+    assert decisions == [0, 32, 32 + 16], "of the practice and of PPO behind it"
     alone = dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
 
     from agents import ppo
