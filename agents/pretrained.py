@@ -133,6 +133,8 @@ def _card(
         sees += " It remembers its decisions within a clip, hence the frames' true ages and what each looked like when new."
     if network.view.surroundings:
         sees += " It also remembers how frames changed around each one, and compares frames by that."
+    if network.view.places:
+        sees += " From that it concludes which frames show the same place or shot."
     if network.one_by_one:
         sees += " Where several frames have to go, it drops one after the other, and scores the rest anew."
     export = "" if network.view.statistics else f"far-env export {name} --out policy.py\n"

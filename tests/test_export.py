@@ -26,6 +26,7 @@ SIZES = {
     "rows alone": {"attention": False},
     "linear": {"num_layers": 0},
     "surroundings": {"memory": True, "surroundings": True},
+    "places": {"memory": True, "surroundings": True, "places": True},
     "one by one": {"memory": True, "surroundings": True, "one_by_one": True},
     "one by one, memoryless": {"one_by_one": True},
     "surroundings, rows alone": {"memory": True, "surroundings": True, "attention": False},

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from math import log1p
 
 import numpy as np
 import pytest
+import torch
 
 from agents.adapters import AgentPolicy
 from agents.agent_env import AgentVecEnv
+from agents.decisions import TrueHistories
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
 from agents.seen import View
 from far_env.sb3 import SB3VecEnv
 from far_env.vector_env import FrameRetentionVectorEnv
+from far_env.workloads import make_workload
 
 
 def rows(*names: float) -> list[tuple[float, float, float, float]]:
@@ -97,3 +101,54 @@ def test_surroundings_are_the_changes_around_a_frame_also_of_dropped_ones():
     assert [list(row[7:]) for row in later] == [known(0, 0, 1, 2), known(2, 3, 4, 5), known(4, 5, 6, 0), known(5, 6, 0, 0)]
     memory.keep([1, 2, 3])
     assert memory.recall(looks(9, 1, 2, 3, 4, 5), 0) == first, "another clip"
+
+
+def test_places_are_found_by_neighbours_by_the_oldest_frame_and_by_changes_seen_before():
+    """Features by hand: two frames of one place have similarity 0.9 and drift 0.5; each pair of places has its own."""
+    unlike = {(1, 2): 0.30, (1, 3): 0.20, (1, 4): 0.10, (2, 3): 0.05, (2, 4): 0.25, (3, 4): 0.15}
+
+    def looks(*places):
+        rows = [(0.0, 0.0, 1.0, 0.0)]
+        for before, own in itertools.pairwise(places):
+            similarity = 0.9 if own == before else unlike[min(own, before), max(own, before)]
+            rows.append((1.0, 0.5 if own == places[0] else 1.0, similarity, 0.5 - similarity))
+        return rows
+
+    def told(step, *places):
+        return [round(16 * row[19]) for row in memory.recall(looks(*places), step)]
+
+    memory = HistoryMemory(surroundings=True, places=True)
+    assert told(0, 1, 1, 2, 3, 4, 4) == [1, 1, 2, 3, 4, 4]
+    memory.keep([1, 2, 3, 5])  # 1 2 3 4
+    assert told(1, 1, 2, 3, 4, 3) == [1, 2, 3, 4, 3], "neither neighbour nor oldest: the change from 4 to 3 is that from 3 to 4"
+    memory.keep([0, 1, 3, 4])  # 1 2 4 3
+    assert told(2, 1, 2, 4, 3, 1) == [1, 2, 3, 4, 1]
+    memory.keep([1, 2, 3, 4])  # 2 4 3 1
+    assert told(3, 2, 4, 3, 1, 4) == [1, 2, 3, 4, 2], "from 1 to 4 was never seen; from 1 to 3 it looks otherwise"
+    memory.keep([0, 1, 2, 3])
+    memory.places[2] = memory.places[3]
+    assert told(4, 2, 4, 3, 1, 1) == [1, 2, 3, 4, 4], "neighbours that are unlike are in two places, whatever was thought"
+    assert told(0, 2, 2, 3, 3, 1, 4) == [1, 1, 2, 2, 3, 4], "another clip"
+
+
+@torch.no_grad()
+def test_shots_are_told_apart_on_real_latents():
+    workload = make_workload("cuts", device="cpu")
+    clips = [workload.clips.clip("train", i) for i in range(32)]
+    latents = workload.host.autoencoder.encode(torch.stack([torch.from_numpy(clip.frames) for clip in clips]))
+    histories, rng, right = TrueHistories(latents, 5), np.random.default_rng(0), []
+    memories = [HistoryMemory(surroundings=True, places=True) for _ in clips]
+    for step in range(10):
+        histories.advance(range(32))
+        for row, (clip, memory) in enumerate(zip(clips, memories, strict=True)):
+            features = histories.features([row])[0]
+            features[:, 3] /= 1 + features[:, 3]
+            found = [recalled[19] for recalled in memory.recall(features.tolist(), step)]
+            shots = clip.actions[histories.kept[row]]
+            right.append((np.equal.outer(found, found) == np.equal.outer(shots, shots)).all())
+            newest_of_shots = [int(np.flatnonzero(shots == shot)[-1]) for shot in dict.fromkeys(shots.tolist())]
+            spare = rng.permutation([i for i in range(len(shots)) if i not in newest_of_shots])
+            kept = sorted([*newest_of_shots, *spare[: 4 - len(newest_of_shots)].tolist()])
+            histories.retain(row, kept)
+            memory.keep(kept)
+    assert np.mean(right) > 0.93

@@ -107,5 +107,5 @@ def test_collecting_acts_as_the_policy_and_notes_single_drops(tiny_workload, net
 def test_only_imitation_without_statistics_works_one_by_one():
     with pytest.raises(ValueError, match="one_by_one is for scorers without statistics"):
         RetentionNetwork(statistics=("lat_cos",), one_by_one=True)
-    with pytest.raises(ValueError, match=r"is for imitation alone: set ppo\.total_timesteps to 0"):
+    with pytest.raises(ValueError, match="is for imitation alone: set the total_timesteps of stand_in and ppo to 0"):
         dataclasses.replace(AgentTraining(), network=NetworkSize(one_by_one=True))

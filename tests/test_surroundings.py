@@ -10,7 +10,7 @@ import torch
 
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
-from agents.surroundings import NUM_EDGES, NUM_ROWS, compare
+from agents.surroundings import NUM_EDGES, NUM_PLACE_EDGES, NUM_PLACE_ROWS, NUM_ROWS, compare
 
 
 def recalled(similarities, motions, kept):
@@ -72,6 +72,29 @@ def test_a_camera_that_comes_back_is_recognised():
     found = edges[..., 16] > 0.5
     expected = places[kept][:, None] == places[kept][None]
     np.testing.assert_array_equal(found | np.eye(len(kept), dtype=bool), expected)
+
+
+def test_what_shows_the_same_place_is_told_alike_in_torch_and_numpy():
+    births, places = [0, 3, 4, 7, 8, 9], [2, 1, 2, 3, 1, 2]
+    remembered = np.zeros((6, 20), dtype=np.float32)
+    remembered[:, 0] = np.log1p(9 - np.array(births)) / 4
+    remembered[:, 19] = np.array(places) / 16
+    rows, edges = compare(np, remembered)
+    assert rows.shape == (6, NUM_ROWS + NUM_PLACE_ROWS) and edges.shape == (6, 6, NUM_EDGES + NUM_PLACE_EDGES)
+    for found, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(edges[..., -1], np.equal.outer(places, places), atol=1e-6)
+    newer, older, newest = rows[:, NUM_ROWS:].T
+    np.testing.assert_allclose(newer, [1, 1, 1, 0, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(older, [0, 0, 1, 0, 1, 1], atol=1e-5)
+    np.testing.assert_allclose(newest, [1, 0, 1, 0, 0, 1], atol=1e-5)
+
+
+def test_places_need_surroundings():
+    with pytest.raises(ValueError, match="places are told by surroundings: set surroundings as well"):
+        RetentionNetwork(memory=True, places=True)
+    network = RetentionNetwork(memory=True, surroundings=True, places=True)
+    assert sum(p.numel() for p in network.parameters()) < 100_000
 
 
 def test_surroundings_need_memory():
