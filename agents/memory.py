@@ -59,6 +59,7 @@ class HistoryMemory:
         from math import log1p  # here, because the exported class brings nothing but its own lines
 
         num_frames = len(rows)
+        rows = [tuple(float(value) for value in row) for row in rows]
         if step <= self.last_step or step - self.last_step != num_frames - len(self.births):
             self.births, self.looks, self.changes = [], [], {}
             self.places, self.num_places, self.between = [], 0, {}
@@ -67,7 +68,7 @@ class HistoryMemory:
         num_new = num_frames - len(self.births)
         newest = step + self.num_context
         new_births = range(newest - num_new + 1, newest + 1)
-        new_looks = [tuple(float(value) for value in row) for row in rows[num_frames - num_new :]]
+        new_looks = rows[num_frames - num_new :]
         self.births += new_births
         self.looks += new_looks
         if self.surroundings:

@@ -139,7 +139,7 @@ SMALL = PPOSettings(total_timesteps=32, num_envs=4, n_steps=4, batch_size=16, n_
 @pytest.fixture
 def config(tmp_path) -> AgentTraining:
     return AgentTraining(
-        network=NetworkSize(width=16, num_layers=1, memory=True, surroundings=True),
+        network=NetworkSize(width=16, num_layers=1, memory=True, surroundings=True, places=True),
         stand_in=SMALL,
         ppo=dataclasses.replace(SMALL, total_timesteps=16, critic_updates=9),
         reward=RewardSettings(telescoping=True),
