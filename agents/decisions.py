@@ -18,6 +18,7 @@ from agents.oracle import Coverage, best_cover, coverage, pixel_error_scale
 from agents.seen import View
 from agents.subset import BudgetedSubset
 from agents.utility import denoising_losses
+from far_env.clips.clip import Clip
 from far_env.episodes import right_aligned
 from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler
@@ -94,6 +95,9 @@ class TrueHistories:
         num_context: frames that each history begins with.
     """
 
+    STATISTICS = ("lat_cos", "column_gap")
+    """What true frames can tell of `far_env.contract.STATISTICS`: there is no host that could be watched."""
+
     def __init__(self, latents: Tensor, num_context: int) -> None:
         self.latents = latents
         self.num_context = num_context
@@ -131,6 +135,11 @@ class TrueHistories:
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep these places of the row's history."""
         self.kept[row] = [self.kept[row][place] for place in ids]
+
+
+def true_frames(workload: Workload, clip: Clip) -> Tensor:
+    """The frames of a rollout (T, 3, H, W) as they are in the clip."""
+    return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
 
 
 @torch.no_grad()
@@ -175,7 +184,7 @@ def collect(
         candidates, sampler = slots - 1, FrameSampler(workload.host.transformer, workload.num_steps)
         if workload.actions or workload.guidance > 1:
             raise ValueError(f"labels of future utility need a host without actions and guidance; {workload.name} has them")
-    if true_frames and (actor is not None or not set(view.statistics) <= {"lat_cos", "column_gap"}):
+    if true_frames and (actor is not None or not set(view.statistics) <= set(TrueHistories.STATISTICS)):
         raise ValueError("true frames are collected with the expert, and show no statistics but lat_cos and column_gap")
     task = _Task(workload, actor, view, candidates, sampler, true_frames, one_by_one, slots)
     records: list[tuple] = []
@@ -205,7 +214,7 @@ def _play(task: _Task, clip_ids: Sequence[int], budgets: Sequence[int]) -> list[
     workload, view, actor = task.workload, task.view, task.actor
     clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
     host, context = workload.host, workload.num_context
-    frames = torch.stack([torch.from_numpy(clip.frames[: workload.num_frames]) for clip in clips]).to(host.device)
+    frames = torch.stack([true_frames(workload, clip) for clip in clips])
     latents = host.autoencoder.encode(frames.to(host.dtype))
     truth = latents[:, context:]
     scale = pixel_error_scale(frames, truth) / workload.num_predict

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.decisions import TrueHistories
+from agents.decisions import TrueHistories, true_frames
 from agents.oracle import pixel_error_scale, rows_of_cells
 from far_env.clips.clip import Clip
 from far_env.episodes import EpisodeBatch
@@ -68,11 +68,6 @@ class Measured:
         )
 
 
-def true_frames(workload: Workload, clip: Clip) -> Tensor:
-    """The frames of a rollout (T, 3, H, W) as they are in the clip."""
-    return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
-
-
 @dataclass(frozen=True)
 class Likeness:
     """How alike every two frames of a clip are.
@@ -96,10 +91,8 @@ class Likeness:
         cells = rows_of_cells(latents)
         distance, nearest = torch.cdist(cells[:, :, None], cells[:, None]).square().min(dim=-1)
         count = len(latents)
-        pairs = torch.stack(
-            [latents[None].expand(count, *latents.shape), latents[:, None].expand(count, *latents.shape)], dim=2
-        )
-        features = frame_features(pairs.flatten(0, 1))[:, 1].unflatten(0, (count, count))
+        pairs = torch.stack([latents.repeat(count, 1, 1, 1), latents.repeat_interleave(count, dim=0)], dim=1)
+        features = frame_features(pairs)[:, 1].unflatten(0, (count, count))
         statistics = latent_cosines(latents[None])[0], column_gaps(latents[None])[0]
         parts = (distance.permute(1, 2, 0, 3), nearest.permute(1, 2, 0, 3).to(torch.int8), features, *statistics)
         return Likeness(*(part.contiguous().numpy() for part in parts))
@@ -124,11 +117,16 @@ class StandInRollouts(TrueHistories):
 
     def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
         """Start rollouts of these clips; there is no noise in them."""
-        for row, clip in zip(rows, clips, strict=True):
-            self.latents[row], self._known[row] = self._looked_up(clip)
+        self.look_up(rows, clips)
+        for row in rows:
             self.kept[row] = list(range(self.num_context))
             self.next[row] = self.num_context
             self.errors[row] = 0
+
+    def look_up(self, rows: Sequence[int], clips: Sequence[Clip]) -> None:
+        """Let these be the clips of these rows."""
+        for row, clip in zip(rows, clips, strict=True):
+            self.latents[row], self._known[row] = self._looked_up(clip)
 
     def advance(self, rows: Sequence[int]) -> None:
         """Append the next true frame of each row, with the error that the history lets one expect of it."""
@@ -174,12 +172,9 @@ class StandInRollouts(TrueHistories):
             "errors": torch.from_numpy(self.errors.copy()),
         }
 
-    def restore(self, clips: Sequence[Clip | None], state: dict[str, Any]) -> None:
-        """Put rows where `state_dict` left them."""
-        for row, clip in enumerate(clips):
-            if clip is not None:
-                self.begin([row], [clip], [0])
-                self.kept[row], self.next[row] = list(state["kept"][row]), state["next"][row]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put rows where `state_dict` left them; their clips have to be looked up besides."""
+        self.kept, self.next = [list(own) for own in state["kept"]], list(state["next"])
         self.errors = state["errors"].numpy().copy()
 
     @torch.no_grad()
@@ -227,12 +222,9 @@ class StandInEpisodes(EpisodeBatch):
 
     def load_state_dict(self, state: dict) -> None:
         """Restore rows saved by `state_dict`."""
-        self.splits, self.noise_seeds = list(state["splits"]), list(state["noise_seeds"])
-        self.max_frames = list(state["max_frames"])
-        ids = zip(state["splits"], state["clip_ids"], strict=True)
-        self.clips = [None if clip_id is None else self.workload.clips.clip(split, clip_id) for split, clip_id in ids]
-        self._paid = np.array(state["paid"])
-        self.rollouts.restore(self.clips, state["rollouts"])
+        super().load_state_dict(state)
+        begun = [row for row, clip in enumerate(self.clips) if clip is not None]
+        self.rollouts.look_up(begun, [self.clips[row] for row in begun])
 
 
 class StandInVectorEnv(FrameRetentionVectorEnv):
@@ -247,7 +239,7 @@ class StandInVectorEnv(FrameRetentionVectorEnv):
         real = self.episodes
         if set(real.reward.weights) != {"psnr"} or real.reward.relative_to is not None:
             raise ValueError("the stand-in estimates PSNR alone: set reward.metric to psnr and reward.relative_to to null")
-        if unknown := sorted({*real.statistics} - {"lat_cos", "column_gap"}):
+        if unknown := sorted({*real.statistics} - {*StandInRollouts.STATISTICS}):
             raise ValueError(f"the stand-in has no {', '.join(unknown)}: set stand_in.total_timesteps to 0")
         self.episodes = StandInEpisodes(workload, budget, num_envs, real, Measured.of(workload))
         self._settings.episodes = self.episodes
