@@ -118,7 +118,8 @@ def choose(
 ) -> list[int]:
     """Ids of the frames that a scorer keeps: the newest and the up to budget − 1 others with the largest positive logits.
 
-    A scorer that works one by one first drops the frame with the lowest logit, again and again, until one too many is left.
+    An independent scorer keeps the newest of those with positive ones. One that works one by one first drops the frame with
+    the lowest logit, again and again, until one too many is left.
 
     Args:
         rows: of `observed_rows`.
@@ -138,7 +139,7 @@ def choose(
         left.pop(int(logits[0, :-1].argmin()))
     forced = torch.zeros(1, count, dtype=torch.bool)
     forced[:, -1] = True
-    mode = BudgetedSubset(logits, ~forced, forced, torch.tensor([max_frames])).mode()[0]
+    mode = BudgetedSubset(network.ranked(logits), ~forced, forced, torch.tensor([max_frames])).mode()[0]
     return [left[place] for place in mode.nonzero().flatten().tolist()]
 
 

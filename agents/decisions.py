@@ -395,7 +395,9 @@ def _acted(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
         return np.stack(masks)
     columns = [torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)]
     decisions = Decisions(*columns)
-    return choices(actor, decisions).mode().numpy().astype(bool)
+    chosen = choices(actor, decisions)
+    acting = BudgetedSubset(actor.ranked(chosen.logits), chosen.free, chosen.forced, decisions.max_frames)
+    return acting.mode().numpy().astype(bool)
 
 
 def choices(network: RetentionNetwork, decisions: Decisions) -> BudgetedSubset:
@@ -404,4 +406,5 @@ def choices(network: RetentionNetwork, decisions: Decisions) -> BudgetedSubset:
     forced = torch.zeros_like(decisions.mask, dtype=torch.bool)
     forced[:, -1] = True
     free = (decisions.mask > 0) & ~forced
-    return BudgetedSubset(logits, free, forced, decisions.max_frames)
+    most = torch.full_like(decisions.max_frames, logits.shape[1]) if network.independent else decisions.max_frames
+    return BudgetedSubset(logits, free, forced, most)

@@ -54,6 +54,7 @@ class VideoTemporalKVPolicy:
     NUM_HEADS = {num_heads}
     NUM_LAYERS = {num_layers}
     ONE_BY_ONE = {one_by_one}
+    INDEPENDENT = {independent}
     SHAPES = {shapes}
     WEIGHTS = (
 {weights}
@@ -89,7 +90,8 @@ class VideoTemporalKVPolicy:
             left.pop(int(np.argmin(logits[:-1])))
             logits = self.logits(left, looks, recalled, max_frames, progress)
         last = len(left) - 1
-        order = np.argsort(-logits[:last], kind="stable")[: max(0, max_frames - 1)]
+        ranks = np.where(logits > 0, np.arange(last + 1), -1) if self.INDEPENDENT else logits
+        order = np.argsort(-ranks[:last], kind="stable")[: max(0, max_frames - 1)]
         kept = {{left[last]}} | {{left[i] for i in order if logits[i] > 0}}
         if self.memory is not None:
             self.memory.keep(sorted(kept))
@@ -171,6 +173,7 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         num_heads=network.num_heads,
         num_layers=len(network.blocks),
         one_by_one=network.one_by_one,
+        independent=network.independent,
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
         memory=f"self.HistoryMemory({network.view.surroundings}, {network.view.places})" if network.view.memory else None,
         memory_class=_own_source(network),

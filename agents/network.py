@@ -85,6 +85,8 @@ class RetentionNetwork(nn.Module):
         statistics: names of `far_env.contract.STATISTICS` whose `agents.seen.columns` stand behind the other columns.
         one_by_one: where several frames have to go, they are to be dropped one after the other, and the rest scored anew
             (`agents.adapters.choose`). Of frames that look alike one can then stay.
+        independent: every frame is decided by itself, as in Stable-Baselines3's head for MultiBinary actions, and of too many
+            the newest stay. For comparison with sets that never exceed the budget.
 
     Raises:
         ValueError: if the heads do not share the width evenly, on a view that cannot be (see `agents.seen.View`), or on
@@ -102,11 +104,12 @@ class RetentionNetwork(nn.Module):
         statistics: Sequence[str] = (),
         one_by_one: bool = False,
         places: bool = False,
+        independent: bool = False,
     ) -> None:
         super().__init__()
         if one_by_one and statistics:
             raise ValueError("one_by_one is for scorers without statistics")
-        self.num_heads, self.one_by_one = num_heads, one_by_one
+        self.num_heads, self.one_by_one, self.independent = num_heads, one_by_one, independent
         self.view = seen.View(memory, surroundings, tuple(statistics), places)
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
@@ -130,6 +133,12 @@ class RetentionNetwork(nn.Module):
     def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
         """Observation parts, batched (see `far_env.env.FrameRetentionEnv`), to logits (B, N)."""
         return self.head(self.encode(frames, mask, budget)).squeeze(-1)
+
+    def ranked(self, logits: Tensor) -> Tensor:
+        """Logits (B, N) such that the highest positive ones stay where there are too many: of independent ones the newest."""
+        if not self.independent:
+            return logits
+        return torch.where(logits > 0, torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype), logits)
 
     def encode(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
         """Row representations (B, N, width)."""

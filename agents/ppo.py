@@ -52,6 +52,8 @@ class NetworkSize:
     """What it may see beyond the benchmark's matrix, see `far_env.contract.STATISTICS`; such a scorer cannot be exported."""
     one_by_one: bool = False
     """Whether it drops frames one after the other where several have to go; such a scorer learns by imitation alone."""
+    independent: bool = False
+    """Whether each frame is decided by itself, and of too many the newest stay, where else sets never exceed the budget."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class PackedObservation(BaseFeaturesExtractor):
 class ActorCritic(nn.Module):
     """Scorer and critic over packed observations; stands where SB3 expects its MLP extractor.
 
-    The actor's latent is the action parameters themselves: N logits and the budget in frames.
+    The actor's latent is the action parameters themselves: N logits and how many frames an action may keep.
     """
 
     def __init__(self, frames_shape: tuple[int, int], network: dict[str, int]) -> None:
@@ -50,7 +50,9 @@ class ActorCritic(nn.Module):
     def forward_actor(self, packed: Tensor) -> Tensor:
         """Logits and budget (B, N + 1)."""
         frames, mask, budget = self._unpack(packed)
-        max_frames = (budget[:, :1] * self.frames_shape[0]).round()
+        # Independent frames may be too many: the environment then keeps the newest.
+        share = torch.ones_like(budget[:, :1]) if self.actor.independent else budget[:, :1]
+        max_frames = (share * self.frames_shape[0]).round()
         # Padding is never worth a place, also where no action mask says so.
         logits = self.actor(frames, mask, budget).masked_fill(mask == 0, PADDING_LOGIT)
         return torch.cat([logits, max_frames], dim=1)

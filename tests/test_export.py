@@ -25,6 +25,7 @@ SIZES = {
     "memory": {"memory": True},
     "rows alone": {"attention": False},
     "linear": {"num_layers": 0},
+    "independent": {"independent": True},
     "surroundings": {"memory": True, "surroundings": True},
     "places": {"memory": True, "surroundings": True, "places": True},
     "one by one": {"memory": True, "surroundings": True, "one_by_one": True},
