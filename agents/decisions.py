@@ -59,6 +59,14 @@ class Decisions:
     def __len__(self) -> int:
         return len(self.frames)
 
+    def rows(self, numbers: Tensor) -> Decisions:
+        """Those with these numbers."""
+        return Decisions(*(getattr(self, name)[numbers] for name in Decisions.__dataclass_fields__))
+
+    def some(self, count: int, seed: int) -> Decisions:
+        """So many of them at random, or all if there are fewer."""
+        return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
+
     @staticmethod
     def join(parts: Sequence[Decisions]) -> Decisions:
         """All of them, one after the other."""

@@ -47,6 +47,8 @@ class ImitationSettings:
     true_clips: int = 0
     """Clips in whose true frames decisions are collected beforehand, without rollouts, which is much faster. The first round's
     rollouts are then already decided by a scorer that has learned from them."""
+    rehearsal: float = 0.0
+    """How many of those are learned again together with the rounds', as a multiple of these; without any, some is forgotten."""
     label: str = "coverage"
     """"coverage": what sets of frames leave uncovered of the clip's true rest; or "future_utility", of single frames."""
     clips_per_round: int = 256
@@ -70,6 +72,10 @@ class ImitationSettings:
             raise ValueError("true_clips prepare for rounds: set rounds above 0 as well")
         if self.regret < 0:
             raise ValueError(f"the weight of regret cannot be negative, got {self.regret}")
+        if self.rehearsal < 0 or (self.rehearsal and not self.true_clips):
+            raise ValueError(
+                f"rehearsal is of true_clips: set those above 0 as well, and rehearsal to 0 or more; it is {self.rehearsal}"
+            )
         require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
 
 
@@ -137,23 +143,30 @@ def imitate(
         "one_by_one": bool(size.get("one_by_one", False)),
         "slots": slots,
     }
-    start = None
+    start, prepared = None, None
     if first:
-        known = folder / TRUE_SCORER_FILE
+        path, known = folder / "true_frames.safetensors", folder / TRUE_SCORER_FILE
+        if settings.rehearsal or not known.exists():
+            prepared = _collected(path, workloads, budgets, first, actor=None, true_frames=True, **collecting)
         if not known.exists():
-            path = folder / "true_frames.safetensors"
-            decisions = _collected(path, workloads, budgets, first, actor=None, true_frames=True, **collecting)
-            save_tensors(known, fit(decisions, size, settings, seed).state_dict())
+            save_tensors(known, fit(prepared, size, settings, seed).state_dict())
         start = load_tensors(known)
+
+    def learned(parts: list[Decisions]) -> RetentionNetwork:
+        if settings.rehearsal:
+            count = round(settings.rehearsal * sum(map(len, parts)))
+            parts = [*parts, prepared.some(count, seed)]
+        return fit(Decisions.join(parts), size, settings, seed, start)
+
     parts: list[Decisions] = []
     actor = None if start is None else fitted(size, start)
     for number in range(settings.rounds):
         path = folder / f"round_{number:03d}.safetensors"
         if parts and not path.exists():
-            actor = fit(Decisions.join(parts), size, settings, seed, start)
+            actor = learned(parts)
         clips = order[number * settings.clips_per_round : (number + 1) * settings.clips_per_round]
         parts.append(_collected(path, workloads, budgets, clips, actor=actor, **collecting))
-    return fit(Decisions.join(parts), size, settings, seed, start)
+    return learned(parts)
 
 
 def _collected(
@@ -234,7 +247,7 @@ def fit(
         for _ in bar:
             losses = []
             for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
-                part = Decisions(*(getattr(decisions, name)[rows] for name in Decisions.__dataclass_fields__))
+                part = decisions.rows(rows)
                 loss = imitation_loss(network, part, settings.temperature, settings.regret, settings.label)
                 optimizer.zero_grad()
                 loss.backward()
