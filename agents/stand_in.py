@@ -18,7 +18,7 @@ from torch import Tensor
 from agents.decisions import TrueHistories, true_frames
 from agents.oracle import pixel_error_scale, rows_of_cells
 from far_env.clips.clip import Clip
-from far_env.episodes import EpisodeBatch
+from far_env.episodes import EpisodeBatch, Reward
 from far_env.frame_meta import FEATURES, frame_features
 from far_env.metrics import clip_metrics
 from far_env.rollout.memo import FrameMemo, content_key
@@ -192,14 +192,23 @@ class StandInRollouts(TrueHistories):
 
 
 class StandInEpisodes(EpisodeBatch):
-    """Episodes with stand-in rollouts; what they earn is the estimate of the PSNR so far."""
+    """Episodes with stand-in rollouts; what they earn is the estimate of the PSNR so far.
 
-    def __init__(
-        self, workload: Workload, budgets: Sequence[int], num_rows: int, real: EpisodeBatch, measured: Measured
-    ) -> None:
-        super().__init__(workload, budgets, num_rows, real.reward, statistics=real.statistics)
-        self.measured = measured
-        self.rollouts = StandInRollouts(workload, num_rows, measured.tolerance)
+    Raises:
+        ValueError: on a reward other than PSNR alone, on a reference, or on statistics that only a host can tell.
+    """
+
+    def __init__(self, workload: Workload, budgets: Sequence[int], num_rows: int, reward: Reward, *options: Any) -> None:
+        if set(reward.weights) != {"psnr"} or reward.relative_to is not None:
+            raise ValueError("the stand-in estimates PSNR alone: set reward.metric to psnr and reward.relative_to to null")
+        self.measured = Measured.of(workload)
+        super().__init__(workload, budgets, num_rows, reward, *options)
+
+    def new_rollouts(self, num_rows: int) -> StandInRollouts:
+        """True frames in place of generated ones."""
+        if unknown := sorted({*self.statistics} - {*StandInRollouts.STATISTICS}):
+            raise ValueError(f"the stand-in has no {', '.join(unknown)}: set stand_in.total_timesteps to 0")
+        return StandInRollouts(self.workload, num_rows, self.measured.tolerance)
 
     def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:
         """What each row earned since the last call, and the final estimate of rows that ended (else None)."""
@@ -228,18 +237,6 @@ class StandInEpisodes(EpisodeBatch):
 
 
 class StandInVectorEnv(FrameRetentionVectorEnv):
-    """`FrameRetentionVectorEnv` with stand-in rollouts.
+    """`FrameRetentionVectorEnv` with stand-in rollouts."""
 
-    Raises:
-        ValueError: on a reward other than PSNR alone, on a reference, or on statistics that only a host can tell.
-    """
-
-    def __init__(self, num_envs: int, workload: Workload, budget: Sequence[int], **options: Any) -> None:
-        super().__init__(num_envs, workload, budget, **options)
-        real = self.episodes
-        if set(real.reward.weights) != {"psnr"} or real.reward.relative_to is not None:
-            raise ValueError("the stand-in estimates PSNR alone: set reward.metric to psnr and reward.relative_to to null")
-        if unknown := sorted({*real.statistics} - {*StandInRollouts.STATISTICS}):
-            raise ValueError(f"the stand-in has no {', '.join(unknown)}: set stand_in.total_timesteps to 0")
-        self.episodes = StandInEpisodes(workload, budget, num_envs, real, Measured.of(workload))
-        self._settings.episodes = self.episodes
+    episode_class = StandInEpisodes

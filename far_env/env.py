@@ -40,6 +40,7 @@ class EpisodeSettings:
         memo_bytes: int,
         statistics: Sequence[str],
         clip_options: dict[str, Any] | None,
+        episode_class: type[EpisodeBatch] = EpisodeBatch,
     ) -> None:
         if isinstance(workload, str):
             workload = make_workload(workload, host=host, device=device, precision=precision, **(clip_options or {}))
@@ -54,7 +55,7 @@ class EpisodeSettings:
         self.split = split
         self.num_clips = available if num_clips is None else num_clips
         scoring = Reward.make(reward, relative_to, telescoping)
-        self.episodes = EpisodeBatch(workload, self.budgets, num_rows, scoring, metrics, memo_bytes, statistics)
+        self.episodes = episode_class(workload, self.budgets, num_rows, scoring, metrics, memo_bytes, statistics)
         slots = self.episodes.num_slots
         self.action_space = spaces.MultiBinary(slots)
         self.observation_space = spaces.Dict(

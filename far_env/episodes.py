@@ -105,7 +105,7 @@ class EpisodeBatch:
         self.num_slots = max(workload.num_context, *budgets) + 1
         self.memo = FrameMemo(memo_bytes)
         self.statistics = check_statistics(statistics)
-        self.rollouts = RolloutBatch(workload, num_rows, self.memo, self.statistics)
+        self.rollouts = self.new_rollouts(num_rows)
         self.reward = reward
         self.metric_names = tuple(dict.fromkeys([*reward.weights, *metrics]))
         require_metrics(self.metric_names)
@@ -119,6 +119,10 @@ class EpisodeBatch:
         self._features = np.zeros((num_rows, self.num_slots, len(FEATURES)), dtype=np.float32)
         self._reference_scores = np.zeros((num_rows, workload.num_predict))
         self._known_references: OrderedDict[tuple, np.ndarray] = OrderedDict()
+
+    def new_rollouts(self, num_rows: int) -> RolloutBatch:
+        """What generates the frames."""
+        return RolloutBatch(self.workload, num_rows, self.memo, self.statistics)
 
     def begin(
         self,

@@ -13,6 +13,7 @@ from gymnasium.vector.utils import batch_space
 
 from far_env.contract import RetentionPolicy
 from far_env.env import RESET_OPTIONS, EpisodeSettings, check_reset_options, flat_action_mask
+from far_env.episodes import EpisodeBatch
 from far_env.workloads import Workload
 
 
@@ -30,6 +31,7 @@ class FrameRetentionVectorEnv(VectorEnv):
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    episode_class = EpisodeBatch
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class FrameRetentionVectorEnv(VectorEnv):
             memo_bytes,
             statistics,
             clip_options,
+            self.episode_class,
         )
         self.episodes = self._settings.episodes
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
