@@ -164,10 +164,13 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         ValueError: if the scorer needs what the benchmark does not show.
     """
     if network.view.statistics:
-        told = ", ".join(network.view.statistics)
-        raise ValueError(f"this policy sees {told}, which the benchmark shows no policy; export one trained without statistics")
+        names = ", ".join(network.view.statistics)
+        raise ValueError(
+            f"this policy sees {names}, which the benchmark shows no policy; export one trained without statistics"
+        )
     state = {name: value.detach().cpu().numpy().astype("<f4") for name, value in network.state_dict().items()}
     packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
+    told = network.view
     text = _TEMPLATE.format(
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
         num_heads=network.num_heads,
@@ -175,7 +178,7 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         one_by_one=network.one_by_one,
         independent=network.independent,
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
-        memory=f"self.HistoryMemory({network.view.surroundings}, {network.view.places})" if network.view.memory else None,
+        memory=f"self.HistoryMemory({told.surroundings}, {told.places}, {told.path})" if told.memory else None,
         memory_class=_own_source(network),
         weights="\n".join(f'        "{line}"' for line in textwrap.wrap(packed, 100)),
     )

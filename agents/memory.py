@@ -19,6 +19,7 @@ class HistoryMemory:
     Args:
         surroundings: also recall how frames changed around each kept one, from frames that were dropped as well.
         places: also recall which kept frames show the same place (or shot), as far as the changes tell.
+        path: also recall how far each kept frame is from the newest along the camera's path, as far as the changes tell.
     """
 
     WIDTH = 7
@@ -32,8 +33,19 @@ class HistoryMemory:
     UNSEEN, FARTHEST = 3.0, 25.0
     """Squared distances, in units of `SPREAD`, of two places that were never neighbours, and from which on a place is new."""
 
-    def __init__(self, surroundings: bool = False, places: bool = False) -> None:
-        self.surroundings, self.with_places = surroundings, places
+    STILL = 0.6
+    """A camera that moved shows a picture of less temporal_similarity."""
+    PASSING = (0.004, 0.0012)
+    """How much temporal_similarity and squashed motion differ when the same stretch of the path is passed again."""
+    AHEAD, TURN, NEW, CLOSE, UNLIKE = 0.2, 1.5, 8.0, 3.0, 6.0
+    """What is against a hypothesis (negative log-likelihoods): that the camera went on, turned, passed a stretch for the first
+    time, that the path is a ring; and from which misfit on its two ends are not one stretch of a ring."""
+    SHORTEST_RING = 6
+    NUM_PATHS = 12
+    """Hypotheses that are followed."""
+
+    def __init__(self, surroundings: bool = False, places: bool = False, path: bool = False) -> None:
+        self.surroundings, self.with_places, self.with_path = surroundings, places, path
         self.last_step = -1
         self.num_context = 0
         self.births: list[int] = []
@@ -42,6 +54,7 @@ class HistoryMemory:
         self.places: list[int] = []
         self.num_places = 0
         self.between: dict[tuple, tuple] = {}
+        self.paths: list[tuple] = []
 
     def recall(self, rows: list, step: int) -> list:
         """Columns for each kept frame, to be called once per decision.
@@ -54,7 +67,9 @@ class HistoryMemory:
             Per frame: log(1 + age in frames) / 4, whether it was generated, log(1 + gap to the frame kept before it) / 3,
             and the four features of its first call. With surroundings then, for each of `AROUND`, temporal_similarity and
             squashed motion of that change and 1, or zeros where it is not known. With places then the number of the frame's
-            place among those that are kept, 1, 2, …, as a sixteenth.
+            place among those that are kept, 1, 2, …, as a sixteenth. With path then how many stretches of the camera's path the
+            frame is ahead of the newest (behind: negative) as an eighth, the length of a path that is a ring as a sixteenth,
+            or zero, and 1.
         """
         from math import log1p  # here, because the exported class brings nothing but its own lines
 
@@ -63,6 +78,7 @@ class HistoryMemory:
         if step <= self.last_step or step - self.last_step != num_frames - len(self.births):
             self.births, self.looks, self.changes = [], [], {}
             self.places, self.num_places, self.between = [], 0, {}
+            self.paths = [(0.0, (0,), 1, {}, 0)]
             self.num_context = num_frames - step - 1
         self.last_step = step
         num_new = num_frames - len(self.births)
@@ -79,6 +95,11 @@ class HistoryMemory:
             self.find_places(rows, num_new)
             numbers = {place: number for number, place in enumerate(dict.fromkeys(self.places), start=1)}
             shown = [(numbers[place] / 16,) for place in self.places]
+        if self.with_path:
+            for birth in new_births:
+                if birth > 0:
+                    self.follow(self.changes[birth])
+            shown = [(*own, *told) for own, told in zip(shown, self.along_path(), strict=False)]
         return [
             (
                 log1p(newest - birth) / 4,
@@ -148,6 +169,67 @@ class HistoryMemory:
         """A number that no place of this clip has."""
         self.num_places += 1
         return self.num_places
+
+    def follow(self, change: tuple) -> None:
+        """Lengthen the likeliest paths by a frame: the camera stood still, went on along the path, or turned.
+
+        A path is what is against it, the number of the point that each frame so far shows, the direction (1 or -1), the change
+        that was seen on the stretch from point n to n + 1 with how often it was seen, by n, and the number of points if the
+        path is a ring, else 0.
+        """
+        longer = []
+        for against, points, heading, stretches, ring in self.paths:
+            here = points[-1]
+            if change[0] > self.STILL:
+                longer.append((against, (*points, here), heading, stretches, ring))
+                continue
+            for direction in (heading, -heading) if stretches else (heading,):
+                stretch = here if direction > 0 else here - 1
+                there = here + direction
+                if ring:
+                    stretch, there = stretch % ring, there % ring
+                worse = against + (self.AHEAD if direction == heading else self.TURN)
+                known = stretches.get(stretch)
+                worse += self.NEW if known is None else self.misfit(change, known)
+                passed = {**stretches, stretch: self.averaged(known, (change, 1))}
+                longer.append((worse, (*points, there), direction, passed, ring))
+                if known is None and not ring:
+                    longer += self.closed(worse - self.NEW, (*points, there), direction, passed, stretch)
+        self.paths = sorted(longer, key=lambda path: path[0])[: self.NUM_PATHS]
+
+    def closed(self, against: float, points: tuple, heading: int, stretches: dict, newest: int) -> list:
+        """The path as a ring, if the stretch that it was just lengthened by may be the one at its other end."""
+        other = min(stretches) if newest == max(stretches) else max(stretches)
+        ring = abs(newest - other)
+        misfit = self.misfit(stretches[newest][0], stretches[other])
+        if ring < self.SHORTEST_RING or misfit > self.UNLIKE:
+            return []
+        both = self.averaged(stretches[other], stretches[newest])
+        closed = {number % ring: seen for number, seen in stretches.items()} | {newest % ring: both}
+        return [(against + misfit + self.CLOSE, tuple(point % ring for point in points), heading, closed, ring)]
+
+    def misfit(self, change: tuple, known: tuple) -> float:
+        """Negative log-likelihood of a change on a stretch where another mean was seen, up to a constant."""
+        mean, count = known
+        parts = zip(change, mean, self.PASSING, strict=False)
+        return sum(((own - other) / spread) ** 2 for own, other, spread in parts) * count / (count + 1) / 2
+
+    def averaged(self, *seen: tuple) -> tuple:
+        """The mean of means with counts, with the sum of these; None counts nothing."""
+        known = [own for own in seen if own is not None]
+        total = sum(count for _, count in known)
+        return tuple(sum(mean[part] * count for mean, count in known) / total for part in range(2)), total
+
+    def along_path(self) -> list:
+        """The columns of path for each kept frame."""
+        _, points, heading, _, ring = self.paths[0]
+        columns = []
+        for birth in self.births:
+            ahead = heading * (points[birth] - points[-1])
+            if ring:
+                ahead = (ahead + ring // 2) % ring - ring // 2
+            columns.append((ahead / 8, ring / 16, 1.0))
+        return columns
 
     def keep(self, ids: list) -> None:
         """Remember which rows of the last call stay."""

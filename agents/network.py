@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents import seen
-from agents.surroundings import NUM_EDGES, NUM_PLACE_EDGES, NUM_PLACE_ROWS, NUM_ROWS, compare
+from agents.surroundings import (
+    NUM_EDGES,
+    NUM_PATH_EDGES,
+    NUM_PATH_ROWS,
+    NUM_PLACE_EDGES,
+    NUM_PLACE_ROWS,
+    NUM_ROWS,
+    compare,
+)
 from far_env.episodes import ROW_FEATURES
 
 EDGE_WIDTH = 8
@@ -82,6 +90,7 @@ class RetentionNetwork(nn.Module):
             rule. These are for comparison.
         surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
         places: with surroundings, rows also carry which of them show the same place.
+        path: with surroundings, rows also carry how far apart they are along the camera's path.
         statistics: names of `far_env.contract.STATISTICS` whose `agents.seen.columns` stand behind the other columns.
         one_by_one: where several frames have to go, they are to be dropped one after the other, and the rest scored anew
             (`agents.adapters.choose`). Of frames that look alike one can then stay.
@@ -104,18 +113,20 @@ class RetentionNetwork(nn.Module):
         statistics: Sequence[str] = (),
         one_by_one: bool = False,
         places: bool = False,
+        path: bool = False,
         independent: bool = False,
     ) -> None:
         super().__init__()
         if one_by_one and statistics:
             raise ValueError("one_by_one is for scorers without statistics")
         self.num_heads, self.one_by_one, self.independent = num_heads, one_by_one, independent
-        self.view = seen.View(memory, surroundings, tuple(statistics), places)
+        self.view = seen.View(memory, surroundings, tuple(statistics), places, path)
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
         inputs, edges = self.view.num_told + 4, 0
         if surroundings:
-            inputs, edges = inputs + NUM_ROWS + NUM_PLACE_ROWS * places, edges + NUM_EDGES + NUM_PLACE_EDGES * places
+            inputs += NUM_ROWS + NUM_PLACE_ROWS * places + NUM_PATH_ROWS * path
+            edges += NUM_EDGES + NUM_PLACE_EDGES * places + NUM_PATH_EDGES * path
         if statistics:
             inputs, edges = inputs + seen.num_row_inputs(statistics), edges + seen.num_edges(statistics)
         self.embed = nn.Linear(inputs, width)

@@ -48,6 +48,8 @@ class NetworkSize:
     """Whether it also remembers how frames changed around each one, dropped ones too, and compares frames by it."""
     places: bool = False
     """Whether it also remembers which frames show the same place or shot, as far as changes tell."""
+    path: bool = False
+    """Whether it also remembers how far apart frames are along the camera's path, as far as changes tell."""
     statistics: tuple[str, ...] = ()
     """What it may see beyond the benchmark's matrix, see `far_env.contract.STATISTICS`; such a scorer cannot be exported."""
     one_by_one: bool = False

@@ -135,6 +135,8 @@ def _card(
         sees += " It also remembers how frames changed around each one, and compares frames by that."
     if network.view.places:
         sees += " From that it concludes which frames show the same place or shot."
+    if network.view.path:
+        sees += " From that it concludes how far apart frames are along the camera's path."
     if network.one_by_one:
         sees += " Where several frames have to go, it drops one after the other, and scores the rest anew."
     export = "" if network.view.statistics else f"far-env export {name} --out policy.py\n"

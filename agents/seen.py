@@ -27,31 +27,34 @@ class View:
         surroundings: of frames that were dropped as well.
         statistics: names of `far_env.contract.STATISTICS`.
         places: which frames show the same place.
+        path: how far apart frames are along the camera's path.
 
     Raises:
-        ValueError: on surroundings without memory, places without surroundings, or a statistic that cannot be used.
+        ValueError: on surroundings without memory, places or path without surroundings, or a statistic that cannot be used.
     """
 
     memory: bool = False
     surroundings: bool = False
     statistics: tuple[str, ...] = ()
     places: bool = False
+    path: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "statistics", check_usable(self.statistics))
         if self.surroundings and not self.memory:
             raise ValueError("surroundings are remembered: set memory as well")
-        if self.places and not self.surroundings:
-            raise ValueError("places are told by surroundings: set surroundings as well")
+        if (self.places or self.path) and not self.surroundings:
+            raise ValueError("places and path are told by surroundings: set surroundings as well")
 
     def new_memory(self) -> HistoryMemory | None:
         """For a new clip."""
-        return HistoryMemory(self.surroundings, self.places) if self.memory else None
+        return HistoryMemory(self.surroundings, self.places, self.path) if self.memory else None
 
     @property
     def num_remembered(self) -> int:
         """Columns of memory."""
-        return HistoryMemory.WIDTH * self.memory + 3 * len(HistoryMemory.AROUND) * self.surroundings + self.places
+        further = 3 * len(HistoryMemory.AROUND) * self.surroundings + self.places + 3 * self.path
+        return HistoryMemory.WIDTH * self.memory + further
 
     @property
     def num_told(self) -> int:

@@ -10,6 +10,8 @@ NUM_EDGES = 21
 NUM_ROWS = 2
 NUM_PLACE_EDGES = 1
 NUM_PLACE_ROWS = 3
+NUM_PATH_EDGES = 4
+NUM_PATH_ROWS = 5
 
 
 def compare(xp: object, remembered: object) -> tuple:
@@ -21,12 +23,16 @@ def compare(xp: object, remembered: object) -> tuple:
 
     Args:
         xp: the module torch or numpy.
-        remembered: a tensor or array (…, N, 19), what a `HistoryMemory` with surroundings recalls; zero on padding.
+        remembered: a tensor or array (…, N, 19 or more), what a `HistoryMemory` with surroundings recalls; zero on padding.
 
     Returns:
-        rows (…, N, 2): the best agreement of two changes with any other frame, and with a newer one.
+        rows (…, N, 2): the best agreement of two changes with any other frame, and with a newer one. With places 3 more:
+        whether a newer frame, an older one and the newest show the same place. With path 5 more: the same of points of the
+        path, and how near the next other point is ahead and behind, 1 − distance / 8.
         edges (…, N, N, 21): the agreements of each case, of one change at both scales and of two; the best of two changes
-        over the cases, at both scales; which frame is newer, log(1 + gap) / 3, and whether they are one.
+        over the cases, at both scales; which frame is newer, log(1 + gap) / 3, and whether they are one. With places 1 more:
+        whether they show the same. With path 4 more: whether frame i is at the point of frame j, at the next one ahead, at the
+        next one behind, and how far ahead it is, as an eighth.
     """
     scales = (0.004, 0.03)
     second, first, after, later = ([remembered[..., 7 + 3 * place + part] for part in range(3)] for place in range(4))
@@ -51,9 +57,20 @@ def compare(xp: object, remembered: object) -> tuple:
     edges += [*best, xp.clip(gap, -1, 1), xp.log1p(xp.abs(gap)) / 3, same]
     others = best[1] * (1 - same)
     rows = [xp.amax(others, -1), xp.amax(others * xp.clip(-gap, 0, 1), -1)]
-    if remembered.shape[-1] > 19:
+    further = remembered.shape[-1] - 19
+    if further % 3:
         place = remembered[..., 19]
         alike = xp.exp(-1000 * xp.abs(place[..., :, None] - place[..., None, :]))
         edges.append(alike)
         rows += [xp.amax(alike * xp.clip(-gap, 0, 1), -1), xp.amax(alike * xp.clip(gap, 0, 1), -1), alike[..., -1]]
+    if further > 2:
+        point, ring, known = (remembered[..., part - 3] for part in range(3))
+        both = known[..., :, None] * known[..., None, :]
+        ahead, length = 8 * (point[..., :, None] - point[..., None, :]), 16 * ring[..., :, None]
+        length = length + 1e6 * xp.clip(1 - length, 0, 1)
+        ahead = ahead - length * xp.round(ahead / length - 1e-3)
+        alike = xp.exp(-20 * ahead**2) * both
+        rows += [xp.amax(alike * xp.clip(-gap, 0, 1), -1), xp.amax(alike * xp.clip(gap, 0, 1), -1), alike[..., -1]]
+        rows += [xp.amax(xp.clip(1 + side / 8, 0, 1) * xp.clip(-side, 0, 1) * both, -1) for side in (ahead, -ahead)]
+        edges += [alike, *(xp.exp(-20 * (ahead - side) ** 2) * both for side in (1, -1)), xp.clip(ahead / 8, -1, 1) * both]
     return xp.stack(rows, -1), xp.stack(edges, -1)

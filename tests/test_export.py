@@ -28,7 +28,8 @@ SIZES = {
     "independent": {"independent": True},
     "surroundings": {"memory": True, "surroundings": True},
     "places": {"memory": True, "surroundings": True, "places": True},
-    "one by one": {"memory": True, "surroundings": True, "one_by_one": True},
+    "path": {"memory": True, "surroundings": True, "path": True},
+    "one by one": {"memory": True, "surroundings": True, "places": True, "path": True, "one_by_one": True},
     "one by one, memoryless": {"one_by_one": True},
     "surroundings, rows alone": {"memory": True, "surroundings": True, "attention": False},
 }

@@ -91,7 +91,7 @@ def test_what_shows_the_same_place_is_told_alike_in_torch_and_numpy():
 
 
 def test_places_need_surroundings():
-    with pytest.raises(ValueError, match="places are told by surroundings: set surroundings as well"):
+    with pytest.raises(ValueError, match="places and path are told by surroundings: set surroundings as well"):
         RetentionNetwork(memory=True, places=True)
     network = RetentionNetwork(memory=True, surroundings=True, places=True)
     assert sum(p.numel() for p in network.parameters()) < 100_000
