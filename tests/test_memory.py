@@ -15,6 +15,7 @@ from agents.decisions import TrueHistories
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
 from agents.seen import View
+from far_env.frame_meta import frame_features
 from far_env.sb3 import SB3VecEnv
 from far_env.vector_env import FrameRetentionVectorEnv
 from far_env.workloads import make_workload
@@ -152,3 +153,63 @@ def test_shots_are_told_apart_on_real_latents():
             histories.retain(row, kept)
             memory.keep(kept)
     assert np.mean(right) > 0.93
+
+
+def along(points, stretches, ring=0):
+    """Features of frames at these points of a path, from one stretch's similarity to the next; standing still looks alike."""
+    rows = [(0.0, 0.0, 1.0, 0.0)]
+    for before, own in itertools.pairwise(points):
+        if own == before:
+            rows.append((0.1, 0.5, 0.8, 0.1))
+            continue
+        stretch = min(own, before) % ring if ring else min(own, before)
+        rows.append((1.0, 1.0, stretches[stretch], 0.5 - stretches[stretch] / 3))
+    return rows
+
+
+def test_a_path_is_followed_forth_and_back_and_through_frames_that_were_dropped():
+    stretches = {0: 0.10, 1: 0.20, 2: 0.30, 3: 0.40, -1: 0.15}
+    points = [0, 1, 2, 3, 3, 3, 2, 1, 0, -1, -1, 0, 1]
+    shown = along(points, stretches)
+    memory = HistoryMemory(surroundings=True, path=True)
+    memory.recall(shown[:6], 0)
+    assert [row[-3:] for row in memory.recall(shown[:6], 0)] == [(own / 8, 0.0, 1.0) for own in (-3, -2, -1, 0, 0, 0)]
+    kept = list(range(6))
+    for newest in range(6, len(points)):
+        kept = [kept[0], kept[2], kept[-2], kept[-1], newest]
+        memory.keep([0, 2, -2, -1][: len(memory.births)])
+        told = [row[-3:] for row in memory.recall([shown[frame] for frame in kept], newest - 5)]
+        moves = [later - before for before, later in itertools.pairwise(points[: newest + 1]) if later != before]
+        assert told == [(moves[-1] * (points[frame] - points[newest]) / 8, 0.0, 1.0) for frame in kept], newest
+    assert memory.recall(shown[:6], 0) == HistoryMemory(surroundings=True, path=True).recall(shown[:6], 0), "another clip"
+
+
+def test_a_path_that_meets_itself_is_a_ring():
+    stretches = {number: similarity / 20 for number, similarity in enumerate((3, 7, 1, 9, 5, 2, 8))}
+    points = [*range(5), *range(3, 12)]  # 0 to 4, back to 3, and on to 11, which is 4 again
+    memory = HistoryMemory(surroundings=True, path=True)
+    told = memory.recall(along(points, stretches, ring=7), 0)
+    here = points[-1]
+    expected = [min(((own - here) % 7, (own - here) % 7 - 7), key=abs) / 8 for own in points]
+    assert [row[-3:] for row in told] == [(ahead, 7 / 16, 1.0) for ahead in expected]
+
+
+@pytest.mark.parametrize(("name", "share"), [("orbit", 0.9), ("pan", 0.6)])
+@torch.no_grad()
+def test_a_camera_is_followed_on_real_latents(name, share):
+    """In most clips every frame is found where the camera was, up to which way is ahead."""
+    workload = make_workload(name, device="cpu")
+    right = []
+    for number in range(24):
+        clip = workload.clips.clip("train", number)
+        latents = workload.host.autoencoder.encode(torch.from_numpy(clip.frames)[None])
+        features = frame_features(latents.float())[0].numpy()
+        features[:, 3] /= 1 + features[:, 3]
+        told = HistoryMemory(surroundings=True, path=True).recall(features.tolist(), workload.num_predict - 1)
+        ahead, ring = np.array([row[-3] for row in told]) * 8, round(told[0][-2] * 16)
+        moves = 2 * clip.actions[1:] - 1 if name == "orbit" else clip.actions[1:] - 2
+        places = np.concatenate([[0], np.cumsum(moves)])
+        same = np.equal.outer(places, places) if name == "pan" else np.subtract.outer(places, places) % 12 == 0
+        found = np.subtract.outer(ahead, ahead).round()
+        right.append(((found % ring if ring else found) == 0).tolist() == same.tolist())
+    assert np.mean(right) > share

@@ -10,7 +10,7 @@ import torch
 
 from agents.memory import HistoryMemory
 from agents.network import RetentionNetwork
-from agents.surroundings import NUM_EDGES, NUM_PLACE_EDGES, NUM_PLACE_ROWS, NUM_ROWS, compare
+from agents.surroundings import NUM_EDGES, NUM_PATH_EDGES, NUM_PATH_ROWS, NUM_PLACE_EDGES, NUM_PLACE_ROWS, NUM_ROWS, compare
 
 
 def recalled(similarities, motions, kept):
@@ -90,10 +90,37 @@ def test_what_shows_the_same_place_is_told_alike_in_torch_and_numpy():
     np.testing.assert_allclose(newest, [1, 0, 1, 0, 0, 1], atol=1e-5)
 
 
+def test_distances_along_a_path_and_around_a_ring_are_told_alike_in_torch_and_numpy():
+    births, points, ring = [0, 3, 4, 7, 8, 9], [-5, 1, 4, -5, 6, 0], 11
+    remembered = np.zeros((7, 22), dtype=np.float32)  # the first row is padding
+    remembered[1:, 0] = np.log1p(9 - np.array(births)) / 4
+    remembered[1:, 19:] = [(point / 8, ring / 16, 1) for point in points]
+    rows, edges = compare(np, remembered)
+    assert rows.shape == (7, NUM_ROWS + NUM_PATH_ROWS) and edges.shape == (7, 7, NUM_EDGES + NUM_PATH_EDGES)
+    for found, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    apart = np.array([[(own - other + 5) % ring - 5 for other in points] for own in points])
+    same, ahead, behind, distance = np.moveaxis(edges[1:, 1:, NUM_EDGES:], -1, 0)
+    for found, expected in ((same, 0), (ahead, 1), (behind, -1)):
+        np.testing.assert_allclose(found, apart == expected, atol=1e-6)
+    np.testing.assert_allclose(distance, apart / 8, atol=1e-5)
+    assert not edges[0, 1:, NUM_EDGES:].any() and not edges[1:, 0, NUM_EDGES:].any()
+    newer, older, newest, next_ahead, next_behind = rows[1:, NUM_ROWS:].T
+    np.testing.assert_allclose(newer, [1, 0, 0, 1, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(older, [0, 0, 0, 1, 1, 0], atol=1e-5)
+    np.testing.assert_allclose(newest, [0, 0, 0, 0, 0, 1], atol=1e-5)
+    for found, side in ((next_ahead, -apart), (next_behind, apart)):
+        nearest = [min((other for other in row if other > 0), default=8) for row in side]
+        np.testing.assert_allclose(found, 1 - np.array(nearest) / 8, atol=1e-5)
+    # Without a ring, a path goes on and on.
+    remembered[:, 20] = 0
+    np.testing.assert_allclose(compare(np, remembered)[1][1:, 1:, -1], np.subtract.outer(points, points).clip(-8, 8) / 8)
+
+
 def test_places_need_surroundings():
     with pytest.raises(ValueError, match="places and path are told by surroundings: set surroundings as well"):
         RetentionNetwork(memory=True, places=True)
-    network = RetentionNetwork(memory=True, surroundings=True, places=True)
+    network = RetentionNetwork(memory=True, surroundings=True, places=True, path=True)
     assert sum(p.numel() for p in network.parameters()) < 100_000
 
 
