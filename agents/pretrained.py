@@ -120,7 +120,9 @@ def _card(
             f"imitation of an expert that knows the clip, on the true frames of {settings.imitation.true_clips:,} clips"
         )
     if settings.imitation.rounds:
-        stages.append(f"{settings.imitation.rounds} rounds of imitation of an expert that knows what the clip will show")
+        count = settings.imitation.rounds
+        rounds = f"{count} round{'s' * (count > 1)} of imitation"
+        stages.append(f"{rounds} of an expert that knows what the clip will show, in rollouts")
     kept = f"the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
     for ppo, where in ((settings.stand_in, "with a stand-in for the host"), (settings.ppo, "with the host")):
         if ppo.total_timesteps:

@@ -106,7 +106,7 @@ def test_a_shipped_run_is_the_run(finished, shelf, tiny_workload):
     card = (folder / pretrained.CARD_FILE).read_text()
     scores = table_of(finished)["policies"]["learned"]["psnr"]
     assert f"| pan | 4 | pretrained/mine | {scores['mean']:.2f} [{scores['low']:.2f}, {scores['high']:.2f}] |" in card
-    assert "32 decisions of PPO" in card and re.search(r"- Time: \d+\.\d minutes\.", card) and "rounds of imitation" not in card
+    assert "32 decisions of PPO" in card and re.search(r"- Time: \d+\.\d minutes\.", card) and "of imitation" not in card
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.yaml", "policy.json", "policy.safetensors"}
     result = evaluate(tiny_workload, 4, {"pretrained/mine": load_policy("pretrained/mine")}, [0], metrics=["psnr"])
     assert result.scores["pretrained/mine"]["psnr"].shape == (1, 1)
