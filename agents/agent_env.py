@@ -33,7 +33,11 @@ class AgentVecEnv(VecEnvWrapper):
         low = np.zeros((self.num_slots, view.num_told), dtype=np.float32)
         told = np.full((self.num_slots, seen.num_columns(shapes)), -1.0, dtype=np.float32)
         low = np.concatenate([low, told], axis=1)
-        parts["frames"] = spaces.Box(low, np.full_like(low, 4.0), dtype=np.float32)
+        high = np.full_like(low, 4.0)
+        if view.path:  # which may lead anywhere
+            ahead = view.num_told - HistoryMemory.PATH_WIDTH
+            low[:, ahead], high[:, ahead : view.num_told] = -np.inf, np.inf
+        parts["frames"] = spaces.Box(low, high, dtype=np.float32)
         super().__init__(venv, observation_space=spaces.Dict(parts))
         self.memories: list[HistoryMemory] = [view.new_memory() for _ in range(self.num_envs)] if view.memory else []
         self._shown = [(0, 0)] * self.num_envs

@@ -43,6 +43,7 @@ class HistoryMemory:
     SHORTEST_RING = 6
     NUM_PATHS = 12
     """Hypotheses that are followed."""
+    PATH_WIDTH = 3
 
     def __init__(self, surroundings: bool = False, places: bool = False, path: bool = False) -> None:
         self.surroundings, self.with_places, self.with_path = surroundings, places, path

@@ -53,7 +53,7 @@ class View:
     @property
     def num_remembered(self) -> int:
         """Columns of memory."""
-        further = 3 * len(HistoryMemory.AROUND) * self.surroundings + self.places + 3 * self.path
+        further = 3 * len(HistoryMemory.AROUND) * self.surroundings + self.places + HistoryMemory.PATH_WIDTH * self.path
         return HistoryMemory.WIDTH * self.memory + further
 
     @property

@@ -72,7 +72,14 @@ def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size", [{}, {"memory": True}, {"statistics": ("lat_cos", "denoise_gap", "expected_mass")}], ids=lambda size: "+".join(size)
+    "size",
+    [
+        {},
+        {"memory": True},
+        {"memory": True, "surroundings": True, "places": True, "path": True},
+        {"statistics": ("lat_cos", "denoise_gap", "expected_mass")},
+    ],
+    ids=lambda size: "+".join(size),
 )
 def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_path, monkeypatch, size):
     config = dataclasses.replace(config, network=NetworkSize(**size))

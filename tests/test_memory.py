@@ -54,13 +54,14 @@ def test_a_new_clip_begins_anew():
     assert memory.recall(rows(7, 8, 9), 1) == HistoryMemory().recall(rows(7, 8, 9), 1)
 
 
-def test_environment_and_policy_remember_the_same(tiny_workload):
+@pytest.mark.parametrize("further", [{}, {"surroundings": True, "places": True, "path": True}], ids=["ages", "all"])
+def test_environment_and_policy_remember_the_same(tiny_workload, further):
     """The network's inputs in training are those of the policy on the same history."""
     env = FrameRetentionVectorEnv(3, tiny_workload, 4, autoreset_mode="SAME_STEP", num_clips=16)
-    venv = AgentVecEnv(SB3VecEnv(env), [tiny_workload.num_predict] * 3, View(memory=True))
+    venv = AgentVecEnv(SB3VecEnv(env), [tiny_workload.num_predict] * 3, View(memory=True, **further))
     venv.seed(0)
     observations = venv.reset()
-    policies = [AgentPolicy(RetentionNetwork(memory=True)) for _ in range(3)]
+    policies = [AgentPolicy(RetentionNetwork(memory=True, **further)) for _ in range(3)]
     rng = np.random.default_rng(0)
     for _ in range(25):
         assert venv.observation_space.contains({key: value[0] for key, value in observations.items()})
@@ -76,7 +77,7 @@ def test_environment_and_policy_remember_the_same(tiny_workload):
             actions[row, venv.num_slots - num_frames + np.array(kept)] = 1
         observations, _, dones, _ = venv.step(actions)
         for row in np.flatnonzero(dones):
-            policies[row] = AgentPolicy(RetentionNetwork(memory=True))
+            policies[row] = AgentPolicy(RetentionNetwork(memory=True, **further))
 
 
 def test_surroundings_are_the_changes_around_a_frame_also_of_dropped_ones():
