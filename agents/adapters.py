@@ -133,13 +133,12 @@ def choose(
         if statistics is not None:
             shown = torch.cat([shown, statistics[None]], dim=-1)
         count = len(left)
-        logits = network(shown, torch.ones(1, count), torch.tensor([(max_frames / count, progress, 1.0)]))
+        every = torch.ones(1, count)
+        logits = network(shown, every, torch.tensor([(max_frames / count, progress, 1.0)]))
         if not network.one_by_one or count <= max_frames + 1:
             break
         left.pop(int(logits[0, :-1].argmin()))
-    forced = torch.zeros(1, count, dtype=torch.bool)
-    forced[:, -1] = True
-    mode = BudgetedSubset(network.ranked(logits), ~forced, forced, torch.tensor([max_frames])).mode()[0]
+    mode = BudgetedSubset.of_histories(network.ranked(logits), every, torch.tensor([max_frames])).mode()[0]
     return [left[place] for place in mode.nonzero().flatten().tolist()]
 
 

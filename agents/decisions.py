@@ -403,16 +403,12 @@ def _acted(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
         return np.stack(masks)
     columns = [torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)]
     decisions = Decisions(*columns)
-    chosen = choices(actor, decisions)
-    acting = BudgetedSubset(actor.ranked(chosen.logits), chosen.free, chosen.forced, decisions.max_frames)
+    logits = actor(decisions.frames, decisions.mask, decisions.budget)
+    acting = BudgetedSubset.of_histories(actor.ranked(logits), decisions.mask, decisions.max_frames)
     return acting.mode().numpy().astype(bool)
 
 
 def choices(network: RetentionNetwork, decisions: Decisions) -> BudgetedSubset:
     """The scorer's distribution over what to keep at each decision."""
     logits = network(decisions.frames, decisions.mask, decisions.budget)
-    forced = torch.zeros_like(decisions.mask, dtype=torch.bool)
-    forced[:, -1] = True
-    free = (decisions.mask > 0) & ~forced
-    most = torch.full_like(decisions.max_frames, logits.shape[1]) if network.independent else decisions.max_frames
-    return BudgetedSubset(logits, free, forced, most)
+    return BudgetedSubset.of_histories(logits, decisions.mask, network.largest(decisions.max_frames, logits.shape[1]))

@@ -189,13 +189,13 @@ class HistoryMemory:
                 there = here + direction
                 if ring:
                     stretch, there = stretch % ring, there % ring
-                worse = against + (self.AHEAD if direction == heading else self.TURN)
+                moved = against + (self.AHEAD if direction == heading else self.TURN)
                 known = stretches.get(stretch)
-                worse += self.NEW if known is None else self.misfit(change, known)
+                seen = self.NEW if known is None else self.misfit(change, known)
                 passed = {**stretches, stretch: self.averaged(known, (change, 1))}
-                longer.append((worse, (*points, there), direction, passed, ring))
+                longer.append((moved + seen, (*points, there), direction, passed, ring))
                 if known is None and not ring:
-                    longer += self.closed(worse - self.NEW, (*points, there), direction, passed, stretch)
+                    longer += self.closed(moved, (*points, there), direction, passed, stretch)
         self.paths = sorted(longer, key=lambda path: path[0])[: self.NUM_PATHS]
 
     def closed(self, against: float, points: tuple, heading: int, stretches: dict, newest: int) -> list:

@@ -145,6 +145,10 @@ class RetentionNetwork(nn.Module):
         """Observation parts, batched (see `far_env.env.FrameRetentionEnv`), to logits (B, N)."""
         return self.head(self.encode(frames, mask, budget)).squeeze(-1)
 
+    def largest(self, max_frames: Tensor, slots: int) -> Tensor:
+        """How many frames a set that is drawn may have, shaped like ``max_frames``: nothing bounds independent frames."""
+        return torch.full_like(max_frames, slots) if self.independent else max_frames
+
     def ranked(self, logits: Tensor) -> Tensor:
         """Logits (B, N) such that the highest positive ones stay where there are too many: of independent ones the newest."""
         if not self.independent:

@@ -201,13 +201,13 @@ class StandInEpisodes(EpisodeBatch):
     def __init__(self, workload: Workload, budgets: Sequence[int], num_rows: int, reward: Reward, *options: Any) -> None:
         if set(reward.weights) != {"psnr"} or reward.relative_to is not None:
             raise ValueError("the stand-in estimates PSNR alone: set reward.metric to psnr and reward.relative_to to null")
-        self.measured = Measured.of(workload)
         super().__init__(workload, budgets, num_rows, reward, *options)
 
     def new_rollouts(self, num_rows: int) -> StandInRollouts:
         """True frames in place of generated ones."""
         if unknown := sorted({*self.statistics} - {*StandInRollouts.STATISTICS}):
             raise ValueError(f"the stand-in has no {', '.join(unknown)}: set stand_in.total_timesteps to 0")
+        self.measured = Measured.of(self.workload)
         return StandInRollouts(self.workload, num_rows, self.measured.tolerance)
 
     def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:

@@ -28,6 +28,13 @@ class BudgetedSubset:
         self._table = self._prefix_table()
         self.log_normaliser = self._within_capacity(self._table[:, -1]).logsumexp(dim=1)
 
+    @staticmethod
+    def of_histories(logits: Tensor, mask: Tensor, max_size: Tensor) -> BudgetedSubset:
+        """Over right-aligned histories, of which the newest frame always stays; mask (B, N) is above 0 where a frame is."""
+        forced = torch.zeros_like(mask, dtype=torch.bool)
+        forced[:, -1] = True
+        return BudgetedSubset(logits, (mask > 0) & ~forced, forced, max_size)
+
     def log_prob(self, masks: Tensor) -> Tensor:
         """log p of keep masks (B, N); −1e9 or less for masks that break the rules."""
         chosen = masks.bool()

@@ -51,8 +51,8 @@ class ActorCritic(nn.Module):
         """Logits and budget (B, N + 1)."""
         frames, mask, budget = self._unpack(packed)
         # Independent frames may be too many: the environment then keeps the newest.
-        share = torch.ones_like(budget[:, :1]) if self.actor.independent else budget[:, :1]
-        max_frames = (share * self.frames_shape[0]).round()
+        slots = self.frames_shape[0]
+        max_frames = self.actor.largest((budget[:, :1] * slots).round(), slots)
         # Padding is never worth a place, also where no action mask says so.
         logits = self.actor(frames, mask, budget).masked_fill(mask == 0, PADDING_LOGIT)
         return torch.cat([logits, max_frames], dim=1)

@@ -41,6 +41,9 @@ def compare(xp: object, remembered: object) -> tuple:
         squares = [(own[part][..., :, None] - other[part][..., None, :]) ** 2 for part in range(2)]
         return xp.sqrt(squares[0] + squares[1] + 1e-12), own[2][..., :, None] * other[2][..., None, :]
 
+    def elsewhere(alike: object) -> list:
+        return [xp.amax(alike * xp.clip(-gap, 0, 1), -1), xp.amax(alike * xp.clip(gap, 0, 1), -1), alike[..., -1]]
+
     before, behind = (first, second), (after, later)
     edges, best = [], [None, None]
     for own, other in ((before, before), (behind, behind), (before, behind), (behind, before)):
@@ -57,12 +60,12 @@ def compare(xp: object, remembered: object) -> tuple:
     edges += [*best, xp.clip(gap, -1, 1), xp.log1p(xp.abs(gap)) / 3, same]
     others = best[1] * (1 - same)
     rows = [xp.amax(others, -1), xp.amax(others * xp.clip(-gap, 0, 1), -1)]
-    further = remembered.shape[-1] - 19
+    further = remembered.shape[-1] - 19  # 1 column of places, then 3 of path
     if further % 3:
         place = remembered[..., 19]
         alike = xp.exp(-1000 * xp.abs(place[..., :, None] - place[..., None, :]))
         edges.append(alike)
-        rows += [xp.amax(alike * xp.clip(-gap, 0, 1), -1), xp.amax(alike * xp.clip(gap, 0, 1), -1), alike[..., -1]]
+        rows += elsewhere(alike)
     if further > 2:
         point, ring, known = (remembered[..., part - 3] for part in range(3))
         both = known[..., :, None] * known[..., None, :]
@@ -70,7 +73,7 @@ def compare(xp: object, remembered: object) -> tuple:
         length = length + 1e6 * xp.clip(1 - length, 0, 1)
         ahead = ahead - length * xp.round(ahead / length - 1e-3)
         alike = xp.exp(-20 * ahead**2) * both
-        rows += [xp.amax(alike * xp.clip(-gap, 0, 1), -1), xp.amax(alike * xp.clip(gap, 0, 1), -1), alike[..., -1]]
+        rows += elsewhere(alike)
         rows += [xp.amax(xp.clip(1 + side / 8, 0, 1) * xp.clip(-side, 0, 1) * both, -1) for side in (ahead, -ahead)]
         edges += [alike, *(xp.exp(-20 * (ahead - side) ** 2) * both for side in (1, -1)), xp.clip(ahead / 8, -1, 1) * both]
     return xp.stack(rows, -1), xp.stack(edges, -1)

@@ -52,7 +52,7 @@ def test_the_expert_acts_as_the_search_of_width_one(tiny_workload, collected):
 def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
     torch.manual_seed(0)
     network = RetentionNetwork(**SIZE)
-    part = Decisions(*(getattr(collected, name)[:5] for name in Decisions.__dataclass_fields__))
+    part = collected.rows(torch.arange(5))
     loss = imitation_loss(network, part, temperature=0.01)
     expected = []
     with torch.no_grad():
@@ -81,8 +81,8 @@ def test_what_can_be_seen_is_learned():
     ones = torch.ones(count, slots)
     budget = torch.tensor([0.5, 0.0, 1.0]).expand(count, 3)
     decisions = Decisions(frames, ones, budget, torch.full((count,), 3), best, torch.zeros(count, 1))
-    held_out = Decisions(*(getattr(decisions, name)[300:] for name in Decisions.__dataclass_fields__))
-    known = Decisions(*(getattr(decisions, name)[:300] for name in Decisions.__dataclass_fields__))
+    held_out = decisions.rows(torch.arange(300, count))
+    known = decisions.rows(torch.arange(300))
     settings = ImitationSettings(epochs=40, batch_size=50, learning_rate=5e-3)
     network = fit(known, {"width": 32}, settings, seed=0)
     agreement = (choices(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
@@ -189,6 +189,28 @@ def test_histories_of_true_frames_are_rollouts_of_a_perfect_host(tiny_workload):
         for histories in (true, rolled):
             histories.retain(0, [0, 2, 3])
             histories.retain(1, [0, 2] if step else [1, 2, 4, 5])
+
+
+def test_rehearsal_adds_decisions_about_true_clips_to_those_of_the_rounds(tiny_workload, tmp_path, monkeypatch):
+    lessons, original = [], imitation.fit
+
+    def noted(decisions, *rest):
+        lessons.append(decisions)
+        return original(decisions, *rest)
+
+    monkeypatch.setattr(imitation, "fit", noted)
+    settings = dataclasses.replace(SETTINGS, true_clips=4, rehearsal=0.5)
+    imitate(settings, SIZE, [tiny_workload], [4], tmp_path, seed=0, num_clips=20)
+    prepared, first, both = lessons
+    assert [len(lesson) for lesson in lessons] == [52, 30 + 15, 60 + 30]
+    known = {row.numpy().tobytes() for row in prepared.frames}
+    for lesson, count in ((first, 30), (both, 60)):
+        rehearsed = [row.numpy().tobytes() for row in lesson.frames[count:]]
+        assert set(rehearsed) <= known and len(set(rehearsed)) > len(rehearsed) / 2
+        assert not {row.numpy().tobytes() for row in lesson.frames[:count]} & known
+    torch.testing.assert_close(both.frames[:30], first.frames[:30])
+    with pytest.raises(ValueError, match="rehearsal is of true_clips"):
+        dataclasses.replace(SETTINGS, rehearsal=1.0)
 
 
 def test_decisions_about_true_clips_come_first_and_are_not_collected_again(tiny_workload, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from torch.distributions import Bernoulli
 
 from agents.adapters import choose, observed_rows
-from agents.decisions import Decisions, choices, collect
+from agents.decisions import choices, collect
 from agents.network import RetentionNetwork
 from agents.subset_policy import SubsetPolicy
 from far_env.env import flat_action_mask
@@ -62,7 +62,7 @@ def test_imitation_learns_every_frame_by_itself_and_collects_as_it_acts(network,
     retain = RolloutBatch.retain
     monkeypatch.setattr(RolloutBatch, "retain", lambda self, row, ids: (retained.append(ids), retain(self, row, ids)))
     noted = collect(tiny_workload, [0, 1], [2, 3], actor=network, view=network.view, candidates=4, progress=False)
-    part = Decisions(*(getattr(noted, name)[:8] for name in Decisions.__dataclass_fields__))
+    part = noted.rows(torch.arange(8))
     older = part.mask.bool()
     older[:, -1] = False
     logits = network(part.frames, part.mask, part.budget)
