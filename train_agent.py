@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from agents.ppo import AgentTraining
-from agents.training import train
+from far_env.agents.ppo import AgentTraining
+from far_env.agents.trainer import train
+
 from far_env.cli import run_guarded
 from far_env.config import parse
 

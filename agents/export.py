@@ -8,12 +8,12 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+from far_env.agents.checkpoints import load_scorer
+from far_env.agents.memory import HistoryMemory
+from far_env.agents.network import RetentionNetwork
+from far_env.agents.surroundings import compare
 
-from agents.memory import HistoryMemory
-from agents.network import RetentionNetwork
-from agents.runs import load_scorer
-from agents.surroundings import compare
-from far_env.config import write_text
+from far_env.io import write_text
 
 _TEMPLATE = '''\
 """A learned frame-retention policy for ar-video-kv-temporal-policy, exported by far-env.
@@ -53,7 +53,7 @@ class VideoTemporalKVPolicy:
 
     NUM_HEADS = {num_heads}
     NUM_LAYERS = {num_layers}
-    ONE_BY_ONE = {one_by_one}
+    ONE_BY_ONE = {sequential_eviction}
     INDEPENDENT = {independent}
     SHAPES = {shapes}
     WEIGHTS = (
@@ -163,11 +163,9 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
     Raises:
         ValueError: if the scorer needs what the benchmark does not show.
     """
-    if network.view.statistics:
-        names = ", ".join(network.view.statistics)
-        raise ValueError(
-            f"this policy sees {names}, which the benchmark shows no policy; export one trained without statistics"
-        )
+    if network.view.signals:
+        names = ", ".join(network.view.signals)
+        raise ValueError(f"this policy sees {names}, which the benchmark shows no policy; export one trained without signals")
     state = {name: value.detach().cpu().numpy().astype("<f4") for name, value in network.state_dict().items()}
     packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
     told = network.view
@@ -175,7 +173,7 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
         num_heads=network.num_heads,
         num_layers=len(network.blocks),
-        one_by_one=network.one_by_one,
+        sequential_eviction=network.sequential_eviction,
         independent=network.independent,
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
         memory=f"self.HistoryMemory({told.surroundings}, {told.places}, {told.path})" if told.memory else None,

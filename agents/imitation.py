@@ -2,8 +2,6 @@
 
 The label of a decision is not one set of frames but the best few with their costs, because many sets are equally good:
 the target is softmax(−cost / temperature), the loss its cross-entropy under the budgeted-subset distribution.
-For comparison, labels can be future utilities of single frames (`agents.utility`): then the alternatives are the frames, and
-the scorer's probabilities those of drawing one.
 Dataset aggregation: Ross et al., arXiv 1011.0686.
 """
 
@@ -17,21 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from far_env.agents.expert_data import ExpertData, choices, collect
+from far_env.agents.network import RetentionNetwork
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from agents.decisions import Decisions, choices, collect
-from agents.network import RetentionNetwork
-from far_env.config import require_positive, write_text
-from far_env.contract import unknown_name
-from far_env.host.training_loop import load_tensors, save_tensors
+from far_env.config import require_positive
+from far_env.errors import unknown_name
+from far_env.io import write_text
+from far_env.tensor_files import load_tensors, save_tensors
 from far_env.workloads import Workload
 
 INDEX_FILE = "index.json"
 TRUE_SCORER_FILE = "true_scorer.ckpt"
-GOING_ON = 0.25
+FINETUNE_LR_SCALE = 0.25
 """Share of the learning rate for a scorer that has already learned from true frames."""
 LABELS = ("coverage", "future_utility")
 ALWAYS_POSITIVE = 100.0
@@ -47,7 +46,7 @@ class ImitationSettings:
     true_clips: int = 0
     """Clips in whose true frames decisions are collected beforehand, without rollouts, which is much faster. The first round's
     rollouts are then already decided by a scorer that has learned from them."""
-    rehearsal: float = 0.0
+    true_frame_replay_ratio: float = 0.0
     """How many of those are learned again together with the rounds', as a multiple of these; without any, some is forgotten."""
     label: str = "coverage"
     """"coverage": what sets of frames leave uncovered of the clip's true rest; or "future_utility", of single frames."""
@@ -56,7 +55,7 @@ class ImitationSettings:
     """Sets per decision whose costs are noted."""
     temperature: float = 1e-3
     """In units of mean squared pixel error per predicted frame, or of the squared error of velocities for future_utility."""
-    regret: float = 0.0
+    expected_cost_weight: float = 0.0
     """Weight of what the scorer's own choice among the alternatives is expected to cost, in temperatures, beside the
     cross-entropy: which mistakes matter."""
     epochs: int = 30
@@ -70,23 +69,28 @@ class ImitationSettings:
             raise ValueError(unknown_name("label", self.label, LABELS))
         if self.true_clips and not self.rounds:
             raise ValueError("true_clips prepare for rounds: set rounds above 0 as well")
-        if self.regret < 0:
-            raise ValueError(f"the weight of regret cannot be negative, got {self.regret}")
-        if self.rehearsal < 0 or (self.rehearsal and not self.true_clips):
+        if self.expected_cost_weight < 0:
+            raise ValueError(f"the weight of regret cannot be negative, got {self.expected_cost_weight}")
+        if self.true_frame_replay_ratio < 0 or (self.true_frame_replay_ratio and not self.true_clips):
             raise ValueError(
-                f"rehearsal is of true_clips: set those above 0 as well, and rehearsal to 0 or more; it is {self.rehearsal}"
+                "true_frame_replay_ratio must be 0 or more, and above 0 only with true_clips above 0; it is "
+                f"{self.true_frame_replay_ratio}"
             )
         require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
 
 
 def imitation_loss(
-    network: RetentionNetwork, decisions: Decisions, temperature: float, regret: float = 0.0, label: str = "coverage"
+    network: RetentionNetwork,
+    decisions: ExpertData,
+    temperature: float,
+    expected_cost_weight: float = 0.0,
+    label: str = "coverage",
 ) -> Tensor:
     """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's sets, or, for
     future_utility, the softmax of its logits over the older frames.
 
-    To it is added, ``regret`` times, the mean over alternatives of (cost − lowest cost) / temperature under the scorer's
-    probabilities, shared among the alternatives alone.
+    ``expected_cost_weight`` times the mean over alternatives of (cost − lowest cost) / temperature is added, under the scorer's
+    probabilities renormalised over the alternatives.
     """
     missing = decisions.costs.isinf()
     extra = (decisions.costs - decisions.costs[:, :1]) / temperature
@@ -99,9 +103,9 @@ def imitation_loss(
         distribution = choices(network, decisions)
         log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
     loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(missing, 0.0)).sum(dim=1)
-    if regret:
+    if expected_cost_weight:
         chosen = log_probs.masked_fill(missing, -torch.inf).softmax(dim=1)
-        loss = loss + regret * (chosen * extra.masked_fill(missing, 0.0)).sum(dim=1)
+        loss = loss + expected_cost_weight * (chosen * extra.masked_fill(missing, 0.0)).sum(dim=1)
     return loss.mean()
 
 
@@ -140,25 +144,25 @@ def imitate(
         "view": RetentionNetwork(**size).view,
         "candidates": settings.candidates,
         "label": settings.label,
-        "one_by_one": bool(size.get("one_by_one", False)),
+        "sequential_eviction": bool(size.get("sequential_eviction", False)),
         "slots": slots,
     }
     start, prepared = None, None
     if first:
         path, known = folder / "true_frames.safetensors", folder / TRUE_SCORER_FILE
-        if settings.rehearsal or not known.exists():
+        if settings.true_frame_replay_ratio or not known.exists():
             prepared = _collected(path, workloads, budgets, first, actor=None, true_frames=True, **collecting)
         if not known.exists():
             save_tensors(known, fit(prepared, size, settings, seed).state_dict())
         start = load_tensors(known)
 
-    def learned(parts: list[Decisions]) -> RetentionNetwork:
-        if settings.rehearsal:
-            count = round(settings.rehearsal * sum(map(len, parts)))
+    def learned(parts: list[ExpertData]) -> RetentionNetwork:
+        if settings.true_frame_replay_ratio:
+            count = round(settings.true_frame_replay_ratio * sum(map(len, parts)))
             parts = [*parts, prepared.some(count, seed)]
-        return fit(Decisions.join(parts), size, settings, seed, start)
+        return fit(ExpertData.join(parts), size, settings, seed, start)
 
-    parts: list[Decisions] = []
+    parts: list[ExpertData] = []
     actor = None if start is None else fitted(size, start)
     for number in range(settings.rounds):
         path = folder / f"round_{number:03d}.safetensors"
@@ -171,11 +175,11 @@ def imitate(
 
 def _collected(
     path: Path, workloads: Sequence[Workload], budgets: Sequence[int], clips: list[int], **collecting: Any
-) -> Decisions:
+) -> ExpertData:
     """The decisions of a file, which is written first if it is not there; clips are shared evenly."""
     if not path.exists():
         shares = [(workload, clips[index :: len(workloads)]) for index, workload in enumerate(workloads)]
-        found = Decisions.join(
+        found = ExpertData.join(
             [
                 collect(workload, own, [budgets[i % len(budgets)] for i in range(len(own))], **collecting)
                 for workload, own in shares
@@ -183,7 +187,7 @@ def _collected(
             ]
         )
         temporary = path.with_suffix(".part")
-        save_file({name: getattr(found, name) for name in Decisions.__dataclass_fields__}, temporary)
+        save_file({name: getattr(found, name) for name in ExpertData.__dataclass_fields__}, temporary)
         temporary.replace(path)
     return _load(path)
 
@@ -197,7 +201,7 @@ def _check_index(folder: Path, settings: ImitationSettings, *rest: object) -> No
         "budgets": list(budgets),
         "seed": seed,
         "train_clips": num_clips,
-        "network": {**size, "statistics": list(size.get("statistics", ()))},
+        "network": {**size, "signals": list(size.get("signals", ()))},
         "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
     }
     path = folder / INDEX_FILE
@@ -206,9 +210,9 @@ def _check_index(folder: Path, settings: ImitationSettings, *rest: object) -> No
     write_text(path, json.dumps(about, indent=2) + "\n")
 
 
-def _load(path: Path) -> Decisions:
+def _load(path: Path) -> ExpertData:
     try:
-        return Decisions(**load_file(path))
+        return ExpertData(**load_file(path))
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it to collect this round again") from error
 
@@ -221,7 +225,7 @@ def fitted(size: dict[str, Any], weights: Mapping[str, Tensor]) -> RetentionNetw
 
 
 def fit(
-    decisions: Decisions,
+    decisions: ExpertData,
     size: dict[str, Any],
     settings: ImitationSettings,
     seed: int,
@@ -238,7 +242,7 @@ def fit(
     learning_rate = settings.learning_rate
     if start is not None:
         network.load_state_dict(start)
-        learning_rate *= GOING_ON
+        learning_rate *= FINETUNE_LR_SCALE
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     batches = -(-len(decisions) // settings.batch_size)
@@ -248,7 +252,7 @@ def fit(
             losses = []
             for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
                 part = decisions.rows(rows)
-                loss = imitation_loss(network, part, settings.temperature, settings.regret, settings.label)
+                loss = imitation_loss(network, part, settings.temperature, settings.expected_cost_weight, settings.label)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from agents import seen
-from agents.surroundings import (
+from far_env.agents import observation_spec
+from far_env.agents.surroundings import (
     NUM_EDGES,
     NUM_PATH_EDGES,
     NUM_PATH_ROWS,
@@ -18,7 +15,10 @@ from agents.surroundings import (
     NUM_ROWS,
     compare,
 )
-from far_env.episodes import ROW_FEATURES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from far_env.envs.episodes import ROW_FEATURES
 
 EDGE_WIDTH = 8
 _MASKED = -1e9
@@ -91,15 +91,15 @@ class RetentionNetwork(nn.Module):
         surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
         places: with surroundings, rows also carry which of them show the same place.
         path: with surroundings, rows also carry how far apart they are along the camera's path.
-        statistics: names of `far_env.contract.STATISTICS` whose `agents.seen.columns` stand behind the other columns.
-        one_by_one: where several frames have to go, they are to be dropped one after the other, and the rest scored anew
-            (`agents.adapters.choose`). Of frames that look alike one can then stay.
+        signals: names of `far_env.contract.SIGNALS`; their columns (`far_env.agents.observation_spec.columns`) come last.
+        sequential_eviction: where several frames have to go, drop the one with the lowest logit, score the rest again,
+            and so on (`far_env.agents.policies.choose`), so that one of several near-duplicates can stay.
         independent: every frame is decided by itself, as in Stable-Baselines3's head for MultiBinary actions, and of too many
             the newest stay. For comparison with sets that never exceed the budget.
 
     Raises:
-        ValueError: if the heads do not share the width evenly, on a view that cannot be (see `agents.seen.View`), or on
-            one_by_one with statistics.
+        ValueError: if the heads do not share the width evenly, on an invalid observation spec, or on
+            sequential_eviction with signals.
     """
 
     def __init__(
@@ -110,25 +110,25 @@ class RetentionNetwork(nn.Module):
         memory: bool = False,
         attention: bool = True,
         surroundings: bool = False,
-        statistics: Sequence[str] = (),
-        one_by_one: bool = False,
+        signals: Sequence[str] = (),
+        sequential_eviction: bool = False,
         places: bool = False,
         path: bool = False,
         independent: bool = False,
     ) -> None:
         super().__init__()
-        if one_by_one and statistics:
-            raise ValueError("one_by_one is for scorers without statistics")
-        self.num_heads, self.one_by_one, self.independent = num_heads, one_by_one, independent
-        self.view = seen.View(memory, surroundings, tuple(statistics), places, path)
+        if sequential_eviction and signals:
+            raise ValueError("sequential_eviction is for scorers without signals")
+        self.num_heads, self.sequential_eviction, self.independent = num_heads, sequential_eviction, independent
+        self.view = observation_spec.ObservationSpec(memory, surroundings, tuple(signals), places, path)
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
         inputs, edges = self.view.num_told + 4, 0
         if surroundings:
             inputs += NUM_ROWS + NUM_PLACE_ROWS * places + NUM_PATH_ROWS * path
             edges += NUM_EDGES + NUM_PLACE_EDGES * places + NUM_PATH_EDGES * path
-        if statistics:
-            inputs, edges = inputs + seen.num_row_inputs(statistics), edges + seen.num_edges(statistics)
+        if signals:
+            inputs, edges = inputs + observation_spec.num_row_inputs(signals), edges + observation_spec.num_edges(signals)
         self.embed = nn.Linear(inputs, width)
         self.embed_edges, edge_width = None, 0
         if attention and edges:
@@ -142,7 +142,7 @@ class RetentionNetwork(nn.Module):
         nn.init.constant_(self.head.bias, 1.0)
 
     def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
-        """Observation parts, batched (see `far_env.env.FrameRetentionEnv`), to logits (B, N)."""
+        """Observation parts, batched (see `far_env.envs.retention_env.FrameRetentionEnv`), to logits (B, N)."""
         return self.head(self.encode(frames, mask, budget)).squeeze(-1)
 
     def largest(self, max_frames: Tensor, slots: int) -> Tensor:
@@ -162,8 +162,8 @@ class RetentionNetwork(nn.Module):
         inputs, found = network_inputs(frames[..., :told], budget), []
         if self.view.surroundings:
             found.append(compare(torch, frames[..., len(ROW_FEATURES) : told]))
-        if self.view.statistics:
-            found.append(seen.rows_and_edges(frames[..., told:], mask, self.view.statistics))
+        if self.view.signals:
+            found.append(observation_spec.rows_and_edges(frames[..., told:], mask, self.view.signals))
         x = self.embed(torch.cat([inputs, *(rows for rows, _ in found)], dim=-1))
         edges = None if self.embed_edges is None else self.embed_edges(torch.cat([edges for _, edges in found], dim=-1))
         for block in self.blocks:

@@ -9,39 +9,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from far_env.agents.imitation import ImitationSettings, fitted, imitate
+from far_env.agents.network import RetentionNetwork
+from far_env.agents.observation_wrapper import AgentVecEnv
+from far_env.agents.policies import AgentPolicy
+from far_env.agents.subset_policy import SubsetPolicy
+from far_env.agents.surrogate import SurrogateVectorEnv
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents.adapters import AgentPolicy
-from agents.agent_env import AgentVecEnv
-from agents.imitation import ImitationSettings, fitted, imitate
-from agents.network import RetentionNetwork
-from agents.stand_in import StandInVectorEnv
-from agents.subset_policy import SubsetPolicy
 from far_env.config import require_positive
+from far_env.envs.sb3 import JoinedVecEnv, SB3VecEnv
+from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
-from far_env.host.training_loop import load_tensors, save_tensors
 from far_env.metrics import LOWER_IS_BETTER
-from far_env.sb3 import JoinedVecEnv, SB3VecEnv
-from far_env.vector_env import FrameRetentionVectorEnv
+from far_env.tensor_files import load_tensors, save_tensors
 from far_env.workloads import Workload, make_workload
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
-STAND_IN_FOLDER = "stand_in"
+SURROGATE_FOLDER = "surrogate"
 Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """The scorer, see `agents.network.RetentionNetwork`."""
+    """The scorer, see `far_env.agents.network.RetentionNetwork`."""
 
     width: int = 64
     num_layers: int = 2
     num_heads: int = 4
     memory: bool = False
-    """Whether it remembers births, see `agents.memory.HistoryMemory`."""
+    """Whether it remembers births, see `far_env.agents.memory.HistoryMemory`."""
     attention: bool = True
     """Whether rows see each other; without it each is scored alone."""
     surroundings: bool = False
@@ -50,9 +50,9 @@ class NetworkSize:
     """Whether it also remembers which frames show the same place or shot, as far as changes tell."""
     path: bool = False
     """Whether it also remembers how far apart frames are along the camera's path, as far as changes tell."""
-    statistics: tuple[str, ...] = ()
-    """What it may see beyond the benchmark's matrix, see `far_env.contract.STATISTICS`; such a scorer cannot be exported."""
-    one_by_one: bool = False
+    signals: tuple[str, ...] = ()
+    """What it may see beyond the benchmark's matrix, see `far_env.contract.SIGNALS`; such a scorer cannot be exported."""
+    sequential_eviction: bool = False
     """Whether it drops frames one after the other where several have to go; such a scorer learns by imitation alone."""
     independent: bool = False
     """Whether each frame is decided by itself, and of too many the newest stay, where else sets never exceed the budget."""
@@ -77,20 +77,21 @@ class PPOSettings:
     ent_coef: float = 0.003
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
-    critic_updates: int = 0
+    critic_warmup_updates: int = 0
     """The first so many updates teach the critic alone, so that it does not mislead a scorer that has already learned."""
 
     def __post_init__(self) -> None:
-        if self.total_timesteps < 0 or self.critic_updates < 0:
+        if self.total_timesteps < 0 or self.critic_warmup_updates < 0:
             raise ValueError(
-                f"total_timesteps and critic_updates cannot be negative: {self.total_timesteps}, {self.critic_updates}"
+                "total_timesteps and critic_warmup_updates cannot be negative: "
+                f"{self.total_timesteps}, {self.critic_warmup_updates}"
             )
         require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate")
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What an episode earns, see `far_env.env.FrameRetentionEnv`."""
+    """What an episode earns, see `far_env.envs.retention_env.FrameRetentionEnv`."""
 
     metric: str = "psnr"
     scale: float = 0.1
@@ -112,8 +113,8 @@ class AgentTraining:
     """One experiment."""
 
     imitation: ImitationSettings = field(default_factory=ImitationSettings)
-    stand_in: PPOSettings = field(default_factory=lambda: PPOSettings(total_timesteps=0))
-    """PPO before PPO, where the host only has a stand-in, which is much faster: see `agents.stand_in`."""
+    surrogate: PPOSettings = field(default_factory=lambda: PPOSettings(total_timesteps=0))
+    """PPO before PPO, where the host only has a stand-in, which is much faster: see `far_env.agents.surrogate`."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     network: NetworkSize = field(default_factory=NetworkSize)
     reward: RewardSettings = field(default_factory=RewardSettings)
@@ -147,11 +148,15 @@ class AgentTraining:
 
     def __post_init__(self) -> None:
         require_positive(self, "train_clips", "validation_clips", "validate_every", "test_clips")
-        decisions = self.stand_in.total_timesteps + self.ppo.total_timesteps
+        decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
         if decisions == 0 and self.imitation.rounds == 0:
-            raise ValueError("nothing would be learned: set imitation.rounds or the total_timesteps of stand_in or ppo above 0")
-        if self.network.one_by_one and decisions:
-            raise ValueError("network.one_by_one is for imitation alone: set the total_timesteps of stand_in and ppo to 0")
+            raise ValueError(
+                "nothing would be learned: set imitation.rounds or the total_timesteps of surrogate or ppo above 0"
+            )
+        if self.network.sequential_eviction and decisions:
+            raise ValueError(
+                "network.sequential_eviction is for imitation alone: set the total_timesteps of surrogate and ppo to 0"
+            )
 
     @property
     def clip_options(self) -> dict[str, str]:
@@ -162,7 +167,7 @@ class AgentTraining:
     def make_workloads(self) -> list[Workload]:
         """What is trained on. Raises ValueError on an unknown name, or more environments than are shared evenly."""
         names = [name.strip() for name in self.workload.split(",")]
-        for name, own in (("stand_in", self.stand_in), ("ppo", self.ppo)):
+        for name, own in (("surrogate", self.surrogate), ("ppo", self.ppo)):
             if own.num_envs % len(names):
                 raise ValueError(f"{name}.num_envs is {own.num_envs}, which {len(names)} workloads cannot share evenly")
         place = {"host": self.host, "device": self.device, "precision": self.precision}
@@ -191,9 +196,9 @@ def train_scorer(
     experiment = (config, workloads, budgets)
 
     def practised() -> Weights | None:
-        if config.stand_in.total_timesteps == 0:
+        if config.surrogate.total_timesteps == 0:
             return imitated()
-        return _learn(*experiment, config.stand_in, StandInVectorEnv, run_dir / STAND_IN_FOLDER, imitated)
+        return _learn(*experiment, config.surrogate, SurrogateVectorEnv, run_dir / SURROGATE_FOLDER, imitated)
 
     def imitated() -> Weights | None:
         return _imitated(*experiment, run_dir) if config.imitation.rounds else None
@@ -232,14 +237,14 @@ def _learn(
             relative_to=config.reward.relative_to,
             telescoping=config.reward.telescoping,
             num_clips=config.train_clips,
-            statistics=config.network.statistics,
+            signals=config.network.signals,
             autoreset_mode="SAME_STEP",
         )
         for workload in workloads
     ]
     settings = asdict(ppo)
     total, learning_rate = settings.pop("total_timesteps"), settings.pop("learning_rate")
-    for own in ("num_envs", "critic_updates"):
+    for own in ("num_envs", "critic_warmup_updates"):
         settings.pop(own)
     venv = VecMonitor(JoinedVecEnv([SB3VecEnv(env) for env in envs]))
     model = ResumablePPO(
@@ -341,7 +346,7 @@ class Progress(BaseCallback):
         if self.updates % self.config.validate_every == 0:
             self._validate()
         self._save()
-        self.model.policy.scorer.requires_grad_(self.updates >= self.ppo.critic_updates)
+        self.model.policy.scorer.requires_grad_(self.updates >= self.ppo.critic_warmup_updates)
 
     def _on_training_end(self) -> None:
         self.updates += 1
@@ -420,6 +425,6 @@ def experiment_facts(config: AgentTraining, workloads: Sequence[Workload], budge
     return {
         "trained_on": f"{worlds}, budget {allowed}, first {config.train_clips} train clips, seed {config.seed}",
         "decisions": config.ppo.total_timesteps,
-        "decisions_with_stand_in": config.stand_in.total_timesteps,
+        "decisions_with_surrogate": config.surrogate.total_timesteps,
         "host": ", ".join(dict.fromkeys(f"{own.host.name} ({own.host.weights_hash})" for own in workloads)),
     }

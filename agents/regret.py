@@ -1,6 +1,6 @@
 """What policies lose against upper bounds: searches that know what the clip will show, of several widths, and their cost.
 
-    python -m agents.regret --workload pan --budget 4 --policies uniform pretrained/pan-tight
+    python -m far_env.agents.regret --workload pan --budget 4 --policies uniform pretrained/pan-tight
 
 The best rollout that any of the searches found for a clip bounds from below what was possible; a policy's regret is that PSNR
 minus its own, clip by clip. The table is printed and written into RESULTS.md.
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from far_env.agents.checkpoints import load_policy
+from far_env.agents.oracle import search
+from far_env.agents.reproduce import put_section, read_results
 
-from agents.oracle import search
-from agents.runs import load_policy
 from far_env.cli import run_guarded
-from far_env.config import parse, require_positive, write_text
+from far_env.config import parse, require_positive
 from far_env.evaluation.evaluate import evaluate
-from far_env.evaluation.reproduce import put_section, read_results
 from far_env.evaluation.statistics import mean_interval
 from far_env.evaluation.table import interval_text, markdown_lines, source_lines
+from far_env.io import write_text
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import Workload, make_workload
 
@@ -38,7 +39,7 @@ class Options:
     clips: int = 64
     """Of the test split."""
     searches: tuple[str, ...] = ("1x1", "3x3")
-    """Width × branches of each search, see `agents.oracle.search`; 1x1 is the hindsight expert alone."""
+    """Width × branches of each search, see `far_env.agents.oracle.search`; 1x1 is the hindsight expert alone."""
     policies: tuple[str, ...] = ("recent_fill", "uniform", "nearest_neighbour", "pretrained/pan-tight", "full_history")
     results: str = "RESULTS.md"
     host: str | None = None
@@ -74,7 +75,7 @@ class Bound:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    return run_guarded("agents.regret", lambda: run(parse(Options, args, "agents.regret", __doc__ or "")))
+    return run_guarded("far_env.agents.regret", lambda: run(parse(Options, args, "far_env.agents.regret", __doc__ or "")))
 
 
 def run(options: Options) -> None:

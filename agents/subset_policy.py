@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from far_env.agents.network import RetentionNetwork, ValueNetwork
+from far_env.agents.subset_distribution import BudgetedSubset
 from gymnasium import spaces
 from sb3_contrib.common.maskable.distributions import MaskableDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
-
-from agents.network import RetentionNetwork, ValueNetwork
-from agents.subset import BudgetedSubset
 
 PADDING_LOGIT = -1e6
 

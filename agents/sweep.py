@@ -1,6 +1,6 @@
 """Search settings of a training run by their score on validation clips, with Optuna (``pip install -e ".[sweep]"``).
 
-    python -m agents.sweep --config configs/sweep.yaml
+    python -m far_env.agents.sweep --config configs/sweep.yaml
 
 Trials are kept in a database in the sweep's folder, each trains in a run folder of its own, and a stopped sweep goes on where
 it stopped. Test clips are never looked at. ``best.yaml`` is the best trial's configuration, for train_agent.py.
@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.ppo import AgentTraining, train_scorer, validation_scores
-from agents.training import begin_run
+from far_env.agents.ppo import AgentTraining, train_scorer, validation_scores
+from far_env.agents.trainer import begin_run
+
 from far_env.cli import run_guarded
-from far_env.config import from_dict, load_yaml, make_run_dir, parse, require_positive, save_yaml, write_text
-from far_env.contract import unknown_name
+from far_env.config import from_dict, load_yaml, parse, require_positive, save_yaml
+from far_env.errors import unknown_name
+from far_env.io import make_run_dir, write_text
 
 if TYPE_CHECKING:
     import optuna
@@ -58,7 +60,7 @@ class Sweep:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    return run_guarded("agents.sweep", lambda: sweep(parse(Sweep, args, "agents.sweep", __doc__ or "")))
+    return run_guarded("far_env.agents.sweep", lambda: sweep(parse(Sweep, args, "far_env.agents.sweep", __doc__ or "")))
 
 
 def sweep(options: Sweep) -> None:

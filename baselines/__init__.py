@@ -6,8 +6,10 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baselines import anchor, attention, benchmark, chunkwise, controls, forcing, queue, recency, redundancy
-from far_env.contract import RetentionPolicy, TemporalCachePlan, unknown_name
+from far_env.baselines import anchor, attention, benchmark, chunkwise, controls, forcing, queue, recency, redundancy
+
+from far_env.contract import RetentionPolicy, TemporalCachePlan
+from far_env.errors import unknown_name
 
 _BASELINES: dict[str, type] = {
     cls.name: cls

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from baselines.filling import FillingPolicy, History, count, require, share
-from baselines.partition import PartitionPolicy, Parts
+from far_env.baselines.filling import FillingPolicy, History, count, require, share
+from far_env.baselines.partition import PartitionPolicy, Parts
 
 
 class SinkRecent(PartitionPolicy):
@@ -129,4 +129,4 @@ class DeCoPrune(PartitionPolicy):
 
 
 def _denoise_gap(history: History, parts: Parts) -> list[float]:
-    return [float(history.statistics["denoise_gap"][i]) for i in parts.middle]
+    return [float(history.signals["denoise_gap"][i]) for i in parts.middle]

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-
-from baselines.filling import History, count, require, share
-from baselines.partition import PartitionPolicy, Parts, over_last
+from far_env.baselines.filling import History, count, require, share
+from far_env.baselines.partition import PartitionPolicy, Parts, over_last
 
 
 class H2O(PartitionPolicy):
@@ -39,7 +38,7 @@ class H2O(PartitionPolicy):
         return 0, max_frames - num_recent, num_recent
 
     def _received(self, history: History, parts: Parts) -> Sequence[float]:
-        mass = history.statistics["attn_mass"].astype(np.float64)
+        mass = history.signals["attn_mass"].astype(np.float64)
         mass[-1] = 0.0
         earlier = history.notes.get("received", {})
         received = {}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-
-from baselines.filling import FillingPolicy, History, best, count, share
+from far_env.baselines.filling import FillingPolicy, History, best, count, share
 
 
 class FlowCachePaper(FillingPolicy):
@@ -15,7 +14,7 @@ class FlowCachePaper(FillingPolicy):
     Faithful: the score, λ, a max-pooled over neighbours, r a softmax of mean key cosines. Adapted: at frame granularity (an
     option of its code), attention pooled over three kept frames; the newest ``protect`` rows take the part of the chunk that is
     being generated and are no candidates. Its chunkwise reuse of computation saves time and has no counterpart here; there is
-    no boundary rule in the original. Approximation without statistics: softmax of recentness for a, of temporal_similarity for
+    no boundary rule in the original. Approximation without signals: softmax of recentness for a, of temporal_similarity for
     r. At the default λ redundancy decides almost alone: also try .3 and .5.
 
     Source: FlowCache, arXiv 2602.10825 and its code. Tier: A (attn_mass, key_cos) or M. Parameters ``lam``; ``protect``;
@@ -44,10 +43,10 @@ class FlowCachePaper(FillingPolicy):
         return [], [*candidates, *protected]
 
     def _scores(self, history: History, candidates: list[int]) -> np.ndarray:
-        if history.statistics:
-            mass = history.statistics["attn_mass"][candidates].astype(np.float64)
+        if history.signals:
+            mass = history.signals["attn_mass"][candidates].astype(np.float64)
             importance = np.array([mass[max(0, i - 1) : i + 2].max() for i in range(len(mass))])
-            cosines = history.statistics["key_cos"][np.ix_(candidates, candidates)].astype(np.float64)
+            cosines = history.signals["key_cos"][np.ix_(candidates, candidates)].astype(np.float64)
             others = max(1, len(candidates) - 1)
             redundancy = _softmax((cosines.sum(axis=1) - cosines.diagonal()) / others)
         else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from far_env.baselines.filling import History, count, share
+from far_env.baselines.partition import PartitionPolicy, Parts, drift_match, slots
 
-from baselines.filling import History, count, share
-from baselines.partition import PartitionPolicy, Parts, drift_match, slots
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 
 
@@ -118,4 +118,4 @@ class ContextMatch(PartitionPolicy):
 
 def _context_likeness(history: History, parts: Parts) -> np.ndarray:
     """Mean cosine to the newest rows: that to the mean of their unit vectors, but for a factor common to all rows."""
-    return history.statistics["lat_cos"][np.ix_(parts.middle, parts.recent)].astype(np.float64).mean(axis=1)
+    return history.signals["lat_cos"][np.ix_(parts.middle, parts.recent)].astype(np.float64).mean(axis=1)

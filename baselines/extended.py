@@ -11,10 +11,12 @@ from __future__ import annotations
 import inspect
 from typing import ClassVar
 
-from baselines.filling import count, share
-from baselines.partition import slots
-from baselines.recency import RecentFill
-from far_env.contract import FrameMeta, RetentionPolicy, RolloutState, TemporalCachePlan, make_plan, unknown_name
+from far_env.baselines.filling import count, share
+from far_env.baselines.partition import slots
+from far_env.baselines.recency import RecentFill
+
+from far_env.contract import FrameMeta, RetentionPolicy, RolloutState, TemporalCachePlan, make_plan
+from far_env.errors import unknown_name
 
 TOKEN_NUMBERS = ("token_budget", "tokens_per_fine_frame", "tokens_per_coarse_frame")
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan, unknown_name
+from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
+from far_env.errors import unknown_name
 
 FIRST_CLIP = 42
 """The number of the first clip where nobody tells one: the benchmark's noise seed for it."""
@@ -31,7 +32,7 @@ class History:
         step: the prediction step.
         max_frames: the budget.
         clip: the clip's noise seed where it was told, else a running number.
-        statistics: the declared ones, or none of them.
+        signals: the declared ones, or none of them.
         notes: what the policy noted at its last call for this clip; what it notes now, by replacing values, comes back.
     """
 
@@ -41,7 +42,7 @@ class History:
     step: int
     max_frames: int
     clip: int
-    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -81,8 +82,8 @@ class FillingPolicy(ABC):
     Attributes:
         name, family, source: for listings. ``family`` is also the plans' tag, unless ``tags`` has another.
         tags: the plans' tags.
-        needs: tier to the statistics (see `far_env.contract.STATISTICS`) it declares there. Tiers are M (FrameMeta rows alone),
-            L (also latents) and A (also attention). A class that knows tier M falls back to it where its statistics are not
+        needs: tier to the signals (see `far_env.contract.SIGNALS`) it declares there. Tiers are M (FrameMeta rows alone),
+            L (also latents) and A (also attention). A class that knows tier M falls back to it where its signals are not
             handed over, as in the benchmark; without them any other raises ValueError.
         equivalent_to: name of a baseline with the same answers to the largest budget for which that holds.
     """
@@ -98,7 +99,7 @@ class FillingPolicy(ABC):
         self.tier = next(iter(self.needs)) if tier is None else tier
         if self.tier not in self.needs:
             raise ValueError(f"{self.name}: {unknown_name('tier', tier, list(self.needs))}")
-        self.statistics = self.needs[self.tier]
+        self.signals = self.needs[self.tier]
         self.begin_clip(FIRST_CLIP)
 
     def begin_clip(self, noise_seed: int) -> None:
@@ -110,7 +111,7 @@ class FillingPolicy(ABC):
     def build_temporal_cache_plan(
         self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
     ) -> TemporalCachePlan:
-        """Choose min(rows, budget) rows. Raises ValueError if a statistic is missing that the policy cannot do without."""
+        """Choose min(rows, budget) rows. Raises ValueError if a signal is missing that the policy cannot do without."""
         rows = sorted(chunk_meta_list, key=lambda meta: meta.chunk_id)
         num_rows, max_frames = len(rows), int(budget_state["max_frames"])
         history = self._recall(rows, rollout_state, max_frames)
@@ -139,20 +140,20 @@ class FillingPolicy(ABC):
         if memory is not None and (memory.step, memory.num_rows) == (state.step, num_rows):
             memory = self._before  # asked the same again: answer the same again
         self._before = memory
-        statistics = self._given(state)
+        signals = self._given(state)
         if memory is not None and memory.goes_on(state.step, num_rows):
             clip, births, num_context, notes = memory.clip, memory.births_now(num_rows), memory.num_context, dict(memory.notes)
         else:
             clip = self._first_clip if memory is None else memory.clip + 1
             births, num_context, notes = tuple(range(num_rows)), max(0, num_rows - state.step - 1), {}
-        return History(rows, births, num_context, state.step, max_frames, clip, statistics, notes)
+        return History(rows, births, num_context, state.step, max_frames, clip, signals, notes)
 
     def _given(self, state: RolloutState) -> dict[str, np.ndarray]:
-        """The declared statistics, or none of them where the policy can do without."""
-        handed = getattr(state, "statistics", {})
-        missing = [name for name in self.statistics if name not in handed]
+        """The declared signals, or none of them where the policy can do without."""
+        handed = getattr(state, "signals", {})
+        missing = [name for name in self.signals if name not in handed]
         if not missing:
-            return {name: handed[name] for name in self.statistics}
+            return {name: handed[name] for name in self.signals}
         if "M" in self.needs:
             return {}
         raise ValueError(

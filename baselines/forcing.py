@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-
-from baselines.filling import History, best, comparable, count, require, share
-from baselines.partition import PartitionPolicy, Parts, drift_match, over_last, slots
+from far_env.baselines.filling import History, best, comparable, count, require, share
+from far_env.baselines.partition import PartitionPolicy, Parts, drift_match, over_last, slots
 
 EPS = 1e-12
 
 
 def _query_key(history: History, parts: Parts) -> Sequence[float]:
-    """Products q·k of the newest rows' queries, each from its own first ODE step; without statistics drift_match."""
-    if not history.statistics:
+    """Products q·k of the newest rows' queries, each from its own first ODE step; without signals drift_match."""
+    if not history.signals:
         return drift_match(history, parts)
     return over_last(history, "qk_first", len(parts.recent))[parts.middle]
 
@@ -27,7 +26,7 @@ class PackForcing(PartitionPolicy):
     Faithful: the three parts and the selection by affinity in time order. Adapted: frames for 4-frame blocks; no compression of
     the middle, since a frame counts as one whatever its size; all tokens and heads instead of samples of them; a dropped frame
     cannot be recalled. The affinity is that of an unofficial implementation. Queries of recent frames are those of their own
-    first ODE step, as far as the policy was asked then. Approximation without statistics: drift_match.
+    first ODE step, as far as the policy was asked then. Approximation without signals: drift_match.
 
     Source: PackForcing, arXiv 2603.25730. Tier: A (qk_first) or M. Parameters ``f_sink``, ``f_recent``, shares of the budget;
     ``tier``.
@@ -47,7 +46,7 @@ class DeepForcing(PartitionPolicy):
 
     Faithful: the split 10/2/4, raw products q·k summed over recent queries and heads, at the first ODE step, and the limit on
     how often one row may win. Adapted: frames for tokens, one choice for all layers; queries as in PackForcing. Approximation
-    without statistics: drift_match.
+    without signals: drift_match.
 
     Source: Deep Forcing, arXiv 2512.05081 and re-hosted code. Tier: A (qk_first) or M. Parameters ``f_sink``, ``f_recent``,
     shares of the budget; ``max_reuse``, how often a row may win a middle place; ``clean_recent`` counts only one recent frame,
@@ -134,10 +133,10 @@ class RelaxForcing(PartitionPolicy):
     def _likeness(self, history: History, parts: Parts) -> Sequence[float]:
         """Products of each middle row's unit vector with the unit mean of the sinks and of the tail, from pairwise ones."""
         if self.tier == "A":
-            vectors = history.statistics["key_proto"].astype(np.float64)
+            vectors = history.signals["key_proto"].astype(np.float64)
             products = vectors @ vectors.T
         else:
-            products = history.statistics["lat_cos"].astype(np.float64)
+            products = history.signals["lat_cos"].astype(np.float64)
 
         def to_mean(rows: list[int]) -> np.ndarray:
             length = np.sqrt(max(products[np.ix_(rows, rows)].mean(), EPS))
@@ -150,7 +149,7 @@ class FutureForcing(PartitionPolicy):
     """Our reconstruction of Future Forcing: rows score by the attention that a proxy of future queries would pay them, and of
     two rows that the proxy cannot tell apart the lower one goes first.
 
-    Faithful to the abstract alone: running statistics of queries before rotation as a proxy of future ones, importance under
+    Faithful to the abstract alone: running signals of queries before rotation as a proxy of future ones, importance under
     it, redundant pairs in the subspace it induces. Ours: every equation (importance is Expected Attention, arXiv 2510.00636),
     the split, the threshold, the eight eigenvectors; merging becomes eviction. Moments run over all generated frames; the proxy
     stands where the newest frame stood, which is the next frame's place at all calls but a clip's first.
@@ -170,7 +169,7 @@ class FutureForcing(PartitionPolicy):
 
     def _choose_middle(self, history: History, parts: Parts) -> list[int]:
         scores = dict(zip(parts.middle, comparable(self.mid_score(history, parts)), strict=True))
-        cosines = history.statistics["expected_cos"]
+        cosines = history.signals["expected_cos"]
         left = list(parts.middle)
         while len(left) > parts.places:
             pairs = [(float(cosines[a, b]), a, b) for place, b in enumerate(left) for a in left[:place]]
@@ -182,4 +181,4 @@ class FutureForcing(PartitionPolicy):
 
     @staticmethod
     def _expected_mass(history: History, parts: Parts) -> Sequence[float]:
-        return history.statistics["expected_mass"][parts.middle]
+        return history.signals["expected_mass"][parts.middle]

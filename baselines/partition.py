@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-
-from baselines.filling import FillingPolicy, History, best
+from far_env.baselines.filling import FillingPolicy, History, best
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,13 @@ def drift_match(history: History, parts: Parts) -> list[float]:
     return [1 - abs(history.rows[i].feature_drift - newest) for i in parts.middle]
 
 
-def over_last(history: History, statistic: str, num_frames: int) -> np.ndarray:
-    """A statistic of each row, summed over the last frames that were denoised: this one and those noted at earlier calls.
+def over_last(history: History, signal: str, num_frames: int) -> np.ndarray:
+    """A signal of each row, summed over the last frames that were denoised: this one and those noted at earlier calls.
 
     Returns:
         (rows,), float64. Rows that a frame did not see count nothing for it.
     """
-    now = dict(zip(history.births, map(float, history.statistics[statistic]), strict=True))
-    window = (*history.notes.get(statistic, ()), now)[-num_frames:]
-    history.notes[statistic] = window
+    now = dict(zip(history.births, map(float, history.signals[signal]), strict=True))
+    window = (*history.notes.get(signal, ()), now)[-num_frames:]
+    history.notes[signal] = window
     return np.array([sum(seen.get(birth, 0.0) for seen in window) for birth in history.births])

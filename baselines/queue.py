@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from baselines.filling import FillingPolicy, History, count
+from far_env.baselines.filling import FillingPolicy, History, count
 
 
 class Ca2VDM(FillingPolicy):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baselines.filling import FillingPolicy, History, count
+from far_env.baselines.filling import FillingPolicy, History, count
+
 from far_env.contract import NewestFrames
 
 

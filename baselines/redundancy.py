@@ -7,8 +7,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+from far_env.baselines.filling import FillingPolicy, History, comparable
 
-from baselines.filling import FillingPolicy, History, comparable
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 
 
@@ -87,7 +87,7 @@ class NearestNeighbour(_LeastNew):
     needs = {"L": ("lat_cos",)}
 
     def _novelty(self, history: History, row: int, others: list[int]) -> float:
-        return -float(history.statistics["lat_cos"][row, others].max())
+        return -float(history.signals["lat_cos"][row, others].max())
 
 
 class LeastNovel(_LeastNew):
@@ -102,4 +102,4 @@ class LeastNovel(_LeastNew):
     needs = {"L": ("column_gap",)}
 
     def _novelty(self, history: History, row: int, others: list[int]) -> float:
-        return float(np.mean(history.statistics["column_gap"][row, others].min(axis=0)))
+        return float(np.mean(history.signals["column_gap"][row, others].min(axis=0)))

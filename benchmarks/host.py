@@ -21,11 +21,11 @@ from far_env.cli import run_guarded
 from far_env.clips.worlds import WORLDS
 from far_env.contract import NewestFrames
 from far_env.device import peak_memory_mib, resolve_device, resolve_precision, timed
+from far_env.evaluation.selftest import full_size_workload
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.play import play
-from far_env.selftest import full_size_workload
 from far_env.workloads import BUDGETS, Workload
 
 NAMES = ("ucf101_short_prediction", "dmlab_long_prediction")

@@ -1,9 +1,9 @@
 """Speed of what surrounds the host: frames drawn per second by each world, one call of a policy, and what it costs to collect
-the statistics that some policies ask for.
+the signals that some policies ask for.
 
 python -m benchmarks.parts [--policies recent_window,policy.py] [--rollouts 64]
 
-The call is timed on a history of 9 frames at budget 8, against the benchmark's own recent_window in the same run. Statistics
+The call is timed on a history of 9 frames at budget 8, against the benchmark's own recent_window in the same run. Signals
 are collected for rollouts of pan at budget 4 in one batch, whose frames are the same whatever is asked for.
 """
 
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
+from far_env.agents.checkpoints import load_policy
 
-from agents.runs import load_policy
 from far_env.cli import run_guarded
 from far_env.clips.worlds import WORLDS
-from far_env.contract import STATISTICS, NewestFrames, RetentionPolicy, RolloutState
+from far_env.contract import SIGNALS, NewestFrames, RetentionPolicy, RolloutState
 from far_env.frame_meta import frame_meta_list
 from far_env.rollout.play import play
 from far_env.workloads import Workload, make_workload
@@ -38,7 +38,7 @@ class Options:
     clips: int = 200
     calls: int = 2000
     rollouts: int = 16
-    """Rollouts whose statistics are collected; 0 leaves this part out."""
+    """Rollouts whose signals are collected; 0 leaves this part out."""
     host: str | None = None
     device: str = "auto"
 
@@ -67,14 +67,14 @@ def milliseconds_per_call(policy: RetentionPolicy, calls: int, num_frames: int =
 
 
 class Asking(NewestFrames):
-    """Keeps the newest frames, and asks for statistics all the same."""
+    """Keeps the newest frames, and asks for signals all the same."""
 
-    def __init__(self, statistics: tuple[str, ...]) -> None:
-        self.statistics = statistics
+    def __init__(self, signals: tuple[str, ...]) -> None:
+        self.signals = signals
 
 
 def collecting_ratios(workload: Workload, num_clips: int, repeats: int = 5) -> dict[str, float]:
-    """Wall time of rollouts that collect each statistic, or all of them, over that of rollouts that collect none right before:
+    """Wall time of rollouts that collect each signal, or all of them, over that of rollouts that collect none right before:
     medians of the ratios."""
     clips = [workload.clips.clip("test", i) for i in range(num_clips)]
 
@@ -84,7 +84,7 @@ def collecting_ratios(workload: Workload, num_clips: int, repeats: int = 5) -> d
         return time.perf_counter() - start
 
     ratios = {}
-    for name, wanted in {**{name: (name,) for name in STATISTICS}, "all": tuple(STATISTICS)}.items():
+    for name, wanted in {**{name: (name,) for name in SIGNALS}, "all": tuple(SIGNALS)}.items():
         seconds(wanted)  # warms up
         without = (seconds(()) for _ in range(repeats))
         ratios[name] = statistics.median(seconds(wanted) / own for own in without)

@@ -19,10 +19,10 @@ from functools import partial
 
 import torch
 import tyro
+from far_env.agents.checkpoints import load_policy
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from agents.runs import load_policy
 from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.contract import RetentionPolicy

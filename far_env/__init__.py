@@ -21,7 +21,7 @@ for _name, _workload in {
 }.items():
     gymnasium.register(
         id=f"far_env/{_name}-v0",
-        entry_point="far_env.env:FrameRetentionEnv",
-        vector_entry_point="far_env.vector_env:FrameRetentionVectorEnv",
+        entry_point="far_env.envs.retention_env:FrameRetentionEnv",
+        vector_entry_point="far_env.envs.vector_env:FrameRetentionVectorEnv",
         kwargs={"workload": _workload},
     )

@@ -11,11 +11,12 @@ import operator
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from far_env.errors import PolicyError, unknown_name
 
 UNLIMITED_FRAMES = 9999
 """A budget from here on is full history: the policy is never asked."""
@@ -23,7 +24,7 @@ DEMOTE = "demote_to_long_term"
 KEEPING_ACTIONS = ("keep", DEMOTE)
 ACTIONS = (*KEEPING_ACTIONS, "drop")
 
-STATISTICS = {
+SIGNALS = {
     "lat_cos": "(N, N): cosine of the latents of frames i and j",
     "column_gap": "(N, N, w): for each column of latent i, the smallest mean squared difference to any column of latent j",
     "key_proto": "(N, d): mean over tokens and heads of the frame's keys in the first layer before rotation, seen at full "
@@ -42,7 +43,7 @@ STATISTICS = {
     "denoise_gap": "(N,): mean squared difference between the one-step clean estimate half-way through the ODE and the frame "
     "as it became; a context frame is noised half-way and predicted once from those before it",
 }
-"""What a policy may ask of a rollout beyond the benchmark's `FrameMeta`, by name in its attribute ``statistics``. float32; row
+"""What a policy may ask of a rollout beyond the benchmark's `FrameMeta`, by name in its attribute ``signals``. float32; row
 i is the kept frame with chunk_id i, N of them, the newest included. See `ObservedRolloutState`."""
 OF_LATENTS = ("lat_cos", "column_gap", "key_proto")
 """Functions of the kept latents alone; for all others the newest frame has to be watched while it is made."""
@@ -82,12 +83,12 @@ class RolloutState:
 
 @dataclass
 class ObservedRolloutState(RolloutState):
-    """What a policy with an attribute ``statistics`` (names of `STATISTICS`) receives instead, where the rollout collects them.
+    """What a policy with an attribute ``signals`` (names of `SIGNALS`) receives instead, where the rollout collects them.
 
     The benchmark hands over a plain `RolloutState`, whatever a policy declares.
     """
 
-    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,10 +125,6 @@ class RetentionPolicy(Protocol):
         budget_state: dict[str, float],
     ) -> TemporalCachePlan:
         """Decide about every frame in ``chunk_meta_list`` (oldest first); ``budget_state`` has max_frames and capacity_mb."""
-
-
-class PolicyError(Exception):
-    """A policy raised or answered something that is not a valid plan. The message names policy, clip and step."""
 
 
 @dataclass(frozen=True)
@@ -253,19 +250,19 @@ def make_plan(kept: Collection[int], num_frames: int, *, anchors: Collection[int
     return TemporalCachePlan(chunk_decisions=decisions, **tags)
 
 
-def wanted_statistics(policy: RetentionPolicy | None) -> tuple[str, ...]:
-    """The statistics a policy declares, none if it has no such attribute. Raises PolicyError on a name that is none."""
+def wanted_signals(policy: RetentionPolicy | None) -> tuple[str, ...]:
+    """The signals a policy declares, none if it has no such attribute. Raises PolicyError on a name that is none."""
     try:
-        return check_statistics(getattr(policy, "statistics", ()))
+        return check_signals(getattr(policy, "signals", ()))
     except ValueError as error:
         raise PolicyError(f"policy {policy_name(policy)} asks for an {error}") from error
 
 
-def check_statistics(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of statistics, each once. Raises ValueError on a name that is none."""
+def check_signals(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of signals, each once. Raises ValueError on a name that is none."""
     for name in names:
-        if name not in STATISTICS:
-            raise ValueError(unknown_name("statistic", name, list(STATISTICS)))
+        if name not in SIGNALS:
+            raise ValueError(unknown_name("signal", name, list(SIGNALS)))
     return tuple(dict.fromkeys(names))
 
 
@@ -280,18 +277,6 @@ class NewestFrames:
         """Keep the last min(n, budget) rows."""
         num_frames = len(chunk_meta_list)
         return make_plan(range(num_frames)[-int(budget_state["max_frames"]) :], num_frames)
-
-
-def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
-    """The sentence for a name that is none: with the nearest known one, or all of them."""
-    near = get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"unknown {kind} {name!r}; {hint}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def policy_name(policy: RetentionPolicy) -> str:

@@ -10,16 +10,12 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from far_env.contract import first_line, unknown_name
+from far_env.errors import MetricUnavailable, first_line, unknown_name
 
 METRICS = ("psnr", "ssim", "lpips")
 LOWER_IS_BETTER = ("lpips",)
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 _SSIM_RADIUS = 5
-
-
-class MetricUnavailable(RuntimeError):
-    """A metric cannot be computed here; the message gives the reason and the remedy."""
 
 
 def psnr(predicted: Tensor, truth: Tensor) -> Tensor:

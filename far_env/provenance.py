@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from far_env.config import write_text
+from far_env.io import write_text
 
 FILE = "run.json"
 

@@ -18,8 +18,9 @@ from far_env.clips.ucf101 import UCF101
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
-from far_env.contract import UNLIMITED_FRAMES, unknown_name
+from far_env.contract import UNLIMITED_FRAMES
 from far_env.device import resolve_device, resolve_precision
+from far_env.errors import unknown_name
 from far_env.frame_meta import frame_size_mb
 from far_env.host.weights import Host, load_host
 

@@ -19,7 +19,7 @@ from far_env.host.weights import Host, load_host, save_host
 from far_env.host.zoo import RELEASED
 from far_env.workloads import Workload
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 INDEX = json.loads((DATA / "index.json").read_text())["files"]
 
 TINY_FAR = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from far_env.baselines.filling import FillingPolicy
 
-import baselines
-from baselines.filling import FillingPolicy
-from far_env.contract import STATISTICS, ObservedRolloutState, RolloutState, apply_plan, check_plan
+from far_env import baselines
+from far_env.contract import SIGNALS, ObservedRolloutState, RolloutState, apply_plan, check_plan
 from far_env.frame_meta import frame_features, frame_meta_list
-from far_env.rollout.statistics import column_gaps, latent_cosines
+from far_env.rollout.signals import column_gaps, latent_cosines
 
 MADE = {name: baselines.make(name) for name in baselines.names()}
 FILLING = [name for name, policy in MADE.items() if isinstance(policy, FillingPolicy)]
@@ -37,7 +37,7 @@ class World:
     def metas(self, kept, step):
         return frame_meta_list(frame_features(self.latents[kept][None])[0], step, 0.01)
 
-    def statistics(self, kept):
+    def signals(self, kept):
         """As of the newest frame; nothing is known yet of its keys."""
         newest = kept[-1]
         mass = self.values[newest, kept] / self.values[newest, kept].sum()
@@ -57,13 +57,13 @@ class World:
         for name in ("key_cos", "expected_mass", "expected_cos"):
             found[name][-1] = np.nan
             found[name].T[-1] = np.nan
-        assert set(found) == set(STATISTICS)
+        assert set(found) == set(SIGNALS)
         return found
 
 
-def ask(policy, metas, step, budget, statistics=None):
+def ask(policy, metas, step, budget, signals=None):
     place = (step, budget * 0.01, 99)
-    state = RolloutState(*place) if statistics is None else ObservedRolloutState(*place, statistics)
+    state = RolloutState(*place) if signals is None else ObservedRolloutState(*place, signals)
     plan = policy.build_temporal_cache_plan(metas, state, {"max_frames": budget, "capacity_mb": budget * 0.01})
     check_plan(plan, len(metas))
     return plan
@@ -77,7 +77,7 @@ def rollout(policy, world, num_context, num_predict, budget, clip=None, calls=1)
     for step in range(num_predict):
         kept.append(num_context + step)
         if len(kept) > budget:
-            given = world.metas(kept, step), step, budget, world.statistics(kept)
+            given = world.metas(kept, step), step, budget, world.signals(kept)
             plans = [ask(policy, *given) for _ in range(calls)]
             assert all(plan == plans[0] for plan in plans), "asked again, it answers the same"
             stay = [kept[i] for i in apply_plan(plans[0], len(kept), budget)]

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import host, parts, rollout
 from far_env.cli import run_guarded
-from far_env.contract import STATISTICS
+from far_env.contract import SIGNALS
 
 
 def run(module, monkeypatch, *args) -> int:
@@ -53,7 +53,7 @@ def test_the_other_benchmark_times_worlds_policies_and_collecting(tiny_host_fold
     assert run(parts, monkeypatch, "--clips", "2", "--calls", "3", "--policies", "recent_fill", *host) == 0
     out = capsys.readouterr().out
     assert "pan" in out and "frames/s" in out and "recent_fill" in out and "x recent_window" in out
-    for name in (*STATISTICS, "all"):
+    for name in (*SIGNALS, "all"):
         assert any(line.split()[0] == name and float(line.split()[1]) > 0 for line in out.splitlines() if line)
 
 

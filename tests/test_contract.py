@@ -13,7 +13,6 @@ import pytest
 
 from far_env.contract import (
     ChunkDecision,
-    PolicyError,
     RetentionPolicy,
     RolloutState,
     TemporalCachePlan,
@@ -23,6 +22,7 @@ from far_env.contract import (
     copy_for_clip,
     make_plan,
 )
+from far_env.errors import PolicyError
 
 BUDGET = {"max_frames": 3, "capacity_mb": 0.1}
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import tyro
+from far_env.agents.ppo import AgentTraining
+from far_env.agents.reproduce import ReproduceOptions, load_tables
+from far_env.agents.sweep import Sweep
 
-from agents.ppo import AgentTraining
-from agents.sweep import Sweep
 from far_env.cli import COMMANDS, BaselinesOptions, DataOptions, ExportOptions, SelfTestOptions, WeightsOptions
 from far_env.config import load_yaml, parse
 from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ReportOptions, ValidateOptions
 from far_env.evaluation.extended import ExtendedOptions
-from far_env.evaluation.reproduce import ReproduceOptions, load_tables
+from far_env.evaluation.host_training import HostTraining, check_models
 from far_env.host.weights import load_host
-from far_env.train_host import HostTraining, check_models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,9 +66,9 @@ def test_the_commands_are_understood(monkeypatch):
         elif args[:1] == ["train_agent.py"]:
             parse(AgentTraining, args[1:], "train_agent.py", "")
             seen.add("train_agent.py")
-        elif args[:2] == ["-m", "agents.sweep"]:
-            parse(Sweep, args[2:], "agents.sweep", "")
-            seen.add("agents.sweep")
+        elif args[:2] == ["-m", "far_env.agents.sweep"]:
+            parse(Sweep, args[2:], "far_env.agents.sweep", "")
+            seen.add("far_env.agents.sweep")
         elif args[:1] == ["-m"]:
             tyro.cli(importlib.import_module(args[1]).Options, args=args[2:])
             seen.add(args[1])
@@ -86,10 +86,10 @@ def test_the_commands_are_understood(monkeypatch):
         "benchmarks.rollout",
         "benchmarks.parts",
         "benchmarks.host",
-        "agents.curves",
-        "agents.pretrained",
-        "agents.regret",
-        "agents.sweep",
+        "far_env.agents.learning_curves",
+        "far_env.agents.publish",
+        "far_env.agents.regret",
+        "far_env.agents.sweep",
     }
 
 

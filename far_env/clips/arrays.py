@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from far_env.clips.clip import VideoError
+from far_env.errors import VideoError
 
 VIDEO = "video"
 ACTIONS = "actions"

@@ -18,7 +18,7 @@ from far_env.clips.minecraft import Minecraft
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
 from far_env.clips.ucf101 import UCF101
 from far_env.clips.video_folder import PROTOCOLS, VideoFolder
-from far_env.contract import unknown_name
+from far_env.errors import unknown_name
 
 DATASETS: dict[str, type[VideoFolder]] = {kind.name: kind for kind in (UCF101, DMLab, BAIR, Minecraft)}
 CLIP_FRAMES = {"ucf101": 16, "dmlab": 72, "bair": 30, "minecraft": 300}

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from far_env.contract import unknown_name
+from far_env.errors import ClipIdError, unknown_name
 
 SPLITS = ("train", "validation", "test")
 
@@ -32,14 +32,6 @@ class Clip:
     def context(self, num_context: int) -> np.ndarray:
         """What the first frames are given as: latents (n, C, h, w) where there are any, else pixels (n, 3, H, W)."""
         return np.ascontiguousarray((self.frames if self.latents is None else self.latents)[:num_context])
-
-
-class ClipIdError(IndexError):
-    """A clip id that a source does not have."""
-
-
-class VideoError(ValueError):
-    """A file of frames, latents or actions cannot be used; the message names the file and the reason."""
 
 
 class ClipSource(Protocol):

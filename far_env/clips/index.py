@@ -13,11 +13,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from far_env.clips.arrays import holds_actions, num_actions, read_actions
-from far_env.clips.clip import VideoError
 from far_env.clips.latents import check_latents, count_latents
 from far_env.clips.recordings import Recording
 from far_env.clips.video import check_frames, count_frames
-from far_env.config import cache_dir, write_text
+from far_env.errors import VideoError
+from far_env.io import cache_dir, write_text
 
 _logger = logging.getLogger(__name__)
 

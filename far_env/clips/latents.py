@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from far_env.clips.clip import VideoError
-from far_env.contract import first_line
+from far_env.errors import VideoError, first_line
 
 if TYPE_CHECKING:
     from far_env.host.weights import Host

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from far_env.clips.arrays import episode_length, read_episode
-from far_env.clips.clip import VideoError
+from far_env.errors import VideoError
 
 EPISODE_SUFFIX = ".npz"
 VIDEO_SUFFIXES = (".mp4", ".avi", EPISODE_SUFFIX)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from far_env.clips.arrays import read_actions
-from far_env.clips.clip import SPLITS, Clip, VideoError, check_clip_id
+from far_env.clips.clip import SPLITS, Clip, check_clip_id
 from far_env.clips.index import Facts, Index
 from far_env.clips.latents import decode_latents, read_latents
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
 from far_env.clips.video import crop_centre, read_frames, squeeze
-from far_env.contract import unknown_name
+from far_env.errors import VideoError, unknown_name
 
 if TYPE_CHECKING:
     from far_env.host.weights import Host

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from far_env.clips.clip import check_clip_id
 from far_env.clips.dmlab import DMLab
 from far_env.clips.ucf101 import UCF101
-from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy, unknown_name
+from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy
 from far_env.device import resolve_device
+from far_env.errors import unknown_name
 from far_env.evaluation.evaluate import available_metrics
 from far_env.frame_meta import frame_meta_list, frame_size_mb
 from far_env.host.weights import SHIPPED

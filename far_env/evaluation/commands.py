@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from far_env.config import make_run_dir, parse, write_text
+from far_env.config import parse
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
+from far_env.io import make_run_dir, write_text
 
 if TYPE_CHECKING:
     from far_env.evaluation.comparison import Evaluation
@@ -116,7 +117,7 @@ class ReportOptions:
 def run_evaluate(args: Sequence[str]) -> None:
     """Evaluate policies."""
     options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
-    from agents.runs import policy_facts
+    from far_env.agents.checkpoints import policy_facts
     from far_env.evaluation.comparison import tabulate
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.workloads import make_workload, resolve_budget
@@ -238,7 +239,7 @@ def run_benchmark(args: Sequence[str]) -> None:
 @contextmanager
 def _benchmark_policy(options: BenchmarkOptions) -> Iterator[RetentionPolicy | None]:
     """The policy, a file's in a process of its own."""
-    from agents.runs import load_policy
+    from far_env.agents.checkpoints import load_policy
     from far_env.evaluation.policy_process import PolicyProcess
 
     path = Path(options.policy)
@@ -257,8 +258,8 @@ def _benchmark_policy(options: BenchmarkOptions) -> Iterator[RetentionPolicy | N
 
 def _load_policies(names: Sequence[str], budgets: Sequence[int]) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
     """Policies by name in the order given, and those that only "all" asks for and that may be left out."""
-    import baselines
-    from agents.runs import load_policy
+    from far_env import baselines
+    from far_env.agents.checkpoints import load_policy
     from far_env.evaluation.records import FULL_HISTORY
 
     optional = set(baselines.names()) - set(names) if ALL in names else set()

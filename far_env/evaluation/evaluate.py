@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from far_env.clips.clip import Clip, check_clip_id
-from far_env.contract import UNLIMITED_FRAMES, PolicyError, RetentionPolicy
+from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
+from far_env.errors import PolicyError
 from far_env.evaluation.comparison import Evaluation, tabulate
 from far_env.evaluation.records import FULL_HISTORY, Record, Recorder, Results, Settings
 from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics

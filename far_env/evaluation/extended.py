@@ -20,13 +20,14 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from far_env.clips.clip import check_clip_id
-from far_env.config import make_run_dir, parse, require_positive, write_text
+from far_env.config import parse, require_positive
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.commands import listed
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 from far_env.evaluation.records import FULL_HISTORY
 from far_env.evaluation.statistics import Interval, mean_interval
 from far_env.evaluation.table import text_table
+from far_env.io import make_run_dir, write_text
 from far_env.metrics import psnr
 from far_env.provenance import run_facts, save_facts
 from far_env.rollout.extended import check_token_budget, play_extended
@@ -240,8 +241,8 @@ def _play(
 
 def _load(names: Sequence[str]) -> tuple[dict[str, RetentionPolicy | None], dict[str, dict[str, str]]]:
     """Policies by name, and what is known of each. Raises ValueError on a name that is none."""
-    from agents.runs import load_policy, policy_facts
-    from baselines import extended
+    from far_env.agents.checkpoints import load_policy, policy_facts
+    from far_env.baselines import extended
 
     policies, facts = {}, {}
     for name in names:

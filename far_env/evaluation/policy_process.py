@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from far_env.contract import ChunkDecision, FrameMeta, PolicyError, RolloutState, TemporalCachePlan
+from far_env.contract import ChunkDecision, FrameMeta, RolloutState, TemporalCachePlan
+from far_env.errors import PolicyError
 
 _SHOWN = 200
 _PACKAGE = Path(__file__).parents[2]

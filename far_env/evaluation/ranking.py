@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from far_env.contract import UNLIMITED_FRAMES, NewestFrames, unknown_name
+from far_env.contract import UNLIMITED_FRAMES, NewestFrames
+from far_env.errors import unknown_name
 from far_env.evaluation.records import Record, Results
 from far_env.evaluation.statistics import Interval, mean_intervals
 from far_env.metrics import LOWER_IS_BETTER

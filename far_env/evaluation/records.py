@@ -15,8 +15,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from far_env.config import make_run_dir, write_text
 from far_env.contract import UNLIMITED_FRAMES
+from far_env.io import make_run_dir, write_text
 
 FORMAT = 1
 FULL_HISTORY = "full_history"

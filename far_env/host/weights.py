@@ -10,17 +10,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from far_env.config import write_text
 from far_env.device import resolve_device
+from far_env.errors import WeightsError
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
-from far_env.host.state_files import WeightsError, check_state, file_hash
 from far_env.host.zoo import RELEASED, load_released
+from far_env.io import write_text
+from far_env.tensor_files import file_hash, load_weights
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"embedded": _ASSETS / "embedded_host", "embedded_long": _ASSETS / "embedded_long_host"}
@@ -117,22 +117,6 @@ def _released_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
         latent_shape=(released.config.get("in_channels", 32), side, side),
         frame_size=released.frame_size,
     )
-
-
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Load a safetensors file strictly into ``model``; returns it in eval mode, float32, without gradients.
-
-    Raises:
-        WeightsError: naming the first missing or unexpected key or wrong shape, or that the file is damaged.
-    """
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore it or train it again") from error
-    expected = model.state_dict()
-    check_state(state, expected, path)
-    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
-    return model.eval().requires_grad_(False)
 
 
 def save_host(

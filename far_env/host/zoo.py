@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from far_env.config import cache_dir
-from far_env.contract import first_line, unknown_name
+from far_env.errors import WeightsError, first_line, unknown_name
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong
-from far_env.host.state_files import WeightsError, check_state, file_hash
+from far_env.io import cache_dir
+from far_env.tensor_files import check_state, file_hash
 
 REPOSITORY = "guyuchao/FAR_Models"
 CITATION = "FAR: Gu et al., arXiv 2503.19325; DCAE: Chen et al., arXiv 2410.10733"

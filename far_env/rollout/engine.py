@@ -27,7 +27,7 @@ from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.context import context_latents
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import rollout_noise
-from far_env.rollout.statistics import Collector, Observed
+from far_env.rollout.signals import Collector, Observed
 from far_env.workloads import Workload
 
 
@@ -47,7 +47,7 @@ class Rollout:
         num_coarse: how many of the history's oldest frames were coarse when these were computed.
         noise: (n_predict, C, h, w).
         noise_seed: what it was drawn with.
-        observed: statistics of its frames, where they are collected.
+        observed: signals of its frames, where they are collected.
     """
 
     num_context: int
@@ -83,13 +83,11 @@ class RolloutBatch:
         workload: what is rolled out.
         num_rows: rollouts side by side.
         memo: shared with other batches to reuse their frames, or None.
-        statistics: names of `far_env.contract.STATISTICS` to be collected. Frames that have to be watched for them are computed
+        signals: names of `far_env.contract.SIGNALS` to be collected. Frames that have to be watched for them are computed
             even if the memo knows them.
     """
 
-    def __init__(
-        self, workload: Workload, num_rows: int, memo: FrameMemo | None = None, statistics: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, workload: Workload, num_rows: int, memo: FrameMemo | None = None, signals: Sequence[str] = ()) -> None:
         host = workload.host
         self.workload = workload
         self.memo = FrameMemo(0) if memo is None else memo
@@ -98,7 +96,7 @@ class RolloutBatch:
         self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
         self._num_branches = 2 if self._sampler.guided else 1
         self._origin = (self.memo.host_number(host), workload.num_steps, workload.guidance)
-        self._collector = Collector(statistics, self._sampler)
+        self._collector = Collector(signals, self._sampler)
 
     def step(self, row: int) -> int:
         """How many frames the row has generated."""
@@ -174,8 +172,8 @@ class RolloutBatch:
         """`frame_features` of the kept histories, float32 (R, K, 4), padded with zeros at the end."""
         return frame_features(*self.history(rows)).cpu().numpy()
 
-    def statistics(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """The collected statistics of each row's history, by name. Raises ValueError unless the row was just advanced."""
+    def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """The collected signals of each row's history, by name. Raises ValueError unless the row was just advanced."""
         chosen = self._chosen(rows)
         actions = [[own.actions[number] for number in own.kept] for own in chosen] if self.workload.actions else None
         kept = [own.kept for own in chosen]

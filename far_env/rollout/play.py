@@ -16,7 +16,7 @@ from far_env.contract import (
     RolloutState,
     ask_policy,
     copy_for_clip,
-    wanted_statistics,
+    wanted_signals,
 )
 from far_env.frame_meta import frame_meta_list, frame_size_mb
 from far_env.rollout.engine import RolloutBatch
@@ -56,7 +56,7 @@ def play(
     """Roll every clip out under the policy, all in one batch.
 
     Each clip gets its own copy of the policy (`copy_for_clip`). The policy is asked only where its answer can still influence
-    a frame. A policy that declares ``statistics`` receives them in an `ObservedRolloutState`.
+    a frame. A policy that declares ``signals`` receives them in an `ObservedRolloutState`.
 
     Args:
         policy: None keeps everything, as does a budget of 9999.
@@ -69,14 +69,14 @@ def play(
         The finished rollouts, one row per clip, and each row's decisions.
 
     Raises:
-        PolicyError: if the policy raises, answers an invalid plan or asks for an unknown statistic.
+        PolicyError: if the policy raises, answers an invalid plan or asks for an unknown signal.
     """
     budgets = [int(max_frames)] * len(clips) if isinstance(max_frames, Integral) else list(max_frames)
     if not len(clips) == len(noise_seeds) == len(budgets):
         counts = f"{len(clips)} clips, {len(noise_seeds)} noise seeds and {len(budgets)} budgets"
         raise ValueError(f"a rollout needs a noise seed and a budget for every clip, got {counts}")
     limited = [policy is not None and budget < UNLIMITED_FRAMES for budget in budgets]
-    wanted = wanted_statistics(policy) if any(limited) else ()
+    wanted = wanted_signals(policy) if any(limited) else ()
     batch = RolloutBatch(workload, len(clips), memo, wanted)
     rows = range(len(clips))
     batch.begin(rows, clips, noise_seeds)
@@ -88,8 +88,8 @@ def play(
         if not full:
             continue
         features = torch.from_numpy(batch.features(full))
-        statistics = batch.statistics(full) if wanted else [None] * len(full)
-        for row, own, seen in zip(full, features, statistics, strict=True):
+        signals = batch.signals(full) if wanted else [None] * len(full)
+        for row, own, seen in zip(full, features, signals, strict=True):
             step = batch.step(row) - 1
             metas = frame_meta_list(own[: batch.history_length(row)], step, frame_size_mb(workload.host.latent_shape))
             capacity = workload.capacity_mb(budgets[row])

@@ -19,14 +19,14 @@ from far_env.contract import (
     RetentionPolicy,
     RolloutState,
     ask_policy,
-    wanted_statistics,
+    wanted_signals,
 )
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import rollout_noise
-from far_env.rollout.plain_statistics import PlainStatistics
+from far_env.rollout.reference_signals import ReferenceSignals
 from far_env.workloads import Workload
 
 
@@ -61,8 +61,8 @@ def reference_rollout(
     kept = list(context_latents(host, [clip], workload.num_context)[0])
     numbers = list(range(workload.num_context))
     generated, history = [], []
-    wanted = wanted_statistics(policy)
-    plain = PlainStatistics(workload, wanted, torch.stack(kept), noise_seed, actions) if wanted else None
+    wanted = wanted_signals(policy)
+    plain = ReferenceSignals(workload, wanted, torch.stack(kept), noise_seed, actions) if wanted else None
     for step in range(workload.num_predict):
         new = workload.num_context + step
         own_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None

@@ -1,0 +1,1 @@
+"""The Gymnasium environments: single, batched, and for Stable-Baselines3."""

@@ -1,0 +1,173 @@
+"""The vector environment as a Stable-Baselines3 `VecEnv`: SB3 takes no native Gymnasium vector environments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from stable_baselines3.common.vec_env import VecEnv
+
+from far_env.envs.vector_env import FrameRetentionVectorEnv
+
+
+class SB3VecEnv(VecEnv):
+    """Adapter over a `FrameRetentionVectorEnv` whose autoreset mode is SAME_STEP, SB3's own convention.
+
+    ``infos`` become one dict per row; the last observation of an ended episode is in ``terminal_observation``.
+
+    Raises:
+        ValueError: if the environment resets otherwise.
+    """
+
+    def __init__(self, env: FrameRetentionVectorEnv) -> None:
+        if env.autoreset_mode != AutoresetMode.SAME_STEP:
+            raise ValueError(
+                f"SB3 resets within a step: make the environment with autoreset_mode='SAME_STEP', not {env.autoreset_mode.name}"
+            )
+        self.env = env
+        self._actions: np.ndarray | None = None
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        """Begin all rows with the seeds and options that were set; `reset_infos` holds their infos."""
+        keys = {key for row in self._options for key in row}
+        options = {key: [row.get(key) for row in self._options] for key in keys}
+        seeds = None if all(seed is None for seed in self._seeds) else self._seeds
+        observations, infos = self.env.reset(seed=seeds, options=options)
+        self.reset_infos = [_row_info(infos, row) for row in range(self.num_envs)]
+        self._reset_seeds()
+        self._reset_options()
+        return observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Remember the actions for `step_wait`."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Observations, float32 rewards, dones, and one info per row."""
+        observations, rewards, terminations, truncations, infos = self.env.step(self._actions)
+        rows = []
+        for row in range(self.num_envs):
+            if terminations[row]:
+                info = _row_info(infos["final_info"], row)
+                info["terminal_observation"] = infos["final_obs"][row]
+                info["TimeLimit.truncated"] = bool(truncations[row])
+            else:
+                info = _row_info(infos, row)
+            rows.append(info)
+        return observations, rewards.astype(np.float32), terminations | truncations, rows
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """The shared environment's attribute, once per index."""
+        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Set an attribute for all rows. Raises ValueError for some of them only."""
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"the rows share one environment: {attr_name} can only be set for all of them")
+        setattr(self.env, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
+        """Call a batched method once and hand each row its slice."""
+        results = getattr(self.env, method_name)(*args, **kwargs)
+        return [results[row] for row in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
+        """False: the rows are no single environments that could be wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """Nothing: rows are not rendered."""
+        return [None] * self.num_envs
+
+
+class JoinedVecEnv(VecEnv):
+    """Several environments with the same spaces as one, for an agent that learns in all of them; rows come in their order.
+
+    Raises:
+        ValueError: if the spaces differ.
+    """
+
+    def __init__(self, envs: Sequence[SB3VecEnv]) -> None:
+        first = envs[0]
+        for env in envs[1:]:
+            if (env.observation_space, env.action_space) != (first.observation_space, first.action_space):
+                raise ValueError(
+                    "environments that are joined need the same number of slots: context lengths and budgets that fit together"
+                )
+        self.envs = list(envs)
+        ends = np.cumsum([env.num_envs for env in envs]).tolist()
+        self._slices = [slice(end - env.num_envs, end) for env, end in zip(envs, ends, strict=True)]
+        super().__init__(ends[-1], first.observation_space, first.action_space)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        """Begin all rows with the seeds and options that were set."""
+        for env, own in zip(self.envs, self._slices, strict=True):
+            env._seeds, env._options = self._seeds[own], self._options[own]
+        observations = [env.reset() for env in self.envs]
+        self.reset_infos = [info for env in self.envs for info in env.reset_infos]
+        self._reset_seeds()
+        self._reset_options()
+        return _stacked(observations)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Hand each environment its actions."""
+        for env, own in zip(self.envs, self._slices, strict=True):
+            env.step_async(actions[own])
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """As `SB3VecEnv.step_wait`, of all rows."""
+        observations, rewards, dones, infos = zip(*(env.step_wait() for env in self.envs), strict=True)
+        return _stacked(observations), np.concatenate(rewards), np.concatenate(dones), [info for own in infos for info in own]
+
+    def close(self) -> None:
+        """Close all of them."""
+        for env in self.envs:
+            env.close()
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """Each row's environment's attribute."""
+        values = [value for env in self.envs for value in env.get_attr(attr_name)]
+        return [values[row] for row in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Set an attribute for all rows. Raises ValueError for some of them only."""
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"rows share environments: {attr_name} can only be set for all of them")
+        for env in self.envs:
+            env.set_attr(attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
+        """Call a batched method of each environment and hand each row its slice."""
+        results = [row for env in self.envs for row in env.env_method(method_name, *args, **kwargs)]
+        return [results[row] for row in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
+        """False: the rows are no single environments that could be wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """Nothing: rows are not rendered."""
+        return [None] * self.num_envs
+
+
+def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
+    """One row's part of Gymnasium's dict of arrays."""
+    own = {}
+    for key, values in infos.items():
+        if key.startswith("_") or key in ("final_obs", "final_info") or not infos[f"_{key}"][row]:
+            continue
+        value = values[row]
+        own[key] = value.item() if isinstance(value, np.generic) else value
+    return own

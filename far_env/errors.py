@@ -1,0 +1,42 @@
+"""The errors that commands print as one sentence, and the sentence for an unknown name. No heavy import in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class ClipIdError(IndexError):
+    """A clip id that a source does not have."""
+
+
+class VideoError(ValueError):
+    """A file of frames, latents or actions cannot be used; the message names the file and the reason."""
+
+
+class PolicyError(Exception):
+    """A policy raised or answered something that is not a valid plan. The message names policy, clip and step."""
+
+
+class MetricUnavailable(RuntimeError):
+    """A metric cannot be computed here; the message gives the reason and the remedy."""
+
+
+class WeightsError(ValueError):
+    """A weight file is missing, damaged, or does not fit its configuration; the message says which and what to do."""
+
+
+class TrainingStopped(Exception):
+    """Raised after Ctrl-C, once the checkpoint is written; the message says how to go on."""
+
+
+def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
+    """The sentence for a name that is none: with the nearest known one, or all of them."""
+    near = get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

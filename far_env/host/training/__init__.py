@@ -1,0 +1,1 @@
+"""Training a host from nothing: autoencoder, then transformer."""

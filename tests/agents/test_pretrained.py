@@ -1,0 +1,166 @@
+"""Policies that ship: their names, their cards, and that their exported files decide as they do."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from far_env.agents import checkpoints, publish
+from far_env.agents.checkpoints import PRETRAINED, load_policy, load_scorer, policy_facts, pretrained_names, scorer_folder
+from far_env.agents.ppo import AgentTraining, NetworkSize, PPOSettings
+
+import train_agent
+from far_env import cli
+from far_env.config import load_yaml
+from far_env.evaluation.evaluate import evaluate
+from far_env.host.weights import load_host
+from far_env.rollout.play import play
+from far_env.workloads import make_workload
+
+NAMES = pretrained_names()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_host_folder, tmp_path_factory):
+    """A short run's folder."""
+    config = AgentTraining(
+        ppo=PPOSettings(total_timesteps=32, num_envs=4, n_steps=8, batch_size=16, n_epochs=1),
+        host=str(tiny_host_folder),
+        device="cpu",
+        run_dir=str(tmp_path_factory.mktemp("runs") / "run"),
+        train_clips=4,
+        validation_clips=2,
+        test_clips=2,
+        table=("recent_fill",),
+    )
+    train_agent.train(config)
+    return scorer_folder(config.run_dir)
+
+
+def table_of(run):
+    """The one table of a run's results."""
+    (table,) = json.loads((run / checkpoints.RESULTS_FILE).read_text())["tables"]
+    return table
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """An empty folder in place of the one of the policies that ship."""
+    monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "shelf")
+    return tmp_path / "shelf"
+
+
+def test_a_policy_ships_and_all_is_the_hand_written_ones():
+    from far_env import baselines
+
+    assert "pretrained/pan-tight" in NAMES
+    assert not set(NAMES) & set(baselines.names())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_say_what_the_files_say(name):
+    folder = scorer_folder(name)
+    network, facts = load_scorer(folder)
+    settings = load_yaml(AgentTraining, folder / checkpoints.SETTINGS_FILE)
+    card = (folder / publish.CARD_FILE).read_text()
+    digest = hashlib.sha256((folder / checkpoints.WEIGHTS_FILE).read_bytes()).hexdigest()
+    parameters = sum(value.numel() for value in network.state_dict().values())
+    for said in (f"# {name}\n", facts["trained_on"], facts["host"], facts["commit"], digest, f"{parameters:,} parameters"):
+        assert said in card
+    told = {**facts["network"], "signals": tuple(facts["network"].get("signals", ()))}
+    assert NetworkSize(**told) == settings.network
+    assert ("cannot be exported" in card) == bool(told["signals"]) == ("far-env export" not in card)
+    trained_on = facts["trained_on"].replace(", ", ",")
+    for said in (f"{settings.workload},budget {settings.budget}", f"seed {settings.seed}"):
+        assert said.replace(", ", ",") in trained_on
+    assert policy_facts(name)["sha256"] == digest and facts["trained_on"] in policy_facts(name)["note"]
+    for said in facts["host"].split(", "):
+        host = load_host(said.split(" ")[0], "cpu")
+        assert said == f"{host.name} ({host.weights_hash})", "the host has changed since; train and ship again"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if policy_facts(name)["tier"] == "M"])
+def test_the_exported_file_decides_as_the_policy(name, tmp_path):
+    assert cli.main(["export", name, "--out", str(tmp_path / "policy.py")]) == 0
+    settings = load_yaml(AgentTraining, scorer_folder(name) / checkpoints.SETTINGS_FILE)
+    workload = make_workload(settings.workload.split(",")[0].strip(), host=settings.host, device="cpu")
+    workload = dataclasses.replace(workload, num_predict=min(workload.num_predict, 11))
+    clips = [workload.clips.clip("test", i) for i in (0, 1)]
+    policies = [load_policy(name), load_policy(str(tmp_path / "policy.py"))]
+    (own, decisions), (exported, others) = (play(workload, clips, [42, 43], policy, 4) for policy in policies)
+    kept = [[(d.step, d.kept) for d in row] for row in decisions]
+    assert kept == [[(d.step, d.kept) for d in row] for row in others] and kept[0]
+    assert torch.equal(own.generated(range(2)), exported.generated(range(2)))
+
+
+def test_a_shipped_run_is_the_run(finished, shelf, tiny_workload):
+    folder = publish.ship(finished, "mine", shelf)
+    assert pretrained_names() == ["pretrained/mine"] and scorer_folder("pretrained/mine") == folder
+    before, after = load_scorer(finished)[0].state_dict(), load_scorer(folder)[0].state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    card = (folder / publish.CARD_FILE).read_text()
+    scores = table_of(finished)["policies"]["learned"]["psnr"]
+    assert f"| pan | 4 | pretrained/mine | {scores['mean']:.2f} [{scores['low']:.2f}, {scores['high']:.2f}] |" in card
+    assert "32 decisions of PPO" in card and re.search(r"- Time: \d+\.\d minutes\.", card) and "of imitation" not in card
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.yaml", "policy.json", "policy.safetensors"}
+    result = evaluate(tiny_workload, 4, {"pretrained/mine": load_policy("pretrained/mine")}, [0], metrics=["psnr"])
+    assert result.scores["pretrained/mine"]["psnr"].shape == (1, 1)
+
+
+def test_a_run_with_several_tables_shows_them_all(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    table = table_of(run)
+    (run / checkpoints.RESULTS_FILE).write_text(json.dumps({"tables": [table, table | {"workload": "cuts", "budget": 8}]}))
+    card = (publish.ship(run, "mine", tmp_path / "shelf") / publish.CARD_FILE).read_text()
+    assert "| pan | 4 | pretrained/mine |" in card and "| cuts | 8 | pretrained/mine |" in card
+    assert "- pan 4, cuts 8: 2 test clips" in card
+
+
+def test_runs_that_do_not_tell_their_time_have_that_of_their_logs(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    sessions = json.loads((run / "run.json").read_text())
+    assert sessions[0].pop("training_seconds") > 0
+    (run / "run.json").write_text(json.dumps(sessions))
+    card = publish.ship(run, "mine", tmp_path / "shelf") / publish.CARD_FILE
+    assert "minutes of PPO; imitation was not timed" in card.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pretrained/pan-tigt", "unknown pretrained policy 'pretrained/pan-tigt'; did you mean 'pretrained/pan-tight'"),
+        ("pretrained/", "unknown pretrained policy 'pretrained/'"),
+        ("pretrained/../runs", "unknown pretrained policy"),
+        ("nothing_like_it", "nor a pretrained one .*pretrained/pan-tight"),
+    ],
+)
+def test_unknown_names_are_told_the_known_ones(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_policy(name)
+
+
+def test_damaged_policies_and_unfinished_runs_are_one_sentence(finished, shelf, tmp_path, capsys):
+    folder = publish.ship(finished, "mine", shelf)
+    weights = (folder / checkpoints.WEIGHTS_FILE).read_bytes()
+    (folder / checkpoints.WEIGHTS_FILE).write_bytes(weights[:1000])
+    with pytest.raises(ValueError, match=r"policy\.safetensors"):
+        load_policy(f"{PRETRAINED}mine")
+    (folder / checkpoints.CONFIG_FILE).write_text("{")
+    with pytest.raises(ValueError, match=r"policy\.json is damaged"):
+        load_policy(f"{PRETRAINED}mine")
+
+    run = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(ValueError, match="lower-case letters, digits and hyphens, got 'Pan_1'"):
+        publish.ship(run, "Pan_1", shelf)
+    (run / checkpoints.RESULTS_FILE).write_text(json.dumps({"tables": [table_of(run) | {"weights": "c0ffee00"}]}))
+    with pytest.raises(ValueError, match=r"made with host .*c0ffee00\), the policy with"):
+        publish.ship(run, "other", shelf)
+    (run / checkpoints.RESULTS_FILE).unlink()
+    assert publish.main([str(run), "other"]) == 2
+    assert "only a finished run can be shipped" in capsys.readouterr().err
+    assert not (shelf / "other").exists()

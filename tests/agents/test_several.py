@@ -1,0 +1,191 @@
+"""Agents that learn under several budgets and in several workloads at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from far_env.agents import ppo
+from far_env.agents.checkpoints import load_scorer
+from far_env.agents.imitation import ImitationSettings
+from far_env.agents.ppo import AgentTraining, NetworkSize, PPOSettings
+
+import train_agent
+from far_env.clips.worlds import WORLDS
+from far_env.contract import NewestFrames
+from far_env.envs.retention_env import FrameRetentionEnv
+from far_env.envs.sb3 import JoinedVecEnv, SB3VecEnv
+from far_env.envs.vector_env import FrameRetentionVectorEnv
+from far_env.evaluation.evaluate import evaluate
+from far_env.workloads import Workload, make_workload, resolve_budgets
+
+
+def test_budgets_are_one_or_several():
+    assert resolve_budgets(4) == (4,) == resolve_budgets("4") == resolve_budgets([4, "4"])
+    assert resolve_budgets("8, 2,tight_history_budget,2") == (2, 4, 8)
+    for wrong, message in (
+        ([], "a budget is needed"),
+        ("4,0", "at least 1 frame"),
+        ("4,,8", "unknown budget"),
+        ([2.5], "whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_budgets(wrong)
+
+
+def test_each_episode_draws_a_budget(tiny_workload):
+    env = FrameRetentionEnv(tiny_workload, [2, 4, 8])
+    drawn = Counter()
+    for seed in range(30):
+        obs, info = env.reset(seed=seed)
+        budget = info["max_frames"]
+        drawn[budget] += 1
+        assert len(obs["mask"]) == 9 and obs["budget"][0] == pytest.approx(budget / 9)
+        assert obs["mask"].sum() == max(budget, 5) + 1
+        obs, _, _, _, info = env.step(np.ones(9, dtype=np.int8))
+        assert info["max_frames"] == budget and obs["mask"].sum() == budget + 1
+    assert set(drawn) == {2, 4, 8} and min(drawn.values()) > 3
+    # one budget leaves the draws of clips as they are
+    assert FrameRetentionEnv(tiny_workload, 4).reset(seed=3)[1]["clip_id"] == env.reset(seed=3)[1]["clip_id"]
+    assert env.reset(options={"budget": 8})[1]["max_frames"] == 8
+    with pytest.raises(ValueError, match="budget 5 is none of those that the environment was made with: 2, 4, 8"):
+        env.reset(options={"budget": 5})
+
+
+def test_rows_with_other_budgets_are_the_episodes_of_their_own(tiny_workload):
+    """Rewards relative to a reference under the same budget, mid-episode states, and observations."""
+    options = {"relative_to": "recent_fill", "telescoping": True, "metrics": ("psnr",)}
+    many = FrameRetentionVectorEnv(2, tiny_workload, [2, 8], autoreset_mode="DISABLED", **options)
+    many.reset(options={"clip_id": [1, 2], "budget": [2, 8]})
+    action = np.array([1, 0, 1, 1, 0, 1, 1, 0, 1], dtype=np.int8)
+    totals = np.zeros(2)
+    ends = {}
+    for count in range(12):
+        state = many.state_dict()
+        many.load_state_dict(state)
+        if many._done.any():
+            rows = many._done.copy()
+            many.reset(options={"reset_mask": rows, "clip_id": [1, 2], "budget": [2, 8]})
+        _, rewards, dones, _, infos = many.step(np.stack([action, action]))
+        for row in np.flatnonzero(dones):
+            ends.setdefault(int(row), (totals[row] + rewards[row], float(infos["psnr"][row]), count))
+        totals = np.where(dones, 0, totals + rewards)
+        if len(ends) == 2:
+            break
+    for row, (budget, clip_id) in enumerate(((2, 1), (8, 2))):
+        single = FrameRetentionEnv(tiny_workload, [2, 8], **options)
+        single.reset(options={"clip_id": clip_id, "budget": budget})
+        total, done = 0.0, False
+        while not done:
+            _, reward, done, _, info = single.step(action)
+            total += reward
+        clips = {"clip_ids": [clip_id], "split": "train", "progress": False}
+        played = evaluate(tiny_workload, budget, {"recent_fill": NewestFrames()}, **clips)
+        reference = played.scores["recent_fill"]["psnr"].item()
+        assert total == pytest.approx(info["psnr"] - reference, abs=1e-3)
+        assert ends[row][:2] == pytest.approx((total, info["psnr"]), abs=1e-3)
+
+
+@pytest.fixture
+def joined(tiny_workload, tiny_host):
+    cuts = Workload("tiny_cuts", WORLDS["cuts"], tiny_host, num_context=5, num_predict=11, num_steps=3)
+
+    def make():
+        given = ((2, tiny_workload), (3, cuts))
+        return [SB3VecEnv(FrameRetentionVectorEnv(n, world, [3, 4], autoreset_mode="SAME_STEP")) for n, world in given]
+
+    return make
+
+
+def test_joined_environments_are_their_parts(joined):
+    parts, whole = joined(), JoinedVecEnv(joined())
+    for index, part in enumerate(parts):
+        part.seed(7 + 2 * index)
+    whole.seed(7)
+    seen = [part.reset() for part in parts]
+    both = whole.reset()
+    assert [info["clip_id"] for info in whole.reset_infos] == [i["clip_id"] for part in parts for i in part.reset_infos]
+    rng = np.random.default_rng(0)
+    for _ in range(13):
+        for key in both:
+            np.testing.assert_array_equal(both[key], np.concatenate([own[key] for own in seen]))
+        masks = whole.env_method("action_masks")
+        assert len(masks) == 5 and whole.env_method("action_masks", indices=[4])[0].tolist() == masks[4].tolist()
+        actions = rng.integers(0, 2, (5, 6)).astype(np.int8)
+        results = [part.step(own) for part, own in zip(parts, (actions[:2], actions[2:]), strict=True)]
+        seen = [result[0] for result in results]
+        both, rewards, dones, infos = whole.step(actions)
+        np.testing.assert_array_equal(rewards, np.concatenate([result[1] for result in results]))
+        np.testing.assert_array_equal(dones, np.concatenate([result[2] for result in results]))
+        assert [info["clip_id"] for info in infos] == [info["clip_id"] for result in results for info in result[3]]
+    whole.set_options({"budget": 3})
+    whole.reset()
+    assert {info["max_frames"] for info in whole.reset_infos} == {3}
+    assert whole.get_attr("num_envs") == [2, 2, 3, 3, 3]
+
+
+def test_environments_with_other_slots_cannot_be_joined(tiny_workload):
+    envs = [SB3VecEnv(FrameRetentionVectorEnv(1, tiny_workload, b, autoreset_mode="SAME_STEP")) for b in (4, 8)]
+    with pytest.raises(ValueError, match="need the same number of slots"):
+        JoinedVecEnv(envs)
+
+
+@pytest.fixture
+def config(tiny_host_folder, tmp_path) -> AgentTraining:
+    return AgentTraining(
+        workload="pan,cuts",
+        budget="2,6",
+        ppo=PPOSettings(total_timesteps=96, num_envs=4, n_steps=8, batch_size=16, n_epochs=2),
+        imitation=ImitationSettings(rounds=1, clips_per_round=6, epochs=2, candidates=3),
+        network=NetworkSize(width=16, num_layers=1, memory=True),
+        host=str(tiny_host_folder),
+        device="cpu",
+        run_dir=str(tmp_path / "run"),
+        train_clips=8,
+        validation_clips=4,
+        validate_every=1,
+        test_clips=2,
+        table=("recent_fill",),
+    )
+
+
+def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, tmp_path, monkeypatch):
+    whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
+    train_agent.train(whole)
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())["tables"]
+    assert [(own["workload"], own["budget"]) for own in results] == [("pan", 2), ("pan", 6), ("cuts", 2), ("cuts", 6)]
+    header = (tmp_path / "whole" / "progress_00000000.csv").read_text().split("\n")[0]
+    assert all(f"validation/psnr_{world}_{budget}" in header for world in ("pan", "cuts") for budget in (2, 6))
+    known = torch.load(tmp_path / "whole" / "checkpoint.ckpt", weights_only=True)
+
+    original = ppo.Progress._save
+    saves = []
+
+    def save_then_stop(self):
+        original(self)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ppo.Progress, "_save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_agent.train(config)
+    monkeypatch.setattr(ppo.Progress, "_save", original)
+    train_agent.train(dataclasses.replace(config, resume=True))
+    resumed = torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)
+    for key, value in known["policy"].items():
+        torch.testing.assert_close(resumed["policy"][key], value, atol=1e-4, rtol=1e-3)
+    assert load_scorer(tmp_path / "run")[1]["trained_on"] == "pan, cuts, budget 2, 6, first 8 train clips, seed 0"
+
+
+def test_rows_are_shared_evenly(config):
+    with pytest.raises(ValueError, match="validation_clips is 1, fewer than the 2 budgets that share them"):
+        train_agent.train(dataclasses.replace(config, validation_clips=1))
+    with pytest.raises(ValueError, match="num_envs is 5, which 2 workloads cannot share evenly"):
+        train_agent.train(dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, num_envs=5)))
+    assert [workload.name for workload in config.make_workloads()] == ["pan", "cuts"]
+    assert make_workload("pan", host=config.host).num_predict == 11

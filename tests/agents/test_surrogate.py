@@ -1,0 +1,181 @@
+"""The stand-in for the host: what it estimates, against plain loops and against rollouts, and PPO that practises on it."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from far_env.agents.checkpoints import load_policy, load_scorer
+from far_env.agents.expert_data import TrueHistories
+from far_env.agents.learning_curves import curve
+from far_env.agents.policies import PolicyAgent
+from far_env.agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
+from far_env.agents.surrogate import ESTIMATE, SurrogateCalibration, SurrogateRollouts, SurrogateVectorEnv
+from gymnasium.vector import AutoresetMode
+
+import train_agent
+from far_env.envs.vector_env import FrameRetentionVectorEnv
+from far_env.evaluation.evaluate import evaluate
+from far_env.frame_meta import frame_features
+from far_env.tensor_files import load_tensors
+from far_env.workloads import make_workload
+
+OPTIONS = {"reward": {"psnr": 1.0}, "num_clips": 20, "autoreset_mode": AutoresetMode.DISABLED}
+
+
+def make_env(workload, num_envs=2, **options):
+    return SurrogateVectorEnv(num_envs, workload, (3,), **{**OPTIONS, **options})
+
+
+def recent(env):
+    """Keep masks of the newest frames."""
+    action = np.zeros(env.action_space.shape, dtype=np.int8)
+    action[:, -3:] = 1
+    return action
+
+
+@torch.no_grad()
+def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(tiny_workload):
+    clip = tiny_workload.clips.clip("train", 3)
+    latents = tiny_workload.host.autoencoder.encode(torch.from_numpy(clip.frames)[None])[0].double()
+    rollouts = SurrogateRollouts(tiny_workload, 2, tolerance=0.01)
+    rollouts.begin([1], [clip], [0])
+    kept, height, width = list(range(5)), *latents.shape[2:]
+    errors = np.zeros((16, height, width))
+    for frame in range(5, 16):
+        for row, cell in itertools.product(range(height), range(width)):
+
+            def squares(source, row=row, cell=cell, frame=frame):
+                return [float((latents[source, :, row, k] - latents[frame, :, row, cell]).square().sum()) for k in range(width)]
+
+            told = [(min(own := squares(source)), errors[source, row, int(np.argmin(own))]) for source in kept]
+            whole = min(min(squares(source)) for source in range(frame))
+            errors[frame, row, cell] = max(0.0, min(map(sum, told)) - whole - 0.01)
+        rollouts.advance([1])
+        kept.append(frame)
+        assert rollouts.frame_numbers(1) == kept and rollouts.step(1) == frame - 4
+        shown = frame_features(latents[None, kept].float()).numpy()
+        np.testing.assert_allclose(rollouts.features([1]), shown, atol=1e-6)
+        for name, value in TrueHistories.signals(rollouts, [1])[0].items():
+            np.testing.assert_allclose(rollouts.signals([1])[0][name], value, atol=1e-5)
+        if len(kept) > 3:
+            rollouts.retain(1, [1, len(kept) - 2, len(kept) - 1])
+            kept = [kept[1], *kept[-2:]]
+    assert errors[5:].max() > 0 and rollouts.finished(1)
+    np.testing.assert_allclose(rollouts.errors[1], errors, atol=1e-4)
+
+
+def test_an_episode_shows_the_true_frames_and_earns_the_estimate(tiny_workload):
+    env = make_env(tiny_workload)
+    observations, _ = env.reset(options={"clip_id": [4, 7]})
+    real = FrameRetentionVectorEnv(2, tiny_workload, (3,), **OPTIONS)
+    spaces = real.single_observation_space
+    assert env.single_observation_space == spaces and env.observation_space.contains(observations)
+    measured, total = SurrogateCalibration.of(tiny_workload), np.zeros(2)
+    assert env.episodes.measured == measured
+    while True:
+        observations, rewards, done, _, infos = env.step(recent(env))
+        total += rewards
+        if done.all():
+            break
+        assert (total == 0).all()
+    errors = env.episodes.rollouts.errors[:, 5:].sum(axis=(2, 3)).mean(axis=1)
+    expected = -10 * np.log10(measured.host_error + measured.pixel_scale * errors)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(infos[ESTIMATE], expected, rtol=1e-5)
+
+
+def test_telescoping_rewards_add_up_and_rows_go_on_where_they_were_left(tiny_workload):
+    whole, split, again = (make_env(tiny_workload, telescoping=own) for own in (False, True, True))
+    rewards = {}
+    for env in (whole, split):
+        env.reset(options={"clip_id": [4, 7]})
+        rewards[env], done = [], np.zeros(2, dtype=bool)
+        while not done.all():
+            if env is split and len(rewards[env]) == 2:
+                state = env.state_dict()
+            _, earned, done, _, _ = env.step(recent(env))
+            rewards[env].append(earned)
+    np.testing.assert_allclose(np.sum(rewards[whole], axis=0), np.sum(rewards[split], axis=0), rtol=1e-5)
+    again.load_state_dict(state)
+    for earned in rewards[split][2:]:
+        np.testing.assert_array_equal(again.step(recent(again))[1], earned)
+
+
+def test_the_estimate_ranks_clips_and_policies_as_the_embedded_host_does():
+    workload, clips = make_workload("pan", device="cpu"), range(12)
+    policies = {name: load_policy(name) for name in ("recent_fill", "uniform")}
+    real = evaluate(workload, 4, policies, clips, split="train", metrics=("psnr",), progress=False)
+    estimated = {}
+    for name in policies:
+        env = SurrogateVectorEnv(12, workload, (4,), **{**OPTIONS, "num_clips": 12})
+        observations, infos = env.reset(options={"clip_id": list(clips)})
+        agent, done = PolicyAgent(policies[name]), np.zeros(12, dtype=bool)
+        while not done.all():
+            observations, _, done, _, infos = env.step(agent.predict(observations, infos))
+        estimated[name], measured = infos[ESTIMATE], real.scores[name]["psnr"].flatten()
+        assert np.corrcoef(estimated[name], measured)[0, 1] > 0.5
+        assert abs(estimated[name].mean() - measured.mean()) < 5
+    assert estimated["uniform"].mean() > estimated["recent_fill"].mean() + 5
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reward": {"ssim": 1.0}}, "the stand-in estimates PSNR alone"),
+        ({"relative_to": "recent_fill"}, "the stand-in estimates PSNR alone"),
+        ({"signals": ("attn_mass",)}, "the stand-in has no attn_mass"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(tiny_workload, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_env(tiny_workload, **options)
+
+
+SMALL = PPOSettings(total_timesteps=32, num_envs=4, n_steps=4, batch_size=16, n_epochs=1)
+
+
+@pytest.fixture
+def config(tmp_path) -> AgentTraining:
+    return AgentTraining(
+        network=NetworkSize(width=16, num_layers=1, memory=True, surroundings=True, places=True),
+        surrogate=SMALL,
+        ppo=dataclasses.replace(SMALL, total_timesteps=16, critic_warmup_updates=9),
+        reward=RewardSettings(telescoping=True),
+        precision="float32",
+        device="cpu",
+        train_clips=8,
+        validation_clips=2,
+        test_clips=2,
+        table=(),
+        run_dir=str(tmp_path / "run"),
+    )
+
+
+def test_ppo_goes_on_from_what_it_practised_and_the_practice_from_where_it_stopped(config, tmp_path, monkeypatch):
+    train_agent.train(config)
+    practised = load_tensors(tmp_path / "run" / "surrogate" / "checkpoint.ckpt")
+    assert practised["num_timesteps"] == 32
+    decisions = [point for point, _ in curve(tmp_path / "run")[1]]
+    assert decisions == [0, 32, 32 + 16], "of the practice and of PPO behind it"
+    alone = dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
+
+    from far_env.agents import ppo
+
+    save, stops = ppo.Progress._save, iter([False, True])
+
+    def stopping(self):
+        save(self)
+        if next(stops, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ppo.Progress, "_save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train_agent.train(alone)
+    train_agent.train(dataclasses.replace(alone, resume=True))
+    best = load_scorer(tmp_path / "alone")[0].state_dict()
+    trained = load_tensors(tmp_path / "run" / "checkpoint.ckpt")["policy"]
+    for key, value in best.items():
+        torch.testing.assert_close(value, practised["best_weights"][key], msg="resumed practice is another one")
+        torch.testing.assert_close(value, trained[f"mlp_extractor.actor.{key}"], msg="PPO did not begin with it")

@@ -1,0 +1,78 @@
+"""The host that ships with the package: it predicts its worlds, memory matters to it, and its card tells the truth."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from far_env import baselines
+from far_env.contract import NewestFrames
+from far_env.evaluation.evaluate import evaluate
+from far_env.host.weights import SHIPPED, load_host
+from far_env.metrics import psnr
+from far_env.workloads import make_workload
+
+WORLDS = {"pan": ("embedded", 4, 24), "cuts": ("embedded", 4, 24), "orbit": ("embedded_long", 8, 4)}
+"""World: its host, the budget of the card, and how many clips are played here."""
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def workload(request):
+    return make_workload(request.param, device="cpu")
+
+
+def card_row(world: str) -> list[float]:
+    """Reconstruction, full history and recency as the card tells them."""
+    card = (SHIPPED[WORLDS[world][0]] / "README.md").read_text()
+    (row,) = re.findall(rf"^\| {world} \|(.*)\|$", card, re.MULTILINE)
+    return [float(cell) for cell in row.split("|")]
+
+
+@pytest.mark.parametrize(("name", "megabytes"), [("embedded", 12), ("embedded_long", 9)])
+def test_what_ships_is_small_and_described(name, megabytes):
+    sizes = {path.name: path.stat().st_size for path in SHIPPED[name].iterdir()}
+    own = {"autoencoder.safetensors"} if name == "embedded" else set()
+    assert set(sizes) == {"config.json", "transformer.safetensors", "README.md", "training.yaml"} | own
+    assert sum(sizes.values()) <= megabytes * 1e6
+    host = load_host(name, "cpu")
+    assert f"hash {host.weights_hash};" in (SHIPPED[name] / "README.md").read_text()
+    assert host.num_steps == 4 and load_host("embedded", "cpu").autoencoder.settings == host.autoencoder.settings
+
+
+def test_the_measured_quality_is_what_was_wanted():
+    """Of the cards: the smallest full-history PSNR, and how much of it recency loses."""
+    for world, wanted, lost in (("pan", 32.5, 10), ("cuts", 28.0, 10), ("orbit", 16.0, 4)):
+        reconstruction, full, recent = card_row(world)
+        assert reconstruction >= 38 and full >= wanted and full - recent >= lost
+
+
+def test_the_autoencoder_reconstructs(workload):
+    frames = torch.stack([torch.from_numpy(workload.clips.clip("test", i).frames) for i in range(8)])
+    autoencoder = workload.host.autoencoder
+    latents = autoencoder.encode(frames)
+    assert psnr(autoencoder.decode(latents), frames).mean() >= 38
+    assert 0.8 <= latents.std() <= 1.25, "flow matching mixes latents with noise of unit variance"
+
+
+def test_memory_matters_as_much_as_the_card_says(workload):
+    """Means of few clips against the card's means of many: within three standard errors."""
+    _, budget, count = WORLDS[workload.name]
+    policies = {"full_history": None, "recent_fill": NewestFrames()}
+    result = evaluate(workload, budget, policies, range(count), metrics=("psnr",), progress=False)
+    for policy, stated in zip(policies, card_row(workload.name)[1:], strict=True):
+        scores = result.scores[policy]["psnr"]
+        assert abs(scores.mean() - stated) <= 3 * scores.std(ddof=1) / np.sqrt(len(scores)) + 0.1
+    if count >= 24:
+        assert result.difference("full_history", "recent_fill").mean() >= 7
+
+
+def test_choosing_well_matters_most_where_the_history_is_long():
+    """On orbit the frames that cover the panorama, all within the window, beat both recency and everything at once."""
+    workload = make_workload("orbit", device="cpu")
+    policies = {"full_history": None, "recent_fill": NewestFrames(), "least_novel": baselines.make("least_novel")}
+    result = evaluate(workload, 8, policies, range(2), metrics=("psnr",), progress=False)
+    scores = {name: float(columns["psnr"].mean()) for name, columns in result.scores.items()}
+    assert scores["least_novel"] > scores["full_history"] + 5 > scores["recent_fill"] + 5

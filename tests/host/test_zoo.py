@@ -1,0 +1,204 @@
+"""The released models: what they are, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from far_env import cli
+from far_env.clips.worlds import WORLDS
+from far_env.errors import WeightsError
+from far_env.host import zoo
+from far_env.host.autoencoder import Autoencoder
+from far_env.host.far import FAR
+from far_env.host.weights import load_host
+from far_env.rollout.play import play
+from far_env.rollout.reference import reference_rollout
+from far_env.tensor_files import file_hash
+from far_env.workloads import Workload
+from tests.conftest import DATA, TINY_DCAE, TINY_FAR, randomise
+
+MANIFESTS = {
+    "far_b_ucf101": "FAR_B",
+    "far_b_bair": "FAR_B",
+    "far_b_long_dmlab": "FAR_B_Long_action4",
+    "far_m_long_minecraft": "FAR_M_Long_action4",
+    "far_l_ucf101_128": "FAR_L",
+    "far_l_ucf101_128_label": "FAR_L_label101",
+    "far_l_ucf101_256": "FAR_L",
+    "far_l_ucf101_256_label": "FAR_L_label101",
+    "far_xl_ucf101_256": "FAR_XL",
+    "dcae_ucf101_64": "DCAE_8x",
+    "dcae_bair_64": "DCAE_8x",
+    "dcae_dmlab_64": "DCAE_8x",
+    "dcae_minecraft_128": "DCAE_16x",
+    "dcae_ucf101_128": "DCAE_16x",
+    "dcae_ucf101_256": "DCAE_32x",
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_keys_shapes_and_counts_are_the_published_ones(name):
+    manifest = json.loads((DATA / f"manifest_{MANIFESTS[name]}.json").read_text())
+    model = zoo.RELEASED[name].build()
+    module = model.dcae if isinstance(model, Autoencoder) else model
+    expected = {key: tuple(entry["shape"]) for key, entry in manifest["state_dict"].items()}
+    assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == expected
+    assert sum(parameter.numel() for parameter in module.parameters()) == manifest["num_parameters"]
+
+
+def test_sizes_without_a_manifest_of_their_own_follow_from_their_neighbours():
+    labelled, plain = (zoo.RELEASED[f"far_xl_ucf101_256{suffix}"].build() for suffix in ("_label", ""))
+    extra = set(labelled.state_dict()) - set(plain.state_dict())
+    assert extra == {"label_embedder.embedding_table.weight"}
+    assert labelled.state_dict()[extra.pop()].shape == (102, 18 * 64)
+    assert zoo.RELEASED["far_b_bair"].build().short_term_ctx_winsize == 30
+
+
+def test_every_transformer_has_an_autoencoder_of_its_size_and_data():
+    for released in zoo.RELEASED.values():
+        if released.autoencoder is not None:
+            autoencoder = zoo.RELEASED[released.autoencoder]
+            assert (autoencoder.data, autoencoder.frame_size) == (released.data, released.frame_size)
+            assert released.frame_size // autoencoder.build().compression == 8
+        assert len(released.hash_prefix) == 8 and int(released.hash_prefix, 16) >= 0
+
+
+@pytest.fixture
+def small_zoo(tmp_path, monkeypatch):
+    """A tiny transformer and autoencoder, released under names that hold their true hashes."""
+    monkeypatch.setenv("FAR_WEIGHTS_DIR", str(tmp_path))
+    entries = {}
+    dcae = {**TINY_DCAE, "scaling_factor": 0.8}
+    for name, kind, config in (("small_dcae", Autoencoder, dcae), ("small_far", FAR, TINY_FAR)):
+        model = kind(**config)
+        randomise(model, 1)
+        state = (model.dcae if kind is Autoencoder else model).state_dict()
+        torch.save(state, tmp_path / "new.pth")
+        file = f"{name}-{file_hash(tmp_path / 'new.pth')[:8]}.pth"
+        (tmp_path / "new.pth").rename(tmp_path / file)
+        entries[name] = zoo.Released(file, "nothing", 64, config, kind, "small_dcae" if kind is FAR else None)
+    monkeypatch.setattr(zoo, "RELEASED", entries)
+    monkeypatch.setattr("far_env.host.weights.RELEASED", entries)
+    return entries
+
+
+def rewritten(entries, name, content) -> str:
+    """Replace a released file by other content under a name with its true hash; returns the new path."""
+    folder = zoo.weights_dir()
+    torch.save(content, folder / "new.pth")
+    file = f"{name}-{file_hash(folder / 'new.pth')[:8]}.pth"
+    (folder / "new.pth").rename(folder / file)
+    entries[name] = replace(entries[name], file=file)
+    return file
+
+
+def test_a_released_model_is_a_host_by_name(small_zoo):
+    host = load_host("small_far", "cpu")
+    assert (host.name, host.latent_shape, host.num_steps) == ("small_far", (4, 8, 8), 20)
+    assert host.weights_hash == small_zoo["small_far"].hash_prefix
+    workload = Workload("pan", WORLDS["pan"], host, num_context=5, num_predict=2, num_steps=2)
+    clip = workload.clips.clip("test", 0)
+    batch, _ = play(workload, [clip], [1], None, 9999)
+    expected = reference_rollout(workload, clip, None, 9999, 1)
+    torch.testing.assert_close(batch.generated([0])[0], expected.latents, atol=1e-4, rtol=0)
+    convolution = next(module for module in host.autoencoder.modules() if isinstance(module, torch.nn.Conv2d))
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(WeightsError, match="is an autoencoder"):
+        load_host("small_dcae", "cpu")
+
+
+def test_a_truncated_or_other_file_is_refused(small_zoo):
+    path = small_zoo["small_far"].path
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(WeightsError, match=r"small_far-.*is expected: it is damaged or incomplete"):
+        zoo.load_released("small_far")
+    path.unlink()
+    with pytest.raises(WeightsError, match=r"far-env weights download small_far fetches them, or set FAR_WEIGHTS_DIR"):
+        zoo.load_released("small_far")
+    with pytest.raises(ValueError, match="did you mean 'small_far'"):
+        zoo.load_released("smal_far")
+
+
+def test_tensors_that_do_not_fit_are_named(small_zoo):
+    state = zoo.load_released("small_far").state_dict()
+    lacking = {key: value for key, value in state.items() if key != "proj_out.bias"}
+    for content, message in (
+        (lacking, "lacks the key 'proj_out.bias'"),
+        ({**state, "surplus": torch.zeros(1)}, "unexpected key 'surplus'"),
+        ({**state, "proj_out.bias": torch.zeros(3)}, r"'proj_out.bias' has shape \(3,\), the configuration needs \(16,\)"),
+        ({"state_dict": state}, "no plain state dict of tensors"),
+    ):
+        rewritten(small_zoo, "small_far", content)
+        with pytest.raises(WeightsError, match=message):
+            zoo.load_released("small_far")
+
+
+class Malicious:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_in_it_is_not_executed(small_zoo, tmp_path):
+    rewritten(small_zoo, "small_far", {"x_embedder.weight": Malicious(tmp_path / "executed")})
+    with pytest.raises(WeightsError, match="no plain state dict of tensors and is not loaded"):
+        zoo.load_released("small_far")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError("no route to host\nlong story"), "no route to host"), (TimeoutError(), "TimeoutError")]
+)
+def test_download_fetches_what_is_missing_and_keeps_only_what_is_right(small_zoo, monkeypatch, error, told):
+    path = small_zoo["small_far"].path
+    good, served, calls = path.read_bytes(), {}, []
+
+    def serve(repository, file, local_dir):
+        calls.append((repository, file))
+        if "content" not in served:
+            raise error
+        path.write_bytes(served["content"])
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", serve)
+    assert zoo.download("small_far") == path and not calls, "it is there already"
+    path.unlink()
+    with pytest.raises(WeightsError, match=rf"could not be fetched from guyuchao/FAR_Models \({told}\)"):
+        zoo.download("small_far")
+    served["content"] = good[:-1]
+    with pytest.raises(WeightsError, match="damaged or incomplete"):
+        zoo.download("small_far")
+    assert not path.exists()
+    served["content"] = good
+    assert zoo.download("small_far") == path and path.read_bytes() == good
+    assert calls == [("guyuchao/FAR_Models", small_zoo["small_far"].file)] * 3
+
+
+def test_the_command_lists_verifies_and_refuses(small_zoo, capsys):
+    assert cli.main(["weights", "list"]) == 0
+    listing = capsys.readouterr().out
+    assert "small_far" in listing and "yes" in listing and "guyuchao/FAR_Models" in listing
+    assert cli.main(["weights", "verify", "small_far"]) == 0
+    assert capsys.readouterr().out.count("is complete") == 2, "the autoencoder is checked with its transformer"
+    assert cli.main(["weights", "verify"]) == 0
+    capsys.readouterr()
+    for args, message in ((["download"], "needs the names"), (["verify", "far_c"], "unknown released model 'far_c'")):
+        assert cli.main(["weights", *args]) == 2
+        assert message in capsys.readouterr().err
+    for released in small_zoo.values():
+        released.path.write_bytes(b"")
+    assert cli.main(["weights", "verify"]) == 2
+    assert capsys.readouterr().err.count("damaged or incomplete") == 2, "all that are damaged are told"
+    for released in small_zoo.values():
+        released.path.unlink()
+    assert cli.main(["weights", "verify"]) == 2
+    assert "no released weights in" in capsys.readouterr().err
