@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CACHE_VARIABLE = "FAR_ENV_CACHE_DIR"
+CACHE_VARIABLE = "FAR_ENV_CACHE"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,9 +20,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def cache_dir() -> Path:
-    """Where files go that can be made or fetched again: the folder of FAR_ENV_CACHE_DIR, else ~/.cache/far_env."""
+    """The folder for downloads and indexes, which can always be made again: $FAR_ENV_CACHE, by default ~/.cache/far_env.
+
+    Raises:
+        ValueError: if the variable is not set and there is no home folder.
+    """
     given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env"
+    try:
+        return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env"
+    except RuntimeError as error:
+        raise ValueError(
+            f"there is no home folder for the cache; set {CACHE_VARIABLE} to a folder that can be written"
+        ) from error
 
 
 def make_run_dir(path: str | os.PathLike) -> Path:

@@ -54,7 +54,7 @@ TINY_DCAE = {
 def own_cache(tmp_path_factory):
     """Tests neither read nor write the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAR_ENV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FAR_ENV_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -248,7 +248,7 @@ def test_latents_that_are_none_are_skipped_or_refused(latent_folder, tiny_host):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
-    monkeypatch.setenv("FAR_ENV_CACHE_DIR", str(folder))
+    monkeypatch.setenv("FAR_ENV_CACHE", str(folder))
     assert cache_dir() == folder
     return folder
 
@@ -291,7 +291,7 @@ def test_the_same_file_read_as_other_data_is_another_entry(tmp_path, cache):
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, examined):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("FAR_ENV_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setenv("FAR_ENV_CACHE", str(tmp_path / "file"))
     write_video(tmp_path / "data" / "a.avi", 16)
     for _ in range(2):
         assert UCF101(tmp_path / "data", num_frames=16).num_clips("test") == 1

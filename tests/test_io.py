@@ -1,0 +1,50 @@
+"""Files and folders: whole or not at all, with the permissions that the umask grants."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from far_env.io import CACHE_VARIABLE, cache_dir, make_run_dir, write_text
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield 0o027
+    os.umask(before)
+
+
+def test_text_files_have_the_permissions_of_the_umask(tmp_path, umask):
+    write_text(tmp_path / "notes.txt", "−")
+    assert (tmp_path / "notes.txt").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "−"
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    write_text(tmp_path / "notes.txt", "before")
+
+    def full(self, text, **options):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ValueError, match=r"cannot write .*notes\.txt: No space left on device"):
+        write_text(tmp_path / "notes.txt", "after")
+    assert (tmp_path / "notes.txt").read_text() == "before" and os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_file_in_the_way_of_a_run_folder_is_one_sentence(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match=r"the run folder .*run cannot be written"):
+        make_run_dir(tmp_path / "run")
+
+
+def test_without_a_home_the_cache_says_which_variable_to_set(monkeypatch):
+    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(ValueError, match=f"set {CACHE_VARIABLE}"):
+        cache_dir()
