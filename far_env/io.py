@@ -30,7 +30,7 @@ def cache_dir() -> Path:
         return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env"
     except RuntimeError as error:
         raise ValueError(
-            f"there is no home folder for the cache; set {CACHE_VARIABLE} to a folder that can be written"
+            f"there is no home folder for the cache; set {CACHE_VARIABLE} to a writable folder"
         ) from error
 
 
