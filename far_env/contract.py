@@ -11,6 +11,7 @@ import operator
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
@@ -142,6 +143,22 @@ class Answer:
     seconds: float
 
 
+def newest_within_budget(wanted: np.ndarray, max_frames: int) -> np.ndarray:
+    """The benchmark's keep rule: the newest frame always stays, and of more than ``max_frames`` the newest do.
+
+    Args:
+        wanted: bool (n,), the frames that a policy wants to keep, oldest first; n ≥ 1.
+        max_frames: the budget, at least 1.
+
+    Returns:
+        bool (n,), the frames that stay; a new array.
+    """
+    kept = np.array(wanted, dtype=bool)
+    kept[-1] = True
+    kept[np.flatnonzero(kept)[:-max_frames]] = False
+    return kept
+
+
 def apply_plan(plan: Any, num_frames: int, max_frames: int) -> list[int]:
     """Ids of the frames that stay: the benchmark's own lenient rule.
 
@@ -153,7 +170,8 @@ def apply_plan(plan: Any, num_frames: int, max_frames: int) -> list[int]:
         ValueError: on an id outside the history, on which the benchmark's rollout of the clip fails.
     """
     chosen = {operator.index(decision.chunk_id) for decision in plan.chunk_decisions if decision.action in KEEPING_ACTIONS}
-    kept = sorted(chosen | {num_frames - 1})[-max_frames:]
+    ids = sorted(chosen | {num_frames - 1})
+    kept = list(compress(ids, newest_within_budget(np.ones(len(ids), dtype=bool), max_frames)))
     for chunk_id in kept:
         if not -num_frames <= chunk_id < num_frames:
             raise ValueError(f"keeps chunk id {chunk_id}, but the history has ids 0 to {num_frames - 1}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.contract import OF_PAIRS, NewestFrames, RetentionPolicy, check_signals
+from far_env.contract import OF_PAIRS, NewestFrames, RetentionPolicy, check_signals, newest_within_budget
 from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
 from far_env.rollout.engine import RolloutBatch
@@ -151,12 +151,10 @@ class EpisodeBatch:
         """
         num_frames = self.rollouts.history_length(row)
         wanted = np.asarray(action[self.num_slots - num_frames :]) > 0
-        kept = np.flatnonzero(wanted | (np.arange(num_frames) == num_frames - 1))[-self.max_frames[row] :]
-        self.rollouts.retain(row, kept.tolist())
-        effective = np.zeros(num_frames, dtype=bool)
-        effective[kept] = True
+        kept = newest_within_budget(wanted, self.max_frames[row])
+        self.rollouts.retain(row, np.flatnonzero(kept).tolist())
         ignored = int((np.asarray(action[: self.num_slots - num_frames]) > 0).sum())
-        return int((effective != wanted).sum()) + ignored
+        return int((kept != wanted).sum()) + ignored
 
     def run(self, rows: Sequence[int]) -> None:
         """Generate frames until every row awaits a decision or has ended."""
