@@ -80,6 +80,7 @@ def torch_defaults() -> Iterator[None]:
         yield
 
 
+@torch_defaults()
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """``"auto"`` is bfloat16 where matrix products are clearly faster in it, else float32. Raises ValueError if unknown.
 

@@ -7,11 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from far_env.contract import FrameMeta
+from far_env.device import torch_defaults
 
 FEATURES = ("boundary_score", "feature_drift", "temporal_similarity", "motion_strength")
 EPS = 1e-8
 
 
+@torch_defaults()
 def frame_features(latents: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Content features of every kept frame, by the benchmark's formulas (float32).
 

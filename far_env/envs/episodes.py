@@ -16,6 +16,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.contract import OF_PAIRS, check_signals, newest_within_budget
+from far_env.device import torch_defaults
 from far_env.envs.rendering import render_workload_episode
 from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
@@ -80,6 +81,7 @@ class EpisodeBatch:
             right-aligned: the newest frame is always in the last slot.
     """
 
+    @torch_defaults()
     def __init__(
         self,
         workload: Workload,
@@ -115,6 +117,7 @@ class EpisodeBatch:
         """What generates the frames."""
         return RolloutBatch(self.workload, num_rows, self.memo, self.signals)
 
+    @torch_defaults()
     def begin(
         self,
         rows: Sequence[int],
@@ -184,12 +187,14 @@ class EpisodeBatch:
                     finals[index] = metrics
         return earned, finals
 
+    @torch_defaults()
     def truth(self, row: int, num_predicted: int) -> Tensor:
         """True frames that the first ``num_predicted`` predicted ones stand for, (num_predicted, 3, H, W)."""
         start = self.workload.num_context
         frames = self.clips[row].frames[start : start + num_predicted]
         return torch.from_numpy(frames).to(self.workload.host.device)
 
+    @torch_defaults()
     def predicted(self, rows: Sequence[int]) -> Tensor:
         """Frames generated so far, decoded, of rows that are at the same step: float32 (R, step, 3, H, W)."""
         done = self.rollouts.step(rows[0])
@@ -302,6 +307,7 @@ class EpisodeBatch:
             "rewarded": self._rewarded.tolist(),
         }
 
+    @torch_defaults()
     def load_state_dict(self, state: dict) -> None:
         """Restore rows saved by `state_dict`; clips are loaded again, pixels decoded again when needed."""
         self.rollouts.load_state_dict(state["rollouts"])

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
+from far_env.device import torch_defaults
 from far_env.host.weights import Host
 
 
+@torch_defaults()
 def context_latents(host: Host, clips: Sequence[Clip], num_context: int) -> Tensor:
     """Scaled latents (B, num_context, C, h, w) of the first frames of clips of one source: their own, or encoded ones."""
     given = torch.from_numpy(np.stack([clip.context(num_context) for clip in clips])).to(host.device, host.dtype)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
+from far_env.device import torch_defaults
 from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.context import context_latents
@@ -87,6 +88,7 @@ class RolloutBatch:
             even if the memo knows them.
     """
 
+    @torch_defaults()
     def __init__(self, workload: Workload, num_rows: int, memo: FrameMemo | None = None, signals: Sequence[str] = ()) -> None:
         host = workload.host
         self.workload = workload
@@ -110,6 +112,7 @@ class RolloutBatch:
         """True numbers of the row's history, oldest first; context frames are 0 … n_context-1."""
         return list(self._rows[row].kept)
 
+    @torch_defaults()
     def begin(
         self,
         rows: Sequence[int],
@@ -168,10 +171,12 @@ class RolloutBatch:
         lengths = torch.tensor([len(history) for history in histories], device=self._empty.device)
         return torch.stack(padded).unflatten(0, (len(histories), longest)), lengths
 
+    @torch_defaults()
     def features(self, rows: Sequence[int]) -> np.ndarray:
         """`frame_features` of the kept histories, float32 (R, K, 4), padded with zeros at the end."""
         return frame_features(*self.history(rows)).cpu().numpy()
 
+    @torch_defaults()
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """The collected signals of each row's history, by name. Raises ValueError unless the row was just advanced."""
         chosen = self._chosen(rows)
@@ -179,6 +184,7 @@ class RolloutBatch:
         kept = [own.kept for own in chosen]
         return self._collector.arrays([own.observed for own in chosen], kept, self.history(rows)[0], actions)
 
+    @torch_defaults()
     @torch.no_grad()
     def advance(self, rows: Sequence[int]) -> None:
         """Generate the next frame of each row and append it to its history."""
@@ -223,6 +229,7 @@ class RolloutBatch:
         frames = [own.frames[own.num_context + step] if step < own.steps else self._empty for own in chosen for step in steps]
         return torch.stack(frames).unflatten(0, (len(chosen), len(steps)))
 
+    @torch_defaults()
     def decode(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
         """Predicted frames first … last-1 of each row as pixels (R, last − first, 3, H, W)."""
         latents = self.generated(rows, first, last)
@@ -258,6 +265,7 @@ class RolloutBatch:
             "observed": [own.observed.state_dict() for own in self._rows],
         }
 
+    @torch_defaults()
     def load_state_dict(self, state: dict) -> None:
         """Restore rollouts saved by `state_dict`.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.contract import FrameMeta, RetentionPolicy, RolloutState, ask_policy, copy_for_clip
+from far_env.device import torch_defaults
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.far_long import FARLong
@@ -98,6 +99,7 @@ class _Row:
     decisions: list[ExtendedDecision] = field(default_factory=list)
 
 
+@torch_defaults()
 def token_counts(host: Host) -> TokenCounts:
     """Tokens of the host's frames.
 
@@ -177,6 +179,7 @@ def play_extended(
     return [ExtendedRollout(torch.stack(row.generated), row.tokens, row.decisions) for row in rows]
 
 
+@torch_defaults()
 @torch.no_grad()
 def denoise_extended(
     workload: Workload,

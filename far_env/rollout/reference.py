@@ -21,6 +21,7 @@ from far_env.contract import (
     ask_policy,
     wanted_signals,
 )
+from far_env.device import torch_defaults
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
@@ -82,9 +83,12 @@ def reference_rollout(
             kept, numbers = [kept[i] for i in ids], [numbers[i] for i in ids]
             history.append((step, list(numbers)))
     latents = torch.stack(generated)
-    return Rollout(latents, host.autoencoder.decode(latents[None])[0], history)
+    with torch_defaults():
+        frames = host.autoencoder.decode(latents[None])[0]
+    return Rollout(latents, frames, history)
 
 
+@torch_defaults()
 @torch.no_grad()
 def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None) -> Tensor:
     """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence.

@@ -115,7 +115,7 @@ def test_gymnasium_saves_videos(make, tmp_path):
 
     env = RenderCollection(make())
     play_episode(env)
-    save_video(env.render(), str(tmp_path), fps=2, logger=None)
+    save_video(env.render(), str(tmp_path), fps=2)
     assert [path.name for path in tmp_path.iterdir()] == ["rl-video-episode-0.mp4"]
 
 
@@ -147,7 +147,9 @@ def test_the_human_mode_shows_every_step_in_a_window(make, no_screen, monkeypatc
 
 def test_the_human_mode_without_pygame_says_what_to_install(make, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pygame", None)
-    with pytest.raises(gym.error.DependencyNotInstalled, match="needs pygame, which is not installed; run `pip install pygame`"):
+    with pytest.raises(
+        gym.error.DependencyNotInstalled, match="needs pygame, which is not installed; run `pip install pygame`"
+    ):
         make(render_mode="human")
 
 
