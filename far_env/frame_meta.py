@@ -1,4 +1,4 @@
-"""Kept latents in, the FrameMeta matrix out: what a policy is told about each frame of the history."""
+"""The features of kept frames that a policy receives, computed from their latents."""
 
 from __future__ import annotations
 

@@ -69,6 +69,6 @@ def test_a_gpu_that_the_parent_of_a_forked_process_used_is_refused_with_what_to_
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert device.resolve_device("auto") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    with pytest.raises(ValueError, match="start processes with context='spawn'.*or use device='cpu'"):
+    with pytest.raises(ValueError, match=r"start processes with context='spawn'.*or use device='cpu'"):
         device.resolve_device("auto")
     assert device.resolve_device("cpu") == torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -96,13 +97,20 @@ class FrameRetentionEnv(gym.Env):
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 2}
 
-    def __init__(self, workload: str | Workload = "pan", *, render_mode: str | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        workload: str | Workload = "pan",
+        budget: int | str | Sequence[int | str] = 4,
+        *,
+        render_mode: str | None = None,
+        **arguments: Any,
+    ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"unknown render_mode {render_mode!r}; use 'rgb_array', 'human' or None")
         use_one_thread_in_child_process()
         self.render_mode = render_mode
         self._window = Window("far-env", self.metadata["render_fps"]) if render_mode == "human" else None
-        self.config = EpisodeConfig.from_arguments({"workload": workload, **arguments})
+        self.config = EpisodeConfig.from_arguments({"workload": workload, "budget": budget, **arguments})
         self.episodes = self.config.make_episodes(num_rows=1)
         self.action_space = self.episodes.action_space
         self.observation_space = self.episodes.observation_space

@@ -1,4 +1,4 @@
-"""A rollout's noise: a function of its seed and the step alone, never of who else is in the batch."""
+"""A rollout's noise: a function of its seed and the step alone, not of the other rollouts in the batch."""
 
 from __future__ import annotations
 

@@ -12,19 +12,21 @@ from far_env.baselines.filling import FillingPolicy
 
 from far_env import baselines, cli
 from far_env.clips.clip import Clip
-from far_env.contract import SIGNALS, RolloutState, make_plan
+from far_env.contract import OF_LATENTS, SIGNALS, RolloutState, make_plan
 from far_env.errors import PolicyError
 from far_env.host.sampler import FrameSampler
 from far_env.host.weights import Host, load_host
+from far_env.rollout.attention_probe import AttentionProbe, QueryMoments
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.rollout.signals import OF_LATENTS, QueryMoments, Watch, column_gaps
+from far_env.rollout.signals import column_gaps
 from far_env.workloads import Workload
+from tests.reference_signals import ReferenceSignals
 
 ALL = tuple(SIGNALS)
-WATCHED = tuple(name for name in ALL if name not in OF_LATENTS)
+PROBED = tuple(name for name in ALL if name not in OF_LATENTS)
 
 
 class Asks:
@@ -79,7 +81,7 @@ def compare(workload, clips, budgets, atol):
     plain = Asks()
     for clip, seed, budget in zip(clips, seeds, budgets, strict=True):
         plain.begin_clip(seed)
-        reference_rollout(workload, clip, plain, budget, seed)
+        reference_rollout(workload, clip, plain, budget, seed, ReferenceSignals)
     last = workload.num_predict - 1
     assert {key for key in plain.told if key[1] < last} == set(batched.told)
     for key, told in batched.told.items():
@@ -135,7 +137,7 @@ class Silent(Asks):
         super().__init__((), place)
 
 
-def test_watching_changes_no_bit_of_a_rollout_and_who_does_not_ask_gets_the_benchmarks_state(tiny_workload):
+def test_recording_changes_no_bit_of_a_rollout_and_who_does_not_ask_gets_the_benchmarks_state(tiny_workload):
     clips = [tiny_workload.clips.clip("test", i) for i in range(3)]
     states = []
 
@@ -145,14 +147,14 @@ def test_watching_changes_no_bit_of_a_rollout_and_who_does_not_ask_gets_the_benc
             return super().build_temporal_cache_plan(chunk_meta_list, rollout_state, budget_state)
 
     plain, decisions = play(tiny_workload, clips, [1, 2, 3], Noting(), 4)
-    watched, same = play(tiny_workload, clips, [1, 2, 3], Asks(), 4)
-    assert torch.equal(plain.generated(range(3)), watched.generated(range(3))) and decisions == same
+    recorded, same = play(tiny_workload, clips, [1, 2, 3], Asks(), 4)
+    assert torch.equal(plain.generated(range(3)), recorded.generated(range(3))) and decisions == same
     assert states and all(type(state) is RolloutState for state in states)
 
 
-def test_frames_are_not_watched_for_who_asks_for_nothing_or_drops_nothing(tiny_workload, monkeypatch):
+def test_frames_are_not_probed_for_who_asks_for_nothing_or_drops_nothing(tiny_workload, monkeypatch):
     made = []
-    monkeypatch.setattr("far_env.rollout.signals.Watch", lambda *args: made.append(args) or Watch(*args))
+    monkeypatch.setattr("far_env.rollout.signals.AttentionProbe", lambda *args: made.append(args) or AttentionProbe(*args))
     clip = tiny_workload.clips.clip("test", 0)
     play(tiny_workload, [clip], [1], Silent(), 4)
     play(tiny_workload, [clip], [1], Asks(OF_LATENTS), 4)
@@ -164,10 +166,10 @@ def test_frames_are_not_watched_for_who_asks_for_nothing_or_drops_nothing(tiny_w
 
 def test_the_memo_hides_no_signals(tiny_workload):
     clips, memo = [tiny_workload.clips.clip("test", i) for i in range(2)], FrameMemo()
-    alone = Asks(WATCHED)
+    alone = Asks(PROBED)
     play(tiny_workload, clips, [1, 2], alone, 4)
     play(tiny_workload, clips, [1, 2], Silent(), 4, memo=memo)
-    told = Asks(WATCHED)
+    told = Asks(PROBED)
     play(tiny_workload, clips, [1, 2], told, 4, memo=memo)
     assert told.told.keys() == alone.told.keys()
     for key, signals in told.told.items():
@@ -181,7 +183,7 @@ def test_the_memo_hides_no_signals(tiny_workload):
 
 def test_rows_of_one_batch_that_agree_are_told_the_same_and_forks_go_on_by_themselves(tiny_workload):
     clip = tiny_workload.clips.clip("test", 0)
-    batch = RolloutBatch(tiny_workload, 3, signals=WATCHED)
+    batch = RolloutBatch(tiny_workload, 3, signals=PROBED)
     batch.begin([0, 1], [clip, clip], [5, 5])
     for _ in range(2):
         batch.advance([0, 1])
@@ -189,11 +191,11 @@ def test_rows_of_one_batch_that_agree_are_told_the_same_and_forks_go_on_by_thems
     batch.retain(2, [0, 3, 6])
     batch.advance([0, 1, 2])
     one, other, forked = batch.signals([0, 1, 2])
-    for name in WATCHED:
+    for name in PROBED:
         np.testing.assert_array_equal(one[name], other[name])
         assert len(forked[name]) == 4 and len(one[name]) == 8
     np.testing.assert_array_equal(forked["denoise_gap"][:3], one["denoise_gap"][[0, 3, 6]])
-    alone = RolloutBatch(tiny_workload, 1, signals=WATCHED)
+    alone = RolloutBatch(tiny_workload, 1, signals=PROBED)
     alone.begin([0], [clip], [5])
     for step in range(3):
         alone.advance([0])
@@ -207,7 +209,7 @@ def test_what_cannot_be_told_is_refused(tiny_workload):
     clip = tiny_workload.clips.clip("test", 0)
     batch = RolloutBatch(tiny_workload, 1, signals=("attn_mass",))
     batch.begin([0], [clip], [5])
-    with pytest.raises(ValueError, match="after a frame was made and before others are dropped"):
+    with pytest.raises(ValueError, match="after a frame was generated and before others are dropped"):
         batch.signals([0])
     batch.advance([0])
     batch.retain(0, [1, 5])
@@ -219,7 +221,7 @@ def test_what_cannot_be_told_is_refused(tiny_workload):
 
 
 @torch.no_grad()
-def test_with_guidance_the_conditional_rows_are_watched(golden):
+def test_with_guidance_the_conditional_rows_are_probed(golden):
     fixture = golden("sampling_far_action.npz")
     model, context, noise, action = (fixture.far(), *(fixture[f"in.{key}"] for key in ("context", "noise", "action")))
     found = []
@@ -230,21 +232,22 @@ def test_with_guidance_the_conditional_rows_are_watched(golden):
         memory = model.new_memory(rows * (1 + sampler.guided), room + own, noise)
         memory.zero_()
         memory[:, :, -rows:, :room] = model.encode_context(context, action=action[:, :-1])
-        watch = Watch(("attn_mass", "qk_first"), [model.token_counts(count, noise)] * rows, (room, own), (0, 1.0), noise)
-        sampler(memory, noise, [count] * rows, action=action[:, -1:], watch=watch)
-        found.append([watch.newest(row) for row in range(rows)])
+        tokens = [model.token_counts(count, noise)] * rows
+        probe = AttentionProbe(("attn_mass", "qk_first"), tokens, (room, own), (0, 1.0), noise.device)
+        sampler(memory, noise, [count] * rows, action=action[:, -1:], probe=probe)
+        found.append([probe.frame_signals(row) for row in range(rows)])
     for one, other in zip(*found, strict=True):
         for name in ("attn_mass", "qk_first"):
             torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 
 
-def test_moments_joined_piece_by_piece_are_those_of_everything():
+def test_moments_merged_piece_by_piece_are_those_of_everything():
     rng = np.random.default_rng(0)
     pieces = [torch.from_numpy(rng.standard_normal((2, n, 3, 4)) + n).float() for n in (1, 5, 16)]
     joined = None
     for piece in pieces:
         moments = QueryMoments.of(piece)
-        joined = moments if joined is None else joined.joined(moments)
+        joined = moments if joined is None else joined.merged(moments)
     everything = torch.cat(pieces, dim=1).double().numpy()
     for layer in range(2):
         for head in range(3):
@@ -272,7 +275,7 @@ def test_baselines_decide_alike_in_the_engine_and_in_the_specification(name, tin
     for row, clip in enumerate(clips):
         policy = baselines.make(name)
         policy.begin_clip(3 + row)
-        expected = reference_rollout(workload, clip, policy, 4, 3 + row).kept
+        expected = reference_rollout(workload, clip, policy, 4, 3 + row, ReferenceSignals).kept
         assert [(d.step, list(d.kept)) for d in decisions[row]] == expected[:-1]
 
 
@@ -284,7 +287,7 @@ def test_evaluate_plays_policies_of_every_tier_side_by_side(tiny_host_folder, ca
     assert all(f"\n{name} " in out for name in names)
 
 
-def test_bfloat16_hosts_are_watched_too(tiny_host_folder, tiny_workload):
+def test_bfloat16_hosts_are_probed_too(tiny_host_folder, tiny_workload):
     clip = tiny_workload.clips.clip("test", 0)
     half = replace(tiny_workload, host=load_host(tiny_host_folder, "cpu", torch.bfloat16), num_predict=2)
     exact, rounded = Asks(), Asks()

@@ -1,6 +1,6 @@
 """The executable specification of the signals: one clip, frame by frame and head by head, from whole uncached passes.
 
-Slow on purpose. `far_env.rollout.signals` must equal it; the formulas are written out again here, from what hooks see of an
+Slow on purpose. `far_env.rollout.signals` must equal it; the formulas are written out again here, from what hooks record of an
 unchanged transformer.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from far_env.host.blocks import rotary_table
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
-from far_env.rollout.signals import PROXY_RANK, REAL_SHARE, context_noise, probe_of
+from far_env.rollout.attention_probe import MIN_EIGENVALUE_SHARE, PROXY_RANK
+from far_env.rollout.signals import context_noise, halfway
 from far_env.workloads import Workload
 
 
@@ -38,13 +39,13 @@ class ReferenceSignals:
         self.workload, self.wanted, self.actions = workload, wanted, actions
         self.model = workload.host.transformer
         self.times = make_scheduler(workload.num_steps).timesteps.tolist()
-        self.probe, self.sigma = probe_of(self.times)
+        self.probe, self.sigma = halfway(self.times)
         self.all_queries: list[list[Tensor]] = [[] for _ in self.model.transformer_blocks]
         self.gaps = [self._context_gap(context, number, noise_seed) for number in range(len(context))]
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch the passes that denoise one frame."""
+    def generating(self) -> Iterator[None]:
+        """Record the passes that denoise one frame."""
         blocks = self.model.transformer_blocks
         self.passes: list[dict] = []
         now: dict = {"attention": {}, "raw_queries": {}}
@@ -76,7 +77,7 @@ class ReferenceSignals:
             self.passes = [one | {"velocity": self._guided(one["velocity"], other["velocity"])} for one, other in pairs]
 
     def finish(self, frame: Tensor) -> None:
-        """Note what the passes showed of the frame (C, h, w) they made."""
+        """Record the finished frame (C, h, w)."""
         seen = self.passes[self.probe]
         estimate = seen["noisy"].float() - self.sigma * seen["velocity"].float()
         self.gaps.append((estimate - frame.float()).square().mean())
@@ -141,7 +142,7 @@ class ReferenceSignals:
         return square
 
     def _key_prototype(self, frame: Tensor, number: int) -> Tensor:
-        """Pass the frame alone and listen to the first layer's normalised keys."""
+        """Pass the frame alone and record the first layer's normalised keys."""
         found = []
         hook = self.model.transformer_blocks[0].attn.norm_k.register_forward_hook(lambda *call: found.append(call[2]))
         self._pass(frame[None], CLEAN_TIME, self.actions[number : number + 1])
@@ -213,11 +214,11 @@ def _column_gaps(frames: Sequence[Tensor]) -> Tensor:
 def _proxy_cosines(mean: Tensor, covariance: Tensor, keys: Tensor) -> Tensor:
     """Cosines (K, K) of keys (K, d), centred, after projection on the mean and the leading eigenvectors of the covariance."""
     values, vectors = torch.linalg.eigh(covariance)
-    spanning = [vector for value, vector in zip(values, vectors.T, strict=True) if value > REAL_SHARE * values[-1]][
+    spanning = [vector for value, vector in zip(values, vectors.T, strict=True) if value > MIN_EIGENVALUE_SHARE * values[-1]][
         -PROXY_RANK:
     ]
     outside = mean - sum((mean @ vector) * vector for vector in spanning)
-    if outside.norm() > REAL_SHARE * mean.norm():
+    if outside.norm() > MIN_EIGENVALUE_SHARE * mean.norm():
         spanning.append(outside)
     basis, _ = torch.linalg.qr(torch.stack(spanning, dim=1))
     projected = (keys - keys.mean(dim=0)) @ (basis @ basis.T)
