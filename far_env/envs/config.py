@@ -84,7 +84,7 @@ class EpisodeConfig:
 
     @staticmethod
     def from_arguments(arguments: Mapping[str, Any]) -> EpisodeConfig:
-        """From an environment's keyword arguments; ``clip_options`` None stands for none.
+        """From an environment's keyword arguments; ``clip_options`` None means none.
 
         Raises:
             TypeError: on an argument that is not a field; the nearest name is suggested.
@@ -134,7 +134,7 @@ class EpisodeConfig:
             raise ValueError(f"{workload.name}/{self.split} has no clips; use another split or more data")
         if self.num_clips is not None and not 1 <= self.num_clips <= available:
             raise ValueError(
-                f"num_clips must lie in 1 to {available}, the clips of {workload.name}/{self.split}; got {self.num_clips}"
+                f"num_clips must be in 1 to {available}, the clips of {workload.name}/{self.split}; got {self.num_clips}"
             )
         return episode_class(workload, self.budgets, num_rows, self.scoring, self.metrics, self.memo_bytes, tuple(self.signals))
 

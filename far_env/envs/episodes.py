@@ -189,7 +189,7 @@ class EpisodeBatch:
 
     @torch_defaults()
     def truth(self, row: int, num_predicted: int) -> Tensor:
-        """True frames that the first ``num_predicted`` predicted ones stand for, (num_predicted, 3, H, W)."""
+        """The true frames of the first ``num_predicted`` predicted ones, (num_predicted, 3, H, W) on the host's device."""
         start = self.workload.num_context
         frames = self.clips[row].frames[start : start + num_predicted]
         return torch.from_numpy(frames).to(self.workload.host.device)

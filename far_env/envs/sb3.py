@@ -14,7 +14,7 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
 
 
 class SB3VecEnv(VecEnv):
-    """Adapter over a `FrameRetentionVectorEnv` whose autoreset mode is SAME_STEP, SB3's own convention.
+    """Adapter over a `FrameRetentionVectorEnv` whose autoreset mode is SAME_STEP, as SB3's convention is.
 
     ``infos`` become one dict per row; the last observation of an ended episode is in ``terminal_observation``.
 

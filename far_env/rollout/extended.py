@@ -6,8 +6,8 @@ whole history, nothing is cached.
 
 Rules that differ from the benchmark's:
 
-- The budget is a number of tokens and holds for every generated frame: a policy is asked before a frame is generated from a history of
-  more tokens, hence also before the first one (``step`` −1), if the context is too long.
+- The budget is a number of tokens and holds for every generated frame: a policy is asked before a frame is generated from a
+  history of more tokens, hence also before the first one (``step`` −1), if the context is too long.
 - Which frames are coarse is the policy's choice alone. A frame that was not demoted is fine however old it is, beyond the
   window that the host was trained with too; a demoted one may be anywhere, and stays coarse until it is dropped.
 - The newest frame always stays and is always fine; a plan that demotes it keeps it.
@@ -135,7 +135,7 @@ def play_extended(
 ) -> list[ExtendedRollout]:
     """Roll every clip out under the policy and a budget of tokens, rollouts with equal histories in one batch.
 
-    Each clip gets its own copy of the policy (`copy_for_clip`). It is asked with the benchmark's rows, in which coarse frames
+    Each clip gets a copy of the policy (`copy_for_clip`). It is asked with the benchmark's rows, in which coarse frames
     have ``long_term_resident`` True, ``compression_state`` "coarse" and the ``size_mb`` that is their share of tokens; the
     features are those of the latents, whatever the resolution. ``budget_state`` has, besides max_frames (whole fine frames that
     fit) and capacity_mb, the numbers token_budget, tokens_per_fine_frame and tokens_per_coarse_frame. Signals are not

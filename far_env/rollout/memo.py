@@ -54,7 +54,7 @@ class FrameMemo:
         return len(self._entries)
 
     def host_number(self, host: Host) -> int:
-        """A number that stands for this very host in keys. (A hash of weights may be missing where a host is made by hand.)"""
+        """A number that identifies this host object in keys; a hash of weights would be missing for a host without files."""
         for number, known in enumerate(self._hosts):
             if known is host:
                 return number

@@ -1,4 +1,4 @@
-"""The executable specification of a rollout: one clip, no cache, no batch, in the order of the benchmark's own sentences.
+"""The executable specification of a rollout: one clip, no cache, no batch, in the order of the benchmark's description.
 
 Slow on purpose. `far_env.rollout.engine` must equal it.
 """

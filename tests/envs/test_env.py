@@ -189,7 +189,7 @@ def test_misuse_is_told_plainly(make, tiny_host_folder):
         ({"budget": "full_history_budget"}, "leaves nothing to decide"),
         ({"split": "dev"}, "unknown split 'dev'"),
         ({"budget": 4.7}, "whole number of frames, got 4.7"),
-        ({"num_clips": 0}, "num_clips must lie in 1 to 1000000"),
+        ({"num_clips": 0}, "num_clips must be in 1 to 1000000"),
         ({"render_mode": "ansi"}, "unknown render_mode 'ansi'"),
         ({"reward": "fvd"}, "unknown metric 'fvd'"),
     ]:
