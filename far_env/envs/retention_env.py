@@ -86,7 +86,7 @@ class FrameRetentionEnv(gym.Env):
     - ``render_mode``: None, "rgb_array" or "human".
 
     ``reset(options={"clip_id": …, "noise_seed": …, "budget": …})`` plays a given clip. An environment that is made in a child
-    process lets torch use one thread there, unless OMP_NUM_THREADS is set.
+    process, as by ``gym.make_vec(…, vectorization_mode="async")``, lets torch use one thread there.
 
     ## References
     Gu et al., Long-Context Autoregressive Video Modeling with Next-Frame Prediction, arXiv 2503.19325.

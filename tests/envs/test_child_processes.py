@@ -53,7 +53,6 @@ if __name__ == "__main__":
     torch.set_num_threads(4)
     torch.ones(10_000_000).add(1).sum()
     torch.randn(500, 500) @ torch.randn(500, 500)
-    make().reset(seed=0)
     if METHOD == "default":
         env = gym.make_vec("far_env/Pan-v0", num_envs=2, vectorization_mode="async", **OPTIONS)
         play_gymnasium(env)
