@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -101,46 +100,6 @@ def shrink(frames: np.ndarray, size: int) -> np.ndarray:
     if not len(frames):
         return np.zeros((0, 3, size, size), dtype=np.float32)
     return torch.nn.functional.interpolate(torch.from_numpy(frames), size=(size, size), mode="area").numpy()
-
-
-class Window:
-    """A window that shows pictures of one size, for ``render_mode="human"``.
-
-    Args:
-        title: of the window.
-        frames_per_second: showing a picture waits so that no more are shown in a second.
-
-    Raises:
-        gymnasium.error.DependencyNotInstalled: if pygame is not installed.
-    """
-
-    def __init__(self, title: str, frames_per_second: float) -> None:
-        try:
-            import pygame
-        except ImportError as error:
-            raise gym.error.DependencyNotInstalled(
-                "render_mode='human' needs pygame, which is not installed; run `pip install pygame`"
-            ) from error
-        self._pygame, self._title, self._frames_per_second = pygame, title, frames_per_second
-        self._surface, self._clock = None, pygame.time.Clock()
-
-    def show(self, picture: np.ndarray) -> None:
-        """Show a picture (height, width, 3) uint8; the first one opens the window."""
-        pygame = self._pygame
-        if self._surface is None:
-            pygame.display.init()
-            pygame.display.set_caption(self._title)
-            self._surface = pygame.display.set_mode(picture.shape[1::-1])
-        self._surface.blit(pygame.surfarray.make_surface(picture.transpose(1, 0, 2)), (0, 0))
-        pygame.event.pump()
-        self._clock.tick(self._frames_per_second)
-        pygame.display.flip()
-
-    def close(self) -> None:
-        """Close the window; showing another picture opens it again."""
-        if self._surface is not None:
-            self._pygame.display.quit()
-            self._surface = None
 
 
 def save_comparison(

@@ -11,7 +11,6 @@ import numpy as np
 from far_env.device import use_one_thread_in_child_process
 from far_env.envs.config import RESET_OPTIONS, EpisodeConfig, check_reset_options
 from far_env.envs.episodes import MUST_KEEP
-from far_env.envs.rendering import Window
 from far_env.workloads import Workload
 
 
@@ -66,7 +65,8 @@ class FrameRetentionEnv(gym.Env):
     ## Rendering
     ``render_mode="rgb_array"`` renders the episode so far as a picture (height, width, 3): the true frames, the context and
     predicted frames below them, and one line of marks per decision, green under frames that stayed and grey under frames that
-    did not. All pictures of an environment have one size. ``render_mode="human"`` shows the same in a window (needs pygame).
+    did not. All pictures of an environment have one size. ``gym.make(…, render_mode="human")`` shows them in a window, by
+    Gymnasium's `HumanRendering`, which needs pygame.
 
     ## Arguments
     - ``workload``: a registered name ("pan", "cuts", …) or a `far_env.workloads.Workload`.
@@ -83,7 +83,7 @@ class FrameRetentionEnv(gym.Env):
     - ``signals``: what the agent observes beyond the benchmark's features, names of `far_env.contract.SIGNALS`: of the
       latents ("lat_cos", "column_gap", …) or of the host's attention ("attn_mass", …). Such an agent cannot be exported.
     - ``clip_options``: arguments of the clip source, such as a data folder.
-    - ``render_mode``: None, "rgb_array" or "human".
+    - ``render_mode``: None or "rgb_array"; with ``gym.make`` also "human".
 
     ``reset(options={"clip_id": …, "noise_seed": …, "budget": …})`` plays a given clip. An environment that is made in a child
     process, as by ``gym.make_vec(…, vectorization_mode="async")``, lets torch use one thread there.
@@ -95,7 +95,7 @@ class FrameRetentionEnv(gym.Env):
     - v0: first version
     """
 
-    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 2}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
 
     def __init__(
         self,
@@ -106,10 +106,12 @@ class FrameRetentionEnv(gym.Env):
         **arguments: Any,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"unknown render_mode {render_mode!r}; use 'rgb_array', 'human' or None")
+            raise ValueError(
+                f"unknown render_mode {render_mode!r}; use 'rgb_array' or None, and for a window gym.make or "
+                "gymnasium.wrappers.HumanRendering"
+            )
         use_one_thread_in_child_process()
         self.render_mode = render_mode
-        self._window = Window("far-env", self.metadata["render_fps"]) if render_mode == "human" else None
         self.config = EpisodeConfig.from_arguments({"workload": workload, "budget": budget, **arguments})
         self.episodes = self.config.make_episodes(num_rows=1)
         self.action_space = self.episodes.action_space
@@ -123,7 +125,6 @@ class FrameRetentionEnv(gym.Env):
         clip_id, noise_seed, budget = self.config.draw(self.np_random, self.episodes.workload, **given)
         self.episodes.begin([0], [self.config.split], [clip_id], [noise_seed], [budget])
         self.episodes.run([0])
-        self._show()
         return self._observation(), self.episodes.info(0)
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -138,7 +139,6 @@ class FrameRetentionEnv(gym.Env):
         repaired = self.episodes.retain(0, action)
         self.episodes.run([0])
         rewards, finals = self.episodes.rewards([0])
-        self._show()
         observation = self._observation()
         info = self.episodes.info(0) | {"repaired": repaired} | (finals[0] or {})
         return observation, float(rewards[0]), self.episodes.ended(0), False, info
@@ -148,23 +148,13 @@ class FrameRetentionEnv(gym.Env):
         return flat_action_mask(self.episodes.action_mask(0))
 
     def render(self) -> np.ndarray | None:
-        """The episode so far as a picture, uint8 (height, width, 3); None with ``render_mode="human"``, which shows it."""
+        """The episode so far as a picture, uint8 (height, width, 3); None without a render_mode."""
         if self.render_mode is None:
             gym.logger.warn('render() was called without a render_mode; make the environment with render_mode="rgb_array"')
             return None
         if self.episodes.clips[0] is None:
             raise gym.error.ResetNeeded("call reset() before render()")
-        self._show()
-        return self.episodes.picture(0) if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Close the window, if there is one."""
-        if self._window is not None:
-            self._window.close()
-
-    def _show(self) -> None:
-        if self._window is not None:
-            self._window.show(self.episodes.picture(0))
+        return self.episodes.picture(0)
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self.episodes.observe([0]).items()}

@@ -74,13 +74,22 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 @pytest.mark.parametrize(
-    ("library", "method"),
-    [("gymnasium", "default"), ("gymnasium", "fork"), ("gymnasium", "spawn"), ("sb3", "fork"), ("sb3", "forkserver")],
+    ("library", "method", "variable"),
+    [
+        ("gymnasium", "default", {}),
+        ("gymnasium", "fork", {}),
+        ("gymnasium", "spawn", {}),
+        ("sb3", "fork", {"OMP_NUM_THREADS": "4"}),
+        ("sb3", "forkserver", {}),
+    ],
 )
-def test_environments_in_child_processes_work_out_of_the_box_with_one_thread_each(library, method, tiny_host_folder, tmp_path):
+def test_environments_in_child_processes_work_out_of_the_box_with_one_thread_each(
+    library, method, variable, tiny_host_folder, tmp_path
+):
     script = tmp_path / "play.py"
     script.write_text(SCRIPT)
     environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    environment |= variable
     command = [sys.executable, "-W", "error::RuntimeWarning", str(script), str(tiny_host_folder), library, method]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

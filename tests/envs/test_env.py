@@ -190,7 +190,7 @@ def test_misuse_is_told_plainly(make, tiny_host_folder):
         ({"split": "dev"}, "unknown split 'dev'"),
         ({"budget": 4.7}, "whole number of frames, got 4.7"),
         ({"num_clips": 0}, "num_clips must be in 1 to 1000000"),
-        ({"render_mode": "ansi"}, "unknown render_mode 'ansi'"),
+        ({"render_mode": "human"}, "unknown render_mode 'human'"),
         ({"reward": "fvd"}, "unknown metric 'fvd'"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import warnings
 from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import AddRenderObservation, HumanRendering, RecordVideo, RenderCollection
 
 import far_env  # noqa: F401  (registers the ids)
@@ -120,37 +123,41 @@ def test_gymnasium_saves_videos(make, tmp_path):
 
 
 @needs_pygame
-def test_gymnasium_shows_pictures_in_a_window(make, no_screen):
-    env = HumanRendering(make())
-    env.metadata["render_fps"] = 1000
-    assert play_episode(env) == 10
-    env.close()
-
-
-@needs_pygame
-def test_the_human_mode_shows_every_step_in_a_window(make, no_screen, monkeypatch):
+def test_the_human_mode_shows_every_step_in_a_window(make, tiny_host_folder, no_screen):
     import pygame
 
-    monkeypatch.setitem(FrameRetentionEnv.metadata, "render_fps", 1000)
-    env, reference = make(render_mode="human"), make()
+    options = {"host": str(tiny_host_folder), "device": "cpu"}
+    env = gym.make("far_env/Pan-v0", render_mode="human", **options)
+    reference = gym.make("far_env/Pan-v0", render_mode="rgb_array", **options)
+    env.metadata["render_fps"] = 1000
     for each in (env, reference):
         each.reset(seed=0)
         each.step(np.array([0, 1, 0, 1, 0, 1]))
-    assert env.render() is None
+        each.step(np.array([1, 1, 0, 1, 0, 1]))
     shown = pygame.surfarray.array3d(pygame.display.get_surface()).transpose(1, 0, 2)
     np.testing.assert_array_equal(shown, reference.render())
     env.close()
-    assert pygame.display.get_surface() is None
-    env.reset(seed=1)  # which opens it again
-    env.close()
+    window = HumanRendering(make())
+    window.metadata["render_fps"] = 1000
+    assert play_episode(window) == 10
+    window.close()
 
 
-def test_the_human_mode_without_pygame_says_what_to_install(make, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pygame", None)
-    with pytest.raises(
-        gym.error.DependencyNotInstalled, match="needs pygame, which is not installed; run `pip install pygame`"
-    ):
-        make(render_mode="human")
+def test_the_human_mode_without_pygame_says_what_to_install(tiny_host_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    env = gym.make("far_env/Pan-v0", render_mode="human", host=str(tiny_host_folder), device="cpu")
+    with pytest.raises(gym.error.DependencyNotInstalled, match="pygame is not installed, run `pip install"):
+        env.reset()
+
+
+def test_gymnasiums_checker_passes_on_a_registered_environment(tiny_host_folder):
+    """With its specification, by which the checker makes the environment anew in every render mode."""
+    env = gym.make("far_env/Pan-v0", render_mode="rgb_array", host=str(tiny_host_folder), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # That frames are a matrix is meant.
+        warnings.filterwarnings("ignore", message=".*neither an image, nor a 1D vector.*")
+        check_env(env.unwrapped)
 
 
 def test_the_vector_environment_renders_a_tuple_of_one_picture_per_row(make, make_vector):
