@@ -156,7 +156,7 @@ def test_num_clips_limits_what_reset_draws(make):
     assert {env.reset(seed=seed)[1]["clip_id"] for seed in range(20)} == {0, 1, 2}
 
 
-def test_info_tells_masks_kept_frames_and_repairs(make):
+def test_info_contains_masks_kept_frames_and_repairs(make):
     env = make()
     obs, info = env.reset(seed=0)
     assert obs["mask"].sum() == 6
@@ -173,7 +173,7 @@ def test_info_tells_masks_kept_frames_and_repairs(make):
     np.testing.assert_array_equal(env.action_masks().reshape(6, 2)[0], [True, False])
 
 
-def test_misuse_is_told_plainly(make, tiny_host_folder):
+def test_misuse_is_an_error_that_names_the_mistake(make, tiny_host_folder):
     env = make()
     with pytest.raises(gym.error.ResetNeeded):
         env.step(np.ones(6))
@@ -261,7 +261,7 @@ def test_same_step_autoreset_over_two_episodes(make_vector):
     assert len(set(clips[:9])) == 1 and clips[9] == clips[10] != clips[0]
 
 
-def test_same_step_autoreset_hands_out_the_last_observation(make, make_vector):
+def test_same_step_autoreset_returns_the_last_observation(make, make_vector):
     env, single = make_vector(2, autoreset_mode="same_step"), make()
     env.reset(seed=0)
     single.reset(seed=0)
@@ -321,7 +321,7 @@ FEW = np.array([[0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
-def test_rows_that_end_at_different_times_keep_to_themselves(make, make_vector, mode):
+def test_rows_that_end_at_different_times_do_not_affect_one_another(make, make_vector, mode):
     vector = make_vector(2, autoreset_mode=mode)
     singles = [make() for _ in range(2)]
     observations, _ = vector.reset(seed=3)
