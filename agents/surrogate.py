@@ -218,8 +218,8 @@ class SurrogateEpisodes(EpisodeBatch):
             if ended or self.reward.telescoping:
                 estimate = self.estimate(row)
                 score = self.reward.score({"psnr": estimate})
-                earned[index] = score - self._paid[row]
-                self._paid[row] = score
+                earned[index] = score - self._rewarded[row]
+                self._rewarded[row] = score
             finals.append({ESTIMATE: estimate} if ended else None)
         return earned, finals
 

@@ -1,11 +1,16 @@
-"""Where to compute and in which precision: "auto" is turned into a device and a dtype here, and only here; what that costs."""
+"""Where to compute, in which precision and with how many threads, and what it costs.
+
+"auto" is turned into a device and a dtype here, and only here.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -16,7 +21,8 @@ def resolve_device(device: str) -> torch.device:
     """``"auto"`` is CUDA where there is one, else the CPU; a GPU comes with its number.
 
     Raises:
-        ValueError: on anything but the CPU and a GPU that torch sees.
+        ValueError: on anything but the CPU and a GPU that torch sees, or on a GPU in a process that was forked from one that
+            used it.
     """
     available = torch.cuda.is_available()
     if device == "auto":
@@ -35,9 +41,47 @@ def resolve_device(device: str) -> torch.device:
         index = torch.cuda.current_device()
     if index is None or index >= count:
         raise ValueError(f"device {device!r} was asked for, but torch sees {count} CUDA devices here; use auto or cpu")
+    if torch.cuda._is_in_bad_fork():
+        raise ValueError(
+            f"device {device!r} cannot be used in a process forked from one that used the GPU; start processes with "
+            "context='spawn' (Gymnasium) or start_method='spawn' (Stable-Baselines3), or use device='cpu'"
+        )
     return torch.device("cuda", index)
 
 
+def use_one_thread_in_child_process() -> None:
+    """Let torch use one thread if this is a child process started by multiprocessing, as torch's own data loaders do.
+
+    Vectorised environments run one process per environment. With torch's default, as many threads as cores in each, the
+    threads wait for one another: two such environments on two cores are about a hundred times slower than with one thread each.
+    And in a forked process, more than one would wait for ever for the parent's.
+    """
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Compute as if torch.autocast, torch.set_default_device and torch.set_default_dtype had not been called.
+
+    The precision of a host is an argument, and what its code creates without a device belongs on the CPU in float32. Usable as
+    a decorator.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            # Entered only where needed, because it makes every call of torch slower.
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
+
+
+@torch_defaults()
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """``"auto"`` is bfloat16 where matrix products are clearly faster in it, else float32. Raises ValueError if unknown.
 
@@ -86,3 +130,12 @@ def _product_seconds(dtype: torch.dtype) -> float:
         a @ b
         durations.append(time.perf_counter() - start)
     return min(durations)
+
+
+def _use_one_thread_after_fork() -> None:
+    """The threads of OpenMP do not survive a fork: a child that relies on them waits for ever."""
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_use_one_thread_after_fork)

@@ -1,4 +1,4 @@
-"""Kept latents in, the FrameMeta matrix out: what a policy is told about each frame of the history."""
+"""The features of kept frames that a policy receives, computed from their latents."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from far_env.contract import FrameMeta
+from far_env.device import torch_defaults
 
 FEATURES = ("boundary_score", "feature_drift", "temporal_similarity", "motion_strength")
 EPS = 1e-8
 
 
+@torch_defaults()
 def frame_features(latents: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Content features of every kept frame, by the benchmark's formulas (float32).
 
@@ -22,7 +24,7 @@ def frame_features(latents: Tensor, lengths: Tensor | None = None) -> Tensor:
     Returns:
         (B, K, 4) in the order of `FEATURES`, with x_i the flattened latent i; padding rows are zero:
         boundary = min(1, ‖x_i − x_{i−1}‖ / (‖x_{i−1}‖ + 1e-8) / 0.5), drift = min(1, ‖x_i − x_0‖ / (‖x_0‖ + 1e-8)),
-        similarity = max(0, cos(x_i, x_{i−1})), motion = mean|x_i − x_{i−1}|; for i = 0: 0, its own drift 0, 1 and 0.
+        similarity = max(0, cos(x_i, x_{i−1})), motion = mean|x_i − x_{i−1}|; for i = 0: 0, 0, 1 and 0.
     """
     x = latents.float().flatten(2)
     previous = torch.cat([x[:, :1], x[:, :-1]], dim=1)

@@ -10,6 +10,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from far_env.device import torch_defaults
 from far_env.errors import MetricUnavailable, first_line, unknown_name
 
 METRICS = ("psnr", "ssim", "lpips")
@@ -89,6 +90,7 @@ def lpips(predicted: Tensor, truth: Tensor) -> Tensor:
     return distances.view(shape).mean(dim=-1)
 
 
+@torch_defaults()
 def clip_metrics(predicted: Tensor, truth: Tensor, names: tuple[str, ...]) -> list[dict[str, float]]:
     """The named metrics of every clip in a batch (B, F, 3, H, W), one dict per clip."""
     require_metrics(names)

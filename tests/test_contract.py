@@ -21,6 +21,7 @@ from far_env.contract import (
     check_plan,
     copy_for_clip,
     make_plan,
+    newest_within_budget,
 )
 from far_env.errors import PolicyError
 
@@ -60,6 +61,23 @@ def test_apply_plan_against_a_plain_restatement_of_the_rule():
         while len(expected) > budget:
             expected.pop(0)
         assert apply_plan(given, n, budget) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "max_frames", "kept"),
+    [
+        ([1, 0, 1, 0], 4, [1, 0, 1, 1]),  # the newest stays though it is not wanted
+        ([1, 1, 1, 1], 2, [0, 0, 1, 1]),  # over budget: the oldest go
+        ([1, 1, 0, 0], 2, [0, 1, 0, 1]),
+        ([1, 1, 1, 0], 1, [0, 0, 0, 1]),
+        ([0], 1, [1]),
+        ([0, 0, 0], 9999, [0, 0, 1]),
+    ],
+)
+def test_the_keep_rule_on_masks(wanted, max_frames, kept):
+    given = np.array(wanted, dtype=bool)
+    assert newest_within_budget(given, max_frames).tolist() == [bool(bit) for bit in kept]
+    assert given.tolist() == [bool(bit) for bit in wanted], "the argument is left alone"
 
 
 def test_plan_defaults_are_the_benchmarks():

@@ -32,3 +32,37 @@ def test_a_precision_is_taken_by_name():
     assert device.resolve_precision("auto", cpu) in (torch.float32, torch.bfloat16)
     with pytest.raises(ValueError, match="unknown precision 'half'"):
         device.resolve_precision("half", cpu)
+
+
+def test_torch_defaults_are_those_of_a_fresh_process_and_come_back():
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), device.torch_defaults():
+            made = torch.ones(2, 2)
+            product = made @ made
+        assert (made.dtype, made.device.type, product.dtype) == (torch.float32, "cpu", torch.float32)
+        assert (torch.ones(1).dtype, torch.ones(1).device.type) == (torch.float64, "meta")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(("parent", "expected"), [(None, []), ("a process", [1])])
+def test_child_processes_use_one_thread(monkeypatch, parent, expected):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(device.multiprocessing, "parent_process", lambda: parent)
+    device.use_one_thread_in_child_process()
+    assert chosen == expected
+
+
+def test_a_gpu_that_the_parent_of_a_forked_process_used_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert device.resolve_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(ValueError, match=r"start processes with context='spawn'.*or use device='cpu'"):
+        device.resolve_device("auto")
+    assert device.resolve_device("cpu") == torch.device("cpu")

@@ -1,34 +1,33 @@
-"""Episodes: rollouts cut at the decisions that matter. The one implementation behind the single and the vector environment.
+"""Episodes: rollouts that pause at every decision that can influence a frame; behind the single and the vector environment.
 
-A batch of rows goes in; each is begun with a clip, run to its next decision, given a keep mask, run again, and scored at the
-end. Observations hold exactly what the benchmark hands a policy, and such signals of the rollout as are asked for.
+Each row of a batch is begun with a clip, run to its next decision, given a keep mask, run again, and scored at the end.
+Observations hold exactly what the benchmark gives a policy, and the signals of the rollout that were asked for.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.contract import OF_PAIRS, NewestFrames, RetentionPolicy, check_signals
+from far_env.contract import OF_PAIRS, check_signals, newest_within_budget
+from far_env.device import torch_defaults
+from far_env.envs.rendering import render_workload_episode
 from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
-from far_env.rollout.play import play
 from far_env.workloads import Workload, check_decides
 
 ROW_FEATURES = ("age", "recentness", *FEATURES)
 """Columns of ``observation["frames"]``: age / slots, 1 / (1 + age), and the benchmark's content features, of which
 motion_strength m, unbounded in the benchmark, is squashed to m / (1 + m). keyframe_score equals it and is left out."""
-REFERENCES = ("recent_fill", "full_history")
 MUST_DROP, MUST_KEEP, FREE = 0, 1, 2
-_REFERENCE_CACHE_SIZE = 100_000
 
 
 @dataclass(frozen=True)
@@ -37,30 +36,23 @@ class Reward:
 
     Attributes:
         weights: metric name to factor; the score is the weighted sum of a clip's metrics.
-        relative_to: None, or a reference whose score on the same clip and noise is subtracted: "recent_fill" (the newest
-            frames), "full_history" (nothing dropped) or any policy object. Scores of references are cached.
         telescoping: pay the change of the running clip score at every decision instead of everything at the end. The sum is
             the same.
     """
 
     weights: dict[str, float]
-    relative_to: str | RetentionPolicy | None = None
     telescoping: bool = False
 
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError(f"a reward needs at least one of the metrics {', '.join(METRICS)}")
         require_metrics(list(self.weights))
-        if isinstance(self.relative_to, str) and self.relative_to not in REFERENCES:
-            raise ValueError(f"unknown reference {self.relative_to!r}; use {', '.join(REFERENCES)}, a policy object or None")
 
     @staticmethod
-    def make(
-        reward: str | dict[str, float], relative_to: str | RetentionPolicy | None = None, telescoping: bool = False
-    ) -> Reward:
+    def make(reward: str | Mapping[str, float], telescoping: bool = False) -> Reward:
         """From a metric's name (lpips counts negatively, lower being better) or a dict of weights."""
         weights = {reward: -1.0 if reward == "lpips" else 1.0} if isinstance(reward, str) else dict(reward)
-        return Reward(weights, relative_to, telescoping)
+        return Reward(weights, telescoping)
 
     def score(self, metrics: dict[str, float]) -> float:
         """The weighted sum."""
@@ -68,26 +60,28 @@ class Reward:
 
 
 class EpisodeBatch:
-    """``num_rows`` episodes of one workload, each under a budget of its own.
+    """``num_rows`` episodes of one workload, each with its clip, noise seed and budget.
 
     Args:
         workload: what is rolled out.
         budgets: frames that an episode may be allowed to keep.
-        num_rows: episodes side by side.
+        num_rows: episodes in the batch.
         reward: how they are scored.
         metrics: metrics reported at the end, besides those of the reward.
-        memo_bytes: memory for frames that come up again, see `far_env.rollout.memo.FrameMemo`.
-        signals: names of `far_env.contract.SIGNALS` that are shown as well.
+        memo_bytes: memory for frames that are generated again, see `far_env.rollout.memo.FrameMemo`.
+        signals: names of `far_env.contract.SIGNALS` that observations contain as well.
 
     Raises:
         ValueError: if no decision under one of these budgets can influence a frame, or on an unknown signal.
 
     Attributes:
         max_frames: per row, the budget of its episode.
+        decisions: per row, (step, true numbers of the frames that stayed) of every decision of its episode.
         num_slots: rows of an observation and bits of an action, max(n_context, *budgets) + 1. Histories are
             right-aligned: the newest frame is always in the last slot.
     """
 
+    @torch_defaults()
     def __init__(
         self,
         workload: Workload,
@@ -112,18 +106,18 @@ class EpisodeBatch:
         self.splits = ["train"] * num_rows
         self.clips: list[Clip | None] = [None] * num_rows
         self.noise_seeds = [0] * num_rows
-        self._paid = np.zeros(num_rows)
+        self.decisions: list[list[tuple[int, list[int]]]] = [[] for _ in range(num_rows)]
+        self._rewarded = np.zeros(num_rows)
         side = workload.host.frame_size
         self._pixels = torch.zeros(num_rows, workload.num_predict, 3, side, side, device=workload.host.device)
         self._decoded = np.zeros(num_rows, dtype=int)
         self._features = np.zeros((num_rows, self.num_slots, len(FEATURES)), dtype=np.float32)
-        self._reference_scores = np.zeros((num_rows, workload.num_predict))
-        self._known_references: OrderedDict[tuple, np.ndarray] = OrderedDict()
 
     def new_rollouts(self, num_rows: int) -> RolloutBatch:
         """What generates the frames."""
         return RolloutBatch(self.workload, num_rows, self.memo, self.signals)
 
+    @torch_defaults()
     def begin(
         self,
         rows: Sequence[int],
@@ -140,23 +134,22 @@ class EpisodeBatch:
         for row, split, clip, seed, budget in zip(rows, splits, clips, noise_seeds, budgets, strict=True):
             self.splits[row], self.clips[row], self.noise_seeds[row] = split, clip, int(seed)
             self.max_frames[row] = int(budget)
-            self._paid[row] = 0.0
+            self.decisions[row] = []
+            self._rewarded[row] = 0.0
             self._decoded[row] = 0
-        self._score_references(rows)
 
     def retain(self, row: int, action: np.ndarray) -> int:
         """Apply a keep mask (slots,) to a row that awaits a decision; returns how many bits the benchmark's rule changed.
 
-        Padding slots count for nothing, the newest frame stays, and of more than the budget the newest stay.
+        Bits of padding slots are ignored; the rest follows `newest_within_budget`.
         """
         num_frames = self.rollouts.history_length(row)
         wanted = np.asarray(action[self.num_slots - num_frames :]) > 0
-        kept = np.flatnonzero(wanted | (np.arange(num_frames) == num_frames - 1))[-self.max_frames[row] :]
-        self.rollouts.retain(row, kept.tolist())
-        effective = np.zeros(num_frames, dtype=bool)
-        effective[kept] = True
+        kept = newest_within_budget(wanted, self.max_frames[row])
+        self.rollouts.retain(row, np.flatnonzero(kept).tolist())
+        self.decisions[row].append((self.last_step(row), list(self.rollouts.frame_numbers(row))))
         ignored = int((np.asarray(action[: self.num_slots - num_frames]) > 0).sum())
-        return int((effective != wanted).sum()) + ignored
+        return int((kept != wanted).sum()) + ignored
 
     def run(self, rows: Sequence[int]) -> None:
         """Generate frames until every row awaits a decision or has ended."""
@@ -181,41 +174,41 @@ class EpisodeBatch:
             if self.reward.telescoping or self.ended(row):
                 by_step.setdefault(self.rollouts.step(row), []).append(index)
         for done, indices in by_step.items():
-            alike = [rows[index] for index in indices]
+            same_step = [rows[index] for index in indices]
             ended = done == self.workload.num_predict
             names = self.metric_names if ended else tuple(self.reward.weights)
-            truth = torch.stack([self.truth(row, done) for row in alike])
-            for index, metrics in zip(indices, clip_metrics(self.predicted(alike), truth, names), strict=True):
+            truth = torch.stack([self.truth(row, done) for row in same_step])
+            for index, metrics in zip(indices, clip_metrics(self.predicted(same_step), truth, names), strict=True):
                 row = rows[index]
                 score = self.reward.score(metrics)
-                if self.reward.relative_to is not None:
-                    score -= self._reference_scores[row, done - 1]
-                earned[index] = score - self._paid[row]
-                self._paid[row] = score
+                earned[index] = score - self._rewarded[row]
+                self._rewarded[row] = score
                 if ended:
                     finals[index] = metrics
         return earned, finals
 
+    @torch_defaults()
     def truth(self, row: int, num_predicted: int) -> Tensor:
-        """True frames that the first ``num_predicted`` predicted ones stand for, (num_predicted, 3, H, W)."""
+        """The true frames of the first ``num_predicted`` predicted ones, (num_predicted, 3, H, W) on the host's device."""
         start = self.workload.num_context
         frames = self.clips[row].frames[start : start + num_predicted]
         return torch.from_numpy(frames).to(self.workload.host.device)
 
+    @torch_defaults()
     def predicted(self, rows: Sequence[int]) -> Tensor:
-        """Frames generated so far, decoded, of rows that stand at the same step: (R, step, 3, H, W)."""
+        """Frames generated so far, decoded, of rows that are at the same step: float32 (R, step, 3, H, W)."""
         done = self.rollouts.step(rows[0])
         for first in np.unique(self._decoded[rows]).tolist():
-            behind = [row for row in rows if self._decoded[row] == first]
+            outdated = [row for row in rows if self._decoded[row] == first]
             if first < done:
-                self._pixels[behind, first:done] = self.rollouts.decode(behind, first, done).float()
-                self._decoded[behind] = done
+                self._pixels[outdated, first:done] = self.rollouts.decode(outdated, first, done).float()
+                self._decoded[outdated] = done
         return self._pixels[rows, :done]
 
     def observe(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Observations of rows, stacked: frames (R, slots, 6), mask (R, slots), budget (R, 3) and signals, all float32.
 
-        Also what `info` tells of the frames is brought up to date.
+        Updates the ``frame_features`` of `info` too.
         """
         slots = self.num_slots
         lengths = np.array([self.rollouts.history_length(row) for row in rows])
@@ -224,28 +217,48 @@ class EpisodeBatch:
         ages = np.arange(slots - 1, -1, -1, dtype=np.float32)
         features = self.rollouts.features(rows)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            shown = slice(slots - length, slots)
-            mask[i, shown] = 1
-            frames[i, shown, 0] = ages[shown] / slots
-            frames[i, shown, 1] = 1 / (1 + ages[shown])
-            frames[i, shown, 2:] = features[i, :length]
+            occupied = slice(slots - length, slots)
+            mask[i, occupied] = 1
+            frames[i, occupied, 0] = ages[occupied] / slots
+            frames[i, occupied, 1] = 1 / (1 + ages[occupied])
+            frames[i, occupied, 2:] = features[i, :length]
             self._features[row] = frames[i, :, 2:]
         motion = frames[:, :, -1]
         frames[:, :, -1] = motion / (1 + motion)
         steps = np.array([self.last_step(row) for row in rows])
         allowed = np.array([self.max_frames[row] for row in rows])
         budget = np.stack([allowed / slots, steps / self.workload.num_predict, lengths / slots], axis=1)
-        shown = {"frames": frames.clip(0, 1), "mask": mask, "budget": budget.astype(np.float32)}
+        observation = {"frames": frames.clip(0, 1), "mask": mask, "budget": budget.astype(np.float32)}
         if self.signals:
-            found = self.rollouts.signals(rows)
-            shown |= {name: np.stack([right_aligned(name, own[name], slots) for own in found]) for name in self.signals}
-        return shown
+            by_row = self.rollouts.signals(rows)
+            for name in self.signals:
+                observation[name] = np.stack([right_aligned(name, signals[name], slots) for signals in by_row])
+        return observation
+
+    @property
+    def action_space(self) -> spaces.MultiBinary:
+        """Of one row: a bit per slot."""
+        return spaces.MultiBinary(self.num_slots)
+
+    @property
+    def observation_space(self) -> spaces.Dict:
+        """Of one row, see `observe`."""
+        slots = self.num_slots
+        signals = {name: spaces.Box(-np.inf, np.inf, self.signal_shape(name), np.float32) for name in self.signals}
+        return spaces.Dict(
+            {
+                "frames": spaces.Box(0.0, 1.0, (slots, len(ROW_FEATURES)), np.float32),
+                "mask": spaces.Box(0.0, 1.0, (slots,), np.float32),
+                "budget": spaces.Box(0.0, 1.0, (3,), np.float32),
+                **signals,
+            }
+        )
 
     def signal_shape(self, name: str) -> tuple[int, ...]:
-        """Of a signal in an observation."""
+        """Shape of a signal in an observation: one entry per slot, or per pair of slots, and the signal's dimensions."""
         host, slots = self.workload.host, self.num_slots
-        rest = {"column_gap": host.latent_shape[-1:], "key_proto": (sum(host.transformer.axes_dims_rope),)}.get(name, ())
-        return (slots, *((slots,) if name in OF_PAIRS else ()), *rest)
+        dimensions = {"column_gap": host.latent_shape[-1:], "key_proto": (sum(host.transformer.axes_dims_rope),)}
+        return (slots, *((slots,) if name in OF_PAIRS else ()), *dimensions.get(name, ()))
 
     def action_mask(self, row: int) -> np.ndarray:
         """int8 (slots,): 0 must drop (padding), 1 must keep (the newest frame), 2 free."""
@@ -260,9 +273,9 @@ class EpisodeBatch:
         return self.rollouts.step(row) - 1
 
     def info(self, row: int) -> dict:
-        """What a user may want to know of a row, as of the last `observe`.
+        """The ``info`` of a row, as of the last `observe`.
 
-        ``frame_features`` are the benchmark's content features as they are, right-aligned: float32 (slots, 4).
+        ``frame_features`` are the benchmark's content features before any squashing, right-aligned: float32 (slots, 4).
         """
         return {
             "clip_id": self.clips[row].clip_id,
@@ -276,6 +289,11 @@ class EpisodeBatch:
             "frame_features": self._features[row].copy(),
         }
 
+    def picture(self, row: int) -> np.ndarray:
+        """A row's episode so far, uint8 (height, width, 3) in one size for all episodes of the workload."""
+        clip = self.clips[row].frames[: self.workload.num_frames]
+        return render_workload_episode(self.workload, clip, self.predicted([row])[0].cpu().numpy(), self.decisions[row])
+
     def state_dict(self) -> dict:
         """The rows as tensors and plain values."""
         clip_ids = [None if clip is None else clip.clip_id for clip in self.clips]
@@ -285,57 +303,27 @@ class EpisodeBatch:
             "clip_ids": clip_ids,
             "noise_seeds": list(self.noise_seeds),
             "max_frames": list(self.max_frames),
-            "paid": self._paid.tolist(),
+            "decisions": [list(decisions) for decisions in self.decisions],
+            "rewarded": self._rewarded.tolist(),
         }
 
+    @torch_defaults()
     def load_state_dict(self, state: dict) -> None:
-        """Restore rows saved by `state_dict`; clips are made anew, pixels decoded again when needed."""
+        """Restore rows saved by `state_dict`; clips are loaded again, pixels decoded again when needed."""
         self.rollouts.load_state_dict(state["rollouts"])
         self.splits, self.noise_seeds = list(state["splits"]), list(state["noise_seeds"])
         self.max_frames = list(state["max_frames"])
         ids = zip(state["splits"], state["clip_ids"], strict=True)
         self.clips = [None if clip_id is None else self.workload.clips.clip(split, clip_id) for split, clip_id in ids]
-        self._paid = np.array(state["paid"])
+        self.decisions = [[(step, list(kept)) for step, kept in decisions] for decisions in state["decisions"]]
+        self._rewarded = np.array(state["rewarded"])
         self._decoded[:] = 0
-        self._score_references([row for row, clip in enumerate(self.clips) if clip is not None])
-
-    def _key(self, row: int) -> tuple:
-        return self.splits[row], self.clips[row].clip_id, self.noise_seeds[row], self.max_frames[row]
-
-    def _score_references(self, rows: Sequence[int]) -> None:
-        """Look up or compute the reference's scores on the rows' clips, one per number of generated frames."""
-        if self.reward.relative_to is None:
-            return
-        missing = {self._key(row): row for row in rows if self._key(row) not in self._known_references}
-        for budget in sorted({key[-1] for key in missing}):
-            self._play_reference({key: row for key, row in missing.items() if key[-1] == budget}, budget)
-        for row in rows:
-            self._reference_scores[row] = self._known_references[self._key(row)]
-        while len(self._known_references) > _REFERENCE_CACHE_SIZE:
-            self._known_references.popitem(last=False)
-
-    def _play_reference(self, missing: dict[tuple, int], max_frames: int) -> None:
-        """Play the reference on the clips of these rows, which have one budget, and remember its scores."""
-        keys, origin = list(missing), list(missing.values())
-        clips = [self.clips[row] for row in origin]
-        reference = self.reward.relative_to
-        policy = {"full_history": None, "recent_fill": NewestFrames()}[reference] if isinstance(reference, str) else reference
-        rollouts, _ = play(self.workload, clips, [key[2] for key in keys], policy, max_frames, memo=self.memo)
-        frames = rollouts.decode(range(len(keys)))
-        num_scored = range(1, self.workload.num_predict + 1) if self.reward.telescoping else [self.workload.num_predict]
-        truth = torch.stack([self.truth(row, self.workload.num_predict) for row in origin])
-        scores = np.zeros((len(keys), self.workload.num_predict))
-        for count in num_scored:
-            metrics = clip_metrics(frames[:, :count], truth[:, :count], tuple(self.reward.weights))
-            scores[:, count - 1] = [self.reward.score(clip) for clip in metrics]
-        self._known_references.update(zip(keys, scores, strict=True))
 
 
 def right_aligned(name: str, signal: np.ndarray, slots: int) -> np.ndarray:
-    """A signal of n frames as an observation of so many slots shows it: zero on padding, and where it is not a number."""
-    num_frames = len(signal)
-    frames = slice(slots - num_frames, slots)
+    """A signal of n frames in an array of so many slots, float32: zero on padding and in place of NaN."""
+    frames = slice(slots - len(signal), slots)
     pairs = name in OF_PAIRS
-    shown = np.zeros((slots, slots, *signal.shape[2:]) if pairs else (slots, *signal.shape[1:]), dtype=np.float32)
-    shown[(frames, frames) if pairs else frames] = np.nan_to_num(signal)
-    return shown
+    aligned = np.zeros((slots, slots, *signal.shape[2:]) if pairs else (slots, *signal.shape[1:]), dtype=np.float32)
+    aligned[(frames, frames) if pairs else frames] = np.nan_to_num(signal)
+    return aligned

@@ -16,11 +16,16 @@ from far_env.rollout.play import play
 from far_env.workloads import Workload
 
 GAP = 4
-MARK = 6
+DECISION_HEIGHT = 6
+MAX_WIDTH = 4096
+"""Widest picture in pixels: video encoders and screens do not take more. Frames are shrunk to fit."""
 BACKGROUND = 24
 KEPT = (80, 200, 120)
 DROPPED = (70, 70, 70)
 CONTEXT = (90, 140, 230)
+
+Decisions = Sequence[tuple[int, Sequence[int]]]
+"""Per decision, the step and the true numbers of the frames that stayed."""
 
 
 def frame_row(frames: np.ndarray, num_columns: int) -> np.ndarray:
@@ -33,36 +38,68 @@ def frame_row(frames: np.ndarray, num_columns: int) -> np.ndarray:
     return row
 
 
-def kept_rows(history: Sequence[tuple[int, Sequence[int]]], num_context: int, num_columns: int, size: int) -> np.ndarray:
-    """One line of marks per decision: green under frames that stayed, grey under frames that existed and did not."""
-    lines = []
-    for step, kept in history:
-        line = np.full((MARK, num_columns * (size + GAP) - GAP, 3), BACKGROUND, dtype=np.uint8)
+def decision_rows(decisions: Decisions, num_context: int, num_columns: int, size: int, num_rows: int) -> np.ndarray:
+    """One line of marks per decision: green under frames that stayed, grey under frames that existed and did not.
+
+    Returns:
+        uint8 (num_rows · DECISION_HEIGHT, width, 3); lines without a decision are empty.
+    """
+    lines = np.full((num_rows, DECISION_HEIGHT, num_columns * (size + GAP) - GAP, 3), BACKGROUND, dtype=np.uint8)
+    for line, (step, kept) in zip(lines, decisions, strict=False):
         for column in range(num_context + step + 1):
             left = column * (size + GAP)
-            line[1 : MARK - 1, left : left + size] = KEPT if column in kept else DROPPED
-        lines.append(line)
-    return np.concatenate(lines) if lines else np.zeros((0, num_columns * (size + GAP) - GAP, 3), dtype=np.uint8)
+            line[1 : DECISION_HEIGHT - 1, left : left + size] = KEPT if column in kept else DROPPED
+    return lines.reshape(-1, *lines.shape[2:])
 
 
 def render_episode(
-    clip: np.ndarray, predicted: np.ndarray, history: Sequence[tuple[int, Sequence[int]]], num_context: int
+    clip: np.ndarray, predicted: np.ndarray, decisions: Decisions, num_context: int, num_decision_rows: int | None = None
 ) -> np.ndarray:
     """The picture (height, width, 3) uint8: truth, context and prediction, one line of marks per decision.
 
     Args:
         clip: true frames (T, 3, H, W), context first.
         predicted: frames generated so far (S, 3, H, W).
-        history: (step, kept true frame numbers) per decision.
+        decisions: those made so far.
         num_context: frames that were given; a blue bar marks them.
+        num_decision_rows: lines for decisions; as many as there are, unless the size must not depend on them.
     """
     num_columns, size = len(clip), clip.shape[-1]
     spacer = np.full((GAP, num_columns * (size + GAP) - GAP, 3), BACKGROUND, dtype=np.uint8)
-    shown = np.concatenate([clip[:num_context], predicted])
     context_line = spacer.copy()
     context_line[:, : num_context * (size + GAP) - GAP] = CONTEXT
-    parts = [frame_row(clip, num_columns), context_line, frame_row(shown, num_columns), spacer]
-    return np.concatenate([*parts, kept_rows(history, num_context, num_columns, size)])
+    generated = frame_row(np.concatenate([clip[:num_context], predicted]), num_columns)
+    num_rows = len(decisions) if num_decision_rows is None else num_decision_rows
+    marks = decision_rows(decisions, num_context, num_columns, size, num_rows)
+    return np.concatenate([frame_row(clip, num_columns), context_line, generated, spacer, marks])
+
+
+def render_workload_episode(workload: Workload, clip: np.ndarray, predicted: np.ndarray, decisions: Decisions) -> np.ndarray:
+    """`render_episode` in the one size (height, width, 3) that all episodes of a workload have, at most MAX_WIDTH wide.
+
+    Args:
+        clip: all true frames of the episode (T, 3, H, W), context first.
+        predicted: frames generated so far (S, 3, H, W).
+        decisions: those made so far.
+    """
+    size = min(clip.shape[-1], frame_side(workload.num_frames))
+    # No decision follows the last frame, and at most one every other.
+    num_decision_rows = workload.num_predict - 1
+    return render_episode(shrink(clip, size), shrink(predicted, size), decisions, workload.num_context, num_decision_rows)
+
+
+def frame_side(num_columns: int) -> int:
+    """The largest even side of a frame of which ``num_columns`` fit into MAX_WIDTH; encoders need even sizes."""
+    return max(2, (MAX_WIDTH // num_columns - GAP) // 2 * 2)
+
+
+def shrink(frames: np.ndarray, size: int) -> np.ndarray:
+    """Frames (T, 3, H, W) averaged down to (T, 3, size, size), float32; unchanged where they have that size."""
+    if frames.shape[-1] == size:
+        return frames
+    if not len(frames):
+        return np.zeros((0, 3, size, size), dtype=np.float32)
+    return torch.nn.functional.interpolate(torch.from_numpy(frames), size=(size, size), mode="area").numpy()
 
 
 def save_comparison(
@@ -86,8 +123,8 @@ def save_comparison(
         rollouts, decisions = play(workload, [clip], [BENCHMARK_SEED + clip_id], policy, max_frames)
         predicted = rollouts.decode([0])[0].float().cpu()
         score = psnr(predicted, torch.from_numpy(truth[workload.num_context :])).item()
-        history = [(decision.step, decision.kept) for decision in decisions[0]]
-        picture = render_episode(truth, predicted.numpy(), history, workload.num_context)
+        kept = [(decision.step, decision.kept) for decision in decisions[0]]
+        picture = render_episode(truth, predicted.numpy(), kept, workload.num_context)
         parts += [_caption(f"{name}, budget {max_frames}: {score:.1f} dB", width), picture[truth.shape[-2] :]]
     temporary = path.with_suffix(".part.png")
     Image.fromarray(np.concatenate(parts)).save(temporary)

@@ -2,99 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 
-from far_env.clips.clip import SPLITS, check_clip_id
-from far_env.contract import RetentionPolicy
-from far_env.envs.episodes import MUST_KEEP, ROW_FEATURES, EpisodeBatch, Reward
-from far_env.envs.rendering import render_episode
-from far_env.errors import unknown_name
-from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload, make_workload, resolve_budgets
-
-RESET_OPTIONS = ("clip_id", "noise_seed", "budget")
-
-
-class EpisodeSettings:
-    """What the single and the vector environment share: arguments to an `EpisodeBatch`, its spaces, and drawing clips."""
-
-    def __init__(
-        self,
-        num_rows: int,
-        workload: str | Workload,
-        budget: int | str | Sequence[int | str],
-        reward: str | dict[str, float],
-        relative_to: str | RetentionPolicy | None,
-        telescoping: bool,
-        metrics: Sequence[str],
-        split: str,
-        num_clips: int | None,
-        host: str | None,
-        device: str,
-        precision: str,
-        memo_bytes: int,
-        signals: Sequence[str],
-        clip_options: dict[str, Any] | None,
-        episode_class: type[EpisodeBatch] = EpisodeBatch,
-    ) -> None:
-        if isinstance(workload, str):
-            workload = make_workload(workload, host=host, device=device, precision=precision, **(clip_options or {}))
-        if split not in SPLITS:
-            raise ValueError(unknown_name("split", split, SPLITS))
-        available = workload.clips.num_clips(split)
-        if available == 0:
-            raise ValueError(f"{workload.name}/{split} has no clips; use another split or more data")
-        if num_clips is not None and not 1 <= num_clips <= available:
-            raise ValueError(f"num_clips must lie in 1 to {available}, the clips of {workload.name}/{split}; got {num_clips}")
-        self.budgets = resolve_budgets(budget)
-        self.split = split
-        self.num_clips = available if num_clips is None else num_clips
-        scoring = Reward.make(reward, relative_to, telescoping)
-        self.episodes = episode_class(workload, self.budgets, num_rows, scoring, metrics, memo_bytes, signals)
-        slots = self.episodes.num_slots
-        self.action_space = spaces.MultiBinary(slots)
-        self.observation_space = spaces.Dict(
-            {
-                "frames": spaces.Box(0.0, 1.0, (slots, len(ROW_FEATURES)), np.float32),
-                "mask": spaces.Box(0.0, 1.0, (slots,), np.float32),
-                "budget": spaces.Box(0.0, 1.0, (3,), np.float32),
-                **{
-                    name: spaces.Box(-np.inf, np.inf, self.episodes.signal_shape(name), np.float32)
-                    for name in self.episodes.signals
-                },
-            }
-        )
-
-    def draw(
-        self, rng: np.random.Generator, clip_id: int | None, noise_seed: int | None, budget: int | None
-    ) -> tuple[int, int, int]:
-        """A clip id, a noise seed and a budget: the given ones, else random ones and the benchmark's seed for the clip."""
-        if clip_id is None:
-            clip_id = int(rng.integers(self.num_clips))
-        clip_id = operator.index(clip_id)
-        check_clip_id(self.episodes.workload.clips, self.split, clip_id)
-        if budget is None:
-            # Nothing is drawn where there is no choice.
-            budget = self.budgets[0] if len(self.budgets) == 1 else int(rng.choice(self.budgets))
-        elif budget not in self.budgets:
-            known = ", ".join(map(str, self.budgets))
-            raise ValueError(f"budget {budget} is none of those that the environment was made with: {known}")
-        return clip_id, BENCHMARK_SEED + clip_id if noise_seed is None else operator.index(noise_seed), operator.index(budget)
-
-
-def check_reset_options(options: dict[str, Any] | None, known: Sequence[str] = RESET_OPTIONS) -> dict[str, Any]:
-    """The options as a dict; raises ValueError on a key that reset does not know."""
-    options = dict(options or {})
-    for key in options:
-        if key not in known:
-            raise ValueError(unknown_name("reset option", key, known))
-    return options
+from far_env.device import use_one_thread_in_child_process
+from far_env.envs.config import RESET_OPTIONS, EpisodeConfig, check_reset_options
+from far_env.envs.episodes import MUST_KEEP
+from far_env.workloads import Workload
 
 
 def flat_action_mask(mask: np.ndarray) -> np.ndarray:
@@ -105,12 +22,12 @@ def flat_action_mask(mask: np.ndarray) -> np.ndarray:
 
 
 class FrameRetentionEnv(gym.Env):
-    """Which past frames may a video model still see?
+    """Choose which past frames a video model keeps in its history.
 
     ## Description
     FAR, a frame-autoregressive video model, continues a clip frame by frame. Its history may hold at most ``budget`` frames.
-    Whenever a new frame makes the history too long, the agent marks the frames to keep; what is dropped is gone. At the end
-    the predicted frames are compared with the true continuation. Rules and quirks are those of the benchmark
+    Whenever a new frame makes the history too long, the agent marks the frames to keep; dropped frames do not come back. At
+    the end the predicted frames are compared with the true continuation. Rules and quirks are those of the benchmark
     ``ar-video-kv-temporal-policy``, so a policy learned here can be exported to it.
 
     ## Action Space
@@ -137,31 +54,39 @@ class FrameRetentionEnv(gym.Env):
     By default the clip's PSNR in dB at the end of the episode, else 0; see the arguments.
 
     ## Episode End
-    ``terminated`` after the last decision that can influence a frame. Episodes are never truncated.
+    ``terminated`` after the last decision that can influence a frame. Episodes are not truncated, unless a number of steps is
+    given to Gymnasium: ``gym.make(…, max_episode_steps=…)`` wraps the environment in `gymnasium.wrappers.TimeLimit`.
 
     ## Information
     ``clip_id``, ``noise_seed``, ``step``, ``total_steps``, ``max_frames``, ``capacity_mb``, ``action_mask`` (int8 (N,):
     0 must drop, 1 must keep, 2 free), ``kept_frames`` (true frame numbers of the history), ``frame_features`` (N, 4) as
-    the benchmark hands them to a policy, ``repaired``, and at the end the clip's metrics under their names.
+    the benchmark gives them to a policy, ``repaired``, and at the end the clip's metrics under their names.
+
+    ## Rendering
+    ``render_mode="rgb_array"`` renders the episode so far as a picture (height, width, 3): the true frames, the context and
+    predicted frames below them, and one line of marks per decision, green under frames that stayed and grey under frames that
+    did not. All pictures of an environment have one size. ``gym.make(…, render_mode="human")`` shows them in a window, by
+    Gymnasium's `HumanRendering`, which needs pygame.
 
     ## Arguments
     - ``workload``: a registered name ("pan", "cuts", …) or a `far_env.workloads.Workload`.
     - ``budget``: frames that may be kept, or one of the benchmark's budget names; of several, each episode draws one.
     - ``reward``: "psnr", "ssim", "lpips" (negated), or a dict of weights such as {"psnr": 0.1, "lpips": -1}.
-    - ``relative_to``: subtract the score of "recent_fill", "full_history" or a policy object on the same clip and noise.
     - ``telescoping``: pay the change of the running clip score at every decision; the sum is the same.
     - ``metrics``: further metrics for ``info`` at the end.
     - ``split``, ``num_clips``: which clips reset draws from, the first ``num_clips`` of the split.
-    - ``host``: "embedded", a released transformer or a host folder; None for the workload's own.
-    - ``device``, ``precision``: "auto" uses a GPU where there is one; "float32", "bfloat16" or "auto".
-    - ``memo_bytes``: memory for frames that come up again, 0 for none. Drawing the same few clips often becomes cheaper;
-      results then depend on what came before in their last bits.
-    - ``signals``: what the agent may see beyond the benchmark's matrix, names of `far_env.contract.SIGNALS`: of the
+    - ``host``: "embedded", a released transformer or a host folder; None for the workload's default.
+    - ``device``, ``precision``: "auto" uses a GPU where there is one; "float32", "bfloat16" or "auto". Neither a surrounding
+      ``torch.autocast`` nor torch's default device or dtype changes them.
+    - ``memo_bytes``: memory for frames that are generated again, 0 for none. Drawing the same few clips often becomes cheaper;
+      results then depend in their last bits on what was computed before.
+    - ``signals``: what the agent observes beyond the benchmark's features, names of `far_env.contract.SIGNALS`: of the
       latents ("lat_cos", "column_gap", …) or of the host's attention ("attn_mass", …). Such an agent cannot be exported.
     - ``clip_options``: arguments of the clip source, such as a data folder.
-    - ``render_mode``: None or "rgb_array".
+    - ``render_mode``: None or "rgb_array"; with ``gym.make`` also "human".
 
-    ``reset(options={"clip_id": …, "noise_seed": …, "budget": …})`` plays a given clip.
+    ``reset(options={"clip_id": …, "noise_seed": …, "budget": …})`` plays a given clip. An environment that is made in a child
+    process, as by ``gym.make_vec(…, vectorization_mode="async")``, lets torch use one thread there.
 
     ## References
     Gu et al., Long-Context Autoregressive Video Modeling with Next-Frame Prediction, arXiv 2503.19325.
@@ -176,53 +101,30 @@ class FrameRetentionEnv(gym.Env):
         self,
         workload: str | Workload = "pan",
         budget: int | str | Sequence[int | str] = 4,
-        reward: str | dict[str, float] = "psnr",
-        relative_to: str | RetentionPolicy | None = None,
-        telescoping: bool = False,
-        metrics: Sequence[str] = (),
-        split: str = "train",
-        num_clips: int | None = None,
-        host: str | None = None,
-        device: str = "auto",
-        precision: str = "float32",
-        memo_bytes: int = 0,
-        signals: Sequence[str] = (),
-        clip_options: dict[str, Any] | None = None,
+        *,
         render_mode: str | None = None,
+        **arguments: Any,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"unknown render_mode {render_mode!r}; use 'rgb_array' or None")
+            raise ValueError(
+                f"unknown render_mode {render_mode!r}; use 'rgb_array' or None, and for a window gym.make or "
+                "gymnasium.wrappers.HumanRendering"
+            )
+        use_one_thread_in_child_process()
         self.render_mode = render_mode
-        self._settings = EpisodeSettings(
-            1,
-            workload,
-            budget,
-            reward,
-            relative_to,
-            telescoping,
-            metrics,
-            split,
-            num_clips,
-            host,
-            device,
-            precision,
-            memo_bytes,
-            signals,
-            clip_options,
-        )
-        self.episodes = self._settings.episodes
-        self.action_space = self._settings.action_space
-        self.observation_space = self._settings.observation_space
-        self._history: list[tuple[int, list[int]]] = []
+        self.config = EpisodeConfig.from_arguments({"workload": workload, "budget": budget, **arguments})
+        self.episodes = self.config.make_episodes(num_rows=1)
+        self.action_space = self.episodes.action_space
+        self.observation_space = self.episodes.observation_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Begin an episode. Options: ``clip_id``, ``noise_seed``, ``budget``. Raises ClipIdError on a clip id out of range."""
         super().reset(seed=seed)
         options = check_reset_options(options)
-        clip_id, noise_seed, budget = self._settings.draw(self.np_random, *(options.get(key) for key in RESET_OPTIONS))
-        self.episodes.begin([0], [self._settings.split], [clip_id], [noise_seed], [budget])
+        given = {key: options.get(key) for key in RESET_OPTIONS}
+        clip_id, noise_seed, budget = self.config.draw(self.np_random, self.episodes.workload, **given)
+        self.episodes.begin([0], [self.config.split], [clip_id], [noise_seed], [budget])
         self.episodes.run([0])
-        self._history = []
         return self._observation(), self.episodes.info(0)
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -235,7 +137,6 @@ class FrameRetentionEnv(gym.Env):
         if action.shape != self.action_space.shape:
             raise ValueError(f"an action has shape {self.action_space.shape}, got {action.shape}")
         repaired = self.episodes.retain(0, action)
-        self._history.append((self.episodes.last_step(0), list(self.episodes.rollouts.frame_numbers(0))))
         self.episodes.run([0])
         rewards, finals = self.episodes.rewards([0])
         observation = self._observation()
@@ -247,16 +148,13 @@ class FrameRetentionEnv(gym.Env):
         return flat_action_mask(self.episodes.action_mask(0))
 
     def render(self) -> np.ndarray | None:
-        """The episode so far as a picture (height, width, 3) uint8: truth, prediction, and below each step the kept frames."""
+        """The episode so far as a picture, uint8 (height, width, 3); None without a render_mode."""
         if self.render_mode is None:
             gym.logger.warn('render() was called without a render_mode; make the environment with render_mode="rgb_array"')
             return None
         if self.episodes.clips[0] is None:
             raise gym.error.ResetNeeded("call reset() before render()")
-        workload = self.episodes.workload
-        clip = self.episodes.clips[0].frames[: workload.num_frames]
-        predicted = self.episodes.predicted([0])[0].cpu().numpy()
-        return render_episode(clip, predicted, self._history, workload.num_context)
+        return self.episodes.picture(0)
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self.episodes.observe([0]).items()}

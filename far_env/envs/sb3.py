@@ -14,12 +14,12 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
 
 
 class SB3VecEnv(VecEnv):
-    """Adapter over a `FrameRetentionVectorEnv` whose autoreset mode is SAME_STEP, SB3's own convention.
+    """Adapter over a `FrameRetentionVectorEnv` whose autoreset mode is SAME_STEP, as SB3's convention is.
 
     ``infos`` become one dict per row; the last observation of an ended episode is in ``terminal_observation``.
 
     Raises:
-        ValueError: if the environment resets otherwise.
+        ValueError: if the environment has another autoreset mode.
     """
 
     def __init__(self, env: FrameRetentionVectorEnv) -> None:
@@ -51,10 +51,10 @@ class SB3VecEnv(VecEnv):
         observations, rewards, terminations, truncations, infos = self.env.step(self._actions)
         rows = []
         for row in range(self.num_envs):
-            if terminations[row]:
+            if terminations[row] or truncations[row]:
                 info = _row_info(infos["final_info"], row)
                 info["terminal_observation"] = infos["final_obs"][row]
-                info["TimeLimit.truncated"] = bool(truncations[row])
+                info["TimeLimit.truncated"] = bool(truncations[row] and not terminations[row])
             else:
                 info = _row_info(infos, row)
             rows.append(info)
@@ -75,17 +75,17 @@ class SB3VecEnv(VecEnv):
         setattr(self.env, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call a batched method once and hand each row its slice."""
+        """Call a batched method once and return one row of the result per index."""
         results = getattr(self.env, method_name)(*args, **kwargs)
         return [results[row] for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
-        """False: the rows are no single environments that could be wrapped."""
+        """False for every index: rows are not single environments that could be wrapped."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Nothing: rows are not rendered."""
-        return [None] * self.num_envs
+        """One picture per row, uint8 (height, width, 3); None per row without a render_mode."""
+        return [None] * self.num_envs if self.render_mode is None else list(self.env.render())
 
 
 class JoinedVecEnv(VecEnv):
@@ -109,8 +109,8 @@ class JoinedVecEnv(VecEnv):
 
     def reset(self) -> dict[str, np.ndarray]:
         """Begin all rows with the seeds and options that were set."""
-        for env, own in zip(self.envs, self._slices, strict=True):
-            env._seeds, env._options = self._seeds[own], self._options[own]
+        for env, rows in zip(self.envs, self._slices, strict=True):
+            env._seeds, env._options = self._seeds[rows], self._options[rows]
         observations = [env.reset() for env in self.envs]
         self.reset_infos = [info for env in self.envs for info in env.reset_infos]
         self._reset_seeds()
@@ -118,14 +118,14 @@ class JoinedVecEnv(VecEnv):
         return _stacked(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Hand each environment its actions."""
-        for env, own in zip(self.envs, self._slices, strict=True):
-            env.step_async(actions[own])
+        """Give each environment its rows' actions."""
+        for env, rows in zip(self.envs, self._slices, strict=True):
+            env.step_async(actions[rows])
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """As `SB3VecEnv.step_wait`, of all rows."""
         observations, rewards, dones, infos = zip(*(env.step_wait() for env in self.envs), strict=True)
-        return _stacked(observations), np.concatenate(rewards), np.concatenate(dones), [info for own in infos for info in own]
+        return _stacked(observations), np.concatenate(rewards), np.concatenate(dones), [info for part in infos for info in part]
 
     def close(self) -> None:
         """Close all of them."""
@@ -145,17 +145,17 @@ class JoinedVecEnv(VecEnv):
             env.set_attr(attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call a batched method of each environment and hand each row its slice."""
+        """Call a batched method of each environment and return one row of the result per index."""
         results = [row for env in self.envs for row in env.env_method(method_name, *args, **kwargs)]
         return [results[row] for row in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
-        """False: the rows are no single environments that could be wrapped."""
+        """False for every index: rows are not single environments that could be wrapped."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Nothing: rows are not rendered."""
-        return [None] * self.num_envs
+        """The pictures of all rows, see `SB3VecEnv.get_images`; they differ in size where the workloads' frames do."""
+        return [image for env in self.envs for image in env.get_images()]
 
 
 def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -164,10 +164,10 @@ def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
     """One row's part of Gymnasium's dict of arrays."""
-    own = {}
+    row_info = {}
     for key, values in infos.items():
         if key.startswith("_") or key in ("final_obs", "final_info") or not infos[f"_{key}"][row]:
             continue
         value = values[row]
-        own[key] = value.item() if isinstance(value, np.generic) else value
-    return own
+        row_info[key] = value.item() if isinstance(value, np.generic) else value
+    return row_info

@@ -11,26 +11,62 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from far_env.contract import RetentionPolicy
+from far_env.device import use_one_thread_in_child_process
+from far_env.envs.config import RESET_OPTIONS, EpisodeConfig, check_reset_options
 from far_env.envs.episodes import EpisodeBatch
-from far_env.envs.retention_env import RESET_OPTIONS, EpisodeSettings, check_reset_options, flat_action_mask
+from far_env.envs.retention_env import FrameRetentionEnv, flat_action_mask
 from far_env.workloads import Workload
 
 
 class FrameRetentionVectorEnv(VectorEnv):
-    """``num_envs`` copies of `FrameRetentionEnv` that share every forward of the host.
+    """A batch of `FrameRetentionEnv` that share every forward pass of the host.
 
-    Takes the arguments of `FrameRetentionEnv` (without render_mode) and
+    ## Description
+    ``num_envs`` rows, each of which plays the episodes of `FrameRetentionEnv`. Row i seeded with s equals a single environment
+    seeded with s + i.
+
+    ## Action Space
+    ``MultiBinary(N)`` of the single environment, batched: (num_envs, N).
+
+    ## Observation Space
+    The ``Dict`` of the single environment, batched: (num_envs, …).
+
+    ## Starting State
+    As in the single environment, for each row. ``reset`` options ``clip_id``, ``noise_seed`` and ``budget`` are one number for
+    all rows or one per row; ``reset_mask``, bool (num_envs,), limits a reset to some rows.
+
+    ## Reward
+    As in the single environment: float64 (num_envs,).
+
+    ## Episode End
+    As in the single environment. Rows are truncated only where ``max_episode_steps`` is given.
+
+    ## Information
+    The single environment's ``info`` in Gymnasium's form for vector environments: one array per key, and under ``_key`` a mask
+    of the rows that have it.
+
+    ## Rendering
+    With ``render_mode="rgb_array"``, `render` returns a tuple of one picture per row, all of the same size.
+
+    ## Arguments
+    Those of `FrameRetentionEnv`, and
 
     - ``num_envs``: rows.
-    - ``autoreset_mode``: NEXT_STEP (Gymnasium's default), SAME_STEP (what SB3 expects) or DISABLED, where finished rows are
-      begun again by ``reset(options={"reset_mask": …})``. An `AutoresetMode` or its name.
+    - ``autoreset_mode``: NEXT_STEP (Gymnasium's default), SAME_STEP (Stable-Baselines3's convention) or DISABLED, where rows
+      that ended wait for ``reset(options={"reset_mask": …})``. An `AutoresetMode` or its name.
+    - ``max_episode_steps``: truncate a row after so many steps, as `gymnasium.wrappers.TimeLimit` does for a single
+      environment; None (or −1) for never. ``gym.make_vec(…, max_episode_steps=…)`` passes it here.
+    - ``render_mode``: None or "rgb_array".
 
-    Row i seeded with s equals a single environment seeded with s + i. ``reset`` options ``clip_id``, ``noise_seed`` and
-    ``budget`` are numbers or one number per row.
+    ## Version History
+    - v0: first version
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata = {
+        "render_modes": ["rgb_array"],
+        "render_fps": FrameRetentionEnv.metadata["render_fps"],
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
     episode_class = EpisodeBatch
 
     def __init__(
@@ -38,62 +74,42 @@ class FrameRetentionVectorEnv(VectorEnv):
         num_envs: int = 1,
         workload: str | Workload = "pan",
         budget: int | str | Sequence[int | str] = 4,
-        reward: str | dict[str, float] = "psnr",
-        relative_to: str | RetentionPolicy | None = None,
-        telescoping: bool = False,
-        metrics: Sequence[str] = (),
-        split: str = "train",
-        num_clips: int | None = None,
-        host: str | None = None,
-        device: str = "auto",
-        precision: str = "float32",
-        memo_bytes: int = 0,
-        signals: Sequence[str] = (),
-        clip_options: dict[str, Any] | None = None,
+        *,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        render_mode: None = None,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+        **arguments: Any,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if render_mode is not None:
-            raise ValueError("the vector environment does not render; use FrameRetentionEnv with render_mode='rgb_array'")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(
+                f"the vector environment has no render_mode {render_mode!r}; use 'rgb_array', and "
+                "gymnasium.wrappers.vector.HumanRendering for a window"
+            )
+        use_one_thread_in_child_process()
         self.num_envs = num_envs
-        self.render_mode = None
-        self._settings = EpisodeSettings(
-            num_envs,
-            workload,
-            budget,
-            reward,
-            relative_to,
-            telescoping,
-            metrics,
-            split,
-            num_clips,
-            host,
-            device,
-            precision,
-            memo_bytes,
-            signals,
-            clip_options,
-            self.episode_class,
-        )
-        self.episodes = self._settings.episodes
+        self.render_mode = render_mode
+        self.max_episode_steps = _step_limit(max_episode_steps)
+        self.config = EpisodeConfig.from_arguments({"workload": workload, "budget": budget, **arguments})
+        self.episodes = self.config.make_episodes(num_envs, self.episode_class)
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.single_action_space = self._settings.action_space
-        self.single_observation_space = self._settings.observation_space
+        self.single_action_space = self.episodes.action_space
+        self.single_observation_space = self.episodes.observation_space
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._generators = [np.random.default_rng() for _ in range(num_envs)]
         self._done = np.zeros(num_envs, dtype=bool)
         self._begun = np.zeros(num_envs, dtype=bool)
+        self._elapsed_steps = np.zeros(num_envs, dtype=int)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begin episodes in all rows, or in those of ``options["reset_mask"]`` (bool (num_envs,)).
+        """Begin episodes in all rows, or in those of ``options["reset_mask"]``, bool (num_envs,).
 
-        Observations and infos are those of all rows that have been begun, now or before.
+        Returns the observations and infos of all rows that have been begun, by this call or an earlier one.
         """
         options = check_reset_options(options, (*RESET_OPTIONS, "reset_mask"))
         rows = np.flatnonzero(_reset_mask(options.pop("reset_mask", None), self.num_envs)).tolist()
@@ -111,7 +127,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         return observations, infos
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One decision in every row; see the class for what happens to rows whose episode ended."""
+        """One decision in every row; ``autoreset_mode`` says what happens to rows whose episode ended."""
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {self.action_space.shape}, got {actions.shape}")
@@ -129,36 +145,53 @@ class FrameRetentionVectorEnv(VectorEnv):
         earned, finals = self.episodes.rewards(acting)
         rewards = np.zeros(self.num_envs)
         rewards[acting] = earned
-        ended = [row for row in acting if self.episodes.ended(row)]
-        terminations = np.zeros(self.num_envs, dtype=bool)
-        terminations[ended] = True
+        self._elapsed_steps[acting] += 1
+        terminations = np.array([row in repaired and self.episodes.ended(row) for row in rows])
+        truncations = np.zeros(self.num_envs, dtype=bool)
+        if self.max_episode_steps is not None:
+            truncations[acting] = self._elapsed_steps[acting] >= self.max_episode_steps
+        done = terminations | truncations
 
         observations = self._observe(rows)
-        own = [self.episodes.info(row) | {"repaired": repaired.get(row, 0)} for row in rows]
+        row_infos = [self.episodes.info(row) | {"repaired": repaired.get(row, 0)} for row in rows]
         for row, metrics in zip(acting, finals, strict=True):
-            own[row] |= metrics or {}
+            row_infos[row] |= metrics or {}
         infos: dict[str, Any] = {}
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and ended:
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
+            ended = np.flatnonzero(done).tolist()
             for row in ended:
                 final = {key: value[row].copy() for key, value in observations.items()}
-                infos = self._add_info(infos, {"final_obs": final, "final_info": own[row]}, row)
+                infos = self._add_info(infos, {"final_obs": final, "final_info": row_infos[row]}, row)
             self._begin(ended, {})
             self.episodes.run(ended)
             for key, value in self.episodes.observe(ended).items():
                 observations[key][ended] = value
             for row in ended:
-                own[row] = self.episodes.info(row)
+                row_infos[row] = self.episodes.info(row)
         if self.autoreset_mode != AutoresetMode.SAME_STEP:
-            self._done = terminations.copy()
+            self._done = done.copy()
         for row in rows:
-            infos = self._add_info(infos, own[row], row)
-        return observations, rewards, terminations, np.zeros(self.num_envs, dtype=bool), infos
+            infos = self._add_info(infos, row_infos[row], row)
+        return observations, rewards, terminations, truncations, infos
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """One picture per row, uint8 (height, width, 3); None without a render_mode."""
+        if self.render_mode is None:
+            gym.logger.warn('render() was called without a render_mode; make the environment with render_mode="rgb_array"')
+            return None
+        if not self._begun.all():
+            raise gym.error.ResetNeeded("call reset() for all rows before render()")
+        return tuple(self.episodes.picture(row) for row in range(self.num_envs))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on mid-episode: tensors and plain values."""
-        generators = [json.dumps(generator.bit_generator.state) for generator in self._generators]
-        flags = {"done": self._done.tolist(), "begun": self._begun.tolist()}
-        return {"episodes": self.episodes.state_dict(), "generators": generators, **flags}
+        """Everything that a run needs to resume in the middle of an episode: tensors and plain values."""
+        return {
+            "episodes": self.episodes.state_dict(),
+            "generators": [json.dumps(generator.bit_generator.state) for generator in self._generators],
+            "done": self._done.tolist(),
+            "begun": self._begun.tolist(),
+            "elapsed_steps": self._elapsed_steps.tolist(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, into an environment made with the same arguments."""
@@ -166,6 +199,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         for generator, saved in zip(self._generators, state["generators"], strict=True):
             generator.bit_generator.state = json.loads(saved)
         self._done, self._begun = np.array(state["done"]), np.array(state["begun"])
+        self._elapsed_steps = np.array(state["elapsed_steps"])
 
     def action_masks(self) -> np.ndarray:
         """sb3-contrib's form of the masks, bool (num_envs, 2N)."""
@@ -189,7 +223,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         return values
 
     def _seed_rows(self, seed: int | Sequence[int | None] | None, rows: Sequence[int]) -> None:
-        """One generator per row, as single environments would have; None leaves a row's generator as it is."""
+        """Give each row the generator that a single environment with its seed would have; None leaves a row's unchanged."""
         if seed is None:
             return
         seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int | np.integer) else list(seed)
@@ -200,14 +234,23 @@ class FrameRetentionVectorEnv(VectorEnv):
                 self._generators[row] = gym.utils.seeding.np_random(int(seeds[row]))[0]
 
     def _begin(self, rows: list[int], given: dict[str, list[int | None]]) -> None:
-        """Draw clips for rows and put their episodes in place; does not run them."""
+        """Draw a clip for each row and begin its episode; does not run them."""
         drawn = [
-            self._settings.draw(self._generators[row], *(given[key][row] if key in given else None for key in RESET_OPTIONS))
+            self.config.draw(self._generators[row], self.episodes.workload, **{key: given[key][row] for key in given})
             for row in rows
         ]
+        self._elapsed_steps[rows] = 0
         if drawn:
             clip_ids, seeds, budgets = zip(*drawn, strict=True)
-            self.episodes.begin(rows, [self._settings.split] * len(rows), clip_ids, seeds, budgets)
+            self.episodes.begin(rows, [self.config.split] * len(rows), clip_ids, seeds, budgets)
+
+
+def _step_limit(max_episode_steps: int | None) -> int | None:
+    if max_episode_steps is None or max_episode_steps == -1:
+        return None
+    if isinstance(max_episode_steps, bool) or not isinstance(max_episode_steps, int | np.integer) or max_episode_steps < 1:
+        raise ValueError(f"max_episode_steps must be a whole number of at least 1, or None, got {max_episode_steps!r}")
+    return int(max_episode_steps)
 
 
 def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:

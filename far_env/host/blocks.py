@@ -22,8 +22,8 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, both (B, tokens, heads, head_dim)."""
 Modulation = tuple[Tensor, ...]
 """What a frame's time and class do to one block: shift, factor and gate of attention, then of the MLP, each (B, F, 1, D)."""
-AttentionWatch = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
-"""Told what a block's attention is about to see: queries (B, T, heads, d), keys (B, K, heads, d), the queries' rotary table and
+AttentionCallback = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+"""Receives the inputs of a block's attention: queries (B, T, heads, d), keys (B, K, heads, d), the queries' rotary table and
 the mask."""
 
 
@@ -221,7 +221,7 @@ class TransformerBlock(nn.Module):
         mask: Tensor | None,
         memory: KeyValue | None = None,
         coarse: bool = False,
-        watch: AttentionWatch | None = None,
+        on_attention: AttentionCallback | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -232,7 +232,7 @@ class TransformerBlock(nn.Module):
             mask: see `Attention.forward`.
             memory: None, or keys and values (B, K, heads, d) of which x's own are the last and are written here, in place.
             coarse: x are FAR-Long's coarse frames.
-            watch: called once, before the block attends.
+            on_attention: called once, before the block attends.
 
         Returns:
             (B, F, S, D).
@@ -243,8 +243,8 @@ class TransformerBlock(nn.Module):
         if memory is not None:
             key, value = write_tail(memory, key, value)
         query = self.attn.query(normed, table, coarse)
-        if watch is not None:
-            watch(query, key, table, mask)
+        if on_attention is not None:
+            on_attention(query, key, table, mask)
         attended = self.attn(query, key, value, mask, coarse)
         x = torch.addcmul(x, gate, attended.view_as(x))
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_factor)))

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from far_env.host.blocks import AttentionWatch
+from far_env.host.blocks import AttentionCallback
 from far_env.host.far import FAR, Modulations, NextFrame
 
 
@@ -26,11 +26,11 @@ def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMa
     return scheduler
 
 
-class FrameWatch(Protocol):
+class FrameProbe(Protocol):
     """Follows how one frame per row is made, without changing it. With guidance, rows of the null class come first."""
 
     def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
-        """Of every block in turn at every ODE step, see `far_env.host.blocks.AttentionWatch`."""
+        """Of every block in turn at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
 
     def velocity(self, step: int, latent: Tensor, velocity: Tensor) -> None:
         """At the end of ODE step 0, 1, …: the noisy latent (B, 1, C, h, w) and the velocity it will be moved by."""
@@ -70,7 +70,7 @@ class FrameSampler:
         *,
         label: Tensor | None = None,
         action: Tensor | None = None,
-        watch: FrameWatch | None = None,
+        probe: FrameProbe | None = None,
     ) -> Tensor:
         """Generate the frame that follows clean ones.
 
@@ -79,7 +79,7 @@ class FrameSampler:
             noise: initial noise (B, 1, C, h, w).
             lengths: B numbers of clean frames.
             label: (B,), action: (B, 1) of the new frame; None for the null class, where the model takes them.
-            watch: told of every step.
+            probe: called at every step.
 
         Returns:
             The clean latent (B, 1, C, h, w).
@@ -89,12 +89,12 @@ class FrameSampler:
             lengths = [*lengths, *lengths]
         frame = self.model.next_frame(memory, noise, lengths)
         latent = noise
-        seen = None if watch is None else watch.attention
+        on_attention = None if probe is None else probe.attention
         steps = zip(self._modulations(memory.shape[2], label, action), self.sigma_changes, strict=True)
         for step, (modulations, change) in enumerate(steps):
-            velocity = self._velocity(latent, modulations, frame, seen)
-            if watch is not None:
-                watch.velocity(step, latent, velocity)
+            velocity = self._velocity(latent, modulations, frame, on_attention)
+            if probe is not None:
+                probe.velocity(step, latent, velocity)
             # Euler as diffusers' scheduler does it: the product in the model's dtype, the sum in float32.
             latent = (latent.float() + change * velocity).to(noise.dtype)
         return latent
@@ -119,9 +119,9 @@ class FrameSampler:
         return self._velocity(noisy, modulations, self.model.next_frame(memory, noisy, lengths))
 
     def _velocity(
-        self, latent: Tensor, modulations: Modulations, frame: NextFrame, seen: AttentionWatch | None = None
+        self, latent: Tensor, modulations: Modulations, frame: NextFrame, on_attention: AttentionCallback | None = None
     ) -> Tensor:
-        velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, seen)
+        velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, on_attention)
         if not self.guided:
             return velocity
         null, conditional = velocity.chunk(2)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from far_env.device import resolve_device
+from far_env.device import resolve_device, torch_defaults
 from far_env.errors import WeightsError
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
@@ -61,6 +61,7 @@ class Host:
         return next(self.transformer.parameters()).dtype
 
 
+@torch_defaults()
 def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:
     """Load a shipped host or a released transformer by name, or a folder written by `save_host`; once per device and dtype.
 

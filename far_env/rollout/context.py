@@ -1,4 +1,4 @@
-"""How a rollout begins: the true frames that are given, as latents of the host."""
+"""The context of a rollout: the true frames it begins with, as latents of the host."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
+from far_env.device import torch_defaults
 from far_env.host.weights import Host
 
 
+@torch_defaults()
 def context_latents(host: Host, clips: Sequence[Clip], num_context: int) -> Tensor:
-    """Scaled latents (B, num_context, C, h, w) of the first frames of clips of one source: their own, or encoded ones."""
+    """Scaled latents (B, num_context, C, h, w) of the first frames of clips of one source; encoded unless given as latents."""
     given = torch.from_numpy(np.stack([clip.context(num_context) for clip in clips])).to(host.device, host.dtype)
     return host.autoencoder.encode(given) if clips[0].latents is None else given

@@ -4,9 +4,9 @@ What makes it fast, and exact:
 
 - Keys and values of clean frames are computed once per frame, not once per ODE step, and outlive an eviction as long as no
   frame before them was dropped.
-- Rows share every forward pass, whatever their histories; shorter ones are padded and masked.
+- Rows share every forward pass; shorter histories are padded and masked.
 - A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these
-  answers what was computed before, for another policy, say; the same for its pixels.
+  returns what was computed before, for another policy, say. The same holds for its pixels.
 
 The result is that of `far_env.rollout.reference`.
 """
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
+from far_env.device import torch_defaults
 from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.context import context_latents
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import rollout_noise
-from far_env.rollout.signals import Collector, Observed
+from far_env.rollout.signals import RecordedSignals, SignalRecorder
 from far_env.workloads import Workload
 
 
@@ -40,14 +41,14 @@ class Rollout:
         steps: generated frames.
         kept: true numbers of the history's frames; context frames are 0 … n_context-1.
         frames: clean latents (C, h, w) of all frames so far, kept or not, by true number.
-        keys: their content keys.
+        keys: content keys of these frames.
         actions: of all frames, by true number; none where the host is not conditioned on actions.
-        prefix: keys and values (layers, 2, branches, tokens, heads, d) of the first frames of the history, as far as they are
-            known. There is one branch, or with guidance two, that of the null class first.
+        prefix: keys and values (layers, 2, branches, tokens, heads, d) of the first frames of the history, as many as are
+            valid. There is one branch, or with guidance two, that of the null class first.
         num_coarse: how many of the history's oldest frames were coarse when these were computed.
         noise: (n_predict, C, h, w).
-        noise_seed: what it was drawn with.
-        observed: signals of its frames, where they are collected.
+        noise_seed: the seed of that noise.
+        recorded: signals of its frames, where they are recorded.
     """
 
     num_context: int
@@ -61,14 +62,14 @@ class Rollout:
     keys: list[str] = field(default_factory=list)
     prefix: list[Tensor] = field(default_factory=list)
     num_coarse: int = 0
-    observed: Observed = field(default_factory=Observed)
+    recorded: RecordedSignals = field(default_factory=RecordedSignals)
 
-    def seen_actions(self) -> list[int]:
-        """Of the history's frames and the one to come, where the host is conditioned on actions."""
+    def visible_actions(self) -> list[int]:
+        """Actions of the history's frames and of the next one, where the host is conditioned on actions."""
         return [self.actions[number] for number in (*self.kept, len(self.frames))] if self.actions else []
 
     def copy(self) -> Rollout:
-        """A rollout that goes on from here on its own; the tensors are shared."""
+        """A rollout that continues from the same state independently; the tensors are shared."""
         lists = {name: list(getattr(self, name)) for name in ("kept", "frames", "keys", "prefix")}
         return replace(self, **lists)
 
@@ -77,16 +78,17 @@ class RolloutBatch:
     """The state of ``num_rows`` independent rollouts of one workload.
 
     A row is begun with a clip and a noise seed, then advanced frame by frame and cut down by `retain`. Rows may have different
-    lengths, stand at different steps and hold different histories.
+    lengths, be at different steps and hold different histories.
 
     Args:
         workload: what is rolled out.
-        num_rows: rollouts side by side.
+        num_rows: rollouts in the batch.
         memo: shared with other batches to reuse their frames, or None.
-        signals: names of `far_env.contract.SIGNALS` to be collected. Frames that have to be watched for them are computed
-            even if the memo knows them.
+        signals: names of `far_env.contract.SIGNALS` to be recorded. Frames that are recorded while they are generated are
+            computed even if the memo holds them.
     """
 
+    @torch_defaults()
     def __init__(self, workload: Workload, num_rows: int, memo: FrameMemo | None = None, signals: Sequence[str] = ()) -> None:
         host = workload.host
         self.workload = workload
@@ -96,7 +98,7 @@ class RolloutBatch:
         self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
         self._num_branches = 2 if self._sampler.guided else 1
         self._origin = (self.memo.host_number(host), workload.num_steps, workload.guidance)
-        self._collector = Collector(signals, self._sampler)
+        self._recorder = SignalRecorder(signals, self._sampler)
 
     def step(self, row: int) -> int:
         """How many frames the row has generated."""
@@ -110,6 +112,7 @@ class RolloutBatch:
         """True numbers of the row's history, oldest first; context frames are 0 … n_context-1."""
         return list(self._rows[row].kept)
 
+    @torch_defaults()
     def begin(
         self,
         rows: Sequence[int],
@@ -139,58 +142,63 @@ class RolloutBatch:
             for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_context), strict=True):
                 known[i] = latents.clone()
                 self.memo.put(keys[i], known[i])
-        observed = self._collector.begin(known, noise_seeds, actions if self.workload.actions else None)
-        begun = zip(rows, keys, known, noise_seeds, actions, observed, strict=True)
-        for row, key, latents, seed, own_actions, seen in begun:
+        recorded = self._recorder.begin(known, noise_seeds, actions if self.workload.actions else None)
+        begun = zip(rows, keys, known, noise_seeds, actions, recorded, strict=True)
+        for row, key, latents, seed, row_actions, row_recorded in begun:
             self._rows[row] = Rollout(
                 num_context=num_context,
                 num_predict=num_predict,
                 steps=0,
                 noise=self._draw_noise(seed, num_predict),
                 noise_seed=int(seed),
-                actions=own_actions,
+                actions=row_actions,
                 kept=list(range(num_context)),
                 frames=list(latents),
                 keys=[content_key(key, number) for number in range(num_context)],
-                observed=seen,
+                recorded=row_recorded,
             )
 
     def fork(self, row: int, onto: Sequence[int]) -> None:
-        """Let the rows ``onto`` go on from where ``row`` stands. Nothing is computed or copied but references."""
+        """Replace the rows ``onto`` by copies of ``row``. Nothing is computed, and only references are copied."""
         for other in onto:
             self._rows[other] = self._rows[row].copy()
 
     def history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Kept latents (R, K, C, h, w), oldest first, shorter rows padded with zeros at the end, and lengths (R,)."""
-        histories = [[own.frames[number] for number in own.kept] for own in self._chosen(rows)]
+        histories = [[rollout.frames[number] for number in rollout.kept] for rollout in self._chosen(rows)]
         longest = max(map(len, histories))
         padded = [frame for history in histories for frame in history + [self._empty] * (longest - len(history))]
         lengths = torch.tensor([len(history) for history in histories], device=self._empty.device)
         return torch.stack(padded).unflatten(0, (len(histories), longest)), lengths
 
+    @torch_defaults()
     def features(self, rows: Sequence[int]) -> np.ndarray:
         """`frame_features` of the kept histories, float32 (R, K, 4), padded with zeros at the end."""
         return frame_features(*self.history(rows)).cpu().numpy()
 
+    @torch_defaults()
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """The collected signals of each row's history, by name. Raises ValueError unless the row was just advanced."""
+        """The recorded signals of each row's history, by name. Raises ValueError unless the row was just advanced."""
         chosen = self._chosen(rows)
-        actions = [[own.actions[number] for number in own.kept] for own in chosen] if self.workload.actions else None
-        kept = [own.kept for own in chosen]
-        return self._collector.arrays([own.observed for own in chosen], kept, self.history(rows)[0], actions)
+        actions = (
+            [[rollout.actions[number] for number in rollout.kept] for rollout in chosen] if self.workload.actions else None
+        )
+        kept = [rollout.kept for rollout in chosen]
+        return self._recorder.arrays([rollout.recorded for rollout in chosen], kept, self.history(rows)[0], actions)
 
+    @torch_defaults()
     @torch.no_grad()
     def advance(self, rows: Sequence[int]) -> None:
         """Generate the next frame of each row and append it to its history."""
         missing: dict[str, list[Rollout]] = {}
-        for own in self._chosen(rows):
-            seen = [own.keys[number] for number in own.kept]
-            key = content_key(*self._origin, own.noise_seed, own.steps, *seen, *own.seen_actions())
-            latent = None if self._collector.watching else self.memo.get(key)
+        for rollout in self._chosen(rows):
+            kept_keys = [rollout.keys[number] for number in rollout.kept]
+            key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *kept_keys, *rollout.visible_actions())
+            latent = None if self._recorder.needs_probe else self.memo.get(key)
             if latent is None:
-                missing.setdefault(key, []).append(own)
+                missing.setdefault(key, []).append(rollout)
             else:
-                self._append(own, latent, key)
+                self._append(rollout, latent, key)
         if not missing:
             return
         # Rows that would become the same frame are computed once.
@@ -200,17 +208,17 @@ class RolloutBatch:
             # A view would keep the frames of all rows alive for as long as one of them.
             latent = latent.clone()
             self.memo.put(key, latent)
-            for own in alike:
-                own.prefix, own.num_coarse = list(alike[0].prefix), alike[0].num_coarse
-                own.observed = alike[0].observed
-                self._append(own, latent, key)
+            for rollout in alike:
+                rollout.prefix, rollout.num_coarse = list(alike[0].prefix), alike[0].num_coarse
+                rollout.recorded = alike[0].recorded
+                self._append(rollout, latent, key)
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep the frames at these positions of the row's history, ascending."""
-        own = self._rows[row]
+        rollout = self._rows[row]
         unchanged = next((place for place, i in enumerate(ids) if place != i), len(ids))
-        own.kept = [own.kept[i] for i in ids]
-        own.prefix = own.prefix[:unchanged]
+        rollout.kept = [rollout.kept[i] for i in ids]
+        rollout.prefix = rollout.prefix[:unchanged]
 
     def finished(self, row: int) -> bool:
         """Whether the row has generated all its frames (or was never begun)."""
@@ -220,9 +228,14 @@ class RolloutBatch:
         """Generated latents first … last-1 (R, n, C, h, w), zero where there is none (yet)."""
         chosen = self._chosen(rows)
         steps = self._steps(chosen, first, last)
-        frames = [own.frames[own.num_context + step] if step < own.steps else self._empty for own in chosen for step in steps]
+        frames = [
+            rollout.frames[rollout.num_context + step] if step < rollout.steps else self._empty
+            for rollout in chosen
+            for step in steps
+        ]
         return torch.stack(frames).unflatten(0, (len(chosen), len(steps)))
 
+    @torch_defaults()
     def decode(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
         """Predicted frames first … last-1 of each row as pixels (R, last − first, 3, H, W)."""
         latents = self.generated(rows, first, last)
@@ -231,8 +244,10 @@ class RolloutBatch:
             return autoencoder.decode(latents)
         chosen = self._chosen(rows)
         keys = [
-            content_key("pixels", *self._origin, own.keys[own.num_context + step] if step < own.steps else "not generated")
-            for own in chosen
+            content_key(
+                "pixels", *self._origin, rollout.keys[rollout.num_context + step] if step < rollout.steps else "not generated"
+            )
+            for rollout in chosen
             for step in self._steps(chosen, first, last)
         ]
         pixels = {key: self.memo.get(key) for key in dict.fromkeys(keys)}
@@ -248,16 +263,17 @@ class RolloutBatch:
         """The rollouts as tensors and plain values."""
         return {
             "host": self.workload.host.weights_hash,
-            "lengths": [(own.num_context, own.num_predict) for own in self._rows],
-            "steps": [own.steps for own in self._rows],
-            "kept": [list(own.kept) for own in self._rows],
-            "keys": [list(own.keys) for own in self._rows],
-            "noise_seeds": [own.noise_seed for own in self._rows],
-            "actions": [list(own.actions) for own in self._rows],
-            "frames": [torch.stack(own.frames).cpu() if own.frames else None for own in self._rows],
-            "observed": [own.observed.state_dict() for own in self._rows],
+            "lengths": [(rollout.num_context, rollout.num_predict) for rollout in self._rows],
+            "steps": [rollout.steps for rollout in self._rows],
+            "kept": [list(rollout.kept) for rollout in self._rows],
+            "keys": [list(rollout.keys) for rollout in self._rows],
+            "noise_seeds": [rollout.noise_seed for rollout in self._rows],
+            "actions": [list(rollout.actions) for rollout in self._rows],
+            "frames": [torch.stack(rollout.frames).cpu() if rollout.frames else None for rollout in self._rows],
+            "recorded": [rollout.recorded.state_dict() for rollout in self._rows],
         }
 
+    @torch_defaults()
     def load_state_dict(self, state: dict) -> None:
         """Restore rollouts saved by `state_dict`.
 
@@ -267,14 +283,14 @@ class RolloutBatch:
         host = self.workload.host.weights_hash
         if (state["host"], len(state["frames"])) != (host, len(self._rows)):
             raise ValueError(
-                f"these rollouts are {len(state['frames'])} rows of host {state['host']}; here are {len(self._rows)} of {host}"
+                f"the state has {len(state['frames'])} rows of host {state['host']}, this batch {len(self._rows)} of {host}"
             )
-        actions = [tuple(own) for own in state.get("actions", [()] * len(self._rows))]
+        actions = [tuple(row_actions) for row_actions in state.get("actions", [()] * len(self._rows))]
         for row, (frames, lengths) in enumerate(zip(state["frames"], state["lengths"], strict=True)):
             num_needed = sum(lengths) if self.workload.actions and frames is not None else 0
             if len(actions[row]) != num_needed:
                 raise ValueError(
-                    f"row {row} of these rollouts has {len(actions[row])} actions, {self.workload.name} needs {num_needed}"
+                    f"row {row} of the state has {len(actions[row])} actions, {self.workload.name} needs {num_needed}"
                 )
         for row, frames in enumerate(state["frames"]):
             if frames is None:
@@ -292,7 +308,7 @@ class RolloutBatch:
                 kept=list(state["kept"][row]),
                 frames=list(frames.to(self._empty)),
                 keys=list(state["keys"][row]),
-                observed=Observed.from_state_dict(state["observed"][row], self._empty.device),
+                recorded=RecordedSignals.from_state_dict(state["recorded"][row], self._empty.device),
             )
 
     def _unbegun(self) -> Rollout:
@@ -307,59 +323,59 @@ class RolloutBatch:
 
     def _steps(self, rollouts: Sequence[Rollout], first: int, last: int | None) -> range:
         """Steps first … last-1 of the longest of these rollouts."""
-        return range(max(own.num_predict for own in rollouts))[first:last]
+        return range(max(rollout.num_predict for rollout in rollouts))[first:last]
 
-    def _append(self, own: Rollout, latent: Tensor, key: str) -> None:
-        own.kept.append(len(own.frames))
-        own.frames.append(latent)
-        own.keys.append(key)
-        own.steps += 1
-        if own.steps == own.num_predict:
-            own.prefix = []
+    def _append(self, rollout: Rollout, latent: Tensor, key: str) -> None:
+        rollout.kept.append(len(rollout.frames))
+        rollout.frames.append(latent)
+        rollout.keys.append(key)
+        rollout.steps += 1
+        if rollout.steps == rollout.num_predict:
+            rollout.prefix = []
 
     def _encode_histories(self, rollouts: Sequence[Rollout]) -> None:
         """Compute the keys and values that are not known yet, rows with alike histories together."""
         model = self._sampler.model
         groups: dict[tuple[int, int], list[Rollout]] = {}
-        for own in rollouts:
-            num_coarse = model.num_coarse(len(own.kept) + 1)
-            if num_coarse != own.num_coarse:
+        for rollout in rollouts:
+            num_coarse = model.num_coarse(len(rollout.kept) + 1)
+            if num_coarse != rollout.num_coarse:
                 # A frame that becomes coarse or fine is another one, and so is every finer frame that saw it.
-                own.prefix = own.prefix[: min(num_coarse, own.num_coarse)]
-                own.num_coarse = num_coarse
-            if len(own.prefix) < len(own.kept):
-                groups.setdefault((len(own.prefix), len(own.kept)), []).append(own)
+                rollout.prefix = rollout.prefix[: min(num_coarse, rollout.num_coarse)]
+                rollout.num_coarse = num_coarse
+            if len(rollout.prefix) < len(rollout.kept):
+                groups.setdefault((len(rollout.prefix), len(rollout.kept)), []).append(rollout)
         for (num_known, num_kept), alike in groups.items():
-            frames = torch.stack([own.frames[number] for own in alike for number in own.kept[num_known:]])
+            frames = torch.stack([rollout.frames[number] for rollout in alike for number in rollout.kept[num_known:]])
             frames = frames.unflatten(0, (len(alike), num_kept - num_known))
             counts = model.token_counts(num_kept, frames)[num_known:]
             past = None
             if num_known:
-                past = torch.stack([torch.cat(own.prefix, dim=3) for own in alike], dim=3).flatten(2, 3)
+                past = torch.stack([torch.cat(rollout.prefix, dim=3) for rollout in alike], dim=3).flatten(2, 3)
             if self._sampler.guided:
                 frames = torch.cat([frames, frames])
             encoded = model.encode_context(frames, past, num_known, **self._context_conditions(alike, num_known))
             encoded = encoded.unflatten(2, (self._num_branches, len(alike)))
-            for row, own in enumerate(alike):
-                own.prefix += [block.clone() for block in encoded[:, :, :, row].split(counts, dim=3)]
+            for row, rollout in enumerate(alike):
+                rollout.prefix += [block.clone() for block in encoded[:, :, :, row].split(counts, dim=3)]
 
     def _context_conditions(self, rollouts: Sequence[Rollout], num_known: int) -> dict[str, Any]:
         """What `FAR.encode_context` needs to know of the rollouts' frames after the first ``num_known`` kept ones."""
         if not self.workload.actions:
             return {"shared": self._sampler.shared_modulations}
-        actions = torch.tensor([own.seen_actions()[num_known:-1] for own in rollouts], device=self._empty.device)
+        actions = torch.tensor([rollout.visible_actions()[num_known:-1] for rollout in rollouts], device=self._empty.device)
         return {"action": with_null_class(self._sampler.model, actions) if self._sampler.guided else actions}
 
     def _sample(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The next latent (R, C, h, w) of rollouts whose histories are encoded."""
-        noise = torch.stack([own.noise[own.steps] for own in rollouts])[:, None]
+        noise = torch.stack([rollout.noise[rollout.steps] for rollout in rollouts])[:, None]
         model = self._sampler.model
-        num_tokens = max(sum(block.shape[3] for block in own.prefix) for own in rollouts)
+        num_tokens = max(sum(block.shape[3] for block in rollout.prefix) for rollout in rollouts)
         memory = model.new_memory(self._num_branches * len(rollouts), num_tokens + model.tokens_per_frame(noise), noise)
         by_branch = memory.unflatten(2, (self._num_branches, len(rollouts)))
-        for row, own in enumerate(rollouts):
+        for row, rollout in enumerate(rollouts):
             start = 0
-            for block in own.prefix:
+            for block in rollout.prefix:
                 end = start + block.shape[3]
                 by_branch[:, :, :, row, start:end] = block
                 start = end
@@ -367,11 +383,11 @@ class RolloutBatch:
             by_branch[:, :, :, row, start:num_tokens] = 0
         action = None
         if self.workload.actions:
-            action = torch.tensor([own.seen_actions()[-1:] for own in rollouts], device=noise.device)
-        watch = self._collector.watch([[block.shape[3] for block in own.prefix] for own in rollouts], num_tokens, noise)
-        latents = self._sampler(memory, noise, [len(own.kept) for own in rollouts], action=action, watch=watch)
-        if watch is not None:
-            known = self._collector.observed(watch, [own.observed for own in rollouts], memory, latents)
-            for own, seen in zip(rollouts, known, strict=True):
-                own.observed = seen
+            action = torch.tensor([rollout.visible_actions()[-1:] for rollout in rollouts], device=noise.device)
+        probe = self._recorder.probe([[block.shape[3] for block in rollout.prefix] for rollout in rollouts], num_tokens, noise)
+        latents = self._sampler(memory, noise, [len(rollout.kept) for rollout in rollouts], action=action, probe=probe)
+        if probe is not None:
+            recorded = self._recorder.record(probe, [rollout.recorded for rollout in rollouts], memory, latents)
+            for rollout, row_recorded in zip(rollouts, recorded, strict=True):
+                rollout.recorded = row_recorded
         return latents[:, 0]

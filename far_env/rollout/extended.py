@@ -1,18 +1,18 @@
 """Extended rollouts, outside the benchmark: a demoted frame stays as FAR-Long's few coarse tokens, under a budget of tokens.
 
-In the benchmark "demote_to_long_term" is another word for keep. Here it is not: the frame goes on at its coarse resolution
-(arXiv 2503.19325, §3.3), so that a history of the same number of tokens can reach further back. Plain and exact rather than
-fast: every ODE step passes the whole history, nothing is cached.
+In the benchmark "demote_to_long_term" has the effect of keep. Here the frame stays at its coarse resolution (arXiv 2503.19325,
+§3.3), so that a history of the same number of tokens can reach further back. Exact rather than fast: every ODE step passes the
+whole history, nothing is cached.
 
 Rules that differ from the benchmark's:
 
-- The budget counts tokens. It holds for every generated frame: a policy is asked before a frame is generated from a history of
-  more tokens, hence also before the first one (``step`` −1), if the context is too long.
+- The budget is a number of tokens and holds for every generated frame: a policy is asked before a frame is generated from a
+  history of more tokens, hence also before the first one (``step`` −1), if the context is too long.
 - Which frames are coarse is the policy's choice alone. A frame that was not demoted is fine however old it is, beyond the
   window that the host was trained with too; a demoted one may be anywhere, and stays coarse until it is dropped.
 - The newest frame always stays and is always fine; a plan that demotes it keeps it.
-- Of a plan that leaves more tokens than the budget the oldest frames go, coarse or fine, until the rest fits.
-- FAR-Long's coarse frames see no fine ones, older ones included; fine frames see all that are older.
+- If a plan leaves more tokens than the budget, the oldest frames are dropped, coarse or fine, until the rest fits.
+- FAR-Long's coarse frames do not attend to fine ones, not even to older ones; fine frames attend to all older frames.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.contract import FrameMeta, RetentionPolicy, RolloutState, ask_policy, copy_for_clip
+from far_env.device import torch_defaults
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.far_long import FARLong
@@ -47,12 +48,12 @@ class TokenCounts:
 
     def of(self, coarse: Sequence[bool]) -> int:
         """Tokens of a history whose frames are coarse or not."""
-        return sum(self.coarse if own else self.fine for own in coarse)
+        return sum(self.coarse if is_coarse else self.fine for is_coarse in coarse)
 
 
 @dataclass(frozen=True)
 class ExtendedDecision:
-    """What one answer of a policy left, in true frame numbers (context frames come first).
+    """The history after one answer of a policy, in true frame numbers (context frames come first).
 
     Attributes:
         step: the frame generated last; −1 before the first.
@@ -70,11 +71,11 @@ class ExtendedDecision:
 
 @dataclass(frozen=True)
 class ExtendedRollout:
-    """What a finished rollout leaves.
+    """The result of a finished rollout.
 
     Attributes:
         latents: generated latents (n_predict, C, h, w).
-        tokens: of the history that each generated frame was made from.
+        tokens: number of tokens of the history that each generated frame was conditioned on.
         decisions: in the order they were made.
     """
 
@@ -85,7 +86,7 @@ class ExtendedRollout:
 
 @dataclass
 class _Row:
-    """One rollout under way: its history's latents, true numbers and resolutions, in time order."""
+    """One unfinished rollout: its history's latents, true numbers and resolutions, in time order."""
 
     policy: RetentionPolicy | None
     actions: tuple[int, ...]
@@ -98,11 +99,12 @@ class _Row:
     decisions: list[ExtendedDecision] = field(default_factory=list)
 
 
+@torch_defaults()
 def token_counts(host: Host) -> TokenCounts:
     """Tokens of the host's frames.
 
     Raises:
-        ValueError: if the host is no FAR-Long, and so has no coarse frames.
+        ValueError: if the host is not a FAR-Long, which alone has coarse frames.
     """
     if not isinstance(host.transformer, FARLong):
         raise ValueError(f"host {host.name} has no coarse frames; extended rollouts need a FAR-Long, such as far_b_long_dmlab")
@@ -131,20 +133,20 @@ def play_extended(
     *,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[ExtendedRollout]:
-    """Roll every clip out under the policy and a budget of tokens, rollouts of like histories in one batch.
+    """Roll every clip out under the policy and a budget of tokens, rollouts with equal histories in one batch.
 
-    Each clip gets its own copy of the policy (`copy_for_clip`). It is asked with the benchmark's rows, in which coarse frames
+    Each clip gets a copy of the policy (`copy_for_clip`). It is asked with the benchmark's rows, in which coarse frames
     have ``long_term_resident`` True, ``compression_state`` "coarse" and the ``size_mb`` that is their share of tokens; the
     features are those of the latents, whatever the resolution. ``budget_state`` has, besides max_frames (whole fine frames that
-    fit) and capacity_mb, the numbers token_budget, tokens_per_fine_frame and tokens_per_coarse_frame. Statistics are not
-    collected.
+    fit) and capacity_mb, the numbers token_budget, tokens_per_fine_frame and tokens_per_coarse_frame. Signals are not
+    recorded.
 
     Args:
         token_budget: of the history, without the frame that is being generated.
         on_frame: called with the number of frames generated by each batched step.
 
     Raises:
-        ValueError: if the host is no FAR-Long, the budget cannot hold a frame, or clips and seeds differ in number.
+        ValueError: if the host is not a FAR-Long, the budget cannot hold a frame, or clips and seeds differ in number.
         PolicyError: if the policy raises or answers an invalid plan.
     """
     counts = check_token_budget(workload.host, token_budget)
@@ -154,13 +156,13 @@ def play_extended(
         )
     rows = [_begin(workload, clip, seed, policy) for clip, seed in zip(clips, noise_seeds, strict=True)]
     for step in range(workload.num_predict):
-        alike: dict[tuple[bool, ...], list[_Row]] = {}
+        by_resolutions: dict[tuple[bool, ...], list[_Row]] = {}
         for row, clip in zip(rows, clips, strict=True):
             if counts.of(row.coarse) > token_budget:
                 _decide(workload, row, clip, step - 1, counts, token_budget)
             row.tokens.append(counts.of(row.coarse))
-            alike.setdefault(tuple(row.coarse), []).append(row)
-        for coarse, group in alike.items():
+            by_resolutions.setdefault(tuple(row.coarse), []).append(row)
+        for coarse, group in by_resolutions.items():
             kept, noise = (
                 torch.stack([torch.stack(row.frames) for row in group]),
                 torch.stack([row.noise[step] for row in group]),
@@ -177,6 +179,7 @@ def play_extended(
     return [ExtendedRollout(torch.stack(row.generated), row.tokens, row.decisions) for row in rows]
 
 
+@torch_defaults()
 @torch.no_grad()
 def denoise_extended(
     workload: Workload,
@@ -193,25 +196,25 @@ def denoise_extended(
         noise: (B, C, h, w).
         actions: of the kept frames and the new one, (B, K + 1); None for the null class on all of them.
     """
-    transformer, place = workload.host.transformer, noise.device
+    transformer, device = workload.host.transformer, noise.device
     batch, num_kept = kept.shape[:2]
-    # FAR-Long takes coarse frames first; when they are is told by their positions.
+    # FAR-Long takes coarse frames first; their positions give their place in time.
     order = sorted(range(num_kept), key=lambda i: not coarse[i])
-    positions = torch.tensor([*order, num_kept], device=place)
+    positions = torch.tensor([*order, num_kept], device=device)
     visible = positions[None, :] <= positions[:, None]
-    null = transformer.null_conditions(batch, num_kept + 1, place)
-    conditions = null if actions is None else {"action": torch.tensor(actions, device=place)[:, positions]}
-    scheduler = make_scheduler(workload.num_steps, place)
+    null = transformer.null_conditions(batch, num_kept + 1, device)
+    conditions = null if actions is None else {"action": torch.tensor(actions, device=device)[:, positions]}
+    scheduler = make_scheduler(workload.num_steps, device)
     context, frame = kept[:, order], noise
     for time in scheduler.timesteps:
         sequence = torch.cat([context, frame[:, None]], dim=1)
-        times = torch.full(sequence.shape[:2], CLEAN_TIME, device=place)
+        times = torch.full(sequence.shape[:2], CLEAN_TIME, device=device)
         times[:, -1] = time
-        given = (sequence, times, positions, visible)
-        velocity = transformer.velocity(*given, num_coarse=sum(coarse), **conditions)[:, -1]
+        inputs = (sequence, times, positions, visible)
+        velocity = transformer.velocity(*inputs, num_coarse=sum(coarse), **conditions)[:, -1]
         if workload.guidance > 1:
             # classifier-free guidance, arXiv 2207.12598; the unconditional side has the null class on every frame
-            unconditional = transformer.velocity(*given, num_coarse=sum(coarse), **null)[:, -1]
+            unconditional = transformer.velocity(*inputs, num_coarse=sum(coarse), **null)[:, -1]
             velocity = unconditional + workload.guidance * (velocity - unconditional)
         frame = scheduler.step(velocity, time, frame).prev_sample
     return frame
@@ -252,7 +255,8 @@ def _decide(workload: Workload, row: _Row, clip: Clip, step: int, counts: TokenC
     row.frames, row.numbers = [row.frames[i] for i in kept], [row.numbers[i] for i in kept]
     row.coarse = [coarse[i] for i in kept]
     by_resolution = [
-        tuple(number for number, own in zip(row.numbers, row.coarse, strict=True) if own is wanted) for wanted in (False, True)
+        tuple(number for number, is_coarse in zip(row.numbers, row.coarse, strict=True) if is_coarse is wanted)
+        for wanted in (False, True)
     ]
     row.decisions.append(ExtendedDecision(step, *by_resolution, counts.of(row.coarse), answer.seconds))
 

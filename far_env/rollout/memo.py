@@ -1,4 +1,4 @@
-"""Frames by content: what was computed once from the same host, clip, noise and kept frames is not computed again."""
+"""A cache of tensors under a hash of everything they are computed from: host, clip, noise and kept frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_BYTES = 256 * 2**20
 
 
 def content_key(*parts: object) -> str:
-    """32 hex digits that stand for all parts together: bytes as they are, everything else as its ``repr``."""
+    """Hash of all parts, 32 hex digits; bytes enter directly, everything else by its ``repr``."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         content = part if isinstance(part, bytes | memoryview) else repr(part).encode()
@@ -25,7 +25,7 @@ def content_key(*parts: object) -> str:
 
 @dataclass
 class MemoStatistics:
-    """How often a memo was asked and knew the answer, and what it threw away."""
+    """Look-ups of a memo that found an entry (hits) or none (misses), and entries that were removed for lack of space."""
 
     hits: int = 0
     misses: int = 0
@@ -33,14 +33,14 @@ class MemoStatistics:
 
 
 class FrameMemo:
-    """Tensors by key, at most ``max_bytes`` of them; the least recently used are thrown away first.
+    """Tensors by key, of at most ``max_bytes`` in total; the least recently used are removed first.
 
     Args:
-        max_bytes: 0 remembers nothing.
+        max_bytes: 0 stores nothing.
 
     Attributes:
-        num_bytes: held now.
-        statistics: since it was made.
+        num_bytes: bytes stored now.
+        statistics: counts since the memo was made.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
@@ -54,7 +54,7 @@ class FrameMemo:
         return len(self._entries)
 
     def host_number(self, host: Host) -> int:
-        """A number that stands for this very host in keys. (A hash of weights may be missing where a host is made by hand.)"""
+        """A number that identifies this host object in keys; a hash of weights would be missing for a host without files."""
         for number, known in enumerate(self._hosts):
             if known is host:
                 return number

@@ -1,14 +1,17 @@
-"""A rollout's noise: a function of its seed and the step alone, never of who else is in the batch."""
+"""A rollout's noise: a function of its seed and the step alone, not of the other rollouts in the batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from far_env.device import torch_defaults
+
 BENCHMARK_SEED = 42
 """The benchmark seeds clip number i with 42 + i."""
 
 
+@torch_defaults()
 def rollout_noise(noise_seed: int, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
     """Initial noise of every step (num_steps, C, h, w), float32 on the CPU.
 

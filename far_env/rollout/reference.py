@@ -1,14 +1,16 @@
-"""The executable specification of a rollout: one clip, no cache, no batch, in the order of the benchmark's own sentences.
+"""The executable specification of a rollout: one clip, no cache, no batch, in the order of the benchmark's description.
 
 Slow on purpose. `far_env.rollout.engine` must equal it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,18 +23,18 @@ from far_env.contract import (
     ask_policy,
     wanted_signals,
 )
+from far_env.device import torch_defaults
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import rollout_noise
-from far_env.rollout.reference_signals import ReferenceSignals
 from far_env.workloads import Workload
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a finished rollout leaves.
+    """The result of a finished rollout.
 
     Attributes:
         latents: generated latents (n_predict, C, h, w).
@@ -45,11 +47,37 @@ class Rollout:
     kept: list[tuple[int, list[int]]]
 
 
+class SignalSource(Protocol):
+    """Computes the signals of one rollout from the passes of `denoise_uncached`."""
+
+    def generating(self) -> AbstractContextManager[None]:
+        """The context in which one frame is denoised."""
+
+    def finish(self, frame: Tensor) -> None:
+        """Receives the frame (C, h, w) that was denoised."""
+
+    def arrays(self, kept: Sequence[Tensor], numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """The signals of a history: latents (C, h, w) and their true numbers."""
+
+
+MakeSignals = Callable[[Workload, Sequence[str], Tensor, int, Sequence[int]], SignalSource]
+"""From the workload, the wanted names, context latents (n, C, h, w), the noise seed and the actions of all frames."""
+
+
 @torch.no_grad()
 def reference_rollout(
-    workload: Workload, clip: Clip, policy: RetentionPolicy | None, max_frames: int, noise_seed: int
+    workload: Workload,
+    clip: Clip,
+    policy: RetentionPolicy | None,
+    max_frames: int,
+    noise_seed: int,
+    make_signals: MakeSignals | None = None,
 ) -> Rollout:
     """Generate the clip's continuation under a policy; ``policy`` None or a budget of 9999 keeps everything.
+
+    Args:
+        make_signals: computes what the policy declares as ``signals``; without, it receives a plain `RolloutState`, as from
+            the benchmark.
 
     Raises:
         PolicyError: if the policy raises or answers an invalid plan.
@@ -62,29 +90,34 @@ def reference_rollout(
     numbers = list(range(workload.num_context))
     generated, history = [], []
     wanted = wanted_signals(policy)
-    plain = ReferenceSignals(workload, wanted, torch.stack(kept), noise_seed, actions) if wanted else None
+    signals = make_signals(workload, wanted, torch.stack(kept), noise_seed, actions) if wanted and make_signals else None
     for step in range(workload.num_predict):
         new = workload.num_context + step
-        own_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None
-        with contextlib.nullcontext() if plain is None else plain.watching():
-            frame = denoise_uncached(workload, torch.stack(kept), noise[step], own_actions)
+        frame_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None
+        with nullcontext() if signals is None else signals.generating():
+            frame = denoise_uncached(workload, torch.stack(kept), noise[step], frame_actions)
         generated.append(frame)
         kept.append(frame)
         numbers.append(new)
-        if plain is not None:
-            plain.finish(frame)
+        if signals is not None:
+            signals.finish(frame)
         if policy is not None and max_frames < UNLIMITED_FRAMES and len(kept) > max_frames:
             metas = frame_meta_list(frame_features(torch.stack(kept)[None])[0], step, frame_size_mb(host.latent_shape))
-            place = (step, workload.capacity_mb(max_frames), workload.num_predict)
-            state = RolloutState(*place) if plain is None else ObservedRolloutState(*place, plain.arrays(kept, numbers))
-            budget = {"max_frames": max_frames, "capacity_mb": workload.capacity_mb(max_frames)}
+            capacity_mb = workload.capacity_mb(max_frames)
+            state = RolloutState(step, capacity_mb, workload.num_predict)
+            if signals is not None:
+                state = ObservedRolloutState(step, capacity_mb, workload.num_predict, signals.arrays(kept, numbers))
+            budget = {"max_frames": max_frames, "capacity_mb": capacity_mb}
             ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id).kept
             kept, numbers = [kept[i] for i in ids], [numbers[i] for i in ids]
             history.append((step, list(numbers)))
     latents = torch.stack(generated)
-    return Rollout(latents, host.autoencoder.decode(latents[None])[0], history)
+    with torch_defaults():
+        frames = host.autoencoder.decode(latents[None])[0]
+    return Rollout(latents, frames, history)
 
 
+@torch_defaults()
 @torch.no_grad()
 def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None) -> Tensor:
     """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence.

@@ -11,13 +11,15 @@ import pytest
 import torch
 from far_env.agents.policies import PolicyAgent
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
 
 import far_env  # noqa: F401  (registers the ids)
 from far_env import baselines
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.errors import PolicyError
+from far_env.host import weights
 from far_env.rollout.play import play
 
 
@@ -86,6 +88,33 @@ def test_precision_and_memo_are_options(tiny_host_folder, make):
     np.testing.assert_allclose(rewards[:2], rewards[2], atol=0.3)
 
 
+@pytest.mark.parametrize("disturbance", ["autocast", "default_dtype", "default_device"])
+def test_neither_autocast_nor_torchs_defaults_change_an_episode(tiny_host_folder, disturbance):
+    """In the process that loads the host too, whose weights would be on another device or of another dtype."""
+
+    def episode():
+        weights._load_host.cache_clear()
+        env = FrameRetentionEnv("pan", host=str(tiny_host_folder), device="cpu", signals=("lat_cos", "attn_mass", "key_proto"))
+        return play_out(env, 5, lambda t: np.array([1, 0, 1, 1, 0, 1]))
+
+    expected = episode()
+    try:
+        if disturbance == "default_dtype":
+            torch.set_default_dtype(torch.float64)
+        if disturbance == "default_device":
+            torch.set_default_device("meta")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=disturbance == "autocast"):
+            disturbed = episode()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for (obs, reward, _), (other, other_reward, _) in zip(expected, disturbed, strict=True):
+        for key, value in obs.items():
+            assert other[key].dtype == np.float32
+            np.testing.assert_array_equal(other[key], value)
+        assert other_reward == reward
+
+
 def play_out(env, seed, act):
     obs, info = env.reset(seed=seed)
     record = [(obs, 0.0, info)]
@@ -127,7 +156,7 @@ def test_num_clips_limits_what_reset_draws(make):
     assert {env.reset(seed=seed)[1]["clip_id"] for seed in range(20)} == {0, 1, 2}
 
 
-def test_info_tells_masks_kept_frames_and_repairs(make):
+def test_info_contains_masks_kept_frames_and_repairs(make):
     env = make()
     obs, info = env.reset(seed=0)
     assert obs["mask"].sum() == 6
@@ -144,22 +173,7 @@ def test_info_tells_masks_kept_frames_and_repairs(make):
     np.testing.assert_array_equal(env.action_masks().reshape(6, 2)[0], [True, False])
 
 
-def test_rendering_shows_truth_prediction_and_kept_slots(make):
-    env = make(render_mode="rgb_array")
-    env.reset(seed=0)
-    first = env.render()
-    env.step(np.array([0, 1, 0, 1, 0, 1]))
-    second = env.render()
-    assert first.dtype == second.dtype == np.uint8 and first.shape[2] == 3
-    assert second.shape[0] == first.shape[0] + 6 and second.shape[1] == first.shape[1]
-    truth = env.unwrapped.episodes.clips[0].frames[0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(first[:64, :64], np.rint(truth * 255).astype(np.uint8))
-    line = second[-3]
-    kept = [bool((line[column * 68 + 10] == (80, 200, 120)).all()) for column in range(6)]
-    assert kept == [False, True, False, True, False, True]
-
-
-def test_misuse_is_told_plainly(make, tiny_host_folder):
+def test_misuse_is_an_error_that_names_the_mistake(make, tiny_host_folder):
     env = make()
     with pytest.raises(gym.error.ResetNeeded):
         env.step(np.ones(6))
@@ -175,7 +189,7 @@ def test_misuse_is_told_plainly(make, tiny_host_folder):
         ({"budget": "full_history_budget"}, "leaves nothing to decide"),
         ({"split": "dev"}, "unknown split 'dev'"),
         ({"budget": 4.7}, "whole number of frames, got 4.7"),
-        ({"num_clips": 0}, "num_clips must lie in 1 to 1000000"),
+        ({"num_clips": 0}, "num_clips must be in 1 to 1000000"),
         ({"render_mode": "human"}, "unknown render_mode 'human'"),
         ({"reward": "fvd"}, "unknown metric 'fvd'"),
     ]:
@@ -247,7 +261,7 @@ def test_same_step_autoreset_over_two_episodes(make_vector):
     assert len(set(clips[:9])) == 1 and clips[9] == clips[10] != clips[0]
 
 
-def test_same_step_autoreset_hands_out_the_last_observation(make, make_vector):
+def test_same_step_autoreset_returns_the_last_observation(make, make_vector):
     env, single = make_vector(2, autoreset_mode="same_step"), make()
     env.reset(seed=0)
     single.reset(seed=0)
@@ -307,7 +321,7 @@ FEW = np.array([[0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
-def test_rows_that_end_at_different_times_keep_to_themselves(make, make_vector, mode):
+def test_rows_that_end_at_different_times_do_not_affect_one_another(make, make_vector, mode):
     vector = make_vector(2, autoreset_mode=mode)
     singles = [make() for _ in range(2)]
     observations, _ = vector.reset(seed=3)
@@ -344,6 +358,63 @@ def test_rows_that_end_at_different_times_keep_to_themselves(make, make_vector, 
         assert numbers[0] == [4, 8, 0] * 4
         assert ended[1] == [False] * 9 + [True] + [False] * 2
         assert numbers[1] == [*range(1, 10), 0, 1, 2]
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP", "DISABLED"])
+def test_a_vector_environment_is_truncated_as_time_limit_truncates_single_ones(make, make_vector, mode):
+    vector = make_vector(2, autoreset_mode=mode, max_episode_steps=3)
+    singles = SyncVectorEnv([lambda: TimeLimit(make(), 3)] * 2, autoreset_mode=AutoresetMode[mode])
+    for env in (vector, singles):
+        env.reset(seed=3)
+    truncated = []
+    for _ in range(9):
+        if mode == "DISABLED" and truncated and truncated[-1].any():
+            for env in (vector, singles):
+                env.reset(options={"reset_mask": truncated[-1].copy()})
+        results = [env.step(FEW) for env in (vector, singles)]
+        for value, other in zip(results[0][1:4], results[1][1:4], strict=True):
+            np.testing.assert_allclose(value, other, atol=1e-3)
+        for key, value in results[0][0].items():
+            np.testing.assert_allclose(value, results[1][0][key], atol=1e-5)
+        np.testing.assert_array_equal(results[0][4]["clip_id"], results[1][4]["clip_id"])
+        truncated.append(results[0][3])
+    # Row 0 also terminates in its third step, row 1 is in the middle of its episode.
+    third, none = [True, True], [False, False]
+    expected = [none, none, third, none] * 2 + [none] if mode == "NEXT_STEP" else [none, none, third] * 3
+    assert [row.tolist() for row in truncated] == expected
+
+
+def test_the_length_of_episodes_is_an_argument_of_make_vec_and_none_by_default(tiny_host_folder):
+    options = {"num_envs": 2, "host": str(tiny_host_folder), "device": "cpu"}
+    assert gym.make_vec("far_env/Pan-v0", **options).unwrapped.max_episode_steps is None
+    assert gym.make_vec("far_env/Pan-v0", max_episode_steps=-1, **options).unwrapped.max_episode_steps is None
+    for mode in ("vector_entry_point", "sync"):
+        env = gym.make_vec("far_env/Pan-v0", max_episode_steps=2, vectorization_mode=mode, **options)
+        env.reset(seed=0)
+        truncations = [env.step(np.ones((2, 6), dtype=np.int8))[3].tolist() for _ in range(3)]
+        assert truncations == [[False] * 2, [True] * 2, [False] * 2]
+    with pytest.raises(ValueError, match="max_episode_steps must be a whole number of at least 1, or None, got 0"):
+        gym.make_vec("far_env/Pan-v0", max_episode_steps=0, **options)
+
+
+def test_sb3_learns_that_a_row_was_truncated(make_vector):
+    from far_env.envs.sb3 import SB3VecEnv
+
+    env = SB3VecEnv(make_vector(2, autoreset_mode="SAME_STEP", max_episode_steps=3))
+    env.reset()
+    for _ in range(3):
+        _, _, dones, infos = env.step(FEW)
+    assert dones.tolist() == [True, True], "row 0 terminates in its third step"
+    assert [info["TimeLimit.truncated"] for info in infos] == [False, True]
+    assert all("terminal_observation" in info for info in infos)
+
+
+def test_a_resumed_vector_environment_is_truncated_when_it_would_have_been(make_vector):
+    first, second = (make_vector(1, max_episode_steps=4) for _ in range(2))
+    first.reset(seed=0)
+    first.step(KEEP_ALL[:1])
+    second.load_state_dict(first.state_dict())
+    assert [second.step(KEEP_ALL[:1])[3].tolist() for _ in range(3)] == [[False], [False], [True]]
 
 
 def test_vector_options_take_one_value_or_one_per_row(make_vector):

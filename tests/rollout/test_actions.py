@@ -199,10 +199,10 @@ def test_forks_and_restored_states_go_on_with_their_actions(make, clips):
     expected = reference_rollout(replace(workload, num_context=3, num_predict=6), clips[1], None, 9999, 2).latents
     torch.testing.assert_close(restored.generated([2])[0, :6], expected, atol=ATOL, rtol=0)
     without = RolloutBatch(make(1.0, False), 3)
-    with pytest.raises(ValueError, match="row 0 of these rollouts has 16 actions, steered needs 0"):
+    with pytest.raises(ValueError, match="row 0 of the state has 16 actions, steered needs 0"):
         without.load_state_dict(batch.state_dict())
     without.begin([0], clips[:1], [1])
-    with pytest.raises(ValueError, match="row 0 of these rollouts has 0 actions, steered needs 16"):
+    with pytest.raises(ValueError, match="row 0 of the state has 0 actions, steered needs 16"):
         restored.load_state_dict(without.state_dict())
 
 

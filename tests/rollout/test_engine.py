@@ -184,7 +184,7 @@ def test_states_are_restored_mid_rollout_and_only_where_they_belong(tiny_workloa
             for _ in range(3):
                 own.advance([0, 2])
         torch.testing.assert_close(other.generated([0, 2]), batch.generated([0, 2]), atol=ATOL, rtol=0)
-        with pytest.raises(ValueError, match=r"3 rows of host .*; here are 2 of"):
+        with pytest.raises(ValueError, match=r"3 rows of host .*, this batch 2 of"):
             RolloutBatch(workload, 2).load_state_dict(batch.state_dict())
 
 

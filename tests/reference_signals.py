@@ -1,6 +1,6 @@
 """The executable specification of the signals: one clip, frame by frame and head by head, from whole uncached passes.
 
-Slow on purpose. `far_env.rollout.signals` must equal it; the formulas are written out again here, from what hooks see of an
+Slow on purpose. `far_env.rollout.signals` must equal it; the formulas are written out again here, from what hooks record of an
 unchanged transformer.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from far_env.host.blocks import rotary_table
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
-from far_env.rollout.signals import PROXY_RANK, REAL_SHARE, context_noise, probe_of
+from far_env.rollout.attention_probe import MIN_EIGENVALUE_SHARE, PROXY_RANK
+from far_env.rollout.signals import context_noise, halfway
 from far_env.workloads import Workload
 
 
@@ -38,13 +39,13 @@ class ReferenceSignals:
         self.workload, self.wanted, self.actions = workload, wanted, actions
         self.model = workload.host.transformer
         self.times = make_scheduler(workload.num_steps).timesteps.tolist()
-        self.probe, self.sigma = probe_of(self.times)
+        self.probe, self.sigma = halfway(self.times)
         self.all_queries: list[list[Tensor]] = [[] for _ in self.model.transformer_blocks]
         self.gaps = [self._context_gap(context, number, noise_seed) for number in range(len(context))]
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch the passes that denoise one frame."""
+    def generating(self) -> Iterator[None]:
+        """Record the passes that denoise one frame."""
         blocks = self.model.transformer_blocks
         self.passes: list[dict] = []
         now: dict = {"attention": {}, "raw_queries": {}}
@@ -76,13 +77,13 @@ class ReferenceSignals:
             self.passes = [one | {"velocity": self._guided(one["velocity"], other["velocity"])} for one, other in pairs]
 
     def finish(self, frame: Tensor) -> None:
-        """Note what the passes showed of the frame (C, h, w) they made."""
-        seen = self.passes[self.probe]
-        estimate = seen["noisy"].float() - self.sigma * seen["velocity"].float()
+        """Record the finished frame (C, h, w)."""
+        halfway_pass = self.passes[self.probe]
+        estimate = halfway_pass["noisy"].float() - self.sigma * halfway_pass["velocity"].float()
         self.gaps.append((estimate - frame.float()).square().mean())
-        own = self.model.tokens_per_frame(frame)
+        num_tokens = self.model.tokens_per_frame(frame)
         for layer, queries in enumerate(self.all_queries):
-            queries.append(self.passes[0]["raw_queries"][layer][0, -own:].float())
+            queries.append(self.passes[0]["raw_queries"][layer][0, -num_tokens:].float())
 
     def arrays(self, kept: Sequence[Tensor], numbers: Sequence[int]) -> dict[str, np.ndarray]:
         """The wanted signals of a history (latents (C, h, w) and their true numbers), float32."""
@@ -107,13 +108,13 @@ class ReferenceSignals:
 
     def _attention_mass(self, kept: Sequence[Tensor]) -> Tensor:
         pieces, shares = self._pieces(kept), []
-        own = pieces[-1].stop - pieces[-1].start
-        for seen in self.passes:
-            for query, key, _, mask in seen["attention"].values():
+        num_new = pieces[-1].stop - pieces[-1].start
+        for one_pass in self.passes:
+            for query, key, _, mask in one_pass["attention"].values():
                 for head in range(query.shape[2]):
-                    logits = query[0, -own:, head].float() @ key[0, :, head].float().T / math.sqrt(query.shape[-1])
+                    logits = query[0, -num_new:, head].float() @ key[0, :, head].float().T / math.sqrt(query.shape[-1])
                     if mask is not None:
-                        allowed = mask[0, 0, -own:]
+                        allowed = mask[0, 0, -num_new:]
                         logits = logits + (allowed.log() if mask.dtype == torch.bool else allowed.float())
                     attention = logits.softmax(dim=-1)
                     shares.append(torch.stack([attention[:, piece].sum(dim=1).mean() for piece in pieces]))
@@ -123,8 +124,8 @@ class ReferenceSignals:
         pieces = self._pieces(kept)
         means = []
         for query, key, _, _ in self.passes[0]["attention"].values():
-            own = query[0, pieces[-1].start - pieces[-1].stop :].float()
-            products = torch.einsum("shd,thd->hst", own, key[0].float()) / math.sqrt(query.shape[-1])
+            newest = query[0, pieces[-1].start - pieces[-1].stop :].float()
+            products = torch.einsum("shd,thd->hst", newest, key[0].float()) / math.sqrt(query.shape[-1])
             means.append(torch.stack([products[:, :, piece].mean() for piece in pieces]))
         return torch.stack(means).mean(dim=0)
 
@@ -141,27 +142,27 @@ class ReferenceSignals:
         return square
 
     def _key_prototype(self, frame: Tensor, number: int) -> Tensor:
-        """Pass the frame alone and listen to the first layer's normalised keys."""
-        found = []
-        hook = self.model.transformer_blocks[0].attn.norm_k.register_forward_hook(lambda *call: found.append(call[2]))
+        """Pass the frame alone and record the first layer's normalised keys."""
+        calls = []
+        hook = self.model.transformer_blocks[0].attn.norm_k.register_forward_hook(lambda *call: calls.append(call[2]))
         self._pass(frame[None], CLEAN_TIME, self.actions[number : number + 1])
         hook.remove()
-        mean = found[-1][0].float().mean(dim=(0, 1))
+        mean = calls[-1][0].float().mean(dim=(0, 1))
         return mean / mean.norm()
 
     def _expected(self, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        *pieces, own = self._pieces(kept)
+        *pieces, newest = self._pieces(kept)
         size = len(kept)
         mass, square = torch.full((size,), float("nan")), torch.full((size, size), float("nan"))
-        turn = self._mean_rotation(kept[0], size - 1)
+        rotation = self._mean_rotation(kept[0], size - 1)
         masses, squares = [], []
         for layer, (_, key, value, _) in self.passes[0]["attention"].items():
             queries = torch.cat(self.all_queries[layer])
             for head in range(queries.shape[1]):
-                past, clean = queries[:, head], key[0, : own.start, head].float()
-                mean, covariance = turn @ past.mean(dim=0), turn @ torch.cov(past.T, correction=0) @ turn.T
+                past, clean = queries[:, head], key[0, : newest.start, head].float()
+                mean, covariance = rotation @ past.mean(dim=0), rotation @ torch.cov(past.T, correction=0) @ rotation.T
                 logits = torch.stack([mean @ k / math.sqrt(len(k)) + k @ covariance @ k / (2 * len(k)) for k in clean])
-                scores = logits.softmax(dim=0) * value[0, : own.start, head].float().norm(dim=-1)
+                scores = logits.softmax(dim=0) * value[0, : newest.start, head].float().norm(dim=-1)
                 masses.append(torch.stack([scores[piece].mean() for piece in pieces]))
                 squares.append(_proxy_cosines(mean, covariance, torch.stack([clean[piece].mean(dim=0) for piece in pieces])))
         mass[:-1], square[:-1, :-1] = torch.stack(masses).mean(dim=0), torch.stack(squares).mean(dim=0)
@@ -213,11 +214,11 @@ def _column_gaps(frames: Sequence[Tensor]) -> Tensor:
 def _proxy_cosines(mean: Tensor, covariance: Tensor, keys: Tensor) -> Tensor:
     """Cosines (K, K) of keys (K, d), centred, after projection on the mean and the leading eigenvectors of the covariance."""
     values, vectors = torch.linalg.eigh(covariance)
-    spanning = [vector for value, vector in zip(values, vectors.T, strict=True) if value > REAL_SHARE * values[-1]][
+    spanning = [vector for value, vector in zip(values, vectors.T, strict=True) if value > MIN_EIGENVALUE_SHARE * values[-1]][
         -PROXY_RANK:
     ]
     outside = mean - sum((mean @ vector) * vector for vector in spanning)
-    if outside.norm() > REAL_SHARE * mean.norm():
+    if outside.norm() > MIN_EIGENVALUE_SHARE * mean.norm():
         spanning.append(outside)
     basis, _ = torch.linalg.qr(torch.stack(spanning, dim=1))
     projected = (keys - keys.mean(dim=0)) @ (basis @ basis.T)
