@@ -9,7 +9,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from far_env.clips.worlds import WORLDS, World
-from far_env.config import require_positive, save_yaml
+from far_env.config import save_yaml
 from far_env.contract import NewestFrames
 from far_env.device import resolve_device, resolve_precision
 from far_env.errors import unknown_name
@@ -25,45 +25,15 @@ from far_env.evaluation.evaluate import FULL_HISTORY, evaluate
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, make_transformer
-from far_env.host.training.autoencoder import AutoencoderTraining, train_autoencoder
-from far_env.host.training.transformer import TransformerTraining, train_transformer
+from far_env.host.training.autoencoder import train_autoencoder
+from far_env.host.training.config import HostTraining
+from far_env.host.training.transformer import train_transformer
 from far_env.host.weights import SHIPPED, Host, load_host, save_host
 from far_env.io import make_run_dir, write_text
 from far_env.metrics import psnr
 from far_env.provenance import load_facts, run_facts, save_facts
 from far_env.tensor_files import load_tensors
 from far_env.workloads import make_workload
-
-
-@dataclass(frozen=True)
-class HostTraining:
-    """Everything that decides what the trained host is."""
-
-    autoencoder: AutoencoderTraining = field(default_factory=AutoencoderTraining)
-    transformer: TransformerTraining = field(default_factory=TransformerTraining)
-    worlds: tuple[str, ...] = ("pan", "cuts")
-    """Procedural worlds to train on, in equal shares."""
-    start_from: str | None = None
-    """A host (shipped, or a folder) whose autoencoder is taken as it is and whose transformer training begins from."""
-    autoencoder_of: str | None = None
-    """The shipped host whose autoencoder that is; its file is then not written again."""
-    seed: int = 0
-    run_dir: str = "runs/host"
-    """Checkpoints, encoded clips and TensorBoard; the same command goes on from here."""
-    output_dir: str = "runs/host/host"
-    """The finished host: weights, config.json and model card."""
-    device: str = "auto"
-    precision: str = "auto"
-    num_steps: int = 4
-    """ODE steps of workloads on this host."""
-    checkpoint_every: int = 250
-    quality_clips: int = 256
-    """Test clips per world for the model card; 0 leaves the measurement out."""
-    quality_budget: int = 4
-    """The budget under which the card tells how recency does."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_steps", "checkpoint_every", "quality_budget")
 
 
 def train_host(config: HostTraining) -> Host:

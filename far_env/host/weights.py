@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from far_env.device import resolve_device
@@ -20,7 +20,7 @@ from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
 from far_env.host.zoo import RELEASED, load_released
 from far_env.io import write_text
-from far_env.tensor_files import file_hash, load_weights
+from far_env.tensor_files import file_hash, load_weights, save_weights
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"embedded": _ASSETS / "embedded_host", "embedded_long": _ASSETS / "embedded_long_host"}
@@ -142,18 +142,15 @@ def save_host(
     hashes = {}
     for part, module in (("autoencoder", autoencoder), ("transformer", transformer)):
         half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-        half = {key: value.cpu().contiguous() for key, value in half.items()}
         if part == "autoencoder" and autoencoder_of is not None:
             path = SHIPPED[autoencoder_of] / f"{part}.safetensors"
             shared = load_file(path)
-            if shared.keys() != half.keys() or not all(torch.equal(shared[key], value) for key, value in half.items()):
+            if shared.keys() != half.keys() or not all(torch.equal(shared[key], value.cpu()) for key, value in half.items()):
                 raise ValueError(f"the autoencoder is not that of the host {autoencoder_of}; leave autoencoder_of out")
             hashes[part] = file_hash(path)
             continue
         path = folder / f"{part}.safetensors"
-        temporary = path.with_suffix(".part")
-        save_file(half, temporary)
-        temporary.replace(path)
+        save_weights(half, path)
         hashes[part] = file_hash(path)
     side = frame_size // autoencoder.compression
     config = {

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from far_env.clips.worlds import World
-from far_env.config import require_positive
 from far_env.host.autoencoder import Autoencoder
+from far_env.host.training.config import AutoencoderTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
-
-
-@dataclass(frozen=True)
-class AutoencoderTraining:
-    """How the autoencoder is trained."""
-
-    model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of diffusers.AutoencoderDC; scaling_factor is measured after training."""
-    steps: int = 2500
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    latent_noise: float = 0.1
-    """Largest standard deviation of the noise put on latents, as a share of theirs; each frame draws its own up to this.
-    The transformer's errors look like such noise, so this buys rollouts more decibels than it costs reconstructions."""
-    frames_per_clip: int = 4
-
-    def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch_size", "learning_rate", "warmup", "frames_per_clip")
-        if self.batch_size % self.frames_per_clip:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of frames_per_clip {self.frames_per_clip}")
 
 
 def train_autoencoder(

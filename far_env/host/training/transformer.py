@@ -9,9 +9,8 @@ This departs from FAR's own trainer, which is `far_training_loss`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,56 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from far_env.clips.worlds import World
-from far_env.config import require_positive
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import CLEAN_TIME, FAR
 from far_env.host.far_long import begin_from, make_transformer
+from far_env.host.training.config import TransformerTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
 
 CHUNK_CLIPS = 500
-
-
-@dataclass(frozen=True)
-class TransformerTraining:
-    """How the transformer is trained."""
-
-    model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of far_env.host.FAR, or, with a context_patch_size, of FARLong."""
-    steps: int = 7_000
-    clips_per_world: int = 8_000
-    """Train clips that are encoded once and then drawn from."""
-    batch_size: int = 16
-    muon_learning_rate: float = 0.02
-    """For the attention and MLP matrices."""
-    adamw_learning_rate: float = 2e-3
-    """For everything else."""
-    weight_decay: float = 0.01
-    warmup: int = 100
-    ema_decay: float = 0.999
-    contiguous_every: int = 5
-    """Every so many batches histories are contiguous, without dropped frames."""
-    min_contiguous: int = 16
-    """Shortest contiguous history that such a batch may have; the longest is the whole clip."""
-    contiguous_predicted: int = 4
-    """Frames predicted in it, drawn anew for every batch; all would cost more than they teach."""
-    max_older: int = 6
-    """Most random older frames in front of a tail."""
-    max_tail: int = 6
-    """Longest contiguous tail; the shortest is 2, of which the last frame is predicted."""
-    noisy_copies: int = 2
-    """Noise levels drawn per predicted frame; they share the clean history's cost."""
-    noise_mean: float = 0.8
-    """Noise levels are sigmoid(N(noise_mean, 1)) …"""
-    pure_noise_share: float = 0.25
-    """… except for this share, which is 1."""
-    context_noise: float = 0.15
-    """Half the histories carry unannounced noise of up to this sigma, against drift."""
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "clips_per_world", "batch_size", "contiguous_every", "min_contiguous", "contiguous_predicted")
-        require_positive(self, *counts, "noisy_copies", "muon_learning_rate", "adamw_learning_rate", "warmup")
-        if self.max_tail < 2:
-            raise ValueError(f"max_tail must be at least 2, got {self.max_tail}: a tail is a frame and its successor")
 
 
 @dataclass(frozen=True)
