@@ -10,19 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from far_env.clips import video_folder
-from far_env.clips.bair import BAIR
 from far_env.clips.clip import SPLITS
-from far_env.clips.dmlab import DMLab
+from far_env.clips.datasets import CLIP_FRAMES, DATASETS, UCF101, DMLab, Minecraft
 from far_env.clips.index import Facts, Index
-from far_env.clips.minecraft import Minecraft
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
-from far_env.clips.ucf101 import UCF101
 from far_env.clips.video_folder import PROTOCOLS, VideoFolder
 from far_env.errors import unknown_name
-
-DATASETS: dict[str, type[VideoFolder]] = {kind.name: kind for kind in (UCF101, DMLab, BAIR, Minecraft)}
-CLIP_FRAMES = {"ucf101": 16, "dmlab": 72, "bair": 30, "minecraft": 300}
-"""Frames of a clip in the benchmark's workloads, and in FAR's own protocols for the others."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,10 @@ import torch
 
 from far_env import cli
 from far_env.clips import arrays, index
-from far_env.clips.bair import BAIR
 from far_env.clips.check import check_data
-from far_env.clips.dmlab import DMLab
+from far_env.clips.datasets import BAIR, UCF101, DMLab, Minecraft
 from far_env.clips.index import Index
-from far_env.clips.minecraft import Minecraft
 from far_env.clips.recordings import Recording, find_recordings
-from far_env.clips.ucf101 import UCF101
 from far_env.contract import NewestFrames
 from far_env.errors import VideoError
 from far_env.io import cache_dir

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from far_env.clips.dmlab import DMLab
-from far_env.clips.ucf101 import UCF101
+from far_env.clips.datasets import UCF101, DMLab
 from far_env.clips.video import VideoError, count_frames, crop_centre, read_frames, squeeze
 from far_env.contract import NewestFrames
 from far_env.envs.retention_env import FrameRetentionEnv
