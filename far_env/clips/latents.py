@@ -1,9 +1,9 @@
-"""Latents that were encoded beforehand, as FAR offers some data: one tensor (T, C, h, w) per file, not scaled."""
+"""Pre-encoded latents, the form in which FAR offers some data: one tensor (T, C, h, w) per file, not scaled."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,8 +11,40 @@ from torch import Tensor
 
 from far_env.errors import VideoError, first_line
 
-if TYPE_CHECKING:
-    from far_env.host.weights import Host
+
+class LatentAutoencoder(Protocol):
+    """The part of an autoencoder that decodes stored latents."""
+
+    @property
+    def scaling_factor(self) -> float:
+        """Factor between stored latents and those that the host computes with."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, F, C, h, w) to frames (B, F, 3, H, W) in [0, 1]."""
+
+
+class LatentHost(Protocol):
+    """A video model whose autoencoder produced stored latents; `far_env.host.weights.Host` is one."""
+
+    @property
+    def name(self) -> str:
+        """For error messages."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one frame."""
+
+    @property
+    def autoencoder(self) -> LatentAutoencoder:
+        """Decodes the latents."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the autoencoder computes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which it computes."""
 
 
 def count_latents(path: Path) -> int:
@@ -41,8 +73,8 @@ def read_latents(path: Path, start: int, count: int) -> Tensor:
     return latents
 
 
-def decode_latents(latents: Tensor, host: Host) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (T, C, h, w) as a host has them.
+def decode_latents(latents: Tensor, host: LatentHost) -> tuple[np.ndarray, np.ndarray]:
+    """Decode stored latents (T, C, h, w) with a host's autoencoder.
 
     Returns:
         Frames (T, 3, H, W) in [0, 1] and the scaled latents, both float32.

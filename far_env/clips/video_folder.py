@@ -8,20 +8,16 @@ import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from far_env.clips.arrays import read_actions
 from far_env.clips.clip import SPLITS, Clip, check_clip_id
 from far_env.clips.index import Facts, Index
-from far_env.clips.latents import decode_latents, read_latents
+from far_env.clips.latents import LatentHost, decode_latents, read_latents
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
 from far_env.clips.video import crop_centre, read_frames, squeeze
 from far_env.errors import VideoError, unknown_name
-
-if TYPE_CHECKING:
-    from far_env.host.weights import Host
 
 PROTOCOLS = ("benchmark", "far")
 _SEED = 42
@@ -90,7 +86,7 @@ class VideoFolder:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}")
         self.folder, self.protocol, self.num_frames = Path(given), protocol, num_frames
         self.size = self.default_size if size is None else size
-        self.host: Host | None = None
+        self.host: LatentHost | None = None
         self.skipped: dict[Path, str] = {}
         splits = self._splits_of_files()
         everything = [recording for split in SPLITS for recording in splits[split]]

@@ -13,15 +13,17 @@ import torch
 
 from far_env.config import load_yaml
 from far_env.errors import TrainingStopped
-from far_env.evaluation.host_training import HostTraining, train_host
+from far_env.evaluation.host_training import train_host
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, begin_from
 from far_env.host.training import autoencoder as ta
 from far_env.host.training import transformer as tt
+from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
 from far_env.host.training.loop import run_steps, step_generator
 from far_env.host.weights import load_host, save_host
 from far_env.tensor_files import load_tensors
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
+from tests.host.far_loss import far_training_loss
 
 
 @pytest.mark.parametrize("case", ["train_loss_far.npz", "train_loss_far_long.npz"])
@@ -31,7 +33,7 @@ def test_fars_training_loss_and_gradients_equal_the_published_ones(golden, case)
     model = fixture.far().train()
     latents = fixture["in.latents_raw"] * fixture["in.scaling_factor"]
     times = 1000 - (1000 * fixture["in.u"]).floor().reshape(2, -1)
-    loss = tt.far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"], **conditions)
+    loss = far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"], **conditions)
     loss.backward()
     torch.testing.assert_close(loss.detach()[None], fixture["out.loss"], rtol=1e-5, atol=0)
     norms = {}
@@ -63,7 +65,7 @@ def test_the_one_pass_loss_equals_predicting_each_frame_from_its_own_history():
     model = FAR(**TINY_FAR)
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn_like(parameter)
-    config = tt.TransformerTraining(noisy_copies=2, context_noise=0.0)
+    config = TransformerTraining(noisy_copies=2, context_noise=0.0)
     frames, predicted = torch.randn(3, 5, 4, 8, 8), torch.tensor([2, 3, 4])
     calls = []
 
@@ -96,7 +98,7 @@ def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_wi
     torch.manual_seed(0)
     model = FARLong(**{**TINY_FAR, "short_term_ctx_winsize": 4, "context_patch_size": 4})
     randomise(model, 5)
-    config = tt.TransformerTraining(noisy_copies=1, context_noise=0.0)
+    config = TransformerTraining(noisy_copies=1, context_noise=0.0)
     frames = torch.randn(2, 7, 4, 8, 8)
     seen = {}
     velocity = model.velocity
@@ -243,9 +245,9 @@ def test_models_that_do_not_fit_are_refused_before_training(tiny_training, tmp_p
     ("cls", "values", "message"),
     [
         (HostTraining, {"checkpoint_every": 0}, "checkpoint_every must be above 0, got 0"),
-        (tt.TransformerTraining, {"contiguous_every": 0}, "contiguous_every must be above 0"),
-        (tt.TransformerTraining, {"max_tail": 1}, "max_tail must be at least 2"),
-        (ta.AutoencoderTraining, {"batch_size": 30}, "must be a multiple of frames_per_clip"),
+        (TransformerTraining, {"contiguous_every": 0}, "contiguous_every must be above 0"),
+        (TransformerTraining, {"max_tail": 1}, "max_tail must be at least 2"),
+        (AutoencoderTraining, {"batch_size": 30}, "must be a multiple of frames_per_clip"),
     ],
 )
 def test_numbers_out_of_range_are_named(cls, values, message):

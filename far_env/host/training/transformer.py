@@ -1,9 +1,9 @@
 """Second stage of the embedded host: teach a small FAR to continue histories from which frames have been dropped.
 
-Teacher forcing in one pass: the tokens are [clean frames | noisy frames] under a mask that lets every noisy frame see the
+Teacher forcing in one pass: the tokens are [clean frames | noisy frames] under a mask that lets every noisy frame attend to the
 clean frames before it (time −1) and itself. Frame-drop augmentation makes each clean history a few random older frames plus
-a contiguous tail, re-indexed as in a rollout; only tail frames are predicted, because only their true predecessor is there.
-This departs from FAR's own trainer, which is `far_training_loss`.
+a contiguous tail, re-indexed as in a rollout; only tail frames are predicted, because only their true predecessor is present.
+FAR is trained differently (arXiv 2503.19325, section 3): its frames attend to noisy frames, and none is dropped.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def teacher_forcing_loss(
 ) -> Tensor:
     """Mean squared error of the velocity of every predicted frame at ``noisy_copies`` noise levels each.
 
-    FAR-Long sees as coarse the frames that are so when the last frame is predicted.
+    For FAR-Long, the frames are coarse that are coarse when the last frame is predicted.
     """
     frames, predicted = batch.frames, batch.predicted.repeat(config.noisy_copies)
     device, num_rows = frames.device, len(frames)
@@ -86,38 +86,8 @@ def teacher_forcing_loss(
     return (velocity.float() - (noise - target)).square().mean()
 
 
-def far_training_loss(
-    model: FAR,
-    latents: Tensor,
-    noise: Tensor,
-    times: Tensor,
-    context_mask: Tensor,
-    **conditions: Tensor,
-) -> Tensor:
-    """FAR's own objective: every frame noisy at its own level and seeing the noisy frames before it (arXiv 2503.19325, §3).
-
-    Args:
-        model: in train mode.
-        latents, noise: (B, F, C, h, w), latents scaled.
-        times: (B, F) in 1 … 1000.
-        context_mask: (B, F), 1 where a frame is given clean at time −1 and left out of the loss.
-        conditions: label (B,) or action (B, F), where the model takes them.
-
-    Returns:
-        Per clip the mean over unmasked frames among the last ``short_term_ctx_winsize``, then the mean over clips.
-    """
-    given = context_mask.bool()
-    sigma = (times / 1000).masked_fill(given, 0.0)[..., None, None, None]
-    noisy = sigma * noise + (1 - sigma) * latents
-    velocity = model(noisy, times.masked_fill(given, CLEAN_TIME), **conditions)
-    error = (velocity - (noise - latents)).square().mean(dim=(2, 3, 4))
-    window = slice(-model.short_term_ctx_winsize, None)
-    counted = (~given[:, window]).float()
-    return ((error[:, window] * counted).sum(dim=1) / (counted.sum(dim=1) + 1e-9)).mean()
-
-
 class ExponentialAverage:
-    """Running average of a model's parameters, the weights that are kept."""
+    """Exponential moving average of a model's parameters; these are the weights that are saved."""
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.decay = decay
