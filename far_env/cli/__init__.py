@@ -158,8 +158,8 @@ def run_data(args: Sequence[str]) -> None:
 
     report = check_data(Path(options.folder), options.dataset, options.frames, whole=not options.quick)
     print(report.text())
-    if not report.usable:
-        raise ValueError(f"nothing in {options.folder} can be used for clips of {report.num_frames} frames")
+    if report.problem is not None:
+        raise ValueError(report.problem)
 
 
 def run_selftest(args: Sequence[str]) -> None:

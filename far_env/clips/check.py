@@ -50,6 +50,15 @@ class DataReport:
         """What is wrong with each file that cannot be read, or not to its end."""
         return [facts.error or facts.damage for facts in self.facts.values() if facts.error or facts.damage]
 
+    @property
+    def problem(self) -> str | None:
+        """Why the folder is not sound, in one sentence: nothing can be used, or files are damaged; else None."""
+        if not self.usable:
+            return f"nothing in {self.folder} can be used for clips of {self.num_frames} frames"
+        if self.damaged:
+            return f"{len(self.damaged)} of {len(self.facts)} files are damaged; the report names them"
+        return None
+
     def text(self) -> str:
         """All of it in lines."""
         guess = " (a guess: --dataset says otherwise)" if self.guessed else ""

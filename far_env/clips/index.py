@@ -19,6 +19,8 @@ from far_env.clips.video import check_frames, count_frames
 from far_env.errors import VideoError
 from far_env.io import cache_dir, write_text
 
+READER_VERSION = 2
+"""Raised when files are read differently, so that what an earlier version found in them is not used."""
 _logger = logging.getLogger(__name__)
 
 
@@ -121,7 +123,7 @@ class Index:
 
 def _stamp(recording: Recording) -> list:
     """What is read as what, and sizes and times of change of these files."""
-    stamp: list = [recording.latent, recording.num_actions]
+    stamp: list = [READER_VERSION, recording.latent, recording.num_actions]
     for path in (recording.path, recording.actions):
         try:
             status = None if path is None else path.stat()

@@ -354,9 +354,9 @@ def test_data_check_tells_what_is_usable(ucf, capsys):
     content = write_video(cut, 40).read_bytes()
     cut.write_bytes(content[: len(content) * 2 // 3])
     status, out, _ = check(capsys, ucf, "--quick", "--dataset", "bair")
-    assert status == 0 and "taken for bair, clips of 30 frames" in out and "damaged: 1 files; 35 others were not read" in out
-    status, out, _ = check(capsys, ucf)
-    assert status == 0
+    assert status == 2 and "taken for bair, clips of 30 frames" in out and "damaged: 1 files; 35 others were not read" in out
+    status, out, err = check(capsys, ucf)
+    assert status == 2 and err.strip() == "far-env: error: 2 of 36 files are damaged; the report names them"
     assert "36 files, taken for ucf101 (a guess" in out and "clips of 16 frames" in out
     assert "list for train: train03.json" in out and "list for test: test03.json" in out
     assert "lengths: 9 to 40 frames, median 16; 1 too short" in out

@@ -50,7 +50,7 @@ def test_frames_come_in_order_and_as_asked(tmp_path):
     for name in ("clip.mp4", "clip.avi"):
         path = write_video(tmp_path / name, 20)
         assert count_frames(path) == 20
-        frames = read_frames(path, 4, 10)
+        frames = np.stack(read_frames(path, 4, 10))
         assert frames.shape == (10, 64, 96, 3) and frames.dtype == np.uint8
         np.testing.assert_allclose(frames[:, 10:-10, 60:].mean(axis=(1, 2, 3)), 8 * np.arange(4, 14), atol=3)
         with pytest.raises(VideoError, match="ends early: frames 15 to 24"):
@@ -167,7 +167,7 @@ def write_episode(path, num_frames, **arrays):
 def test_npz_episodes_are_read_like_videos(tmp_path):
     path = write_episode(tmp_path / "episode_1.npz", 80)
     assert count_frames(path) == 80
-    np.testing.assert_array_equal(read_frames(path, 4, 3)[:, 0, 0, 0], [4, 5, 6])
+    np.testing.assert_array_equal(np.stack(read_frames(path, 4, 3))[:, 0, 0, 0], [4, 5, 6])
     with pytest.raises(VideoError, match="frames 79 to 80 were asked for, 80 are there"):
         read_frames(path, 79, 2)
     clip = DMLab(tmp_path, "far", num_frames=72).clip("test", 0)
