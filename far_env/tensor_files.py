@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from far_env.errors import WeightsError, first_line
+
+CHECKSUM = "sha256"
+"""Key of the checksum in the metadata of a safetensors file."""
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -54,11 +57,12 @@ def file_hash(path: Path) -> str:
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as a safetensors file. Raises ValueError if that cannot be done.
+    """Write tensors as a safetensors file with a checksum in its metadata. Raises ValueError if that cannot be done.
 
     The file's permissions follow the umask; ``safetensors.torch.save_file`` would make it readable for its owner alone.
     """
-    content = serialise({key: value.detach().cpu().contiguous() for key, value in state.items()})
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    content = serialise(state, metadata={CHECKSUM: _state_hash(state)})
     with _replacing(path) as file:
         file.write(content)
 
@@ -72,14 +76,14 @@ def save_tensors(path: Path, content: object) -> None:
 def load_tensors(path: Path) -> dict:
     """``torch.load`` of a dict of tensors and plain values. Raises ValueError if the file is damaged or holds anything else."""
     try:
+        check_archive(path)
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         reason = first_line(error)
         raise ValueError(f"the checkpoint {path} cannot be read ({reason}); delete it to start this stage again") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"the checkpoint {path} holds no dict but {type(content).__name__}; delete it to start this stage again"
-        )
+        kind = type(content).__name__
+        raise ValueError(f"the checkpoint {path} holds no dict but {kind}; delete it to start this stage again")
     return content
 
 
@@ -90,13 +94,41 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
         WeightsError: if the file is damaged, or its tensors do not fit, see `check_state`.
     """
     try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore it or train it again") from error
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
+            checksum = (file.metadata() or {}).get(CHECKSUM)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = first_line(error)
+        raise WeightsError(f"{path} is not a readable safetensors file ({reason}); restore it or train it again") from error
+    if checksum is not None and checksum != _state_hash(state):
+        raise WeightsError(f"{path} is damaged: its checksum does not match; restore it or train it again")
     expected = model.state_dict()
     check_state(state, expected, path)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
     return model.eval().requires_grad_(False)
+
+
+def check_archive(path: Path) -> None:
+    """Compare the checksums of a file of ``torch.save``, which ``torch.load`` does not do. Raises BadZipFile if one is wrong.
+
+    Files in torch's format before version 1.6, which has no checksums, pass.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
+
+
+def _state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of contiguous tensors, in hex."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager

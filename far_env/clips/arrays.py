@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from far_env.errors import VideoError
+from far_env.errors import VideoError, first_line
 
 VIDEO = "video"
 ACTIONS = "actions"
@@ -62,8 +62,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield file
     except VideoError:
         raise
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise VideoError(f"{path} cannot be read as an .npz file: {error}") from error
+    except Exception as error:  # zipfile and NumPy raise many kinds of them on damaged files
+        raise VideoError(f"{path} cannot be read as an .npz file: {first_line(error)}") from error
 
 
 def _header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -76,6 +76,9 @@ def _header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
             if version not in _READ_HEADER:
                 raise VideoError(f"{path}: {name!r} is stored in the unknown version {version} of NumPy's format")
             shape, _, dtype = _READ_HEADER[version](array)
+            stored = file.getinfo(f"{name}.npy").file_size - array.tell()
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize != stored:
+                raise VideoError(f"{path}: {name!r} has a header for {dtype} {shape}, which does not match its {stored} bytes")
             return shape, dtype
 
 

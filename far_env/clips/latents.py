@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from far_env.errors import VideoError, first_line
+from far_env.tensor_files import check_archive
 
 
 class LatentAutoencoder(Protocol):
@@ -48,7 +49,7 @@ class LatentHost(Protocol):
 
 
 def count_latents(path: Path) -> int:
-    """Frames of a file, without reading them. Raises VideoError unless it holds one tensor of floats (T, C, h, w) alone."""
+    """Frames of a file, without reading them. Raises VideoError unless it holds exactly one tensor of floats (T, C, h, w)."""
     return len(_mapped(path))
 
 
@@ -61,9 +62,10 @@ def read_latents(path: Path, start: int, count: int) -> Tensor:
     """Latents start … start+count-1, float32 (count, C, h, w), not scaled.
 
     Raises:
-        VideoError: as `count_latents` does, if there are too few, or if one of them is not finite.
+        VideoError: as `count_latents` does, if the file's checksum does not match, or if there are too few latents, or some
+            that are not finite.
     """
-    latents = _mapped(path)
+    latents = _mapped(path, verify=True)
     if start + count > len(latents):
         last = start + count - 1
         raise VideoError(f"{path} ends early: latents {start} to {last} were asked for, {len(latents)} are there")
@@ -84,9 +86,11 @@ def decode_latents(latents: Tensor, host: LatentHost) -> tuple[np.ndarray, np.nd
     return frames.float().cpu().numpy(), scaled.numpy()
 
 
-def _mapped(path: Path) -> Tensor:
-    """The file's tensor, its values still on disk."""
+def _mapped(path: Path, *, verify: bool = False) -> Tensor:
+    """The file's tensor, mapped from the disk; ``verify`` reads all of it first, to compare its checksum."""
     try:
+        if verify:
+            check_archive(path)
         latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise VideoError(f"{path} cannot be read as a tensor of latents: {first_line(error)}") from error

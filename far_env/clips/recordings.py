@@ -6,6 +6,7 @@ Hidden files and sidecars, which Macs and network drives leave beside the real o
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -93,7 +94,7 @@ def read_list(path: Path) -> list[Recording]:
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"the list {path} cannot be read as JSON: {error}; restore it") from error
     if not isinstance(entries, list):
         raise ValueError(f"the list {path} must hold a JSON list of entries, got {type(entries).__name__}")
@@ -101,7 +102,7 @@ def read_list(path: Path) -> list[Recording]:
     for number, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
         written = {key: entry[key] for key in ("video_path", "latent_path", "action_path") if entry.get(key)}
-        if not (written.keys() - {"action_path"}) or not all(isinstance(value, str) for value in written.values()):
+        if not (written.keys() - {"action_path"}) or not all(_is_file_name(value) for value in written.values()):
             raise ValueError(f"the list {path}, entry {number}: needs the name of a file as video_path or latent_path")
         latent = "video_path" not in written
         name = written["latent_path" if latent else "video_path"]
@@ -116,11 +117,19 @@ def read_list(path: Path) -> list[Recording]:
     return recordings
 
 
+def _is_file_name(value: object) -> bool:
+    """Whether a value of a list can be the name of a file on this system."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def _locate(written: str, folder: Path) -> Path:
     """The first of a/b/c, b/c and c that is a file in ``folder``, or folder/a/b/c."""
     parts = Path(written).parts
     for start in range(len(parts)):
         candidate = folder.joinpath(*parts[start:])
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # false, not an error, for names that are too long
             return candidate
     return folder / written

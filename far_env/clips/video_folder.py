@@ -161,7 +161,9 @@ class VideoFolder:
         start = 0
         if self.protocol == "benchmark":
             # Seeded by the file, so that a start does not depend on which other files are there.
-            rng = random.Random(f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}")
+            # Names that are not UTF-8 hold surrogates, which a seed of type str cannot.
+            seed = f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}"
+            rng = random.Random(seed.encode("utf-8", "surrogateescape"))
             start = rng.randint(0, facts.length - self.num_frames)
         return _Entry(recording, start, facts.actions is not None)
 

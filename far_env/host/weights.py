@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from far_env.device import resolve_device
-from far_env.errors import WeightsError
+from far_env.errors import WeightsError, first_line
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
@@ -84,13 +84,13 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
     }
     for part, (place, build) in sources.items():
         path = place / f"{part}.safetensors"
-        content_hash, expected = file_hash(path), config["sha256"].get(part, "")
+        content_hash, expected = file_hash(path), config["sha256"][part]
         if content_hash != expected:
             raise WeightsError(f"{path} has SHA-256 {content_hash[:8]}…, config.json expects {expected[:8]}…; restore the file")
         try:
             model = build(config[part])
-        except (TypeError, ValueError) as error:
-            raise WeightsError(f"{folder / 'config.json'}: the {part} settings do not fit: {error}") from error
+        except Exception as error:  # diffusers and torch raise many kinds of them
+            raise WeightsError(f"{folder / 'config.json'}: the {part} settings do not fit: {first_line(error)}") from error
         modules[part] = load_weights(model, path).to(device, dtype)
     return Host(
         name=name,
@@ -166,26 +166,45 @@ def save_host(
 
 
 def _read_config(folder: Path) -> str:
+    path = folder / "config.json"
     try:
-        return (folder / "config.json").read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise WeightsError(
             f"no host in {folder}: config.json cannot be read; use {' or '.join(SHIPPED)}, a released model of far-env weights "
             "list, or a folder made by train-host"
         ) from error
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}); restore the file") from error
 
 
 def _check_config(folder: Path, text: str) -> dict:
+    """The content of config.json. Raises WeightsError, naming the file and the key, unless its values can be used."""
     path = folder / "config.json"
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} must hold a JSON object; restore the file")
     missing = [key for key in (*_PARTS, "sha256", "latent_shape", "frame_size", "num_steps") if key not in config]
     if missing:
         raise WeightsError(f"{path} lacks {', '.join(missing)}; restore the file")
-    if config.get("autoencoder_of", "embedded") not in SHIPPED:
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    hashes, shape = config["sha256"], config["latent_shape"]
+    fits = {
+        **{part: isinstance(config[part], dict) for part in _PARTS},
+        "sha256": isinstance(hashes, dict) and all(isinstance(hashes.get(part), str) for part in _PARTS),
+        "latent_shape": isinstance(shape, list) and len(shape) == 3 and all(map(is_count, shape)),
+        "frame_size": is_count(config["frame_size"]),
+        "num_steps": is_count(config["num_steps"]),
+    }
+    if wrong := [key for key, fit in fits.items() if not fit]:
+        raise WeightsError(f"{path}: {wrong[0]} has a value that cannot be used; restore the file")
+    source = config.get("autoencoder_of", "embedded")
+    if not isinstance(source, str) or source not in SHIPPED:
         raise WeightsError(f"{path}: autoencoder_of must be one of {', '.join(SHIPPED)}; restore the file")
     return config

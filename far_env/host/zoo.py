@@ -25,6 +25,8 @@ REPOSITORY = "guyuchao/FAR_Models"
 CITATION = "FAR: Gu et al., arXiv 2503.19325; DCAE: Chen et al., arXiv 2410.10733"
 DIRECTORY_VARIABLE = "FAR_WEIGHTS_DIR"
 BENCHMARK_DIRECTORY = Path("/data/far_weights")
+CONNECTION_SECONDS = 5
+"""How long a download waits for the first answer."""
 
 
 @dataclass(frozen=True)
@@ -197,17 +199,19 @@ def verify(name: str) -> Path:
 
 
 def download(name: str) -> Path:
-    """Fetch the checkpoint from Hugging Face, with progress and resume, unless it is there already; then verify it.
+    """Fetch the checkpoint from Hugging Face, with progress and resume, unless its file exists already; then verify it.
 
     Raises:
-        WeightsError: if it cannot be fetched or is not what its name says; what was fetched is then removed.
+        WeightsError: if it cannot be fetched, or its hash is not the one in its name; the fetched file is then removed.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     released = find_released(name)
     if released.path.exists():
         return verify(name)
     try:
+        # Without a network, the download would repeat this request for most of a minute before it fails.
+        get_hf_file_metadata(hf_hub_url(REPOSITORY, released.file), timeout=CONNECTION_SECONDS)
         hf_hub_download(REPOSITORY, released.file, local_dir=weights_dir())
     except Exception as error:
         raise WeightsError(
