@@ -92,6 +92,9 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
         except Exception as error:  # diffusers and torch raise many kinds of them
             raise WeightsError(f"{folder / 'config.json'}: the {part} settings do not fit: {first_line(error)}") from error
         modules[part] = load_weights(model, path).to(device, dtype)
+    side = config["frame_size"] // modules["autoencoder"].compression
+    if config["latent_shape"] != [modules["transformer"].in_channels, side, side]:
+        raise WeightsError(f"{folder / 'config.json'}: latent_shape does not fit the models; restore the file")
     return Host(
         name=name,
         weights_hash=hashlib.sha256(config_text.encode()).hexdigest()[:8],
