@@ -1,4 +1,4 @@
-"""Arrays in .npz files: shape and type from a few bytes, values as a whole; nothing in a file is executed."""
+"""Arrays in .npz files: shape and type from the header, values with their checksum; nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def read_episode(path: Path) -> np.ndarray:
 
 
 def read_actions(path: Path, num_classes: int | None = None) -> np.ndarray:
-    """All actions of a file, int64 (T,). Raises VideoError as `num_actions` does, or if one is none of 0 … num_classes-1."""
+    """All actions of a file, int64 (T,). Raises VideoError as `num_actions` does, or if one is not in 0 … num_classes-1."""
     num_actions(path)
     actions = _read(path, ACTIONS).astype(np.int64)
     if num_classes is not None and len(actions) and not 0 <= actions.min() <= actions.max() < num_classes:
-        raise VideoError(f"{path} holds actions from {actions.min()} to {actions.max()}, known are 0 to {num_classes - 1}")
+        raise VideoError(f"{path} holds actions from {actions.min()} to {actions.max()}, valid are 0 to {num_classes - 1}")
     return actions
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive; what goes wrong while it is read becomes a VideoError."""
+    """The archive; errors while it is read become VideoErrors."""
     try:
         with zipfile.ZipFile(path) as file:
             yield file
@@ -67,7 +67,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array, from the first bytes of it."""
+    """Shape and type of an array, from its header."""
     with _opened(path) as file:
         if f"{name}.npy" not in file.namelist():
             raise VideoError(f"{path} holds no array {name!r}")
@@ -83,6 +83,6 @@ def _header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _read(path: Path, name: str) -> np.ndarray:
-    """The array, after its checksum was compared."""
+    """The array, with its checksum compared."""
     with _opened(path) as file, file.open(f"{name}.npy") as array:
         return np.lib.format.read_array(array, allow_pickle=False)

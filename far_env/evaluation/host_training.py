@@ -102,8 +102,8 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
 # Model card: a small {model} host for the procedural world{"s" if len(config.worlds) > 1 else ""} {names}
 
 A frame-autoregressive flow-matching transformer (FAR, arXiv 2503.19325) and a deep-compression autoencoder (arXiv
-2410.10733), trained from nothing on procedural clips, so that retention policies can be trained and compared without
-downloads or a GPU. It predicts only these worlds.
+2410.10733), trained from scratch on procedural clips, so that retention policies can be trained and compared without
+downloads or a GPU. It predicts only {"these worlds" if len(config.worlds) > 1 else "this world"}.
 
 - Weights: hash {host.weights_hash}; autoencoder {weights["autoencoder"]:,}, transformer {weights["transformer"]:,}
   parameters; float16.

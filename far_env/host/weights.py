@@ -1,4 +1,4 @@
-"""Hosts on disk: a folder with config.json and two safetensors files goes in, a frozen `Host` on a device comes out."""
+"""Load and save hosts: folders with config.json and two safetensors files, or released models by name."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Host:
     """The frozen video model on one device.
 
     Attributes:
-        name: where it came from.
+        name: the name or folder from which it was loaded.
         transformer, autoencoder: in eval mode, without gradients.
         weights_hash: eight hex digits: of the SHA-256 of config.json, which holds those of both weight files, or, of a released
             model, of the transformer's file.
         latent_shape: (C, h, w) of one frame at ``frame_size``.
-        frame_size: side of the square frames it works on.
-        num_steps: ODE steps that its workloads use by default.
+        frame_size: side of its square frames in pixels.
+        num_steps: default number of ODE steps of its workloads.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which precision it computes."""
+        """The dtype of its weights, in which it computes."""
         return next(self.transformer.parameters()).dtype
 
 
@@ -75,7 +75,7 @@ def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype:
 
 @lru_cache(maxsize=4)
 def _load_host(name: str, folder: Path, config_text: str, device: torch.device, dtype: torch.dtype) -> Host:
-    # The text holds the weights' hashes, so a host that was trained anew is not taken for the cached one.
+    # The text contains the weights' hashes, so a host that was trained again does not hit the cache.
     config = _check_config(folder, config_text)
     modules: dict[str, nn.Module] = {}
     sources = {
@@ -109,7 +109,7 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
 def _released_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
     released = RELEASED[name]
     if released.autoencoder is None:
-        raise WeightsError(f"{name} is an autoencoder; name a transformer, whose autoencoder comes with it")
+        raise WeightsError(f"{name} is an autoencoder; name a transformer, whose autoencoder is included")
     autoencoder = load_released(released.autoencoder).to(device, dtype)
     side = released.frame_size // autoencoder.compression
     return Host(
@@ -132,14 +132,14 @@ def save_host(
     num_steps: int,
     autoencoder_of: str | None = None,
 ) -> None:
-    """Write a host in float16: two safetensors files and config.json, each whole or not at all.
+    """Write a host in float16: two safetensors files and config.json, which contains their hashes.
 
     Args:
-        configs: constructor arguments under "transformer" and "autoencoder". A FARLong is told by its context_patch_size.
-        autoencoder_of: the shipped host whose autoencoder this is; its file is not written again.
+        configs: constructor arguments under "transformer" and "autoencoder". With a context_patch_size it is a FARLong.
+        autoencoder_of: the shipped host that has this autoencoder; its file is not written again.
 
     Raises:
-        ValueError: if that host's autoencoder is another one.
+        ValueError: if that host has another autoencoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}

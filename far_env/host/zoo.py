@@ -1,4 +1,4 @@
-"""The released FAR models (Gu et al., arXiv 2503.19325): which files, configurations and data, where they lie, loading them.
+"""The released FAR models (Gu et al., arXiv 2503.19325): files, configurations, data and loading.
 
 Facts from the Hugging Face repository guyuchao/FAR_Models; the eight hex digits in a file's name begin its SHA-256.
 """
@@ -39,7 +39,7 @@ class Released:
         frame_size: side of its frames in pixels.
         config: constructor arguments of the model.
         kind: FAR, FARLong or Autoencoder.
-        autoencoder: name of the one that a transformer's latents are of; None for autoencoders.
+        autoencoder: name of a transformer's autoencoder; None for autoencoders.
     """
 
     file: str
@@ -56,7 +56,7 @@ class Released:
 
     @property
     def path(self) -> Path:
-        """Where the file lies on this machine, whether it is there or not."""
+        """Path of the file on this machine, whether or not it exists."""
         return weights_dir() / self.file
 
     def build(self) -> nn.Module:
@@ -156,7 +156,7 @@ def find_released(name: str) -> Released:
 
 
 def weights_dir() -> Path:
-    """The folder of the environment variable FAR_WEIGHTS_DIR, else the benchmark's own if it is there, else one in a cache."""
+    """The folder of the environment variable FAR_WEIGHTS_DIR, else the benchmark's if it exists, else one in the cache."""
     given = os.environ.get(DIRECTORY_VARIABLE)
     if given:
         return Path(given).expanduser()
@@ -164,13 +164,13 @@ def weights_dir() -> Path:
 
 
 def listing(names: Sequence[str]) -> str:
-    """A table of released models: name, parameters, data, frame size, file, and whether it is on this machine."""
-    rows = [("name", "parameters", "data", "frames", "here", "file")]
+    """A table of released models: name, parameters, data, frame size, whether the file is on this machine, and its path."""
+    rows = [("name", "parameters", "data", "frames", "local", "file")]
     for name in names:
         released = find_released(name)
         count = sum(parameter.numel() for parameter in released.build().parameters())
-        here = "yes" if released.path.exists() else "no"
-        rows.append((name, f"{count / 1e6:.1f} M", released.data, f"{released.frame_size}²", here, released.file))
+        local = "yes" if released.path.exists() else "no"
+        rows.append((name, f"{count / 1e6:.1f} M", released.data, f"{released.frame_size}²", local, released.file))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "", f"from {REPOSITORY} on Hugging Face, to {weights_dir()}", CITATION])
@@ -180,7 +180,7 @@ def verify(name: str) -> Path:
     """The checkpoint's file, after comparing its hash with its name.
 
     Raises:
-        WeightsError: if the file is missing, truncated or another one.
+        WeightsError: if the file is missing or its hash is another.
     """
     released = find_released(name)
     path = released.path
@@ -192,8 +192,8 @@ def verify(name: str) -> Path:
     found = file_hash(path)
     if not found.startswith(released.hash_prefix):
         raise WeightsError(
-            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; without it, "
-            f"far-env weights download {name} fetches it again"
+            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it and "
+            f"fetch it again with far-env weights download {name}"
         )
     return path
 
@@ -229,7 +229,7 @@ def load_released(name: str) -> nn.Module:
     """The released model in eval mode, float32, on the CPU, without gradients.
 
     Raises:
-        WeightsError: if the file is missing, its hash or its tensors are not the expected ones, or it holds more than tensors.
+        WeightsError: if the file is missing, its hash or its tensors do not match, or it holds anything but tensors.
     """
     released, path = find_released(name), verify(name)
     try:
@@ -237,10 +237,10 @@ def load_released(name: str) -> nn.Module:
     except Exception as error:
         raise WeightsError(f"{path} is no plain state dict of tensors and is not loaded: {first_line(error)}") from error
     model = released.build()
-    # The release holds diffusers' own autoencoder, which ours wraps.
+    # The release contains a diffusers autoencoder, which `Autoencoder` wraps.
     target = model.dcae if isinstance(model, Autoencoder) else model
     check_state(state, target.state_dict(), path)
     target.load_state_dict(state, assign=True)
     if isinstance(model, Autoencoder):
-        model.to(memory_format=torch.channels_last)  # the loaded tensors are as they lay in the file
+        model.to(memory_format=torch.channels_last)  # loaded tensors keep the layout of the file
     return model.float().eval().requires_grad_(False)

@@ -113,7 +113,7 @@ def write_header(path, header: bytes):
         b"",
     ],
 )
-def test_headers_of_arrays_that_lie_are_refused_without_taking_memory(tmp_path, header, monkeypatch):
+def test_wrong_headers_of_arrays_are_refused_without_allocating_memory(tmp_path, header, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_header(tmp_path / "a.npz", header)
     for function in (count_frames, check_frames, lambda path: read_frames(path, 0, 16)):

@@ -96,7 +96,9 @@ def test_a_hundred_damaged_checkpoints(tmp_path):
     good = load_tensors(path)
 
     def flat(saved):
-        moments = {f"{index}.{key}": value for index, part in saved["optimizer"]["state"].items() for key, value in part.items()}
+        moments = {
+            f"{index}.{key}": value for index, part in saved["optimizer"]["state"].items() for key, value in part.items()
+        }
         return {**saved["model"], **moments, "step": torch.tensor(saved["step"]), "seconds": torch.tensor(saved["seconds"])}
 
     assert count_refusals(path, path.read_bytes(), lambda path: flat(load_tensors(path)), flat(good)) > 80

@@ -52,13 +52,13 @@ def schedule_strips(ring: np.ndarray, num_frames: int, colours: np.ndarray) -> n
 
 
 def to_clip(clip_id: int, grid: np.ndarray, actions: np.ndarray) -> Clip:
-    """Grid frames (T, 16, 16, 3) to a clip of (T, 3, 64, 64)."""
+    """A clip of frames (T, 3, 64, 64) from frames on the grid (T, 16, 16, 3)."""
     frames = np.repeat(np.repeat(grid.transpose(0, 3, 1, 2), GRID, axis=2), GRID, axis=3)
     return Clip(clip_id=clip_id, frames=np.ascontiguousarray(frames), actions=actions)
 
 
 class World(ABC):
-    """A seeded source of clips. Scenery seeds come from (world, split, clip_id), so splits never share one."""
+    """A seeded source of clips. Seeds are (world, split, clip_id), so that splits never share scenery."""
 
     name: str
     tag: int
@@ -66,7 +66,7 @@ class World(ABC):
     num_frames: int = RING
 
     def num_clips(self, split: str) -> int:
-        """Clips in a split."""
+        """Number of clips in a split."""
         return SPLIT_SIZES[split]
 
     def clip(self, split: str, clip_id: int) -> Clip:
@@ -78,4 +78,4 @@ class World(ABC):
 
     @abstractmethod
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Grid frames (T, 16, 16, 3) float32 and actions (T,) int64; ``actions[i]`` led to frame i, the first to nothing."""
+        """Grid frames (T, 16, 16, 3) float32 and actions (T,) int64; ``actions[i]`` leads to frame i, the first is unused."""

@@ -10,7 +10,7 @@ from far_env.clips.worlds.base import CELLS, GRID, SIZE, World, draw_scenery, hu
 class Pan(World):
     """A camera moves 16 or 32 px per frame over a 192 px panorama: 2–4 moves out, dwell 0–6, back, dwell 0–3, again.
 
-    Everything it will ever show has been seen by frame 4, so a host with full history loses nothing.
+    Everything it shows has appeared by frame 4, so a host with full history lacks nothing.
     Actions: 0 … 4 for −32, −16, 0, 16, 32 px.
     """
 

@@ -1,4 +1,4 @@
-"""First stage of the embedded host: fit a small DCAE to frames of the procedural worlds."""
+"""First stage of training a host: fit a small DCAE to frames of the procedural worlds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train_autoencoder(
 ) -> Autoencoder:
     """Train (or finish training) and return the autoencoder in float32 with its measured scaling factor.
 
-    Loss: L1 + 2·MSE in [−1, 1] pixels, with noise on the latents so that the decoder forgives errors in them.
+    Loss: L1 + 2·MSE in [−1, 1] pixels, with noise on the latents so that the decoder becomes robust to errors in them.
     """
     torch.manual_seed(seed)
     model = Autoencoder(**config.model).to(device, memory_format=torch.channels_last)
@@ -41,7 +41,7 @@ def train_autoencoder(
             generator = step_generator(seed, 1, step)
             level = config.latent_noise * torch.rand((len(latent), 1, 1, 1), generator=generator)
             noise = (level * torch.randn(latent.shape, generator=generator)).to(latent)
-            # The spread is not detached: otherwise the encoder would outgrow the noise without end.
+            # The standard deviation is not detached: otherwise the encoder could outgrow the noise without limit.
             output = model.dcae.decode(latent + latent.std() * noise).sample
         error = output.float() - frames
         loss = error.abs().mean() + 2 * error.square().mean()
@@ -64,7 +64,7 @@ def train_autoencoder(
 
 
 def _frame_batch(config: AutoencoderTraining, worlds: list[World], step: int) -> Tensor:
-    """Frames (batch, 3, 64, 64) of train clips that no other step uses, the worlds taking turns."""
+    """Frames (batch, 3, 64, 64) of train clips that no other step uses, alternating between the worlds."""
     num_clips = config.batch_size // config.frames_per_clip
     frames = []
     for index in range(step * num_clips, (step + 1) * num_clips):

@@ -1,4 +1,4 @@
-"""Second stage of the embedded host: teach a small FAR to continue histories from which frames have been dropped.
+"""Second stage of training a host: teach a small FAR to continue histories from which frames have been dropped.
 
 Teacher forcing in one pass: the tokens are [clean frames | noisy frames] under a mask that lets every noisy frame attend to the
 clean frames before it (time −1) and itself. Frame-drop augmentation makes each clean history a few random older frames plus
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from far_env.clips.worlds import World
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import CLEAN_TIME, FAR
-from far_env.host.far_long import begin_from, make_transformer
+from far_env.host.far_long import initialise_from, make_transformer
 from far_env.host.training.config import TransformerTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
 
@@ -95,7 +95,7 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
-        """Move towards the model; early on faster than ``decay``, so that the start is forgotten."""
+        """Move towards the model; in early steps by more than ``1 - decay``, to forget the initial weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for key, value in model.state_dict().items():
             self.average[key].lerp_(value, 1 - decay)
@@ -125,14 +125,14 @@ def train_transformer(
     """Train (or finish training) and return the averaged transformer in float32, in eval mode.
 
     Args:
-        start_from: a transformer whose weights the training begins with, else random ones.
+        start_from: a transformer that provides the initial weights, which are random by default.
     """
     torch.manual_seed(seed)
     model = make_transformer(config.model)
     if start_from is not None:
-        begin_from(model, start_from)
+        initialise_from(model, start_from)
     model = model.to(device).train()
-    # Named by the autoencoder, so that latents of an older one are not taken for its own.
+    # Named by the autoencoder's hash, so that latents of an earlier one are not reused.
     folder = run_dir / f"latents_{_state_hash(autoencoder)}"
     clips = [_encoded_clips(autoencoder, world, config.clips_per_world, folder, device) for world in worlds]
     average = ExponentialAverage(model, config.ema_decay)
@@ -179,7 +179,7 @@ def _is_contiguous(config: TransformerTraining, step: int) -> bool:
 def _draw_batch(
     config: TransformerTraining, clips: list[np.ndarray], model: FAR, seed: int, step: int, device: torch.device
 ) -> TeacherForcingBatch:
-    """Histories of one shape for a whole batch, the worlds taking turns row by row."""
+    """A batch of histories of one shape, alternating between the worlds row by row."""
     rng = np.random.default_rng((seed, 2, step))
     clip_length = clips[0].shape[1]
     if _is_contiguous(config, step):
@@ -198,7 +198,7 @@ def _draw_batch(
 
 
 def _encoded_clips(autoencoder: Autoencoder, world: World, num_clips: int, folder: Path, device: torch.device) -> np.ndarray:
-    """Latents (num_clips, T, C, h, w) float16 of the first train clips, encoded once and kept on disk in chunks."""
+    """Latents (num_clips, T, C, h, w) float16 of the first train clips, encoded once and stored on disk in chunks."""
     folder.mkdir(exist_ok=True)
     chunks = []
     for start in tqdm(range(0, num_clips, CHUNK_CLIPS), desc=f"encode {world.name}", dynamic_ncols=True):
