@@ -145,7 +145,7 @@ def full_size_workload(
 
 
 def made_clip(num_frames: int, size: int, num_actions: int = 1) -> Clip:
-    """A clip of a procedural world, played forwards and backwards up to ``num_frames``, enlarged to ``size``; cyclic actions."""
+    """A clip of a procedural world, played forwards and backwards, in a multiple of its size; the actions are cyclic."""
     clip = WORLDS[WORLD].clip("test", 0)
     there_and_back = np.concatenate([clip.frames, clip.frames[-2:0:-1]])
     frames = np.resize(there_and_back, (num_frames, *clip.frames.shape[1:]))

@@ -22,8 +22,9 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, both (B, tokens, heads, head_dim)."""
 Modulation = tuple[Tensor, ...]
 """Shift, factor and gate of a block's attention, then of its MLP, from a frame's time and class, each (B, F, 1, D)."""
-AttentionProbe = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
-"""Receives what a block attends with: queries (B, T, heads, d), keys (B, K, heads, d), the queries' rotary table, mask."""
+AttentionCallback = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+"""Receives the inputs of a block's attention: queries (B, T, heads, d), keys (B, K, heads, d), the queries' rotary table and
+the mask."""
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
@@ -220,7 +221,7 @@ class TransformerBlock(nn.Module):
         mask: Tensor | None,
         memory: KeyValue | None = None,
         coarse: bool = False,
-        probe: AttentionProbe | None = None,
+        on_attention: AttentionCallback | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -231,7 +232,7 @@ class TransformerBlock(nn.Module):
             mask: see `Attention.forward`.
             memory: None, or keys and values (B, K, heads, d) of all tokens that x attends to; x's are written to its end.
             coarse: whether x are coarse frames of FAR-Long.
-            probe: called once, before the attention.
+            on_attention: called once, before the attention.
 
         Returns:
             (B, F, S, D).
@@ -242,8 +243,8 @@ class TransformerBlock(nn.Module):
         if memory is not None:
             key, value = write_tail(memory, key, value)
         query = self.attn.query(normed, table, coarse)
-        if probe is not None:
-            probe(query, key, table, mask)
+        if on_attention is not None:
+            on_attention(query, key, table, mask)
         attended = self.attn(query, key, value, mask, coarse)
         x = torch.addcmul(x, gate, attended.view_as(x))
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_factor)))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from far_env.host.blocks import (
     Attention,
-    AttentionProbe,
+    AttentionCallback,
     ConditionEmbedding,
     FinalNorm,
     Modulation,
@@ -263,14 +263,16 @@ class FAR(nn.Module):
             mask = self._mask(positions.expand(-1, num_new), keys, (keys >= 0)[:, None].expand(-1, num_new, -1), latents.dtype)
         return NextFrame(memory, self._table(positions, latents), mask)
 
-    def denoise(self, noisy: Tensor, modulations: Modulations, frame: NextFrame, probe: AttentionProbe | None = None) -> Tensor:
+    def denoise(
+        self, noisy: Tensor, modulations: Modulations, frame: NextFrame, on_attention: AttentionCallback | None = None
+    ) -> Tensor:
         """Velocity (B, 1, C, h, w) of one noisy frame per row, (B, 1, C, h, w), that follows clean ones.
 
-        ``probe`` is called by every block in turn.
+        ``on_attention`` is called by every block in turn.
         """
         x = self._embed(noisy)
         for block, modulation, layer in zip(self.transformer_blocks, modulations.blocks, frame.memory, strict=True):
-            x = block(x, modulation, frame.table, frame.mask, (layer[0], layer[1]), probe=probe)
+            x = block(x, modulation, frame.table, frame.mask, (layer[0], layer[1]), on_attention=on_attention)
         return self._project(x, modulations, noisy)
 
     def key_prototypes(self, frames: Tensor, modulations: Modulations) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from far_env.host.blocks import AttentionProbe
+from far_env.host.blocks import AttentionCallback
 from far_env.host.far import FAR, Modulations, NextFrame
 
 
@@ -30,7 +30,7 @@ class FrameProbe(Protocol):
     """Records how one frame per row is generated, without changing it. With guidance, rows of the null class come first."""
 
     def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
-        """Called by every block in turn at every ODE step, see `far_env.host.blocks.AttentionProbe`."""
+        """Called by every block in turn at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
 
     def velocity(self, step: int, latent: Tensor, velocity: Tensor) -> None:
         """Called at ODE step 0, 1, …, with the noisy latent (B, 1, C, h, w) and its velocity, before the latent is changed."""
@@ -89,10 +89,10 @@ class FrameSampler:
             lengths = [*lengths, *lengths]
         frame = self.model.next_frame(memory, noise, lengths)
         latent = noise
-        attention_probe = None if probe is None else probe.attention
+        on_attention = None if probe is None else probe.attention
         steps = zip(self._modulations(memory.shape[2], label, action), self.sigma_changes, strict=True)
         for step, (modulations, change) in enumerate(steps):
-            velocity = self._velocity(latent, modulations, frame, attention_probe)
+            velocity = self._velocity(latent, modulations, frame, on_attention)
             if probe is not None:
                 probe.velocity(step, latent, velocity)
             # Euler as diffusers' scheduler does it: the product in the model's dtype, the sum in float32.
@@ -119,9 +119,9 @@ class FrameSampler:
         return self._velocity(noisy, modulations, self.model.next_frame(memory, noisy, lengths))
 
     def _velocity(
-        self, latent: Tensor, modulations: Modulations, frame: NextFrame, probe: AttentionProbe | None = None
+        self, latent: Tensor, modulations: Modulations, frame: NextFrame, on_attention: AttentionCallback | None = None
     ) -> Tensor:
-        velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, probe)
+        velocity = self.model.denoise(torch.cat([latent, latent]) if self.guided else latent, modulations, frame, on_attention)
         if not self.guided:
             return velocity
         null, conditional = velocity.chunk(2)

@@ -39,7 +39,7 @@ class Released:
         frame_size: side of its frames in pixels.
         config: constructor arguments of the model.
         kind: FAR, FARLong or Autoencoder.
-        autoencoder: name of a transformer's autoencoder; None for autoencoders.
+        autoencoder: name of the autoencoder of a transformer's latents; None for autoencoders.
     """
 
     file: str
@@ -56,7 +56,7 @@ class Released:
 
     @property
     def path(self) -> Path:
-        """Path of the file on this machine, whether or not it exists."""
+        """The path of the file on this machine, whether it exists or not."""
         return weights_dir() / self.file
 
     def build(self) -> nn.Module:
@@ -164,13 +164,13 @@ def weights_dir() -> Path:
 
 
 def listing(names: Sequence[str]) -> str:
-    """A table of released models: name, parameters, data, frame size, whether the file is on this machine, and its path."""
-    rows = [("name", "parameters", "data", "frames", "local", "file")]
+    """A table of released models: name, parameters, data, frame size, file, and whether it is on this machine."""
+    rows = [("name", "parameters", "data", "frames", "here", "file")]
     for name in names:
         released = find_released(name)
         count = sum(parameter.numel() for parameter in released.build().parameters())
-        local = "yes" if released.path.exists() else "no"
-        rows.append((name, f"{count / 1e6:.1f} M", released.data, f"{released.frame_size}²", local, released.file))
+        here = "yes" if released.path.exists() else "no"
+        rows.append((name, f"{count / 1e6:.1f} M", released.data, f"{released.frame_size}²", here, released.file))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "", f"from {REPOSITORY} on Hugging Face, to {weights_dir()}", CITATION])

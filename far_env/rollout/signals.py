@@ -91,7 +91,7 @@ class Observed:
 
 
 class Watch:
-    """Follows one new frame per row through the ODE; see `far_env.host.sampler.FrameProbe`.
+    """Follows one new frame per row through the ODE; see `far_env.host.sampler.FrameWatch`.
 
     Args:
         wanted: signals that are asked for.
