@@ -369,7 +369,7 @@ class RolloutBatch:
         if self.workload.actions:
             action = torch.tensor([own.seen_actions()[-1:] for own in rollouts], device=noise.device)
         watch = self._collector.watch([[block.shape[3] for block in own.prefix] for own in rollouts], num_tokens, noise)
-        latents = self._sampler(memory, noise, [len(own.kept) for own in rollouts], action=action, watch=watch)
+        latents = self._sampler(memory, noise, [len(own.kept) for own in rollouts], action=action, probe=watch)
         if watch is not None:
             known = self._collector.observed(watch, [own.observed for own in rollouts], memory, latents)
             for own, seen in zip(rollouts, known, strict=True):

@@ -231,7 +231,7 @@ def test_with_guidance_the_conditional_rows_are_watched(golden):
         memory.zero_()
         memory[:, :, -rows:, :room] = model.encode_context(context, action=action[:, :-1])
         watch = Watch(("attn_mass", "qk_first"), [model.token_counts(count, noise)] * rows, (room, own), (0, 1.0), noise)
-        sampler(memory, noise, [count] * rows, action=action[:, -1:], watch=watch)
+        sampler(memory, noise, [count] * rows, action=action[:, -1:], probe=watch)
         found.append([watch.newest(row) for row in range(rows)])
     for one, other in zip(*found, strict=True):
         for name in ("attn_mass", "qk_first"):
