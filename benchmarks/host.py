@@ -2,9 +2,10 @@
 
 python -m benchmarks.host [--json -] [--device cpu]
 
-FAR-B on 5 context frames and FAR-B-Long on 36, budget 8; the newest frames are kept, so every eviction has the whole history
-encoded anew; decoding is not included. On a GPU batches of 1, 16 and 64 in bfloat16 with the workload's 20 ODE steps, and the
-peak of what was allocated; on a CPU fewer of everything, which the output says, and the peak of the process so far.
+FAR-B on 5 context frames and FAR-B-Long on 36, budget 8; the newest frames are kept, so that every eviction re-encodes the
+whole history; decoding is not included. On a GPU batches of 1, 16 and 64 in bfloat16 with the workload's 20 ODE steps, and the
+peak of what was allocated; on a CPU smaller batches and fewer frames and steps, as the output says, and the peak of the
+process so far.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ BUDGET = BUDGETS["medium_history_budget"]
 
 
 @dataclass(frozen=True)
-class Load:
-    """How much is measured."""
+class MeasuredLoad:
+    """Batch sizes, frames, precision and ODE steps that are measured."""
 
     batches: tuple[int, ...]
     num_frames: int
@@ -42,7 +43,7 @@ class Load:
     num_steps: int | None
 
 
-LOADS = {"cuda": Load((1, 16, 64), 8, "bfloat16", None), "cpu": Load((1, 2), 2, "float32", 2)}
+LOADS = {"cuda": MeasuredLoad((1, 16, 64), 8, "bfloat16", None), "cpu": MeasuredLoad((1, 2), 2, "float32", 2)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def time_batch(workload: Workload, size: int) -> dict[str, float]:
     device = workload.host.device
     clips, seeds = [WORLDS["orbit"].clip("test", i) for i in range(size)], list(range(size))
     if device.type == "cuda":
-        play(replace(workload, num_predict=1), clips, seeds, None, BUDGET)  # the first use of a kernel takes longer
+        play(replace(workload, num_predict=1), clips, seeds, None, BUDGET)  # the first use of a kernel is slower
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     seconds: dict[str, float] = {}
@@ -78,7 +79,7 @@ def time_batch(workload: Workload, size: int) -> dict[str, float]:
 
 
 def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
-    """All measurements; ``say`` gets each line of text as soon as it is known."""
+    """All measurements; ``say`` receives each line of text as soon as it is measured."""
     device = resolve_device(options.device)
     load = LOADS[device.type]
     precision = str(resolve_precision(options.precision or load.precision, device)).removeprefix("torch.")
@@ -101,17 +102,17 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
         workload, _ = full_size_workload(
             name, device=str(device), precision=precision, num_frames=load.num_frames, num_steps=load.num_steps
         )
-        own = {"workload": name, "context": workload.num_context, "ode_steps": workload.num_steps, "batches": {}}
+        entry = {"workload": name, "context": workload.num_context, "ode_steps": workload.num_steps, "batches": {}}
         host = workload.host.name.split(",")[0]
-        result["hosts"][host] = own
+        result["hosts"][host] = entry
         for size in load.batches:
             try:
                 row = time_batch(workload, size)
             except torch.OutOfMemoryError:
-                own["batches"][size] = {"error": "out of memory"}
+                entry["batches"][size] = {"error": "out of memory"}
                 say(f"{host:<20}{workload.num_context:>8}{workload.num_steps:>6}{size:>6}  out of memory")
                 continue
-            own["batches"][size] = row
+            entry["batches"][size] = row
             say(
                 f"{host:<20}{workload.num_context:>8}{workload.num_steps:>6}{size:>6}{row['frame_seconds']:>11.4f}"
                 f"{row['context_seconds']:>12.4f}{row['peak_memory_mib']:>10.0f}"

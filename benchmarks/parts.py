@@ -1,10 +1,9 @@
-"""Speed of what surrounds the host: frames drawn per second by each world, one call of a policy, and what it costs to collect
-the signals that some policies ask for.
+"""Speed of everything but the host: frames drawn per second by each world, calls of a policy, and the recording of signals.
 
 python -m benchmarks.parts [--policies recent_window,policy.py] [--rollouts 64]
 
-The call is timed on a history of 9 frames at budget 8, against the benchmark's own recent_window in the same run. Signals
-are collected for rollouts of pan at budget 4 in one batch, whose frames are the same whatever is asked for.
+The call is timed on a history of 9 frames at budget 8, relative to the benchmark's recent_window in the same run.
+Signals are recorded in rollouts of pan at budget 4 in one batch; recording does not change the frames.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from far_env.frame_meta import frame_meta_list
 from far_env.rollout.play import play
 from far_env.workloads import Workload, make_workload
 
-YARDSTICK = "recent_window"
+REFERENCE_POLICY = "recent_window"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Options:
     clips: int = 200
     calls: int = 2000
     rollouts: int = 16
-    """Rollouts whose signals are collected; 0 leaves this part out."""
+    """Rollouts whose signals are recorded; 0 skips this part."""
     host: str | None = None
     device: str = "auto"
 
@@ -66,50 +65,50 @@ def milliseconds_per_call(policy: RetentionPolicy, calls: int, num_frames: int =
     return 1000 * statistics.median(times)
 
 
-class Asking(NewestFrames):
-    """Keeps the newest frames, and asks for signals all the same."""
+class NewestWithSignals(NewestFrames):
+    """Keeps the newest frames, and requires signals that it does not use."""
 
     def __init__(self, signals: tuple[str, ...]) -> None:
         self.signals = signals
 
 
-def collecting_ratios(workload: Workload, num_clips: int, repeats: int = 5) -> dict[str, float]:
-    """Wall time of rollouts that collect each signal, or all of them, over that of rollouts that collect none right before:
-    medians of the ratios."""
+def recording_ratios(workload: Workload, num_clips: int, repeats: int = 5) -> dict[str, float]:
+    """Wall time of rollouts that record each signal, or all, over that of rollouts without signals run right before: signal →
+    median of the ratios."""
     clips = [workload.clips.clip("test", i) for i in range(num_clips)]
 
     def seconds(wanted: tuple[str, ...]) -> float:
         start = time.perf_counter()
-        play(workload, clips, range(num_clips), Asking(wanted), 4)
+        play(workload, clips, range(num_clips), NewestWithSignals(wanted), 4)
         return time.perf_counter() - start
 
     ratios = {}
     for name, wanted in {**{name: (name,) for name in SIGNALS}, "all": tuple(SIGNALS)}.items():
         seconds(wanted)  # warms up
         without = (seconds(()) for _ in range(repeats))
-        ratios[name] = statistics.median(seconds(wanted) / own for own in without)
+        ratios[name] = statistics.median(seconds(wanted) / reference for reference in without)
     return ratios
 
 
 def run() -> None:
-    """Print all tables."""
+    """Measure and print all tables."""
     options = tyro.cli(Options, description=__doc__)
-    policies = {name: load_policy(name) for name in (YARDSTICK, *options.policies.split(","))}
+    policies = {name: load_policy(name) for name in (REFERENCE_POLICY, *options.policies.split(","))}
     for name in WORLDS:
         print(f"{name:<20} {frames_per_second(name, options.clips):8.0f} frames/s")
     print()
     milliseconds: dict[str, float] = {}
     for name, policy in policies.items():
         if policy is None:
-            raise ValueError(f"{name} is no policy whose calls could be timed; name others with --policies")
+            raise ValueError(f"{name} makes no calls that could be timed; leave it out of --policies")
         milliseconds[name] = milliseconds_per_call(policy, options.calls)
-        ratio = milliseconds[name] / milliseconds[YARDSTICK]
-        print(f"{name:<20} {milliseconds[name]:8.3f} ms per call, {ratio:.1f} x {YARDSTICK}")
+        ratio = milliseconds[name] / milliseconds[REFERENCE_POLICY]
+        print(f"{name:<20} {milliseconds[name]:8.3f} ms per call, {ratio:.1f} x {REFERENCE_POLICY}")
     if options.rollouts:
         print()
         workload = make_workload("pan", host=options.host, device=options.device)
-        for name, ratio in collecting_ratios(workload, options.rollouts).items():
-            print(f"{name:<20} {ratio:8.2f} x the time of a rollout that collects nothing")
+        for name, ratio in recording_ratios(workload, options.rollouts).items():
+            print(f"{name:<20} {ratio:8.2f} x the time of a rollout without signals")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rollouts per second of the batched engine against the reference loop, and where the time goes.
+"""Rollouts per second of the batched engine against the reference loop, and how the time is divided.
 
 python -m benchmarks.rollout [--quick] [--json -] [--host FOLDER]
 
@@ -43,7 +43,7 @@ from far_env.workloads import Workload, make_workload
 BUDGET = 4
 POLICY = "random"
 BATCHES = {1: (2, 8), 8: (8, 32), 64: (64, 128)}
-"""Batch size to clips that are played, quickly or at leisure."""
+"""Batch size → number of clips, with and without ``quick``."""
 MEMO_POLICIES = (
     "recent_fill",
     "recent_window",
@@ -62,7 +62,7 @@ class Options:
     """What is measured."""
 
     quick: bool = False
-    """Less of everything, and neither the FAR-B-size host nor the memo: under a minute."""
+    """Fewer clips, and neither the FAR-B-size host nor the memo: under a minute."""
     json: str | None = None
     """ "-" prints one JSON object instead of text."""
     host: str = "embedded"
@@ -83,7 +83,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Adds up the seconds spent inside functions that are wrapped for a while."""
+    """Sums the seconds spent inside wrapped functions."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -111,7 +111,7 @@ class Stopwatch:
 
 @contextmanager
 def instrumented(host: Host, wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
-    """While the block runs, the host's arithmetic goes through ``wrap(label, function)``."""
+    """While the block runs, the host's computations are wrapped by ``wrap(label, function)``."""
     places = [
         *((host.transformer, name, "transformer") for name in ("encode_context", "denoise", "modulate", "next_frame")),
         *((host.autoencoder, name, "autoencoder") for name in ("encode", "decode")),
@@ -171,7 +171,7 @@ def run_engine(
 
 
 def time_engine(workload: Workload, batch: int, num_clips: int, flops: float, rate: float) -> Timing:
-    """Rollouts per second of ``num_clips`` clips in batches, and where the time goes."""
+    """Rollouts per second of ``num_clips`` clips in batches, and how the time is divided."""
     device, policy = workload.host.device, load_policy(POLICY)
     clips = [workload.clips.clip("test", i) for i in range(num_clips)]
     batches = [clips[first : first + batch] for first in range(0, num_clips, batch)]
@@ -179,19 +179,19 @@ def time_engine(workload: Workload, batch: int, num_clips: int, flops: float, ra
     def run(score: Callable[..., Tensor]) -> float:
         synchronize(device)
         start = time.perf_counter()
-        for own in batches:
-            run_engine(workload, policy, own, score)
+        for clips_of_batch in batches:
+            run_engine(workload, policy, clips_of_batch, score)
         synchronize(device)
         return time.perf_counter() - start
 
-    watch = Stopwatch(device)
-    with instrumented(workload.host, watch.wrap):
-        watched_seconds = run(watch.wrap("metrics", psnr))
-    # On a GPU the watch makes everything wait, so the run that counts is another one.
-    seconds = watched_seconds if device.type == "cpu" else run(psnr)
-    shares = {name: watch.seconds[name] / watched_seconds for name in ("transformer", "autoencoder", "metrics")}
+    stopwatch = Stopwatch(device)
+    with instrumented(workload.host, stopwatch.wrap):
+        timed_seconds = run(stopwatch.wrap("metrics", psnr))
+    # On a GPU the stopwatch synchronises after every call, so the speed is measured in a second run.
+    seconds = timed_seconds if device.type == "cpu" else run(psnr)
+    shares = {name: stopwatch.seconds[name] / timed_seconds for name in ("transformer", "autoencoder", "metrics")}
     shares["python"] = 1 - sum(shares.values())
-    fraction = flops * num_clips / watch.seconds["transformer"] / rate
+    fraction = flops * num_clips / stopwatch.seconds["transformer"] / rate
     return Timing(num_clips / seconds, shares, flops / 1e9, fraction)
 
 
@@ -264,12 +264,12 @@ def scaling(workload: Workload, batch: int = 16) -> list[dict[str, float]]:
 
 
 def mode_change(workload: Workload, other: Workload, num_clips: int) -> dict[str, float]:
-    """What another way to compute changes: mean clip PSNR in dB on the same clips and noise, and the speed as a ratio."""
+    """Effect of another way to compute: change of the mean clip PSNR in dB on the same clips and noise, and ratio of speeds."""
     policies = {POLICY: load_policy(POLICY)}
     means, seconds = [], []
-    for own in (workload, other):
-        evaluate(own, BUDGET, policies, range(64), metrics=("psnr",), progress=False)  # compiles, and warms up
-        result = evaluate(own, BUDGET, policies, range(num_clips), metrics=("psnr",), progress=False)
+    for variant in (workload, other):
+        evaluate(variant, BUDGET, policies, range(64), metrics=("psnr",), progress=False)  # compiles, and warms up
+        result = evaluate(variant, BUDGET, policies, range(num_clips), metrics=("psnr",), progress=False)
         means.append(float(result.scores[POLICY]["psnr"].mean()))
         seconds.append(result.provenance["seconds"])
     return {"psnr_change_db": means[1] - means[0], "speed_ratio": seconds[0] / seconds[1]}
@@ -288,7 +288,7 @@ def with_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
 
 
 def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
-    """All measurements; ``say`` gets each line of text as soon as it is known."""
+    """All measurements; ``say`` receives each line of text as soon as it is measured."""
     torch.set_flush_denormal(True)
     base = make_workload("pan", host=options.host, device=options.device)
     device = base.host.device
@@ -314,11 +314,11 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
         rates[name] = matmul_rate(dtype, device)
         workload = with_dtype(base, dtype)
         for steps in (4, 20):
-            own = replace(workload, num_steps=steps)
-            clips = [own.clips.clip("test", i) for i in range(8)]
-            flops = transformer_flops(own.host, partial(run_engine, own, load_policy(POLICY), clips)) / len(clips)
+            stepped = replace(workload, num_steps=steps)
+            clips = [stepped.clips.clip("test", i) for i in range(8)]
+            flops = transformer_flops(stepped.host, partial(run_engine, stepped, load_policy(POLICY), clips)) / len(clips)
             for batch, (quick_clips, num_clips) in BATCHES.items():
-                timing = time_engine(own, batch, quick_clips if options.quick else num_clips, flops, rates[name])
+                timing = time_engine(stepped, batch, quick_clips if options.quick else num_clips, flops, rates[name])
                 key = f"{name}_batch{batch}_steps{steps}"
                 speedup[key] = timing.rollouts_per_second / reference[steps]
                 timings[key] = asdict(timing)

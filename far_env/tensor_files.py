@@ -1,21 +1,35 @@
-"""Weights and checkpoints on disk: hashes, keys and shapes checked, written whole or not at all, never unpickled."""
+"""Weights and checkpoints on disk: hashes, keys, shapes and values are checked, nothing is unpickled.
+
+Files are written under a temporary name and then renamed, so that a file is either complete or absent.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from far_env.errors import WeightsError, first_line
 
+CHECKSUM = "sha256"
+"""Key of the checksum in the metadata of a safetensors file."""
+
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raise WeightsError naming the first missing or unexpected key or wrong shape of a state dict read from ``path``."""
+    """Raise WeightsError unless a state dict read from ``path`` has the keys, shapes and kinds of numbers of ``expected``.
+
+    The message names the first missing or unexpected key, or the first tensor that has another shape, has integers where
+    floating-point numbers are needed (or the reverse), or holds a NaN or an infinity.
+    """
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} is no plain state dict of tensors")
     for key in sorted(expected.keys() | state.keys(), key=str):
@@ -23,9 +37,14 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
             raise WeightsError(f"{path} lacks the key {key!r}; it was made for another configuration")
         if key not in expected:
             raise WeightsError(f"{path} has the unexpected key {key!r}; it was made for another configuration")
-        if state[key].shape != expected[key].shape:
-            found, wanted = tuple(state[key].shape), tuple(expected[key].shape)
-            raise WeightsError(f"{path}: {key!r} has shape {found}, the configuration needs {wanted}")
+        found, wanted = state[key], expected[key]
+        if found.shape != wanted.shape:
+            shapes = tuple(found.shape), tuple(wanted.shape)
+            raise WeightsError(f"{path}: {key!r} has shape {shapes[0]}, the configuration needs {shapes[1]}")
+        if found.is_floating_point() != wanted.is_floating_point() or found.is_complex():
+            raise WeightsError(f"{path}: {key!r} has the type {found.dtype}, the configuration needs {wanted.dtype}")
+        if not found.to(wanted.dtype).isfinite().all():
+            raise WeightsError(f"{path}: {key!r} holds values that are not finite; restore the file or train it again")
 
 
 def file_hash(path: Path) -> str:
@@ -37,33 +56,91 @@ def file_hash(path: Path) -> str:
         raise WeightsError(f"the weight file {path} cannot be read: {error.strerror}; restore it or train it again") from error
 
 
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file with a checksum in its metadata. Raises ValueError if that cannot be done.
+
+    The file's permissions follow the umask; ``safetensors.torch.save_file`` would make it readable for its owner alone.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    content = serialise(state, metadata={CHECKSUM: _state_hash(state)})
+    with _replacing(path) as file:
+        file.write(content)
+
+
 def save_tensors(path: Path, content: object) -> None:
-    """``torch.save`` under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".part")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    """``torch.save`` of tensors and plain values. Raises ValueError if that cannot be done."""
+    with _replacing(path) as file:
+        torch.save(content, file)
 
 
 def load_tensors(path: Path) -> dict:
-    """``torch.load`` of tensors and plain values only. Raises ValueError if the file is damaged or holds anything else."""
+    """``torch.load`` of a dict of tensors and plain values. Raises ValueError if the file is damaged or holds anything else."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        check_archive(path)
+        content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         reason = first_line(error)
         raise ValueError(f"the checkpoint {path} cannot be read ({reason}); delete it to start this stage again") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"the checkpoint {path} holds no dict but {kind}; delete it to start this stage again")
+    return content
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """Load a safetensors file strictly into ``model``; returns it in eval mode, float32, without gradients.
 
     Raises:
-        WeightsError: naming the first missing or unexpected key or wrong shape, or that the file is damaged.
+        WeightsError: if the file is damaged, or its tensors do not fit, see `check_state`.
     """
     try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable safetensors file ({error}); restore it or train it again") from error
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
+            checksum = (file.metadata() or {}).get(CHECKSUM)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = first_line(error)
+        raise WeightsError(f"{path} is not a readable safetensors file ({reason}); restore it or train it again") from error
+    if checksum is not None and checksum != _state_hash(state):
+        raise WeightsError(f"{path} is damaged: its checksum does not match; restore it or train it again")
     expected = model.state_dict()
     check_state(state, expected, path)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
     return model.eval().requires_grad_(False)
+
+
+def check_archive(path: Path) -> None:
+    """Compare the checksums of a file of ``torch.save``, which ``torch.load`` does not do. Raises BadZipFile if one is wrong.
+
+    Files in torch's format before version 1.6, which has no checksums, pass.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
+
+
+def _state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of contiguous tensors, in hex."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside ``path`` that replaces it at the end of the block, and is removed after an error."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # one per process, should several write at once
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
+            raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+        raise

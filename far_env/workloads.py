@@ -10,11 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from far_env.clips.bair import BAIR
 from far_env.clips.clip import Clip, ClipSource
-from far_env.clips.dmlab import DMLab
-from far_env.clips.minecraft import Minecraft
-from far_env.clips.ucf101 import UCF101
+from far_env.clips.datasets import BAIR, UCF101, DMLab, Minecraft
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say; their figures are not judged here."""
+"""The benchmarks measure the quantities that they print; their values are not asserted here."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_transformer_operations_are_counted_without_the_autoencoders(tiny_worklo
 
     counted = rollout.transformer_flops(tiny_workload.host, work)
     tokens = 2 * 3 * 16
-    # beside the linear layers: attention (one layer of scores and values) and what the time does to two layers
+    # besides the linear layers: attention (one layer of scores and values) and the modulation of two layers
     assert linear_flops(tokens) < counted < 1.5 * linear_flops(tokens)
 
 
-def test_the_other_benchmark_times_worlds_policies_and_collecting(tiny_host_folder, monkeypatch, capsys):
+def test_the_parts_benchmark_times_worlds_policies_and_recording(tiny_host_folder, monkeypatch, capsys):
     host = ("--host", str(tiny_host_folder), "--device", "cpu", "--rollouts", "1")
     assert run(parts, monkeypatch, "--clips", "2", "--calls", "3", "--policies", "recent_fill", *host) == 0
     out = capsys.readouterr().out
@@ -61,10 +61,10 @@ def test_the_host_benchmark_records_frames_and_memory(small_released, monkeypatc
     assert run(host, monkeypatch, "--json", "-", "--device", "cpu") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["reduced"] and result["dtype"] == "float32" and result["budget"] == 8
-    assert {name: own["context"] for name, own in result["hosts"].items()} == {"far_b_ucf101": 5, "far_b_long_dmlab": 36}
-    for own in result["hosts"].values():
-        assert list(own["batches"]) == ["1", "2"] and own["ode_steps"] == 2
-        for row in own["batches"].values():
+    assert {name: entry["context"] for name, entry in result["hosts"].items()} == {"far_b_ucf101": 5, "far_b_long_dmlab": 36}
+    for entry in result["hosts"].values():
+        assert list(entry["batches"]) == ["1", "2"] and entry["ode_steps"] == 2
+        for row in entry["batches"].values():
             assert min(row["frame_seconds"], row["context_seconds"], row["peak_memory_mib"]) > 0
 
 
@@ -86,7 +86,11 @@ def test_the_host_benchmark_says_what_does_not_fit(small_released, monkeypatch, 
         (host, ("--json", "file"), "takes only '-'"),
         (host, ("--precision", "half"), "unknown precision 'half'"),
         (parts, ("--policies", "nope"), "nope"),
-        (parts, ("--policies", "full_history", "--clips", "1", "--calls", "1"), "full_history is no policy"),
+        (
+            parts,
+            ("--policies", "full_history", "--clips", "1", "--calls", "1"),
+            "full_history makes no calls that could be timed",
+        ),
     ],
 )
 def test_bad_arguments_are_one_sentence(monkeypatch, capsys, module, args, message):

@@ -11,7 +11,7 @@ from far_env.agents.ppo import AgentTraining
 from far_env.agents.sweep import Sweep
 
 from far_env.config import from_dict, load_yaml, parse, save_yaml
-from far_env.evaluation.host_training import HostTraining
+from far_env.host.training.config import HostTraining
 from far_env.io import make_run_dir
 
 CONFIGS = Path(__file__).parents[1] / "configs"

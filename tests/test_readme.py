@@ -18,7 +18,8 @@ from far_env.cli import COMMANDS, BaselinesOptions, DataOptions, ExportOptions, 
 from far_env.config import load_yaml, parse
 from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ReportOptions, ValidateOptions
 from far_env.evaluation.extended import ExtendedOptions
-from far_env.evaluation.host_training import HostTraining, check_models
+from far_env.host.training.config import HostTraining
+from far_env.host.training.train import check_models
 from far_env.host.weights import load_host
 
 ROOT = Path(__file__).parent.parent

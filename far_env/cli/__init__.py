@@ -79,9 +79,11 @@ class SelfTestOptions:
 
 def run_train_host(args: Sequence[str]) -> None:
     """Train the embedded host."""
-    from far_env.evaluation.host_training import HostTraining, train_host
+    from far_env.host.training.config import HostTraining
 
     config = parse(HostTraining, args, "far-env train-host", "Train a host on procedural worlds.")
+    from far_env.evaluation.host_training import train_host
+
     host = train_host(config)
     print((Path(config.output_dir) / "README.md").read_text())
     print(f"host {host.weights_hash} saved in {config.output_dir}")
@@ -156,8 +158,8 @@ def run_data(args: Sequence[str]) -> None:
 
     report = check_data(Path(options.folder), options.dataset, options.frames, whole=not options.quick)
     print(report.text())
-    if not report.usable:
-        raise ValueError(f"nothing in {options.folder} can be used for clips of {report.num_frames} frames")
+    if report.problem is not None:
+        raise ValueError(report.problem)
 
 
 def run_selftest(args: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""Where clips come from: procedural worlds and videos on disk."""
+"""Sources of clips: procedural worlds and videos on disk."""

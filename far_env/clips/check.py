@@ -1,4 +1,4 @@
-"""What a data folder is good for: files, lengths, actions, clips per protocol and split, and what is wrong with which file."""
+"""What a data folder can be used for: files, lengths, actions, clips per protocol and split, and which files are damaged."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from far_env.clips import video_folder
-from far_env.clips.bair import BAIR
 from far_env.clips.clip import SPLITS
-from far_env.clips.dmlab import DMLab
-from far_env.clips.index import Facts, Index
-from far_env.clips.minecraft import Minecraft
+from far_env.clips.datasets import CLIP_FRAMES, DATASETS, UCF101, DMLab, Minecraft
+from far_env.clips.index import Index, RecordingInfo
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
-from far_env.clips.ucf101 import UCF101
 from far_env.clips.video_folder import PROTOCOLS, VideoFolder
 from far_env.errors import unknown_name
-
-DATASETS: dict[str, type[VideoFolder]] = {kind.name: kind for kind in (UCF101, DMLab, BAIR, Minecraft)}
-CLIP_FRAMES = {"ucf101": 16, "dmlab": 72, "bair": 30, "minecraft": 300}
-"""Frames of a clip in the benchmark's workloads, and in FAR's own protocols for the others."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +23,13 @@ class DataReport:
     """What `check_data` found.
 
     Attributes:
-        dataset: its name, and whether it was ``guessed``.
-        num_frames: frames a clip needs.
+        dataset: its name.
+        guessed: whether it was guessed from the files.
+        num_frames: frames per clip.
         lists: FAR's lists, by split.
-        facts: about every recording that was found or is listed.
-        clips: protocol → split → usable clips, those of damaged files left out; only of protocols that can be used.
-        refused: protocol → why it cannot be used.
+        recordings: information on every recording in the folder or its lists.
+        clips: protocol → split → number of clips from files that are not damaged, for the protocols that can be used.
+        refused: protocol → why it cannot be used, for the others.
     """
 
     folder: Path
@@ -43,40 +37,51 @@ class DataReport:
     guessed: bool
     num_frames: int
     lists: dict[str, Path]
-    facts: dict[Recording, Facts]
+    recordings: dict[Recording, RecordingInfo]
     clips: dict[str, dict[str, int]]
     refused: dict[str, str]
 
     @property
     def usable(self) -> bool:
         """Whether there is any clip."""
-        return any(count for own in self.clips.values() for count in own.values())
+        return any(count for splits in self.clips.values() for count in splits.values())
 
     @property
     def damaged(self) -> list[str]:
-        """What is wrong with each file that cannot be read, or not to its end."""
-        return [facts.error or facts.damage for facts in self.facts.values() if facts.error or facts.damage]
+        """Why each damaged file cannot be read completely."""
+        return [info.error or info.damage for info in self.recordings.values() if info.error or info.damage]
+
+    @property
+    def problem(self) -> str | None:
+        """Why the folder is not sound, in one sentence: nothing can be used, or files are damaged; else None."""
+        if not self.usable:
+            return f"nothing in {self.folder} can be used for clips of {self.num_frames} frames"
+        if self.damaged:
+            return f"{len(self.damaged)} of {len(self.recordings)} files are damaged; the report names them"
+        return None
 
     def text(self) -> str:
-        """All of it in lines."""
-        guess = " (a guess: --dataset says otherwise)" if self.guessed else ""
-        lines = [f"{self.folder}: {len(self.facts)} files, taken for {self.dataset}{guess}, clips of {self.num_frames} frames"]
+        """The report as lines of text."""
+        guess = " (guessed; --dataset overrides)" if self.guessed else ""
+        lines = [
+            f"{self.folder}: {len(self.recordings)} files, read as {self.dataset}{guess}, clips of {self.num_frames} frames"
+        ]
         lines += [f"list for {split}: {path.name}" for split, path in self.lists.items()]
-        lengths = [facts.length for facts in self.facts.values() if not facts.error]
+        lengths = [info.length for info in self.recordings.values() if not info.error]
         if lengths:
             short = sum(length < self.num_frames for length in lengths)
             lines.append(
                 f"lengths: {min(lengths)} to {max(lengths)} frames, median {statistics.median(lengths):g}; {short} too short"
             )
         if DATASETS[self.dataset].num_actions:
-            lines.append(f"actions: with {sum(facts.actions is not None for facts in self.facts.values())} files")
+            lines.append(f"actions: with {sum(info.actions is not None for info in self.recordings.values())} files")
         else:
-            lines.append(f"actions: not read, no host of {self.dataset} takes any")
-        for protocol, own in self.clips.items():
-            lines.append(f"protocol {protocol}: " + ", ".join(f"{own[split]} {split}" for split in SPLITS) + " clips")
+            lines.append(f"actions: not read, because no host for {self.dataset} takes actions")
+        for protocol, counts in self.clips.items():
+            lines.append(f"protocol {protocol}: " + ", ".join(f"{counts[split]} {split}" for split in SPLITS) + " clips")
         lines += [f"protocol {protocol}: {reason}" for protocol, reason in self.refused.items()]
-        unread = sum(facts.damage is None and not facts.error for facts in self.facts.values())
-        others = f"{unread} others were not read to their end" if unread else "all others were read to their end"
+        undecoded = sum(info.damage is None and not info.error for info in self.recordings.values())
+        others = f"{undecoded} others were not decoded" if undecoded else "all others were decoded completely"
         lines.append(f"damaged: {len(self.damaged)} files; {others}")
         return "\n".join(lines + [f"  {reason}" for reason in self.damaged])
 
@@ -85,12 +90,12 @@ def check_data(folder: Path, dataset: str | None = None, num_frames: int | None 
     """Examine a data folder.
 
     Args:
-        dataset: one of `DATASETS`; by default what its lists and files look like.
+        dataset: one of `DATASETS`; by default it is guessed from the lists and files.
         num_frames: frames of a clip; by default `CLIP_FRAMES`.
-        whole: read every file to its end (once: the index remembers), not only its header.
+        whole: decode every file completely (once, because the index stores the result), not only its header.
 
     Raises:
-        ValueError: on an unknown data set, a folder that is none, one without any video, or a damaged list.
+        ValueError: on an unknown data set, a path that is no folder, a folder without videos, or a damaged list.
     """
     if dataset is not None and dataset not in DATASETS:
         raise ValueError(unknown_name("data set", dataset, list(DATASETS)))
@@ -106,12 +111,12 @@ def check_data(folder: Path, dataset: str | None = None, num_frames: int | None 
         if not listed:
             raise
         found = []
-    # What a list says of a file's actions counts, not what lies beside it.
+    # A list decides which actions belong to a file, not the names of other files.
     named = {recording.path for recording in listed} | {recording.actions for recording in listed}
     recordings = [*dict.fromkeys(listed), *(recording for recording in found if recording.path not in named)]
     recordings = [kind.as_read(recording) for recording in recordings]
-    facts = dict(zip(recordings, Index(folder).facts(recordings, whole=whole), strict=True))
-    damaged = {recording.path for recording, own in facts.items() if own.error or own.damage}
+    found_info = dict(zip(recordings, Index(folder).info(recordings, whole=whole), strict=True))
+    damaged = {recording.path for recording, info in found_info.items() if info.error or info.damage}
     clips, refused = {}, {}
     for protocol in PROTOCOLS:
         try:
@@ -125,11 +130,11 @@ def check_data(folder: Path, dataset: str | None = None, num_frames: int | None 
             paths = [source.path(split, clip_id) for clip_id in range(source.num_clips(split))]
             counts[split] = sum(path not in damaged for path in paths)
         clips[protocol] = counts
-    return DataReport(folder, kind.name, dataset is None, num_frames, lists, facts, clips, refused)
+    return DataReport(folder, kind.name, dataset is None, num_frames, lists, found_info, clips, refused)
 
 
 def _guess(folder: Path) -> type[VideoFolder]:
-    """By the names of lists, else by what the files are."""
+    """The data set by the names of lists, else by the kinds of files."""
     names = {path.name for path in folder.glob("*.json")}
     for kind in DATASETS.values():
         if names & set(kind.preferred_lists):
@@ -137,7 +142,7 @@ def _guess(folder: Path) -> type[VideoFolder]:
     try:
         recordings = find_recordings(folder)
     except ValueError as error:
-        hint = "; say with --dataset what its lists are of" if names else ""
+        hint = "; name the data set of its lists with --dataset" if names else ""
         raise ValueError(f"{error}{hint}") from error
     if any(recording.actions == recording.path for recording in recordings):
         return DMLab
@@ -146,7 +151,7 @@ def _guess(folder: Path) -> type[VideoFolder]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings about single files, which the report tells."""
+    """Suppress the warnings about single files, which the report contains."""
     logger = logging.getLogger(video_folder.__name__)
     before, logger.disabled = logger.disabled, True
     try:

@@ -1,4 +1,4 @@
-"""The unit of data: one clip of true frames. Sources of clips make them, workloads hand them to rollouts."""
+"""The unit of data: one clip of ground-truth frames, which clip sources provide and rollouts continue."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Clip:
         clip_id: index within the source's split.
         frames: float32 (T, 3, H, W) in [0, 1].
         actions: int64 (T,) where the data has actions (``actions[i]`` leads to frame i), else None.
-        latents: float32 (T, C, h, w), scaled as the host's are, where the data comes encoded: a rollout's context is then taken
-            from here, and ``frames`` are what the host's autoencoder makes of them. Else None.
+        latents: float32 (T, C, h, w), scaled as the host's, if the data is pre-encoded: a rollout's context is then taken from
+            here, and ``frames`` are decoded from them by the host's autoencoder. Else None.
     """
 
     clip_id: int
@@ -30,7 +30,7 @@ class Clip:
     latents: np.ndarray | None = None
 
     def context(self, num_context: int) -> np.ndarray:
-        """What the first frames are given as: latents (n, C, h, w) where there are any, else pixels (n, 3, H, W)."""
+        """The first ``num_context`` frames: latents (n, C, h, w) if the clip has latents, else pixels (n, 3, H, W)."""
         return np.ascontiguousarray((self.frames if self.latents is None else self.latents)[:num_context])
 
 

@@ -1,4 +1,4 @@
-"""What is known of the files of a data folder, kept in a cache file: headers are read once, not at every start."""
+"""Lengths and damage of the files of a data folder, in a cache file, so that headers are read once and not at every start."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from far_env.clips.video import check_frames, count_frames
 from far_env.errors import VideoError
 from far_env.io import cache_dir, write_text
 
+READER_VERSION = 2
+"""Raised when files are read differently, so that what an earlier version found in them is not used."""
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a recording.
+class RecordingInfo:
+    """Length and state of a recording.
 
     Attributes:
-        frames: how many its header tells; 0 if it cannot be used.
-        actions: how many actions come with it, or None.
-        error: why it cannot be used, by its header; else None.
-        damage: why it cannot be read as a whole, or "" if it can; None if that was not tried.
+        frames: number of frames according to its header; 0 if it cannot be used.
+        actions: number of its actions, or None without actions.
+        error: why its header cannot be used; else None.
+        damage: why it cannot be decoded completely, or "" if it can; None if that was not tried.
     """
 
     frames: int = 0
@@ -40,26 +42,26 @@ class Facts:
 
     @property
     def length(self) -> int:
-        """Frames that can be used: all, or those that have an action."""
+        """Frames that can be used: all, or those with an action."""
         return self.frames if self.actions is None else min(self.frames, self.actions)
 
 
-def examine(recording: Recording) -> Facts:
-    """What the headers of a recording's files tell."""
+def examine(recording: Recording) -> RecordingInfo:
+    """Read the headers of a recording's files."""
     path, actions = recording.path, recording.actions
     try:
         frames = count_latents(path) if recording.latent else count_frames(path)
         has_actions = actions is not None and (actions != path or holds_actions(path))
-        return Facts(frames, num_actions(actions) if has_actions else None)
+        return RecordingInfo(frames, num_actions(actions) if has_actions else None)
     except VideoError as error:
-        return Facts(error=str(error))
+        return RecordingInfo(error=str(error))
 
 
-def read_through(recording: Recording, facts: Facts) -> str:
-    """Read all of a recording that can be used by its header. Returns what is wrong with it, or ""."""
+def decode_completely(recording: Recording, info: RecordingInfo) -> str:
+    """Decode all of a recording whose header can be used. Returns what is wrong with it, or ""."""
     try:
         (check_latents if recording.latent else check_frames)(recording.path)
-        if facts.actions is not None:
+        if info.actions is not None:
             read_actions(recording.actions, recording.num_actions)
     except VideoError as error:
         return str(error)
@@ -67,61 +69,62 @@ def read_through(recording: Recording, facts: Facts) -> str:
 
 
 class Index:
-    """Facts about the recordings of one folder. A file is read again when its size or its time of change is another.
+    """Information on the recordings of one folder. A file is read again when its size or its modification time has changed.
 
-    They are kept in a file in `far_env.config.cache_dir`; where that cannot be read or written, headers are read every time.
+    It is stored in a file in `far_env.io.cache_dir`; if that cannot be read or written, headers are read every time.
     """
 
     def __init__(self, folder: Path) -> None:
         self._name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".json"
         self._known = self._load()
 
-    def facts(self, recordings: Sequence[Recording], *, whole: bool = False) -> list[Facts]:
-        """Facts about each recording; a progress bar appears when it takes a while. Ctrl-C loses none that are known by then.
+    def info(self, recordings: Sequence[Recording], *, whole: bool = False) -> list[RecordingInfo]:
+        """Information on each recording, with a progress bar if it takes a while. After Ctrl-C, what was read is stored.
+
 
         Args:
-            whole: also read every file to its end, once, so that ``damage`` is known.
+            whole: also decode every file completely, once, to fill in ``damage``.
         """
         found, before = [], dict(self._known)
         try:
-            what = "read files" if whole else "read headers"
-            for recording in tqdm(recordings, desc=what, unit="file", delay=1, leave=False, dynamic_ncols=True):
-                found.append(self._facts(recording, whole))
+            task = "decode files" if whole else "read headers"
+            for recording in tqdm(recordings, desc=task, unit="file", delay=1, leave=False, dynamic_ncols=True):
+                found.append(self._info(recording, whole))
         finally:
             if self._known != before:
                 self._save()
         return found
 
-    def _facts(self, recording: Recording, whole: bool) -> Facts:
+    def _info(self, recording: Recording, whole: bool) -> RecordingInfo:
         key, stamp = os.path.abspath(recording.path), _stamp(recording)
-        known_stamp, facts = self._known.get(key, (None, Facts()))
+        known_stamp, info = self._known.get(key, (None, RecordingInfo()))
         if stamp != known_stamp:
-            facts = examine(recording)
-        if whole and facts.error is None and facts.damage is None:
-            facts = replace(facts, damage=read_through(recording, facts))
-        self._known[key] = (stamp, facts)
-        return facts
+            info = examine(recording)
+        if whole and info.error is None and info.damage is None:
+            info = replace(info, damage=decode_completely(recording, info))
+        self._known[key] = (stamp, info)
+        return info
 
-    def _load(self) -> dict[str, tuple[list, Facts]]:
+    def _load(self) -> dict[str, tuple[list, RecordingInfo]]:
         try:
             stored = json.loads((cache_dir() / "index" / self._name).read_text(encoding="utf-8"))
-            return {path: (stamp, Facts(**facts)) for path, (stamp, facts) in stored.items()}
+            return {path: (stamp, RecordingInfo(**info)) for path, (stamp, info) in stored.items()}
         except (OSError, RuntimeError, ValueError, TypeError, AttributeError):
-            return {}  # there is none, or it is of another version: it is made anew
+            return {}  # it does not exist, or is of another version: it is written again
 
     def _save(self) -> None:
-        stored = {path: (stamp, asdict(facts)) for path, (stamp, facts) in self._known.items()}
+        stored = {path: (stamp, asdict(info)) for path, (stamp, info) in self._known.items()}
         try:
             folder = cache_dir() / "index"
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / self._name, json.dumps(stored))
         except (OSError, RuntimeError, ValueError) as error:
-            _logger.info("the index is not kept: %s", error)
+            _logger.info("the index is not stored: %s", error)
 
 
 def _stamp(recording: Recording) -> list:
-    """What is read as what, and sizes and times of change of these files."""
-    stamp: list = [recording.latent, recording.num_actions]
+    """What a file is read as, and paths, sizes and modification times of its files."""
+    stamp: list = [READER_VERSION, recording.latent, recording.num_actions]
     for path in (recording.path, recording.actions):
         try:
             status = None if path is None else path.stat()

@@ -1,9 +1,10 @@
-"""Video files to square frames: decoding with PyAV (or NumPy, for .npz), then squeezing or cropping to the host's size."""
+"""Video files to square frames: decoding with PyAV (.npz files with NumPy), then resizing or cropping to the host's size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import av
@@ -16,10 +17,12 @@ from far_env.errors import VideoError
 
 EPISODE_SUFFIX = ".npz"
 VIDEO_SUFFIXES = (".mp4", ".avi", EPISODE_SUFFIX)
+# Before version 19, PyAV raised UnicodeDecodeError on metadata that are not UTF-8, unless asked to ignore that.
+_OPEN_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 def count_frames(path: Path) -> int:
-    """Number of frames: what the file's header says, else by decoding.
+    """Number of frames that are shown: from the file's header, or by decoding where the header does not say.
 
     Raises:
         VideoError: if the file is missing, empty, not a video, or damaged.
@@ -27,33 +30,38 @@ def count_frames(path: Path) -> int:
     if path.suffix.lower() == EPISODE_SUFFIX:
         return episode_length(path)
     with _opened(path) as container:
-        promised = container.streams.video[0].frames
-    return promised if promised > 0 else sum(1 for _ in _decoded(path))
+        stored, shown = _header_frames(container)
+    if stored > 0 and abs(stored - shown) < 0.5:
+        return stored
+    return sum(1 for _ in _decoded(path))
 
 
 def check_frames(path: Path) -> None:
     """Decode a whole file. Raises VideoError if any of it is damaged, or if it holds fewer frames than its header says."""
-    promised = count_frames(path)
     if path.suffix.lower() == EPISODE_SUFFIX:
         read_episode(path)
         return
+    with _opened(path) as container:
+        stored, shown = _header_frames(container)
+    # An edit may begin and end within a frame.
+    promised = stored if shown > stored - 0.5 else int(shown) - 1
     decoded = sum(1 for _ in _decoded(path))
     if decoded < promised:
         raise VideoError(f"{path} ends early: its header says {promised} frames, {decoded} can be decoded")
 
 
-def read_frames(path: Path, start: int, count: int) -> np.ndarray:
-    """Frames start … start+count-1, uint8 (count, height, width, 3).
+def read_frames(path: Path, start: int, count: int) -> list[np.ndarray]:
+    """Frames start … start+count-1, each uint8 (height, width, 3). Their sizes differ where the size changes in the file.
 
     Raises:
         VideoError: if the file is damaged before the last of them, or ends before it.
     """
+    last = start + count - 1
     if path.suffix.lower() == EPISODE_SUFFIX:
         episode = read_episode(path)
-        if start + count > len(episode):
-            last = start + count - 1
+        if last >= len(episode):
             raise VideoError(f"{path} ends early: frames {start} to {last} were asked for, {len(episode)} are there")
-        return episode[start : start + count]
+        return list(episode[start : start + count])
     frames: list[np.ndarray] = []
     decoded = 0
     for frame in _decoded(path):
@@ -61,23 +69,31 @@ def read_frames(path: Path, start: int, count: int) -> np.ndarray:
             frames.append(frame.to_ndarray(format="rgb24"))
         decoded += 1
         if len(frames) == count:
-            return np.stack(frames)
-    last = start + count - 1
+            return frames
     raise VideoError(f"{path} ends early: frames {start} to {last} were asked for, {decoded} could be decoded")
 
 
-def squeeze(frames: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (T, H, W, 3) to float32 (T, 3, size, size) in [0, 1], without keeping the aspect (the benchmark's way)."""
-    return _resize(frames, size, size)
+def squeeze(frames: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """uint8 frames (H, W, 3) to float32 (T, 3, size, size) in [0, 1], without keeping the aspect (the benchmark's way)."""
+    return _by_size(frames, lambda batch: _resize(batch, size, size))
 
 
-def crop_centre(frames: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (T, H, W, 3) to float32 (T, 3, size, size) in [0, 1]: short side to ``size``, then the centre (FAR's way)."""
-    height, width = frames.shape[1:3]
-    scale = size / min(height, width)
-    resized = _resize(frames, max(size, round(height * scale)), max(size, round(width * scale)))
-    top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
-    return resized[..., top : top + size, left : left + size]
+def crop_centre(frames: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """uint8 frames (H, W, 3) to float32 (T, 3, size, size) in [0, 1]: short side to ``size``, then the centre (FAR's way)."""
+
+    def crop(batch: np.ndarray) -> np.ndarray:
+        height, width = batch.shape[1:3]
+        scale = size / min(height, width)
+        resized = _resize(batch, max(size, round(height * scale)), max(size, round(width * scale)))
+        top, left = (resized.shape[-2] - size) // 2, (resized.shape[-1] - size) // 2
+        return resized[..., top : top + size, left : left + size]
+
+    return _by_size(frames, crop)
+
+
+def _by_size(frames: Sequence[np.ndarray], fit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Apply ``fit`` to runs (t, H, W, 3) of frames that have one size, and join the results."""
+    return np.concatenate([fit(np.stack(list(run))) for _, run in groupby(frames, key=np.shape)])
 
 
 def _resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -86,13 +102,26 @@ def _resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized.clamp(0, 1).numpy()
 
 
+def _header_frames(container: av.container.InputContainer) -> tuple[int, float]:
+    """Frames that an opened video stores (0 if unknown), and how many it shows, both from its header.
+
+    They differ where an edit list of the mp4 and mov formats selects a part of what is stored, as lossless cutting does.
+    """
+    stream = container.streams.video[0]
+    stored = stream.frames
+    has_edit_lists = "mov" in container.format.name.split(",")
+    if not (has_edit_lists and stream.duration and stream.time_base and stream.average_rate):
+        return stored, stored
+    return stored, float(stream.duration * stream.time_base * stream.average_rate)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     """The file as a container with a video stream."""
     try:
         if path.stat().st_size == 0:
             raise VideoError(f"{path} is empty")
-        container = av.open(str(path), metadata_errors="ignore")
+        container = av.open(str(path), **_OPEN_OPTIONS)
     except (OSError, av.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"{path} cannot be opened as a video: {reason}") from error
@@ -103,7 +132,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
 
 
 def _decoded(path: Path) -> Iterator[av.VideoFrame]:
-    """The frames of a video in order; one that the decoder had to patch up is an error."""
+    """The frames of a video in order; a frame that the decoder reconstructed despite errors is an error."""
     with _opened(path) as container:
         try:
             for number, frame in enumerate(container.decode(video=0)):

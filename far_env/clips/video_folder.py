@@ -1,4 +1,4 @@
-"""A folder of videos as a clip source, by the benchmark's protocol or FAR's own."""
+"""A folder of videos as a clip source, by the benchmark's protocol or by FAR's."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from far_env.clips.arrays import read_actions
 from far_env.clips.clip import SPLITS, Clip, check_clip_id
-from far_env.clips.index import Facts, Index
-from far_env.clips.latents import decode_latents, read_latents
+from far_env.clips.index import Index, RecordingInfo
+from far_env.clips.latents import LatentHost, decode_latents, read_latents
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
 from far_env.clips.video import crop_centre, read_frames, squeeze
 from far_env.errors import VideoError, unknown_name
-
-if TYPE_CHECKING:
-    from far_env.host.weights import Host
 
 PROTOCOLS = ("benchmark", "far")
 _SEED = 42
@@ -41,31 +37,31 @@ class VideoFolder:
     Protocols:
         benchmark: the sorted file list shuffled by ``random.Random(42)``, a random start per clip, frames squeezed to a square.
             Of this order the first fifth is the test split (the benchmark's clips come first), the next tenth validation,
-            the rest train. Lists are not looked at.
-        far: clips start at frame 0, the short side is resized and the centre cropped. FAR's JSON lists, where they lie in the
-            folder (see `find_lists`), are the splits: every entry of the test list, or every tenth where FAR does so, is test;
+            the rest train. Lists are ignored.
+        far: clips start at frame 0, the short side is resized and the centre cropped. FAR's JSON lists in the folder (see
+            `find_lists`) define the splits: every entry of the test list, or every tenth where FAR does so, is test;
             of the training list every tenth entry, from the second, is validation, the others train. Without lists every
             tenth file of the sorted list is test, the file after it validation, the others train.
 
-    Files that cannot be read or are too short are skipped with a logged warning; ``skipped`` maps them to the reason. What
-    their headers tell is kept in a cache, see `far_env.clips.index`.
+    Files that cannot be read or are too short are skipped with a logged warning; ``skipped`` maps them to the reason. The
+    content of headers is cached, see `far_env.clips.index`.
 
     A training list may name latents instead of videos. Their clips are decoded by ``host``, which `make_workload` sets, so
-    scores on them leave out what its autoencoder loses; that is why there is no test split of latents.
+    scores on them exclude the autoencoder's loss; therefore latents have no test split.
 
     Args:
-        data_dir: folder of .mp4, .avi or .npz files at any depth; by default the one the class's environment variable names.
+        data_dir: folder of .mp4, .avi or .npz files at any depth; by default the value of the class's environment variable.
         protocol: one of `PROTOCOLS`.
         num_frames: frames per clip.
-        size: side of the square frames; by default the data set's own.
+        size: side of the square frames in pixels; by default that of the data set.
 
     Raises:
         ValueError: on an unknown protocol, a missing folder, a damaged list, or a folder without a usable video.
 
     Attributes:
-        test_stride: distance of the test list's entries that are test, 1 for all of them.
-        preferred_lists: names of FAR's lists, taken where there are several.
-        num_actions: how many different actions the data has, 0 for data whose actions are not read.
+        test_stride: distance between entries of the test list that are used, 1 for all.
+        preferred_lists: names of FAR's lists, used if a folder has several lists.
+        num_actions: size of the action space, 0 for data whose actions are not read.
     """
 
     name = "videos"
@@ -90,20 +86,20 @@ class VideoFolder:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}")
         self.folder, self.protocol, self.num_frames = Path(given), protocol, num_frames
         self.size = self.default_size if size is None else size
-        self.host: Host | None = None
+        self.host: LatentHost | None = None
         self.skipped: dict[Path, str] = {}
         splits = self._splits_of_files()
         everything = [recording for split in SPLITS for recording in splits[split]]
-        facts = dict(zip(everything, Index(self.folder).facts(everything), strict=True))
+        info = dict(zip(everything, Index(self.folder).info(everything), strict=True))
         self._splits = {
-            split: [entry for own in splits[split] if (entry := self._entry(own, facts[own])) is not None] for split in SPLITS
+            split: [entry for item in splits[split] if (entry := self._entry(item, info[item])) is not None] for split in SPLITS
         }
         if self.skipped:
-            _logger.warning("%s: skipped %d of %d videos", self.folder, len(self.skipped), len(facts))
+            _logger.warning("%s: skipped %d of %d videos", self.folder, len(self.skipped), len(info))
         if not any(self._splits.values()):
-            reason = f"all {len(facts)} are damaged or shorter than {num_frames} frames"
+            reason = f"all {len(info)} are damaged or shorter than {num_frames} frames"
             if protocol == "benchmark" and find_lists(self.folder, self.preferred_lists):
-                reason += "; its lists are read by protocol far"
+                reason += "; protocol far uses its lists"
             raise ValueError(f"no usable video in {self.folder}: {reason}")
 
     def num_clips(self, split: str) -> int:
@@ -127,7 +123,7 @@ class VideoFolder:
 
     @classmethod
     def as_read(cls, recording: Recording) -> Recording:
-        """The recording as this kind of data reads it: with its own number of different actions, or without any."""
+        """The recording as this data set reads it: with the size of its action space, or without actions."""
         if cls.num_actions:
             return replace(recording, num_actions=cls.num_actions)
         return replace(recording, actions=None)
@@ -138,7 +134,7 @@ class VideoFolder:
         return self._splits[split][clip_id].recording.path
 
     def _splits_of_files(self) -> dict[str, list[Recording]]:
-        """Which recordings each split is drawn from, usable or not."""
+        """The recordings of each split, usable or not."""
         lists = find_lists(self.folder, self.preferred_lists) if self.protocol == "far" else {}
         if lists:
             train, test = (read_list(lists[split]) if split in lists else [] for split in ("train", "test"))
@@ -152,33 +148,33 @@ class VideoFolder:
             if self.protocol == "benchmark":
                 random.Random(_SEED).shuffle(recordings)
             splits = _benchmark_splits(recordings) if self.protocol == "benchmark" else _far_splits(recordings)
-        return {split: [self.as_read(recording) for recording in own] for split, own in splits.items()}
+        return {split: [self.as_read(recording) for recording in recordings] for split, recordings in splits.items()}
 
-    def _entry(self, recording: Recording, facts: Facts) -> _Entry | None:
-        reason = facts.error
-        if reason is None and facts.length < self.num_frames:
-            reason = f"{recording.path} has {facts.length} frames, clips need {self.num_frames}"
+    def _entry(self, recording: Recording, info: RecordingInfo) -> _Entry | None:
+        reason = info.error
+        if reason is None and info.length < self.num_frames:
+            reason = f"{recording.path} has {info.length} frames, clips need {self.num_frames}"
         if reason is not None:
             self.skipped[recording.path] = reason
             _logger.warning("skipping: %s", reason)
             return None
         start = 0
         if self.protocol == "benchmark":
-            # Seeded by the file, so that a start does not depend on which other files are there.
-            rng = random.Random(f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}")
-            start = rng.randint(0, facts.length - self.num_frames)
-        return _Entry(recording, start, facts.actions is not None)
+            # Seeded by the file's name, so that a start does not depend on the other files.
+            # Names that are not UTF-8 hold surrogates, which a seed of type str cannot.
+            seed = f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}"
+            rng = random.Random(seed.encode("utf-8", "surrogateescape"))
+            start = rng.randint(0, info.length - self.num_frames)
+        return _Entry(recording, start, info.actions is not None)
 
     def _decode(self, path: Path, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames and scaled latents of a recording of latents."""
         if self.host is None:
-            raise ValueError(
-                f"{path} holds latents, which only a host can turn to frames; build the workload with make_workload"
-            )
+            raise ValueError(f"{path} holds latents, which only a host can decode; build the workload with make_workload")
         latents = read_latents(path, start, self.num_frames)
         if latents.shape[1:] != self.host.latent_shape:
-            own, wanted = tuple(latents.shape[1:]), self.host.latent_shape
-            raise VideoError(f"{path} holds latents {own}, the host {self.host.name} has {wanted}")
+            found, wanted = tuple(latents.shape[1:]), self.host.latent_shape
+            raise VideoError(f"{path} holds latents {found}, the host {self.host.name} has {wanted}")
         return decode_latents(latents, self.host)
 
 

@@ -16,8 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from far_env.clips.clip import check_clip_id
-from far_env.clips.dmlab import DMLab
-from far_env.clips.ucf101 import UCF101
+from far_env.clips.datasets import UCF101, DMLab
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy
 from far_env.device import resolve_device
 from far_env.errors import unknown_name

@@ -1,4 +1,4 @@
-"""Whether this machine runs a benchmark workload at full size: released architecture, random weights, a few frames.
+"""Check that this machine runs a benchmark workload at full size: released architecture, random weights, a few frames.
 
 Run as ``far-env selftest --workload dmlab_long_prediction``. No download; under two minutes on two free CPU cores.
 """
@@ -28,15 +28,15 @@ from far_env.rollout.reference import Rollout, reference_rollout
 from far_env.workloads import BUDGETS, WORKLOADS, Workload
 
 WORLD = "orbit"
-"""Where the clip comes from that is made when no data are given."""
+"""The world from which the clip is made if no data are given."""
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Norm of the difference between engine and reference over the norm of the latents."""
 CPU_STEPS = 2
-"""ODE steps on a CPU, where the workload's own take too long."""
+"""ODE steps on a CPU, where those of the workload take too long."""
 
 
 class KeepEnds:
-    """Keeps the oldest and the newest frames, half of the budget each, so that the history has a prefix and a gap."""
+    """Keeps the oldest and the newest frames, half of the budget each, so that the history has both a prefix and a gap."""
 
     name = "keep_ends"
 
@@ -51,19 +51,19 @@ class KeepEnds:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: whether it is as it must be, and what was seen."""
+    """One check: whether it passed, and the values it compared."""
 
     name: str
     passed: bool
-    seen: str
+    detail: str
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What a self-test found.
+    """The result of a self-test.
 
     Attributes:
-        facts: what was run on what.
+        facts: workload, host, precision, machine and versions.
         checks: see `self_test`.
         seconds: ``context`` to encode the given frames, ``frame`` and ``reference_frame`` per generated frame by the engine and
             by the reference loop, ``decode`` to decode one.
@@ -77,16 +77,16 @@ class SelfTest:
 
     @property
     def failures(self) -> list[str]:
-        """What is not as it must be."""
-        return [f"{check.name}: {check.seen}" for check in self.checks if not check.passed]
+        """The checks that failed, each as one line."""
+        return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
 
     def summary(self) -> dict[str, object]:
         """Plain values for JSON."""
         return {**asdict(self), "passed": not self.failures}
 
     def text(self) -> str:
-        """All of it in lines."""
-        lines = [f"  {'ok' if check.passed else 'FAILED':<8}{check.name:<12}{check.seen}" for check in self.checks]
+        """The result as lines of text."""
+        lines = [f"  {'ok' if check.passed else 'FAILED':<8}{check.name:<12}{check.detail}" for check in self.checks]
         template = (
             "{workload}, {context} + {predict} frames, budget {budget}, {ode_steps} ODE steps; "
             "host {host}, {dtype} on {machine}\n"
@@ -114,11 +114,11 @@ def full_size_workload(
         name: a workload whose host is a released one.
         precision: as in `make_workload`; by default bfloat16 on a GPU, float32 elsewhere.
         num_frames: frames to generate.
-        num_steps: ODE steps; by default the workload's own on a GPU, `CPU_STEPS` elsewhere.
-        data_dir: where the clip comes from; by default it is made from a procedural world.
+        num_steps: ODE steps; by default those of the workload on a GPU, `CPU_STEPS` elsewhere.
+        data_dir: folder of videos for the clip; by default it is made from a procedural world.
 
     Raises:
-        ValueError: on an unknown workload, one without a released host, a device that is not there, or data without a clip.
+        ValueError: on an unknown workload, one without a released host, a device that does not exist, or data without a clip.
     """
     known = [known for known, spec in WORKLOADS.items() if spec.host in RELEASED]
     if name not in known:
@@ -145,7 +145,7 @@ def full_size_workload(
 
 
 def made_clip(num_frames: int, size: int, num_actions: int = 1) -> Clip:
-    """A clip of the procedural world, forth and back for as long as asked, in a multiple of its size; actions in turn."""
+    """A clip of a procedural world, played forwards and backwards, in a multiple of its size; the actions are cyclic."""
     clip = WORLDS[WORLD].clip("test", 0)
     there_and_back = np.concatenate([clip.frames, clip.frames[-2:0:-1]])
     frames = np.resize(there_and_back, (num_frames, *clip.frames.shape[1:]))
@@ -154,15 +154,15 @@ def made_clip(num_frames: int, size: int, num_actions: int = 1) -> Clip:
 
 
 def self_test(workload: Workload, clip: Clip, noise_seed: int = BENCHMARK_SEED) -> SelfTest:
-    """Roll one clip out by the engine and by the reference loop, under a budget that is short of the context, and compare.
+    """Roll one clip out by the engine and by the reference loop, under a budget smaller than the context, and compare.
 
-    The checks: latents and pixels have their shapes; all values are finite, pixels in [0, 1]; the frames are not just their
-    noise; both ways keep the same frames; both ways give the same latents, up to `TOLERANCES`.
+    The checks: latents and pixels have their shapes; all values are finite, pixels in [0, 1]; the frames differ from
+    their noise; both keep the same frames; both generate the same latents, up to `TOLERANCES`.
     """
     host, policy = workload.host, KeepEnds()
     max_frames = min(BUDGETS["medium_history_budget"], max(1, workload.num_context - 1))
     if host.device.type == "cuda":
-        play(workload, [clip], [noise_seed], policy, max_frames)  # the first use of a kernel takes longer
+        play(workload, [clip], [noise_seed], policy, max_frames)  # the first use of a kernel is slower
         torch.cuda.reset_peak_memory_stats(host.device)
     seconds: dict[str, float] = {}
     memo = FrameMemo(DEFAULT_BYTES)
@@ -202,21 +202,21 @@ def _checks(
     low, high = float(frames.min()), float(frames.max())
     noise = rollout_noise(noise_seed, num_frames, host.latent_shape).to(latents)
     change = float((latents - noise).square().mean().sqrt())
-    # Nothing depends on the answer after the last frame, for which the engine does not ask.
+    # Nothing depends on the plan after the last frame, which the engine does not request.
     expected = [(step, numbers) for step, numbers in reference.kept if step < num_frames - 1]
     exact = reference.latents.float()
     difference, tolerance = float((latents - exact).norm() / exact.norm()), TOLERANCES[host.dtype]
-    decided = f"engine {_told(kept)}, reference loop {_told(expected)}"
+    decided = f"engine {_describe(kept)}, reference loop {_describe(expected)}"
     agreement = f"their latents differ by {difference:.1e} of the norm, {tolerance:.0e} is allowed"
     return [
         Check("shapes", shapes == wanted, f"latents {shapes[0]}, frames {shapes[1]}"),
         Check("values", finite and 0 <= low <= high <= 1, f"{'' if finite else 'not '}finite, pixels {low:.3g} to {high:.3g}"),
-        Check("movement", change > 0.1, f"latents are {change:.3g} away from the noise they began as"),
+        Check("movement", change > 0.1, f"latents are {change:.3g} away from their noise"),
         Check("decisions", kept == expected, decided),
         Check("agreement", difference <= tolerance, agreement),
     ]
 
 
-def _told(kept: list[tuple[int, list[int]]]) -> str:
-    """Decisions in words."""
+def _describe(kept: list[tuple[int, list[int]]]) -> str:
+    """Number of decisions and the last one, in words."""
     return f"made {len(kept)}" + (f", the last one kept {kept[-1][1]}" if kept else "")

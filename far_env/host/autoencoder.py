@@ -1,4 +1,4 @@
-"""Frames to latents and back: diffusers' DCAE with FAR's scaling, over video tensors."""
+"""Encodes frames as latents and decodes them: diffusers' DCAE with FAR's scaling, for video tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 CHUNK_FRAMES = 32
-"""Frames coded at once: with more, activations leave the CPU's caches and each frame takes up to four times as long."""
+"""Frames per pass: with more, activations exceed the CPU's caches and each frame takes up to four times as long."""
 
 
 class Autoencoder(nn.Module):
@@ -26,12 +26,12 @@ class Autoencoder(nn.Module):
 
     @property
     def scaling_factor(self) -> float:
-        """What encoded latents are multiplied by."""
+        """Factor by which encoded latents are multiplied."""
         return self.dcae.config.scaling_factor
 
     @property
     def compression(self) -> int:
-        """Side of the image region that one latent pixel stands for."""
+        """Pixels per latent pixel along each axis."""
         return self.dcae.spatial_compression_ratio
 
     @torch.no_grad()
@@ -49,5 +49,5 @@ class Autoencoder(nn.Module):
 
 
 def _image_batch(images: Tensor) -> Tensor:
-    """Channels innermost in memory, as convolutions like them."""
+    """The images in channels-last memory format, in which convolutions are fastest on CPUs."""
     return images.contiguous(memory_format=torch.channels_last)

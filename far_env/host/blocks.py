@@ -1,4 +1,4 @@
-"""The parts of a FAR transformer: patches, rotary positions, adaptive norms, attention and the block that joins them.
+"""The parts of a FAR transformer: patches, rotary positions, adaptive norms, attention, and the block that combines them.
 
 Formulas: FAR (arXiv 2503.19325), built on DiT's adaptive norms (2212.09748), rotary positions over three axes as in FLUX and
 RMS-normalised queries and keys. Parameter names are upstream's, so its state dicts load strictly.
@@ -21,7 +21,7 @@ ROPE_THETA = 10000.0
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, both (B, tokens, heads, head_dim)."""
 Modulation = tuple[Tensor, ...]
-"""What a frame's time and class do to one block: shift, factor and gate of attention, then of the MLP, each (B, F, 1, D)."""
+"""Shift, factor and gate of a block's attention, then of its MLP, from a frame's time and class, each (B, F, 1, D)."""
 AttentionCallback = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
 """Receives the inputs of a block's attention: queries (B, T, heads, d), keys (B, K, heads, d), the queries' rotary table and
 the mask."""
@@ -44,13 +44,13 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
 
 
 def rotary_table(positions: Tensor, rows: int, columns: int, axes_dims: tuple[int, int, int], spacing: int = 1) -> Tensor:
-    """The complex unit numbers by which every token's pairs of features are turned.
+    """The complex numbers of unit length by which every token's pairs of features are rotated.
 
     Args:
         positions: (..., F) frame indices, any dtype.
         rows, columns: tokens per frame along y and x.
-        axes_dims: head dimensions given to (t, y, x), each even.
-        spacing: distance of neighbouring tokens along y and x; a token stands at its upper left corner.
+        axes_dims: head dimensions for (t, y, x), each even.
+        spacing: distance of neighbouring tokens along y and x; a token's position is its upper left corner.
 
     Returns:
         complex64 (..., F·rows·columns, 1, sum(axes_dims) / 2), angles computed in float64.
@@ -71,7 +71,7 @@ def rotary_table(positions: Tensor, rows: int, columns: int, axes_dims: tuple[in
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent pairs of x (B, tokens, heads, d) by a `rotary_table` (B or 1, …); float32 inside, x's dtype out."""
+    """Rotate adjacent pairs of x (B, tokens, heads, d) by a `rotary_table` (B or 1, …), in float32; returns x's dtype."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
@@ -79,39 +79,39 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def modulated_norm(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     """LayerNorm of x (B, F, S, D) without weights, times ``factor`` plus ``shift``, both (B or 1, F or 1, 1, D)."""
     if shift.numel() == x.shape[-1]:
-        # All frames alike, as in sampling without labels or actions: one fused kernel.
+        # One modulation for all frames, as in sampling without labels or actions: one fused kernel.
         return F.layer_norm(x, x.shape[-1:], factor.flatten(), shift.flatten(), eps=NORM_EPS)
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * factor + shift
 
 
 class AdaptiveNorm(nn.Module):
-    """Turns a frame's condition into the shift and factor of a `modulated_norm` and the gate of the branch behind it."""
+    """Maps a frame's condition to the shift and factor of a `modulated_norm` and the gate of the branch that follows it."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, 3 * dim)
 
     def forward(self, condition: Tensor) -> Modulation:
-        """Condition (B, F, D), already through SiLU, to shift, factor and gate (B, F, 1, D)."""
+        """Condition (B, F, D), after SiLU, to shift, factor and gate (B, F, 1, D)."""
         shift, scale, gate = self.linear(condition)[:, :, None].chunk(3, dim=-1)
         return shift, 1 + scale, gate
 
 
 class FinalNorm(nn.Module):
-    """The same for the norm before the output projection. Its chunks come as (scale, shift), the reverse of the blocks'."""
+    """The same for the norm before the output projection. Its chunks are (scale, shift), the reverse of the blocks'."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
 
     def forward(self, condition: Tensor) -> Modulation:
-        """Condition (B, F, D), already through SiLU, to shift and factor (B, F, 1, D)."""
+        """Condition (B, F, D), after SiLU, to shift and factor (B, F, 1, D)."""
         scale, shift = self.linear(condition)[:, :, None].chunk(2, dim=-1)
         return shift, 1 + scale
 
 
 class Projections(NamedTuple):
-    """The layers that one kind of token goes through in attention."""
+    """The layers of attention for one kind of token, fine or coarse."""
 
     query: nn.Module
     key: nn.Module
@@ -136,13 +136,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def projections(self, coarse: bool) -> Projections:
-        """Of the tokens of whole-resolution frames; coarse ones exist in FAR-Long alone."""
+        """The layers for tokens of full-resolution frames. Only FAR-Long has coarse ones."""
         return Projections(self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k, self.to_out[0])
 
     def query(self, x: Tensor, table: Tensor, coarse: bool = False) -> Tensor:
         """(B, tokens, D) to (B, tokens, heads, d)."""
-        own = self.projections(coarse)
-        return rotate(own.norm_query(self._split(own.query(x))), table)
+        layers = self.projections(coarse)
+        return rotate(layers.norm_query(self._split(layers.query(x))), table)
 
     def key_value(self, x: Tensor, table: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor]:
         """(B, tokens, D) to keys and values, both (B, tokens, heads, d)."""
@@ -150,8 +150,8 @@ class Attention(nn.Module):
 
     def key(self, x: Tensor, coarse: bool = False) -> Tensor:
         """(B, tokens, D) to keys before rotation (B, tokens, heads, d)."""
-        own = self.projections(coarse)
-        return own.norm_key(self._split(own.key(x)))
+        layers = self.projections(coarse)
+        return layers.norm_key(self._split(layers.key(x)))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, coarse: bool = False) -> Tensor:
         """Attend and project.
@@ -160,7 +160,7 @@ class Attention(nn.Module):
             query: (B, T, heads, d).
             key, value: (B, K, heads, d).
             mask: boolean (True attends) or additive float, broadcastable to (B, heads, T, K), or None.
-            coarse: which projection the queries' tokens take.
+            coarse: whether the queries are of coarse tokens.
 
         Returns:
             (B, T, D).
@@ -174,10 +174,10 @@ class Attention(nn.Module):
 
 
 class LongAttention(Attention):
-    """Attention in which the tokens of coarse frames have projections of their own.
+    """Attention with separate projections for the tokens of coarse frames.
 
     Args:
-        last: the last block of a model, whose coarse tokens take the heads as they are.
+        last: whether this is the last block of a model, which has no output projection for coarse tokens.
     """
 
     def __init__(self, num_heads: int, head_dim: int, last: bool) -> None:
@@ -191,7 +191,7 @@ class LongAttention(Attention):
         self.to_add_out = nn.Identity() if last else nn.Linear(dim, dim)
 
     def projections(self, coarse: bool) -> Projections:
-        """Of coarse tokens, or of the others."""
+        """The layers for coarse tokens, or for the others."""
         if not coarse:
             return super().projections(coarse)
         return Projections(
@@ -200,7 +200,7 @@ class LongAttention(Attention):
 
 
 class TransformerBlock(nn.Module):
-    """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)); the modulation is one per frame."""
+    """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)), with one modulation per frame."""
 
     def __init__(self, attention: Attention, dim: int) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class TransformerBlock(nn.Module):
         self.mlp = FeedForward(dim, mult=4, activation_fn="gelu-approximate")
 
     def modulation(self, condition: Tensor) -> Modulation:
-        """Of frames with this condition (B, F, D), already through SiLU."""
+        """The modulation for a condition (B, F, D), after SiLU."""
         return (*self.norm1(condition), *self.norm2(condition))
 
     def forward(
@@ -230,9 +230,9 @@ class TransformerBlock(nn.Module):
             modulation: of x's frames.
             table: rotary table of x's tokens.
             mask: see `Attention.forward`.
-            memory: None, or keys and values (B, K, heads, d) of which x's own are the last and are written here, in place.
-            coarse: x are FAR-Long's coarse frames.
-            on_attention: called once, before the block attends.
+            memory: None, or keys and values (B, K, heads, d) of all tokens that x attends to; x's are written to its end.
+            coarse: whether x are coarse frames of FAR-Long.
+            on_attention: called once, before the attention.
 
         Returns:
             (B, F, S, D).
@@ -249,16 +249,16 @@ class TransformerBlock(nn.Module):
         x = torch.addcmul(x, gate, attended.view_as(x))
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_factor)))
 
-    def remember(self, x: Tensor, modulation: Modulation, table: Tensor, memory: KeyValue, coarse: bool = False) -> None:
-        """Only write x's keys and values into the memory, see `forward`."""
+    def write_context(self, x: Tensor, modulation: Modulation, table: Tensor, memory: KeyValue, coarse: bool = False) -> None:
+        """Write the keys and values of x into the memory as `forward` does, and compute nothing else."""
         normed = modulated_norm(x, *modulation[:2]).flatten(1, 2)
         write_tail(memory, *self.attn.key_value(normed, table, coarse))
 
 
 def write_tail(memory: KeyValue, key: Tensor, value: Tensor) -> KeyValue:
-    """Write keys and values (B, T, heads, d) over the last T tokens of the memory; returns all of it."""
-    for whole, own in zip(memory, (key, value), strict=True):
-        whole[:, -own.shape[1] :] = own
+    """Write keys and values (B, T, heads, d) over the last T tokens of the memory, in place; returns the memory."""
+    for whole, new in zip(memory, (key, value), strict=True):
+        whole[:, -new.shape[1] :] = new
     return memory
 
 

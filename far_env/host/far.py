@@ -27,12 +27,12 @@ from far_env.host.blocks import (
 CLEAN_TIME = -1.0
 """The time of a clean context frame; noisy frames have times in (0, 1000]."""
 COARSE_TIME_FACTOR = 2
-"""What times of FAR-Long's coarse frames are multiplied by."""
+"""Factor on the times of FAR-Long's coarse frames."""
 
 
 @dataclass(frozen=True)
 class Modulations:
-    """What the times and classes of some frames do to every block and to the final norm; frames with B = F = 1 are shared."""
+    """The modulations of all blocks and of the final norm for some frames; with B = F = 1 they apply to all frames."""
 
     blocks: list[Modulation]
     final: Modulation
@@ -43,9 +43,9 @@ class NextFrame:
     """Everything about a frame that stays the same while it is denoised.
 
     Attributes:
-        memory: keys and values (layers, 2, B, T, heads, d) of clean frames; the last S tokens are room for this one.
-        table: its rotary table.
-        mask: who sees whom (B or 1, 1, S, T), or None where every token sees all.
+        memory: keys and values (layers, 2, B, T, heads, d) of clean frames; the last S tokens are reserved for this frame.
+        table: rotary table of this frame.
+        mask: attention mask (B or 1, 1, S, T), or None if every token attends to all.
     """
 
     memory: Tensor
@@ -60,9 +60,9 @@ class FAR(nn.Module):
         patch_size: side of a token in latent pixels.
         in_channels, out_channels: channels of the latents and of the velocity.
         num_layers, attention_head_dim, num_attention_heads: size; the width is heads × head dimension.
-        axes_dims_rope: head dimensions given to time, row and column; they sum to attention_head_dim.
+        axes_dims_rope: head dimensions for time, row and column; they sum to attention_head_dim.
         slope_scale: added to attention logits per frame of distance, times (j − i) ≤ 0.
-        short_term_ctx_winsize: frames the upstream training loss looks at; no effect on inference.
+        short_term_ctx_winsize: number of newest frames in FAR's training loss; no effect on inference.
         condition_cfg: None, {"type": "label", "num_classes": n} or {"type": "action", "num_action_classes": n}.
 
     Raises:
@@ -111,7 +111,7 @@ class FAR(nn.Module):
 
     @property
     def null_class(self) -> int | None:
-        """Index that stands for "no label" or "no action"; None for an unconditional model."""
+        """The class index for "no label" or "no action"; None for an unconditional model."""
         if self.condition is None:
             return None
         return (self.label_embedder if self.condition == "label" else self.action_embedder).num_classes
@@ -123,7 +123,7 @@ class FAR(nn.Module):
 
         Args:
             latents: (B, F, C, h, w), clean or noisy.
-            timesteps: (B, F), or (B,) for all frames alike; −1 for clean frames, else 1000·sigma.
+            timesteps: (B, F), or (B,) with one time for all frames; −1 for clean frames, else 1000·sigma.
             label: (B,) class indices, for label-conditioned models.
             action: (B, F) indices, action i belongs to frame i, for action-conditioned models.
 
@@ -145,12 +145,12 @@ class FAR(nn.Module):
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """As `forward`, with the frames' time positions (F,) and who sees whom, boolean (F, F), given by the caller."""
+        """As `forward`, with time positions (F,) and a boolean attention mask of frames ``visible`` (F, F) given."""
         modulations = self.modulate(frame_times(timesteps, latents), label=label, action=action, dtype=latents.dtype)
         tokens = self.tokens_per_frame(latents)
         per_token = positions.repeat_interleave(tokens)[None]
-        seen = visible.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)[None]
-        mask = self._mask(per_token, per_token, seen, latents.dtype)
+        attended = visible.repeat_interleave(tokens, dim=0).repeat_interleave(tokens, dim=1)[None]
+        mask = self._mask(per_token, per_token, attended, latents.dtype)
         table = self._table(positions[None], latents)
         x = self._embed(latents)
         for block, modulation in zip(self.transformer_blocks, modulations.blocks, strict=True):
@@ -160,7 +160,7 @@ class FAR(nn.Module):
     def modulate(
         self, timesteps: Tensor, *, label: Tensor | None = None, action: Tensor | None = None, dtype: torch.dtype
     ) -> Modulations:
-        """What times (B, F) and classes do; see `forward`. Upstream rounds times to the latents' dtype first.
+        """Modulations from times (B, F) and classes, see `forward`. Upstream rounds times to the latents' dtype first.
 
         Raises:
             ValueError: if the model needs a label or actions and gets none.
@@ -179,7 +179,7 @@ class FAR(nn.Module):
         return Modulations([block.modulation(condition) for block in self.transformer_blocks], self.norm_out(condition))
 
     def null_conditions(self, batch: int, num_frames: int, device: torch.device) -> dict[str, Tensor]:
-        """The label (B,) or action (B, F) argument that says "none"; empty for an unconditional model."""
+        """The label (B,) or action (B, F) argument of the null class; empty for an unconditional model."""
         if self.condition is None:
             return {}
         shape = (batch,) if self.condition == "label" else (batch, num_frames)
@@ -195,13 +195,13 @@ class FAR(nn.Module):
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """Keys and values of clean frames, for the frame that follows them.
+        """Keys and values of clean frames, to which the frame that follows them attends.
 
         Args:
             frames: (B, n, C, h, w), at positions num_past, num_past + 1, …; rows may be padded at the end.
-            past: keys and values (layers, 2, B, T, heads, d) of the ``num_past`` frames before them, or None for none. Of
-                FAR-Long only those may be given that are as coarse or fine now as when they were computed.
-            shared: modulations by time, where they are the same for all frames and known; else label (B,) or action (B, n).
+            past: keys and values (layers, 2, B, T, heads, d) of the ``num_past`` frames before them, or None for none. With
+                FAR-Long, only of frames that are as coarse or fine now as when these were computed.
+            shared: modulations by time, if they are the same for all frames; else pass label (B,) or action (B, n).
 
         Returns:
             (layers, 2, B, tokens of the n frames, heads, d), see `token_counts`.
@@ -215,18 +215,18 @@ class FAR(nn.Module):
         num_coarse = max(0, min(self.num_coarse(num_past + num_frames + 1) - num_past, num_frames))
         start = num_past
         for coarse, piece in ((True, slice(0, num_coarse)), (False, slice(num_coarse, num_frames))):
-            own = frames[:, piece]
-            if own.shape[1] == 0:
+            part = frames[:, piece]
+            if part.shape[1] == 0:
                 continue
             time = CLEAN_TIME * (COARSE_TIME_FACTOR if coarse else 1)
             if shared is not None:
                 modulations = shared(time)
             else:
-                times = torch.full(own.shape[:2], time, device=own.device)
+                times = torch.full(part.shape[:2], time, device=part.device)
                 actions = None if action is None else action[:, piece]
-                modulations = self.modulate(times, label=label, action=actions, dtype=own.dtype)
-            end = start + own.shape[1]
-            self._remember(own, memory[:, :, :, : sum(counts[:end])], counts[:end], start, modulations, coarse)
+                modulations = self.modulate(times, label=label, action=actions, dtype=part.dtype)
+            end = start + part.shape[1]
+            self._write_context(part, memory[:, :, :, : sum(counts[:end])], counts[:end], start, modulations, coarse)
             start = end
         return memory[:, :, :, num_known:]
 
@@ -235,7 +235,7 @@ class FAR(nn.Module):
         return like.new_empty((len(self.transformer_blocks), 2, *self.layer_shape(batch, num_tokens)))
 
     def layer_shape(self, batch: int, num_tokens: int) -> tuple[int, int, int, int]:
-        """Of the keys, or values, of one layer: (batch, num_tokens, heads, d)."""
+        """Shape of the keys, or values, of one layer: (batch, num_tokens, heads, d)."""
         attention = self.transformer_blocks[0].attn
         return batch, num_tokens, attention.num_heads, attention.to_k.out_features // attention.num_heads
 
@@ -243,15 +243,15 @@ class FAR(nn.Module):
         """Prepare a frame that follows clean ones.
 
         Args:
-            memory: keys and values (layers, 2, B, T + S, heads, d); a row begins with those of its clean frames, one after
-                the other, and its last S tokens are room for the new frame.
-            latents: tells size, device and dtype of the frame, (B, 1, C, h, w).
-            lengths: B numbers of clean frames.
+            memory: keys and values (layers, 2, B, T + S, heads, d); a row begins with those of its clean frames in order, and
+                its last S tokens are reserved for the new frame.
+            latents: (B, 1, C, h, w); only its size, device and dtype are used.
+            lengths: numbers of clean frames (B,).
         """
-        own = self.tokens_per_frame(latents)
-        num_tokens = memory.shape[3] - own
+        num_new = self.tokens_per_frame(latents)
+        num_tokens = memory.shape[3] - num_new
         lengths = list(lengths) if len(set(lengths)) > 1 else list(lengths)[:1]
-        keys = torch.full((len(lengths), num_tokens + own), -1)
+        keys = torch.full((len(lengths), num_tokens + num_new), -1)
         for row, length in enumerate(lengths):
             counts = torch.tensor(self.token_counts(length, latents), dtype=torch.int64)
             keys[row, : int(counts.sum())] = torch.arange(length).repeat_interleave(counts)
@@ -260,7 +260,7 @@ class FAR(nn.Module):
         positions = keys[:, -1:]
         mask = None
         if self.slope_scale != 0 or bool((keys < 0).any()):
-            mask = self._mask(positions.expand(-1, own), keys, (keys >= 0)[:, None].expand(-1, own, -1), latents.dtype)
+            mask = self._mask(positions.expand(-1, num_new), keys, (keys >= 0)[:, None].expand(-1, num_new, -1), latents.dtype)
         return NextFrame(memory, self._table(positions, latents), mask)
 
     def denoise(
@@ -280,21 +280,21 @@ class FAR(nn.Module):
 
         Args:
             frames: clean (B, F, C, h, w).
-            modulations: theirs, at the time of clean frames.
+            modulations: of these frames, at the time of clean frames.
 
         Returns:
-            (B, F, d), float32. They depend on the frame alone, not on its place.
+            (B, F, d), float32. They depend on the frame, not on its position.
         """
         first = self.transformer_blocks[0]
         keys = first.attn.key(modulated_norm(self._embed(frames), *modulations.blocks[0][:2]).flatten(1, 2))
         return F.normalize(keys.float().unflatten(1, (frames.shape[1], -1)).mean(dim=(2, 3)), dim=-1)
 
     def num_coarse(self, num_frames: int) -> int:
-        """How many of the oldest of so many frames are coarse: none."""
+        """How many of the oldest of ``num_frames`` frames are coarse: none."""
         return 0
 
     def token_counts(self, num_context: int, latents: Tensor) -> list[int]:
-        """Tokens of each of so many clean frames (…, h, w), the newest of which precedes a new one."""
+        """Tokens of each of ``num_context`` clean frames (…, h, w) that precede a new frame."""
         num_coarse = self.num_coarse(num_context + 1)
         coarse = [self.tokens_per_frame(latents, True)] * num_coarse
         return coarse + [self.tokens_per_frame(latents)] * (num_context - num_coarse)
@@ -335,16 +335,16 @@ class FAR(nn.Module):
         return rotary_table(positions.to(latents.dtype), *self._grid(latents, coarse), self.axes_dims_rope, spacing)
 
     def _mask(self, queries: Tensor, keys: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
-        """Who sees whom: frame positions of tokens (B, Tq) and (B, Tk), visible (B, Tq, Tk) to (B, 1, Tq, Tk).
+        """Attention mask (B, 1, Tq, Tk) from frame positions of tokens (B, Tq) and (B, Tk) and ``visible`` (B, Tq, Tk).
 
-        Four axes always: torch has no fused CPU attention for a mask of three.
+        It always has four axes: torch has no fused CPU attention for a mask of three.
         """
         if self.slope_scale == 0:
             return visible[:, None]
         distance = keys[:, None, :] - queries[:, :, None]
         return (self.slope_scale * distance).to(dtype).masked_fill(~visible, float("-inf"))[:, None]
 
-    def _remember(
+    def _write_context(
         self, frames: Tensor, memory: Tensor, counts: list[int], start: int, modulations: Modulations, coarse: bool
     ) -> None:
         """Write keys and values of clean frames at positions start, … over the last tokens of the memory."""
@@ -360,12 +360,12 @@ class FAR(nn.Module):
         *blocks, last = self.transformer_blocks
         for block, modulation, layer in zip(blocks, modulations.blocks, memory, strict=False):
             x = block(x, modulation, table, mask, (layer[0], layer[1]), coarse)
-        # Nothing but keys and values is needed of the last block.
-        last.remember(x, modulations.blocks[-1], table, (memory[-1, 0], memory[-1, 1]), coarse)
+        # Only keys and values of the last block are needed.
+        last.write_context(x, modulations.blocks[-1], table, (memory[-1, 0], memory[-1, 1]), coarse)
 
 
 def frame_times(timesteps: Tensor, latents: Tensor) -> Tensor:
-    """Times (B, F) from (B, F), or from (B,) for all frames alike."""
+    """Times (B, F) from (B, F), or from (B,) with one time for all frames."""
     if timesteps.ndim == 1:
         timesteps = timesteps[:, None]
     return timesteps.expand(latents.shape[:2])

@@ -1,4 +1,4 @@
-"""FAR-Long: FAR whose oldest frames are coarse, so that long histories stay affordable (arXiv 2503.19325)."""
+"""FAR-Long: FAR whose oldest frames are coarse, which bounds the cost of long histories (arXiv 2503.19325)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COARSE_COPIES = {
     "norm_added_q": "norm_q",
     "norm_added_k": "norm_k",
 }
-"""Which weights of a fine token's attention a coarse token's may begin as."""
+"""Layers of attention for coarse tokens, and the fine ones from which they may be initialised."""
 
 
 class FARLong(FAR):
-    """FAR with a window: the newest ``short_term_ctx_winsize`` frames, the one being denoised included, are seen in full.
+    """FAR with a window: the newest ``short_term_ctx_winsize`` frames, the one being denoised included, are fine.
 
-    Older frames are cut into patches of ``context_patch_size``, have embedding and attention projections of their own, twice
-    the time, and are seen by the window but do not see it.
+    Older frames are coarse: cut into patches of ``context_patch_size``, with separate embedding and attention projections and
+    twice the time. The window attends to them; they do not attend to the window.
 
     Args:
         context_patch_size: side of a coarse token in latent pixels.
@@ -72,7 +72,7 @@ class FARLong(FAR):
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """As `FAR.velocity`, with the first ``num_coarse`` frames coarse; they never see the others."""
+        """As `FAR.velocity`, with the first ``num_coarse`` frames coarse; they never attend to the others."""
         times = frame_times(timesteps, latents)
         self._grid(latents, True)  # upstream refuses sizes that do not fit, even without coarse frames
         known: list[tuple[Tensor, Tensor]] | None = None
@@ -80,24 +80,24 @@ class FARLong(FAR):
         counts[:num_coarse] = self.tokens_per_frame(latents, True)
         velocities = []
         for coarse, piece in ((True, slice(0, num_coarse)), (False, slice(num_coarse, latents.shape[1]))):
-            frames, own_times = latents[:, piece], times[:, piece] * (COARSE_TIME_FACTOR if coarse else 1)
+            frames, frame_time = latents[:, piece], times[:, piece] * (COARSE_TIME_FACTOR if coarse else 1)
             if frames.shape[1] == 0:
                 continue
             actions = None if action is None else action[:, piece]
-            modulations = self.modulate(own_times, action=actions, dtype=latents.dtype)
+            modulations = self.modulate(frame_time, action=actions, dtype=latents.dtype)
             queries = positions[piece].repeat_interleave(counts[piece])
             keys = positions[: piece.stop].repeat_interleave(counts[: piece.stop])
-            seen = visible[piece, : piece.stop].repeat_interleave(counts[piece], dim=0)
-            seen = seen.repeat_interleave(counts[: piece.stop], dim=1)
-            mask = self._mask(queries[None], keys[None], seen[None], latents.dtype)
+            attended = visible[piece, : piece.stop].repeat_interleave(counts[piece], dim=0)
+            attended = attended.repeat_interleave(counts[: piece.stop], dim=1)
+            mask = self._mask(queries[None], keys[None], attended[None], latents.dtype)
             table = self._table(positions[piece][None], frames, coarse)
             x = self._embed(frames, coarse)
             memories = []
             for index, block in enumerate(self.transformer_blocks):
-                # Tensors of its own for every layer and pass: autograd needs what was written to stay as it is.
-                room = [x.new_empty(self.layer_shape(len(x), len(queries))) for _ in range(2)]
+                # New tensors for every layer and pass, because autograd needs what was written unchanged.
+                new = [x.new_empty(self.layer_shape(len(x), len(queries))) for _ in range(2)]
                 memory = tuple(
-                    room if known is None else (torch.cat(pair, dim=1) for pair in zip(known[index], room, strict=True))
+                    new if known is None else (torch.cat(pair, dim=1) for pair in zip(known[index], new, strict=True))
                 )
                 x = block(x, modulations.blocks[index], table, mask, memory, coarse)
                 memories.append(memory)
@@ -106,7 +106,7 @@ class FARLong(FAR):
         return torch.cat(velocities, dim=1)
 
     def num_coarse(self, num_frames: int) -> int:
-        """Those that the window leaves out."""
+        """How many of the oldest of ``num_frames`` frames are outside the window."""
         return max(0, num_frames - self.short_term_ctx_winsize)
 
     def _attention(self, num_heads: int, head_dim: int, last: bool) -> Attention:
@@ -123,12 +123,12 @@ def make_transformer(config: Mapping[str, Any]) -> FAR:
     return (FARLong if "context_patch_size" in config else FAR)(**config)
 
 
-def begin_from(model: FAR, source: FAR) -> None:
+def initialise_from(model: FAR, source: FAR) -> None:
     """Copy the weights of a transformer of the same size into ``model``, in place.
 
-    The coarse parts of a FARLong always begin from the source's fine ones, so that a coarse frame looks like a blurred fine one
-    and is not ignored from the start: projections as copies, the embedding as the mean over the fine patches it covers. The
-    output of coarse frames stays as it is.
+    The coarse parts of a FARLong are always initialised from the source's fine ones, so that a coarse frame is embedded as a
+    blurred fine one and attended to from the start: projections are copies, the embedding is the mean over the fine patches it
+    covers. The output projection of coarse frames is not changed.
 
     Raises:
         ValueError: if a weight is of another shape.
@@ -136,9 +136,9 @@ def begin_from(model: FAR, source: FAR) -> None:
     known, state = source.state_dict(), model.state_dict()
     if isinstance(model, FARLong):
         for key in state:
-            own = next((part for part in COARSE_COPIES if f".{part}." in key), None)
-            if own is not None:
-                known[key] = known[key.replace(own, COARSE_COPIES[own])]
+            coarse = next((part for part in COARSE_COPIES if f".{part}." in key), None)
+            if coarse is not None:
+                known[key] = known[key.replace(coarse, COARSE_COPIES[coarse])]
         known["context_embedder.weight"] = _blurred(source.x_embedder.weight, source.patch_size, model.context_patch_size)
         known["context_embedder.bias"] = source.x_embedder.bias
     for key, value in state.items():
@@ -146,7 +146,7 @@ def begin_from(model: FAR, source: FAR) -> None:
             continue
         if key not in known or known[key].shape != value.shape:
             found = tuple(known[key].shape) if key in known else "none"
-            raise ValueError(f"{key} is of shape {tuple(value.shape)}, in the transformer to begin from of {found}")
+            raise ValueError(f"{key} has shape {tuple(value.shape)}, in the transformer to start from {found}")
         state[key] = known[key]
     model.load_state_dict(state)
 

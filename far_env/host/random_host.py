@@ -1,4 +1,4 @@
-"""A released host's exact architecture with seeded random weights: for tests and timings that need its size, not its skill."""
+"""A released host's exact architecture with seeded random weights, for tests and timings that do not need quality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from far_env.host.weights import Host
 from far_env.host.zoo import find_released
 
 DEVIATION = 0.05
-"""Of what a new FAR has at zero. As zeros they would make every velocity zero, whatever the rest computes."""
+"""Standard deviation of the layers that a new FAR initialises with zeros, which would make every velocity zero."""
 
 
 def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Host:
@@ -20,7 +20,7 @@ def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int =
     """
     released = find_released(name)
     if released.autoencoder is None:
-        raise ValueError(f"{name} is an autoencoder; name a transformer, whose autoencoder comes with it")
+        raise ValueError(f"{name} is an autoencoder; name a transformer, whose autoencoder is included")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         modules = [
@@ -34,7 +34,7 @@ def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int =
 
 
 def _without_zeros(model: nn.Module) -> nn.Module:
-    """Give layers that start at zero normal values."""
+    """Draw normal values for parameters that are initialised with zeros."""
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=DEVIATION)

@@ -27,17 +27,17 @@ def make_scheduler(num_steps: int, device: torch.device | str = "cpu") -> FlowMa
 
 
 class FrameProbe(Protocol):
-    """Follows how one frame per row is made, without changing it. With guidance, rows of the null class come first."""
+    """Records how one frame per row is generated, without changing it. With guidance, rows of the null class come first."""
 
     def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
-        """Of every block in turn at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
+        """Called by every block in turn at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
 
     def velocity(self, step: int, latent: Tensor, velocity: Tensor) -> None:
-        """At the end of ODE step 0, 1, …: the noisy latent (B, 1, C, h, w) and the velocity it will be moved by."""
+        """Called at ODE step 0, 1, …, with the noisy latent (B, 1, C, h, w) and its velocity, before the latent is changed."""
 
 
 class FrameSampler:
-    """Solves the ODE of one new frame per row, again and again with the same model and steps.
+    """Solves the ODE of one new frame per row; one sampler serves many frames of the same model and steps.
 
     Args:
         model: a frozen FAR transformer.
@@ -77,8 +77,8 @@ class FrameSampler:
         Args:
             memory: see `FAR.next_frame`; with guidance 2B rows, those of the null class first.
             noise: initial noise (B, 1, C, h, w).
-            lengths: B numbers of clean frames.
-            label: (B,), action: (B, 1) of the new frame; None for the null class, where the model takes them.
+            lengths: numbers of clean frames (B,).
+            label: (B,), action: (B, 1) of the new frame; None for the null class, if the model takes them.
             probe: called at every step.
 
         Returns:
@@ -101,7 +101,7 @@ class FrameSampler:
 
     @torch.no_grad()
     def shared_modulations(self, time: float) -> Modulations:
-        """Of all frames at this time, of the null class if there are classes; computed once."""
+        """Modulations for all frames at this time, of the null class if the model has classes; computed once per time."""
         if time not in self._shared:
             times = torch.full((1, 1), time, device=self._device)
             null = self.model.null_conditions(1, 1, self._device)
@@ -112,7 +112,7 @@ class FrameSampler:
     def velocity(
         self, memory: Tensor, noisy: Tensor, lengths: Sequence[int], step: int, *, action: Tensor | None = None
     ) -> Tensor:
-        """Of one ODE step alone (B, 1, C, h, w), for latents that are as noisy (B, 1, C, h, w); else as a call."""
+        """Velocity (B, 1, C, h, w) at one ODE step for latents with that step's noise (B, 1, C, h, w); see `__call__`."""
         if self.guided:
             action, lengths = with_null_class(self.model, action), [*lengths, *lengths]
         modulations = list(self._modulations(memory.shape[2], None, action))[step]
@@ -159,8 +159,8 @@ def sample_next_frame(
         noise: initial noise (B, 1, C, h, w).
         num_steps: Euler steps.
         guidance_scale: above 1, classifier-free guidance null + scale · (conditional − null), the null class on all frames.
-        label: (B,) class indices, where the model takes them.
-        action: (B, K+1) action indices, the last one belongs to the new frame, where the model takes them.
+        label: (B,) class indices, if the model takes them.
+        action: (B, K+1) action indices, the last one belongs to the new frame, if the model takes them.
 
     Returns:
         The clean latent (B, 1, C, h, w).
@@ -174,7 +174,7 @@ def sample_next_frame(
             f"action has {action.shape[1]} entries; {num_context} context frames and the new one need {num_context + 1}"
         )
     sampler = FrameSampler(model, num_steps, guidance_scale)
-    # Checked here, because the sampler itself takes no class for the null class.
+    # Checked here, because the sampler takes a missing class for the null class.
     for kind, given in (("label", label), ("action", action)):
         if model.condition == kind and given is None:
             raise ValueError(f"this model is conditioned on {kind}s: pass {kind}")

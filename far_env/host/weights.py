@@ -1,4 +1,4 @@
-"""Hosts on disk: a folder with config.json and two safetensors files goes in, a frozen `Host` on a device comes out."""
+"""Load and save hosts: folders with config.json and two safetensors files, or released models by name."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from far_env.device import resolve_device, torch_defaults
-from far_env.errors import WeightsError
+from far_env.errors import WeightsError, first_line
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
 from far_env.host.zoo import RELEASED, load_released
 from far_env.io import write_text
-from far_env.tensor_files import file_hash, load_weights
+from far_env.tensor_files import file_hash, load_weights, save_weights
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"embedded": _ASSETS / "embedded_host", "embedded_long": _ASSETS / "embedded_long_host"}
@@ -33,13 +33,13 @@ class Host:
     """The frozen video model on one device.
 
     Attributes:
-        name: where it came from.
+        name: the name or folder from which it was loaded.
         transformer, autoencoder: in eval mode, without gradients.
         weights_hash: eight hex digits: of the SHA-256 of config.json, which holds those of both weight files, or, of a released
             model, of the transformer's file.
         latent_shape: (C, h, w) of one frame at ``frame_size``.
-        frame_size: side of the square frames it works on.
-        num_steps: ODE steps that its workloads use by default.
+        frame_size: side of its square frames in pixels.
+        num_steps: default number of ODE steps of its workloads.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which precision it computes."""
+        """The dtype of its weights, in which it computes."""
         return next(self.transformer.parameters()).dtype
 
 
@@ -76,7 +76,7 @@ def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype:
 
 @lru_cache(maxsize=4)
 def _load_host(name: str, folder: Path, config_text: str, device: torch.device, dtype: torch.dtype) -> Host:
-    # The text holds the weights' hashes, so a host that was trained anew is not taken for the cached one.
+    # The text contains the weights' hashes, so a host that was trained again does not hit the cache.
     config = _check_config(folder, config_text)
     modules: dict[str, nn.Module] = {}
     sources = {
@@ -85,14 +85,17 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
     }
     for part, (place, build) in sources.items():
         path = place / f"{part}.safetensors"
-        content_hash, expected = file_hash(path), config["sha256"].get(part, "")
+        content_hash, expected = file_hash(path), config["sha256"][part]
         if content_hash != expected:
             raise WeightsError(f"{path} has SHA-256 {content_hash[:8]}…, config.json expects {expected[:8]}…; restore the file")
         try:
             model = build(config[part])
-        except (TypeError, ValueError) as error:
-            raise WeightsError(f"{folder / 'config.json'}: the {part} settings do not fit: {error}") from error
+        except Exception as error:  # diffusers and torch raise many kinds of them
+            raise WeightsError(f"{folder / 'config.json'}: the {part} settings do not fit: {first_line(error)}") from error
         modules[part] = load_weights(model, path).to(device, dtype)
+    side = config["frame_size"] // modules["autoencoder"].compression
+    if config["latent_shape"] != [modules["transformer"].in_channels, side, side]:
+        raise WeightsError(f"{folder / 'config.json'}: latent_shape does not fit the models; restore the file")
     return Host(
         name=name,
         weights_hash=hashlib.sha256(config_text.encode()).hexdigest()[:8],
@@ -107,7 +110,7 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
 def _released_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
     released = RELEASED[name]
     if released.autoencoder is None:
-        raise WeightsError(f"{name} is an autoencoder; name a transformer, whose autoencoder comes with it")
+        raise WeightsError(f"{name} is an autoencoder; name a transformer, whose autoencoder is included")
     autoencoder = load_released(released.autoencoder).to(device, dtype)
     side = released.frame_size // autoencoder.compression
     return Host(
@@ -130,31 +133,28 @@ def save_host(
     num_steps: int,
     autoencoder_of: str | None = None,
 ) -> None:
-    """Write a host in float16: two safetensors files and config.json, each whole or not at all.
+    """Write a host in float16: two safetensors files and config.json, which contains their hashes.
 
     Args:
-        configs: constructor arguments under "transformer" and "autoencoder". A FARLong is told by its context_patch_size.
-        autoencoder_of: the shipped host whose autoencoder this is; its file is not written again.
+        configs: constructor arguments under "transformer" and "autoencoder". With a context_patch_size it is a FARLong.
+        autoencoder_of: the shipped host that has this autoencoder; its file is not written again.
 
     Raises:
-        ValueError: if that host's autoencoder is another one.
+        ValueError: if that host has another autoencoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for part, module in (("autoencoder", autoencoder), ("transformer", transformer)):
         half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-        half = {key: value.cpu().contiguous() for key, value in half.items()}
         if part == "autoencoder" and autoencoder_of is not None:
             path = SHIPPED[autoencoder_of] / f"{part}.safetensors"
             shared = load_file(path)
-            if shared.keys() != half.keys() or not all(torch.equal(shared[key], value) for key, value in half.items()):
+            if shared.keys() != half.keys() or not all(torch.equal(shared[key], value.cpu()) for key, value in half.items()):
                 raise ValueError(f"the autoencoder is not that of the host {autoencoder_of}; leave autoencoder_of out")
             hashes[part] = file_hash(path)
             continue
         path = folder / f"{part}.safetensors"
-        temporary = path.with_suffix(".part")
-        save_file(half, temporary)
-        temporary.replace(path)
+        save_weights(half, path)
         hashes[part] = file_hash(path)
     side = frame_size // autoencoder.compression
     config = {
@@ -170,26 +170,45 @@ def save_host(
 
 
 def _read_config(folder: Path) -> str:
+    path = folder / "config.json"
     try:
-        return (folder / "config.json").read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise WeightsError(
             f"no host in {folder}: config.json cannot be read; use {' or '.join(SHIPPED)}, a released model of far-env weights "
             "list, or a folder made by train-host"
         ) from error
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}); restore the file") from error
 
 
 def _check_config(folder: Path, text: str) -> dict:
+    """The content of config.json. Raises WeightsError, naming the file and the key, unless its values can be used."""
     path = folder / "config.json"
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}); restore the file") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} must hold a JSON object; restore the file")
     missing = [key for key in (*_PARTS, "sha256", "latent_shape", "frame_size", "num_steps") if key not in config]
     if missing:
         raise WeightsError(f"{path} lacks {', '.join(missing)}; restore the file")
-    if config.get("autoencoder_of", "embedded") not in SHIPPED:
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    hashes, shape = config["sha256"], config["latent_shape"]
+    fits = {
+        **{part: isinstance(config[part], dict) for part in _PARTS},
+        "sha256": isinstance(hashes, dict) and all(isinstance(hashes.get(part), str) for part in _PARTS),
+        "latent_shape": isinstance(shape, list) and len(shape) == 3 and all(map(is_count, shape)),
+        "frame_size": is_count(config["frame_size"]),
+        "num_steps": is_count(config["num_steps"]),
+    }
+    if wrong := [key for key, fit in fits.items() if not fit]:
+        raise WeightsError(f"{path}: {wrong[0]} has a value that cannot be used; restore the file")
+    source = config.get("autoencoder_of", "embedded")
+    if not isinstance(source, str) or source not in SHIPPED:
         raise WeightsError(f"{path}: autoencoder_of must be one of {', '.join(SHIPPED)}; restore the file")
     return config

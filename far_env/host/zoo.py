@@ -1,4 +1,4 @@
-"""The released FAR models (Gu et al., arXiv 2503.19325): which files, configurations and data, where they lie, loading them.
+"""The released FAR models (Gu et al., arXiv 2503.19325): files, configurations, data and loading.
 
 Facts from the Hugging Face repository guyuchao/FAR_Models; the eight hex digits in a file's name begin its SHA-256.
 """
@@ -25,6 +25,8 @@ REPOSITORY = "guyuchao/FAR_Models"
 CITATION = "FAR: Gu et al., arXiv 2503.19325; DCAE: Chen et al., arXiv 2410.10733"
 DIRECTORY_VARIABLE = "FAR_WEIGHTS_DIR"
 BENCHMARK_DIRECTORY = Path("/data/far_weights")
+CONNECTION_SECONDS = 5
+"""How long a download waits for the first answer."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Released:
         frame_size: side of its frames in pixels.
         config: constructor arguments of the model.
         kind: FAR, FARLong or Autoencoder.
-        autoencoder: name of the one that a transformer's latents are of; None for autoencoders.
+        autoencoder: name of the autoencoder of a transformer's latents; None for autoencoders.
     """
 
     file: str
@@ -54,7 +56,7 @@ class Released:
 
     @property
     def path(self) -> Path:
-        """Where the file lies on this machine, whether it is there or not."""
+        """The path of the file on this machine, whether it exists or not."""
         return weights_dir() / self.file
 
     def build(self) -> nn.Module:
@@ -154,7 +156,7 @@ def find_released(name: str) -> Released:
 
 
 def weights_dir() -> Path:
-    """The folder of the environment variable FAR_WEIGHTS_DIR, else the benchmark's own if it is there, else one in a cache."""
+    """The folder of the environment variable FAR_WEIGHTS_DIR, else the benchmark's if it exists, else one in the cache."""
     given = os.environ.get(DIRECTORY_VARIABLE)
     if given:
         return Path(given).expanduser()
@@ -178,7 +180,7 @@ def verify(name: str) -> Path:
     """The checkpoint's file, after comparing its hash with its name.
 
     Raises:
-        WeightsError: if the file is missing, truncated or another one.
+        WeightsError: if the file is missing or its hash is another.
     """
     released = find_released(name)
     path = released.path
@@ -190,24 +192,26 @@ def verify(name: str) -> Path:
     found = file_hash(path)
     if not found.startswith(released.hash_prefix):
         raise WeightsError(
-            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; without it, "
-            f"far-env weights download {name} fetches it again"
+            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it and "
+            f"fetch it again with far-env weights download {name}"
         )
     return path
 
 
 def download(name: str) -> Path:
-    """Fetch the checkpoint from Hugging Face, with progress and resume, unless it is there already; then verify it.
+    """Fetch the checkpoint from Hugging Face, with progress and resume, unless its file exists already; then verify it.
 
     Raises:
-        WeightsError: if it cannot be fetched or is not what its name says; what was fetched is then removed.
+        WeightsError: if it cannot be fetched, or its hash is not the one in its name; the fetched file is then removed.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     released = find_released(name)
     if released.path.exists():
         return verify(name)
     try:
+        # Without a network, the download would repeat this request for most of a minute before it fails.
+        get_hf_file_metadata(hf_hub_url(REPOSITORY, released.file), timeout=CONNECTION_SECONDS)
         hf_hub_download(REPOSITORY, released.file, local_dir=weights_dir())
     except Exception as error:
         raise WeightsError(
@@ -225,7 +229,7 @@ def load_released(name: str) -> nn.Module:
     """The released model in eval mode, float32, on the CPU, without gradients.
 
     Raises:
-        WeightsError: if the file is missing, its hash or its tensors are not the expected ones, or it holds more than tensors.
+        WeightsError: if the file is missing, its hash or its tensors do not match, or it holds anything but tensors.
     """
     released, path = find_released(name), verify(name)
     try:
@@ -233,10 +237,10 @@ def load_released(name: str) -> nn.Module:
     except Exception as error:
         raise WeightsError(f"{path} is no plain state dict of tensors and is not loaded: {first_line(error)}") from error
     model = released.build()
-    # The release holds diffusers' own autoencoder, which ours wraps.
+    # The release contains a diffusers autoencoder, which `Autoencoder` wraps.
     target = model.dcae if isinstance(model, Autoencoder) else model
     check_state(state, target.state_dict(), path)
     target.load_state_dict(state, assign=True)
     if isinstance(model, Autoencoder):
-        model.to(memory_format=torch.channels_last)  # the loaded tensors are as they lay in the file
+        model.to(memory_format=torch.channels_last)  # loaded tensors keep the layout of the file
     return model.float().eval().requires_grad_(False)

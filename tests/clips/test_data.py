@@ -1,4 +1,4 @@
-"""The data sets as they are released: lists, actions, latents, the index of headers, and what data check says of a folder."""
+"""The data sets in their released form: lists, actions, latents, the index of headers, and the report of data check."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ import torch
 
 from far_env import cli
 from far_env.clips import arrays, index
-from far_env.clips.bair import BAIR
 from far_env.clips.check import check_data
-from far_env.clips.dmlab import DMLab
+from far_env.clips.datasets import BAIR, UCF101, DMLab, Minecraft
 from far_env.clips.index import Index
-from far_env.clips.minecraft import Minecraft
 from far_env.clips.recordings import Recording, find_recordings
-from far_env.clips.ucf101 import UCF101
 from far_env.contract import NewestFrames
 from far_env.errors import VideoError
 from far_env.io import cache_dir
@@ -39,7 +36,7 @@ def names(source, split):
 
 
 def numbered(num_frames):
-    """Actions that tell their frame."""
+    """Actions by which frames can be recognised."""
     return np.arange(num_frames, dtype=np.int64) % 4
 
 
@@ -65,14 +62,14 @@ def test_lists_are_the_splits_of_fars_protocol(ucf):
     assert sum(benchmark.num_clips(split) for split in SPLITS) == 33 and benchmark.num_clips("test") == 7
 
 
-def test_of_several_lists_fars_own_is_taken(ucf):
+def test_of_several_lists_fars_is_used(ucf):
     write_list(ucf / "test01.json", [])
     assert len(names(UCF101(ucf, "far", num_frames=16), "test")) == 2
     with pytest.raises(ValueError, match=r"several lists for test \(test01.json, test03.json\); leave one"):
         BAIR(ucf, "far", num_frames=16)
 
 
-def test_a_listed_file_that_is_not_there_is_skipped_with_the_reason(ucf):
+def test_an_entry_whose_file_is_missing_is_skipped_with_the_reason(ucf):
     (ucf / "video" / "Class" / "test01.mp4").unlink()
     source = UCF101(ucf, "far", num_frames=16)
     assert names(source, "test") == ["test11"]
@@ -152,7 +149,7 @@ def test_the_real_episode_has_its_actions(samples):
         np.testing.assert_allclose(clip.frames, episode["video"].transpose(0, 3, 1, 2) / 255, atol=1e-6)
 
 
-def test_actions_that_do_not_fit_are_told(tmp_path):
+def test_actions_that_do_not_fit_are_reported(tmp_path):
     write_episode(tmp_path / "a.npz", 80, actions=np.full(80, 4))
     write_episode(tmp_path / "b.npz", 80, actions=np.zeros(80))
     write_episode(tmp_path / "c.npz", 80, actions=np.zeros(71, dtype=np.int64))
@@ -160,7 +157,7 @@ def test_actions_that_do_not_fit_are_told(tmp_path):
     reasons = {path.name: reason for path, reason in source.skipped.items()}
     assert "'actions' must be integers (T,), got float64 (80,)" in reasons["b.npz"]
     assert "has 71 frames, clips need 72" in reasons["c.npz"], "a frame without its action cannot be used"
-    with pytest.raises(VideoError, match=r"a\.npz holds actions from 4 to 4, known are 0 to 3"):
+    with pytest.raises(VideoError, match=r"a\.npz holds actions from 4 to 4, valid are 0 to 3"):
         source.clip("test", 0)
     report = check_data(tmp_path, "dmlab")
     assert len(report.damaged) == 2 and any("holds actions from 4 to 4" in reason for reason in report.damaged)
@@ -195,14 +192,14 @@ def test_a_rollout_from_latents_is_the_one_from_the_pixels_they_were_encoded_fro
     pixels = DMLab(latent_folder / "videos", "far", num_frames=12).clip("train", 0)
     source = DMLab(latent_folder / "latents", "far", num_frames=12)
     assert [source.num_clips(split) for split in SPLITS] == [2, 1, 0]
-    with pytest.raises(ValueError, match=r"0\.pt holds latents, which only a host can turn to frames"):
+    with pytest.raises(ValueError, match=r"0\.pt holds latents, which only a host can decode"):
         source.clip("train", 0)
     source.host = tiny_long_host
     clip = source.clip("train", 1)
     assert clip.latents.shape == (12, 4, 8, 8) and clip.frames.shape == (12, 3, 64, 64)
     np.testing.assert_array_equal(clip.actions, pixels.actions)
     workload = Workload("latents", source, tiny_long_host, num_context=8, num_predict=4, num_steps=2)
-    (from_latents, _), (from_pixels, _) = (play(workload, [own], [5], NewestFrames(), 4) for own in (clip, pixels))
+    (from_latents, _), (from_pixels, _) = (play(workload, [source], [5], NewestFrames(), 4) for source in (clip, pixels))
     torch.testing.assert_close(from_latents.generated([0]), from_pixels.generated([0]), atol=1e-4, rtol=0)
     exact = reference_rollout(workload, clip, NewestFrames(), 4, 5)
     torch.testing.assert_close(from_latents.generated([0])[0], exact.latents, atol=1e-4, rtol=0)
@@ -210,12 +207,12 @@ def test_a_rollout_from_latents_is_the_one_from_the_pixels_they_were_encoded_fro
     torch.testing.assert_close(torch.from_numpy(clip.frames), decoded)
 
 
-def test_a_workload_hands_its_host_to_latents_and_they_are_never_a_test(latent_folder, tiny_host_folder, monkeypatch):
+def test_a_workload_sets_the_host_of_latents_and_they_are_never_test_clips(latent_folder, tiny_host_folder, monkeypatch):
     options = {"data_dir": latent_folder / "latents", "num_frames": 20}
     write_list(latent_folder / "latents" / "dmlab_val.json", [{"latent_path": "0.pt", "action_path": "0.npz"}])
     workload = make_workload("dmlab_long_prediction", host=tiny_host_folder, device="cpu", protocol="far", **options)
     assert workload.clips.num_clips("test") == 0 and workload.clips.clip("validation", 0).frames.shape == (20, 3, 64, 64)
-    with pytest.raises(ValueError, match=r"all 3 are damaged or shorter than 20 frames; its lists are read by protocol far"):
+    with pytest.raises(ValueError, match=r"all 3 are damaged or shorter than 20 frames; protocol far uses its lists"):
         make_workload("dmlab_long_prediction", host=tiny_host_folder, **options)
 
 
@@ -226,7 +223,7 @@ class Malicious:
         return pytest.fail, ("executed",)
 
 
-def test_latents_that_are_none_are_skipped_or_refused(latent_folder, tiny_host):
+def test_files_without_usable_latents_are_skipped_or_refused(latent_folder, tiny_host):
     folder = latent_folder / "latents"
     torch.save(Malicious(), folder / "0.pt")
     torch.save({"latents": torch.zeros(20, 4, 8, 8)}, folder / "1.pt")
@@ -256,9 +253,9 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def examined(monkeypatch):
     """Names of the files whose headers are read."""
-    seen, examine = [], index.examine
-    monkeypatch.setattr(index, "examine", lambda recording: (seen.append(recording.path.name), examine(recording))[1])
-    return seen
+    names, examine = [], index.examine
+    monkeypatch.setattr(index, "examine", lambda recording: (names.append(recording.path.name), examine(recording))[1])
+    return names
 
 
 def test_headers_are_read_once_until_a_file_changes(tmp_path, cache, examined):
@@ -285,11 +282,11 @@ def test_headers_are_read_once_until_a_file_changes(tmp_path, cache, examined):
 def test_the_same_file_read_as_other_data_is_another_entry(tmp_path, cache):
     path = write_episode(tmp_path / "a.npz", 20)
     for recording, expected in ((Recording(path), None), (Recording(path, path), 20), (Recording(path), None)):
-        (facts,) = Index(tmp_path).facts([recording])
-        assert (facts.frames, facts.actions) == (20, expected)
+        (info,) = Index(tmp_path).info([recording])
+        assert (info.frames, info.actions) == (20, expected)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, examined):
+def test_without_a_writable_cache_headers_are_read_every_time(tmp_path, monkeypatch, examined):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FAR_ENV_CACHE", str(tmp_path / "file"))
     write_video(tmp_path / "data" / "a.avi", 16)
@@ -298,7 +295,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, e
     assert examined == ["a.avi", "a.avi"]
 
 
-def test_what_is_known_when_the_user_stops_is_kept(tmp_path, cache, monkeypatch):
+def test_what_was_read_before_ctrl_c_is_stored(tmp_path, cache, monkeypatch):
     recordings = [Recording(write_video(tmp_path / "data" / f"{i}.avi", 16)) for i in range(3)]
     examine = index.examine
 
@@ -309,9 +306,9 @@ def test_what_is_known_when_the_user_stops_is_kept(tmp_path, cache, monkeypatch)
 
     monkeypatch.setattr(index, "examine", stopped)
     with pytest.raises(KeyboardInterrupt):
-        Index(tmp_path / "data").facts(recordings)
+        Index(tmp_path / "data").info(recordings)
     monkeypatch.setattr(index, "examine", lambda recording: pytest.fail("read again"))
-    assert [facts.frames for facts in Index(tmp_path / "data").facts(recordings[:2])] == [16, 16]
+    assert [info.frames for info in Index(tmp_path / "data").info(recordings[:2])] == [16, 16]
 
 
 def test_an_episode_is_indexed_by_its_headers_alone_and_checked_when_it_is_read(tmp_path, monkeypatch):
@@ -332,7 +329,7 @@ def test_an_episode_is_indexed_by_its_headers_alone_and_checked_when_it_is_read(
         source.clip("test", 0)
 
 
-def test_a_frame_that_the_decoder_patches_up_is_an_error(tmp_path):
+def test_a_frame_that_the_decoder_conceals_is_an_error(tmp_path):
     path = write_video(tmp_path / "a.avi", 40)
     content = bytearray(path.read_bytes())
     third = len(content) // 3
@@ -350,40 +347,40 @@ def check(capsys, *args):
     return status, captured.out, captured.err
 
 
-def test_data_check_tells_what_is_usable(ucf, capsys):
+def test_data_check_reports_what_is_usable(ucf, capsys):
     (ucf / "video" / "empty.mp4").touch()
     write_video(ucf / "video" / "short.mp4", 9)
     cut = ucf / "video" / "Class" / "test11.avi"
     content = write_video(cut, 40).read_bytes()
     cut.write_bytes(content[: len(content) * 2 // 3])
     status, out, _ = check(capsys, ucf, "--quick", "--dataset", "bair")
-    assert status == 0 and "taken for bair, clips of 30 frames" in out and "damaged: 1 files; 35 others were not read" in out
-    status, out, _ = check(capsys, ucf)
-    assert status == 0
-    assert "36 files, taken for ucf101 (a guess" in out and "clips of 16 frames" in out
+    assert status == 2 and "read as bair, clips of 30 frames" in out and "damaged: 1 files; 35 others were not decoded" in out
+    status, out, err = check(capsys, ucf)
+    assert status == 2 and err.strip() == "far-env: error: 2 of 36 files are damaged; the report names them"
+    assert "36 files, read as ucf101 (guessed" in out and "clips of 16 frames" in out
     assert "list for train: train03.json" in out and "list for test: test03.json" in out
     assert "lengths: 9 to 40 frames, median 16; 1 too short" in out
     assert "protocol far: 19 train, 2 validation, 2 test clips" in out
     (line,) = [line for line in out.splitlines() if line.startswith("protocol benchmark")]
     assert sum(int(word) for word in line.split() if word.isdigit()) == 33, "neither the short nor the damaged ones"
-    assert "damaged: 2 files; all others were read to their end" in out
+    assert "damaged: 2 files; all others were decoded completely" in out
     assert "empty.mp4 is empty" in out and "test11.avi" in out
     assert check(capsys, ucf, "--dataset", "bair")[0] == 2, "the one file that is long enough is damaged"
 
 
-def test_data_check_knows_episodes_actions_and_latents(tmp_path, latent_folder, minecraft, capsys):
+def test_data_check_reads_episodes_actions_and_latents(tmp_path, latent_folder, minecraft, capsys):
     status, out, _ = check(capsys, latent_folder / "videos", "--frames", "20")
-    assert status == 0 and "3 files, taken for dmlab (a guess" in out and "actions: with 3 files" in out
+    assert status == 0 and "3 files, read as dmlab (guessed" in out and "actions: with 3 files" in out
     status, out, _ = check(capsys, latent_folder / "latents", "--frames", "20")
-    assert status == 0 and "3 files, taken for dmlab" in out, "the actions beside the latents are no files of their own"
+    assert status == 0 and "3 files, read as dmlab" in out, "the actions beside the latents are not counted as files"
     assert "protocol far: 2 train, 1 validation, 0 test clips" in out and "protocol benchmark: no usable video" in out
     status, out, _ = check(capsys, minecraft / "data", "--frames", "16")
-    assert status == 0 and "4 files, taken for minecraft" in out and "actions: with 4 files" in out
+    assert status == 0 and "4 files, read as minecraft" in out and "actions: with 4 files" in out
 
 
-def test_data_check_reads_files_to_their_end_once(ucf, cache, capsys, monkeypatch):
+def test_data_check_decodes_files_once(ucf, cache, capsys, monkeypatch):
     first = check(capsys, ucf)[:2]
-    monkeypatch.setattr(index, "read_through", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(index, "decode_completely", lambda *_: pytest.fail("read again"))
     assert check(capsys, ucf)[:2] == first
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from far_env.clips.dmlab import DMLab
-from far_env.clips.ucf101 import UCF101
+from far_env.clips.datasets import UCF101, DMLab
 from far_env.clips.video import VideoError, count_frames, crop_centre, read_frames, squeeze
 from far_env.contract import NewestFrames
 from far_env.envs.retention_env import FrameRetentionEnv
@@ -51,7 +50,7 @@ def test_frames_come_in_order_and_as_asked(tmp_path):
     for name in ("clip.mp4", "clip.avi"):
         path = write_video(tmp_path / name, 20)
         assert count_frames(path) == 20
-        frames = read_frames(path, 4, 10)
+        frames = np.stack(read_frames(path, 4, 10))
         assert frames.shape == (10, 64, 96, 3) and frames.dtype == np.uint8
         np.testing.assert_allclose(frames[:, 10:-10, 60:].mean(axis=(1, 2, 3)), 8 * np.arange(4, 14), atol=3)
         with pytest.raises(VideoError, match="ends early: frames 15 to 24"):
@@ -116,7 +115,7 @@ def test_unusable_files_are_skipped_counted_and_logged(folder, caplog):
     assert sum(source.num_clips(split) for split in ("train", "validation", "test")) == 12
 
 
-def test_a_file_that_promises_more_than_it_holds_is_an_error_when_read(tmp_path):
+def test_a_file_with_fewer_frames_than_its_header_says_is_an_error_when_read(tmp_path):
     path = write_video(tmp_path / "v.avi", 40)
     content = path.read_bytes()
     source = UCF101(tmp_path, "far", num_frames=40)
@@ -125,7 +124,7 @@ def test_a_file_that_promises_more_than_it_holds_is_an_error_when_read(tmp_path)
         source.clip("test", 0)
 
 
-def test_missing_data_is_told_plainly(tmp_path, monkeypatch):
+def test_missing_data_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.delenv("UCF101_DATA_DIR", raising=False)
     with pytest.raises(ValueError, match="give data_dir, or set UCF101_DATA_DIR"):
         UCF101(num_frames=16)
@@ -168,7 +167,7 @@ def write_episode(path, num_frames, **arrays):
 def test_npz_episodes_are_read_like_videos(tmp_path):
     path = write_episode(tmp_path / "episode_1.npz", 80)
     assert count_frames(path) == 80
-    np.testing.assert_array_equal(read_frames(path, 4, 3)[:, 0, 0, 0], [4, 5, 6])
+    np.testing.assert_array_equal(np.stack(read_frames(path, 4, 3))[:, 0, 0, 0], [4, 5, 6])
     with pytest.raises(VideoError, match="frames 79 to 80 were asked for, 80 are there"):
         read_frames(path, 79, 2)
     clip = DMLab(tmp_path, "far", num_frames=72).clip("test", 0)
@@ -193,7 +192,7 @@ def test_damaged_npz_episodes_are_skipped_with_the_reason(tmp_path):
 
 @pytest.fixture(params=["made", "real"])
 def long_workload(request, tmp_path, tiny_long_host):
-    """The benchmark's own long workload on a small FAR-Long and autoencoder, two ODE steps."""
+    """The benchmark's long workload on a small FAR-Long and autoencoder, two ODE steps."""
     data = tmp_path / "data"
     data.mkdir()
     if request.param == "real":
@@ -221,7 +220,7 @@ def test_the_long_workload_runs_on_an_episode(long_workload):
     assert steps == 35 and info["kept_frames"] == list(range(63, 72)) and reward == info["psnr"] > 0
 
 
-def test_its_host_gets_null_actions_whatever_the_episodes_are(long_workload):
+def test_its_host_receives_null_actions_whatever_the_episodes_are(long_workload):
     workload = replace(long_workload, num_predict=5)
     transformer, clip = workload.host.transformer, workload.clips.clip("test", 0)
     assert clip.actions.shape == (72,) and set(clip.actions) <= {0, 1, 2}

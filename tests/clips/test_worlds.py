@@ -1,4 +1,4 @@
-"""Worlds: deterministic, disjoint by split, as described, and predictable from what the context has shown."""
+"""Worlds: deterministic, disjoint by split, as described, and predictable from the context."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def test_a_clip_is_a_function_of_split_and_id(name):
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_splits_share_no_scenery(name):
-    seen = [clip.frames[0, :, SCENERY].tobytes() for split in ("train", "validation", "test") for clip in clips(name, split)]
-    assert len(set(seen)) == len(seen)
+    sceneries = [
+        clip.frames[0, :, SCENERY].tobytes() for split in ("train", "validation", "test") for clip in clips(name, split)
+    ]
+    assert len(set(sceneries)) == len(sceneries)
 
 
 def test_panning_moves_the_scenery_by_the_action_and_shows_nothing_new_after_the_context():
@@ -51,7 +53,7 @@ def test_panning_moves_the_scenery_by_the_action_and_shows_nothing_new_after_the
                 assert shown <= columns
 
 
-def test_pan_covers_its_promised_variety():
+def test_pan_uses_every_action():
     moves = np.concatenate([clip.actions[1:] for clip in clips("pan", "train", 200)])
     assert set(moves) == {0, 1, 2, 3, 4}
 
@@ -64,7 +66,7 @@ def test_orbit_turns_around_a_closed_panorama_and_back_and_shows_nothing_new_aft
         for t, (place, frame) in enumerate(zip(places, clip.frames, strict=True)):
             halves = {int(place): frame[:, :56, :32], int(place + 1) % 12: frame[:, :56, 32:]}
             for half, content in halves.items():
-                assert t < 36 or half in picture, "all that is shown later has been seen in the context"
+                assert t < 36 or half in picture, "all that is shown later was shown in the context"
                 np.testing.assert_array_equal(picture.setdefault(half, content), content)
         turns += int((np.diff(clip.actions[1:]) != 0).sum())
         around += len(picture) == 12
@@ -98,7 +100,7 @@ def test_the_schedule_strip_rolls_one_cell_per_frame(name):
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_the_strip_foretells_the_next_action(name):
+def test_the_strip_shows_the_next_action(name):
     colour_of: dict[tuple, int] = {}
     for clip in clips(name, "train", 10):
         if name == "cuts":

@@ -1,4 +1,4 @@
-"""The self-test: what it runs, that it passes on what is right, and that it notices what is wrong."""
+"""The self-test: what it runs, that it passes on correct code, and that it detects errors."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_a_small_configuration_passes(small_released, capsys, name, context, bud
     facts = result["facts"]
     assert (facts["context"], facts["predict"], facts["budget"], facts["ode_steps"]) == (context, 4, budget, 3)
     assert facts["dtype"] == "float32" and facts["host"].endswith("random weights")
-    assert "made 3" in result["checks"][3]["seen"], "four frames, the last decision changes nothing"
+    assert "made 3" in result["checks"][3]["detail"], "four frames, the last decision changes nothing"
     assert all(value > 0 for value in result["seconds"].values()) and result["peak_memory_mib"] > 0
 
 
-def test_text_and_file_tell_the_same(small_released, capsys, tmp_path):
+def test_text_and_file_agree(small_released, capsys, tmp_path):
     status, out, _ = run(capsys, "--frames", "1", "--precision", "bfloat16")
     assert status == 0 and "5 + 1 frames, budget 4, 2 ODE steps" in out and "bfloat16" in out
     assert out.count(" ok ") == 5 and "FAILED" not in out and "peak memory" in out
@@ -58,7 +58,7 @@ def test_a_clip_of_the_users_data_is_rolled_out(small_released, tmp_path):
     assert not self_test(workload, clip).failures
 
 
-def test_the_parts_differ_where_the_engine_errs(small_released, monkeypatch, capsys):
+def test_an_error_of_the_engine_fails_the_agreement(small_released, monkeypatch, capsys):
     sample = FrameSampler.__call__
     monkeypatch.setattr(FrameSampler, "__call__", lambda *args, **more: sample(*args, **more) * 1.001)
     status, out, err = run(capsys)
@@ -74,7 +74,7 @@ def test_nothing_but_numbers_is_an_error(small_released, monkeypatch, capsys):
 
 
 def test_zero_velocities_are_noticed(small_released):
-    """What a transformer as it is built would give: the frames are the noise."""
+    """As with a newly built transformer: the frames are the noise."""
     workload, clip = full_size_workload("ucf101_short_prediction", device="cpu")
     for parameter in workload.host.transformer.proj_out.parameters():
         parameter.zero_()
@@ -86,10 +86,10 @@ def test_zero_velocities_are_noticed(small_released):
 def test_random_hosts_are_the_same_again_and_depend_on_their_history(small_released, name):
     state = torch.random.get_rng_state()
     host, again, other = (random_host(name, CPU, torch.float32, seed) for seed in (0, 0, 1))
-    assert torch.equal(state, torch.random.get_rng_state()), "the caller's random numbers go on as before"
-    for own in (host.transformer, host.autoencoder):
-        assert all(parameter.any() for parameter in own.parameters()), "no parameter is zero as a whole"
-    weights = [own.transformer.state_dict() for own in (host, again, other)]
+    assert torch.equal(state, torch.random.get_rng_state()), "the caller's random numbers are not affected"
+    for module in (host.transformer, host.autoencoder):
+        assert all(parameter.any() for parameter in module.parameters()), "no parameter is zero as a whole"
+    weights = [made.transformer.state_dict() for made in (host, again, other)]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
     assert not torch.equal(weights[0]["proj_out.weight"], weights[2]["proj_out.weight"])
     workload, clip = full_size_workload("dmlab_long_prediction", device="cpu", num_frames=2)
@@ -104,7 +104,7 @@ def test_the_policy_keeps_both_ends():
     assert apply_plan(plan, 9, 5) == [0, 1, 6, 7, 8]
 
 
-def test_a_made_clip_goes_forth_and_back_at_any_size():
+def test_a_made_clip_alternates_its_direction_at_any_size():
     clip = made_clip(150, 128)
     assert clip.frames.shape == (150, 3, 128, 128)
     np.testing.assert_array_equal(clip.frames[71 + 5], clip.frames[71 - 5])

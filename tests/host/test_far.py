@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_env.host import FAR
+from far_env.host.far import FAR
 from tests.conftest import cached_velocity
 
 CASES = [f"far_tiny_{name}.npz" for name in ("base", "patch2", "label", "action", "slope", "eps")]

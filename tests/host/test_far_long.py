@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from far_env.host import FARLong
+from far_env.host.far_long import FARLong
 from far_env.host.sampler import sample_next_frame
 from tests.conftest import TINY_FAR_LONG, cached_velocity
 

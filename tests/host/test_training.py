@@ -1,4 +1,4 @@
-"""Training the host: FAR's own loss, the histories it learns from, and stopping and resuming."""
+"""Training the host: FAR's training loss, the histories, and stopping and resuming."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import torch
 
 from far_env.config import load_yaml
 from far_env.errors import TrainingStopped
-from far_env.evaluation.host_training import HostTraining, train_host
+from far_env.evaluation.host_training import train_host
 from far_env.host.far import FAR
-from far_env.host.far_long import FARLong, begin_from
+from far_env.host.far_long import FARLong, initialise_from
 from far_env.host.training import autoencoder as ta
 from far_env.host.training import transformer as tt
+from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
 from far_env.host.training.loop import run_steps, step_generator
 from far_env.host.weights import load_host, save_host
 from far_env.tensor_files import load_tensors
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
+from tests.host.far_loss import far_training_loss
 
 
 @pytest.mark.parametrize("case", ["train_loss_far.npz", "train_loss_far_long.npz"])
@@ -31,7 +33,7 @@ def test_fars_training_loss_and_gradients_equal_the_published_ones(golden, case)
     model = fixture.far().train()
     latents = fixture["in.latents_raw"] * fixture["in.scaling_factor"]
     times = 1000 - (1000 * fixture["in.u"]).floor().reshape(2, -1)
-    loss = tt.far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"], **conditions)
+    loss = far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"], **conditions)
     loss.backward()
     torch.testing.assert_close(loss.detach()[None], fixture["out.loss"], rtol=1e-5, atol=0)
     norms = {}
@@ -46,24 +48,24 @@ def test_fars_training_loss_and_gradients_equal_the_published_ones(golden, case)
 
 def test_histories_are_older_frames_in_order_and_a_contiguous_tail():
     rng = np.random.default_rng(0)
-    older_seen, ends = set(), set()
+    older_drawn, ends = set(), set()
     for _ in range(2000):
         older, tail = int(rng.integers(0, 7)), int(rng.integers(2, 7))
         frames = tt.draw_frames(rng, 16, older, tail)
         assert len(frames) == older + tail and (np.diff(frames) > 0).all() and frames[0] >= 0 and frames[-1] < 16
         assert (np.diff(frames[older:]) == 1).all()
-        older_seen |= set(frames[:older].tolist())
+        older_drawn |= set(frames[:older].tolist())
         ends.add(int(frames[-1]))
-    assert {0, 7, 13} <= older_seen and {4, 15} <= ends
+    assert {0, 7, 13} <= older_drawn and {4, 15} <= ends
 
 
 @torch.no_grad()
-def test_the_one_pass_loss_equals_predicting_each_frame_from_its_own_history():
+def test_the_one_pass_loss_equals_predicting_each_frame_from_its_history():
     torch.manual_seed(0)
     model = FAR(**TINY_FAR)
     for parameter in model.parameters():
         parameter.data = 0.2 * torch.randn_like(parameter)
-    config = tt.TransformerTraining(noisy_copies=2, context_noise=0.0)
+    config = TransformerTraining(noisy_copies=2, context_noise=0.0)
     frames, predicted = torch.randn(3, 5, 4, 8, 8), torch.tensor([2, 3, 4])
     calls = []
 
@@ -96,7 +98,7 @@ def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_wi
     torch.manual_seed(0)
     model = FARLong(**{**TINY_FAR, "short_term_ctx_winsize": 4, "context_patch_size": 4})
     randomise(model, 5)
-    config = tt.TransformerTraining(noisy_copies=1, context_noise=0.0)
+    config = TransformerTraining(noisy_copies=1, context_noise=0.0)
     frames = torch.randn(2, 7, 4, 8, 8)
     seen = {}
     velocity = model.velocity
@@ -115,18 +117,18 @@ def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_wi
     torch.testing.assert_close(loss, (alone - target).square().mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_long_transformer_begins_from_a_short_one():
+def test_a_long_transformer_is_initialised_from_a_short_one():
     short, long = FAR(**TINY_FAR), FARLong(**TINY_FAR, context_patch_size=4)
     randomise(short, 1)
-    begin_from(long, short)
+    initialise_from(long, short)
     latents, times = torch.randn(1, 3, 4, 8, 8), torch.tensor([[-1.0, -1.0, 500.0]])
     torch.testing.assert_close(long(latents, times), short(latents, times))
     block, origin = long.transformer_blocks[0].attn, short.transformer_blocks[0].attn
     assert torch.equal(block.add_k_proj.weight, origin.to_k.weight) and torch.equal(
         block.to_add_out.bias, origin.to_out[0].bias
     )
-    with pytest.raises(ValueError, match=r"x_embedder.weight is of shape \(32, 16\), in the transformer to begin from of"):
-        begin_from(long, FAR(**{**TINY_FAR, "in_channels": 8, "out_channels": 8}))
+    with pytest.raises(ValueError, match=r"x_embedder.weight has shape \(32, 16\), in the transformer to start from"):
+        initialise_from(long, FAR(**{**TINY_FAR, "in_channels": 8, "out_channels": 8}))
 
 
 class Counter:
@@ -146,7 +148,7 @@ class Counter:
         return {"value": self.value.item()}
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(tmp_path):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
     whole, interrupted, resumed = Counter(), Counter(), Counter()
     (tmp_path / "whole").mkdir()
     run_steps("stage", tmp_path / "whole", 9, {"counter": whole}, whole.step)
@@ -156,7 +158,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been_stopped(tmp_path):
             signal.raise_signal(signal.SIGINT)
         return interrupted.step(step)
 
-    with pytest.raises(TrainingStopped, match="stage stopped at step 6 of 9; run the same command to go on"):
+    with pytest.raises(TrainingStopped, match="stage stopped at step 6 of 9; run the same command to resume"):
         run_steps("stage", tmp_path, 9, {"counter": interrupted}, stop_at_five)
     run_steps("stage", tmp_path, 9, {"counter": resumed}, resumed.step)
     assert resumed.value == whole.value
@@ -201,7 +203,7 @@ def test_train_host_leaves_a_host_with_a_card(tiny_training, tmp_path):
         train_host(other)
 
 
-def test_a_host_training_stopped_halfway_ends_as_the_whole_one(tiny_training, tmp_path, monkeypatch):
+def test_a_host_whose_training_was_resumed_has_the_same_weights(tiny_training, tmp_path, monkeypatch):
     whole = dataclasses.replace(tiny_training, quality_clips=0, checkpoint_every=100)
     expected = train_host(whole).weights_hash
     for module, stage in ((ta, "train_autoencoder"), (tt, "train_transformer")):
@@ -243,9 +245,9 @@ def test_models_that_do_not_fit_are_refused_before_training(tiny_training, tmp_p
     ("cls", "values", "message"),
     [
         (HostTraining, {"checkpoint_every": 0}, "checkpoint_every must be above 0, got 0"),
-        (tt.TransformerTraining, {"contiguous_every": 0}, "contiguous_every must be above 0"),
-        (tt.TransformerTraining, {"max_tail": 1}, "max_tail must be at least 2"),
-        (ta.AutoencoderTraining, {"batch_size": 30}, "must be a multiple of frames_per_clip"),
+        (TransformerTraining, {"contiguous_every": 0}, "contiguous_every must be above 0"),
+        (TransformerTraining, {"max_tail": 1}, "max_tail must be at least 2"),
+        (AutoencoderTraining, {"batch_size": 30}, "must be a multiple of frames_per_clip"),
     ],
 )
 def test_numbers_out_of_range_are_named(cls, values, message):
@@ -265,7 +267,7 @@ def test_the_same_seed_trains_the_same_host(tiny_training, tmp_path):
     assert config["transformer"] == TINY_FAR and config["num_steps"] == 4
 
 
-def test_a_host_may_take_over_the_autoencoder_of_a_shipped_one(tiny_host, tmp_path):
+def test_a_host_may_share_the_autoencoder_of_a_shipped_one(tiny_host, tmp_path):
     shipped = load_host("embedded", "cpu")
     transformer = FAR(**{**TINY_FAR, "in_channels": 16, "out_channels": 16})
     configs = {

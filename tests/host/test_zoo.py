@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -169,6 +172,7 @@ def test_download_fetches_what_is_missing_and_keeps_only_what_is_right(small_zoo
             raise error
         path.write_bytes(served["content"])
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", serve)
     assert zoo.download("small_far") == path and not calls, "it is there already"
     path.unlink()
@@ -181,6 +185,30 @@ def test_download_fetches_what_is_missing_and_keeps_only_what_is_right(small_zoo
     served["content"] = good
     assert zoo.download("small_far") == path and path.read_bytes() == good
     assert calls == [("guyuchao/FAR_Models", small_zoo["small_far"].file)] * 3
+
+
+@pytest.mark.parametrize("reachable", [False, True])
+def test_a_download_without_a_network_fails_within_seconds(tmp_path, reachable):
+    """The hub refuses the connection, or accepts it and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if not reachable:
+            server.close()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "FAR_WEIGHTS_DIR": str(tmp_path),
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        script = (
+            "import time, huggingface_hub\nfrom far_env.host import zoo\nstart = time.monotonic()\n"
+            "try:\n    zoo.download('far_b_ucf101')\nexcept zoo.WeightsError as error:\n"
+            "    print(time.monotonic() - start, error)"
+        )
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=100)
+    seconds, message = result.stdout.split(" ", 1)
+    assert float(seconds) < 4 * zoo.CONNECTION_SECONDS, "the hub's client alone takes most of a minute"
+    assert "FAR_B_UCF101_Uncond64-381d295f.pth could not be fetched from guyuchao/FAR_Models" in message
 
 
 def test_the_command_lists_verifies_and_refuses(small_zoo, capsys):

@@ -1,40 +1,17 @@
-"""First stage of the embedded host: fit a small DCAE to frames of the procedural worlds."""
+"""First stage of training a host: fit a small DCAE to frames of the procedural worlds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from far_env.clips.worlds import World
-from far_env.config import require_positive
 from far_env.host.autoencoder import Autoencoder
+from far_env.host.training.config import AutoencoderTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
-
-
-@dataclass(frozen=True)
-class AutoencoderTraining:
-    """How the autoencoder is trained."""
-
-    model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of diffusers.AutoencoderDC; scaling_factor is measured after training."""
-    steps: int = 2500
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    latent_noise: float = 0.1
-    """Largest standard deviation of the noise put on latents, as a share of theirs; each frame draws its own up to this.
-    The transformer's errors look like such noise, so this buys rollouts more decibels than it costs reconstructions."""
-    frames_per_clip: int = 4
-
-    def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch_size", "learning_rate", "warmup", "frames_per_clip")
-        if self.batch_size % self.frames_per_clip:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of frames_per_clip {self.frames_per_clip}")
 
 
 def train_autoencoder(
@@ -49,7 +26,7 @@ def train_autoencoder(
 ) -> Autoencoder:
     """Train (or finish training) and return the autoencoder in float32 with its measured scaling factor.
 
-    Loss: L1 + 2·MSE in [−1, 1] pixels, with noise on the latents so that the decoder forgives errors in them.
+    Loss: L1 + 2·MSE in [−1, 1] pixels, with noise on the latents so that the decoder becomes robust to errors in them.
     """
     torch.manual_seed(seed)
     model = Autoencoder(**config.model).to(device, memory_format=torch.channels_last)
@@ -64,7 +41,7 @@ def train_autoencoder(
             generator = step_generator(seed, 1, step)
             level = config.latent_noise * torch.rand((len(latent), 1, 1, 1), generator=generator)
             noise = (level * torch.randn(latent.shape, generator=generator)).to(latent)
-            # The spread is not detached: otherwise the encoder would outgrow the noise without end.
+            # The standard deviation is not detached: otherwise the encoder could outgrow the noise without limit.
             output = model.dcae.decode(latent + latent.std() * noise).sample
         error = output.float() - frames
         loss = error.abs().mean() + 2 * error.square().mean()
@@ -87,7 +64,7 @@ def train_autoencoder(
 
 
 def _frame_batch(config: AutoencoderTraining, worlds: list[World], step: int) -> Tensor:
-    """Frames (batch, 3, 64, 64) of train clips that no other step uses, the worlds taking turns."""
+    """Frames (batch, 3, 64, 64) of train clips that no other step uses, alternating between the worlds."""
     num_clips = config.batch_size // config.frames_per_clip
     frames = []
     for index in range(step * num_clips, (step + 1) * num_clips):

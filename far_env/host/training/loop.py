@@ -1,7 +1,4 @@
-"""A training loop that can be stopped and resumed.
-
-Step functions go in; checkpoints, TensorBoard and a progress bar come out.
-"""
+"""A training loop that can be stopped and resumed, with checkpoints, TensorBoard logs and a progress bar."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from far_env.tensor_files import load_tensors, save_tensors
 
 
 class Stateful(Protocol):
-    """What a checkpoint holds: models, optimisers, averages."""
+    """A part of a checkpoint: a model, an optimiser or an average."""
 
     def state_dict(self) -> dict:
         """Tensors and plain values."""
@@ -80,11 +77,11 @@ def run_steps(
             if done % checkpoint_every == 0 or done == num_steps or interrupt.raised:
                 save(done)
             if interrupt.raised and done < num_steps:
-                raise TrainingStopped(f"{name} stopped at step {done} of {num_steps}; run the same command to go on")
+                raise TrainingStopped(f"{name} stopped at step {done} of {num_steps}; run the same command to resume")
 
 
 class _InterruptFlag:
-    """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is never cut in half; the second one interrupts."""
+    """Turns the first Ctrl-C or SIGTERM into a flag, so that no step is interrupted; the second one interrupts."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -121,5 +118,5 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def step_generator(*key: int) -> torch.Generator:
-    """A CPU generator for a key such as (seed, stage, step), so that a resumed training draws what it would have drawn."""
+    """A CPU generator for a key such as (seed, stage, step), so that a resumed training draws the same numbers."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

@@ -1,17 +1,16 @@
-"""Second stage of the embedded host: teach a small FAR to continue histories from which frames have been dropped.
+"""Second stage of training a host: teach a small FAR to continue histories from which frames have been dropped.
 
-Teacher forcing in one pass: the tokens are [clean frames | noisy frames] under a mask that lets every noisy frame see the
+Teacher forcing in one pass: the tokens are [clean frames | noisy frames] under a mask that lets every noisy frame attend to the
 clean frames before it (time −1) and itself. Frame-drop augmentation makes each clean history a few random older frames plus
-a contiguous tail, re-indexed as in a rollout; only tail frames are predicted, because only their true predecessor is there.
-This departs from FAR's own trainer, which is `far_training_loss`.
+a contiguous tail, re-indexed as in a rollout; only tail frames are predicted, because only their true predecessor is present.
+FAR is trained differently (arXiv 2503.19325, section 3): its frames attend to noisy frames, and none is dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,56 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from far_env.clips.worlds import World
-from far_env.config import require_positive
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import CLEAN_TIME, FAR
-from far_env.host.far_long import begin_from, make_transformer
+from far_env.host.far_long import initialise_from, make_transformer
+from far_env.host.training.config import TransformerTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
 
 CHUNK_CLIPS = 500
-
-
-@dataclass(frozen=True)
-class TransformerTraining:
-    """How the transformer is trained."""
-
-    model: dict[str, Any] = field(default_factory=dict)
-    """Arguments of far_env.host.FAR, or, with a context_patch_size, of FARLong."""
-    steps: int = 7_000
-    clips_per_world: int = 8_000
-    """Train clips that are encoded once and then drawn from."""
-    batch_size: int = 16
-    muon_learning_rate: float = 0.02
-    """For the attention and MLP matrices."""
-    adamw_learning_rate: float = 2e-3
-    """For everything else."""
-    weight_decay: float = 0.01
-    warmup: int = 100
-    ema_decay: float = 0.999
-    contiguous_every: int = 5
-    """Every so many batches histories are contiguous, without dropped frames."""
-    min_contiguous: int = 16
-    """Shortest contiguous history that such a batch may have; the longest is the whole clip."""
-    contiguous_predicted: int = 4
-    """Frames predicted in it, drawn anew for every batch; all would cost more than they teach."""
-    max_older: int = 6
-    """Most random older frames in front of a tail."""
-    max_tail: int = 6
-    """Longest contiguous tail; the shortest is 2, of which the last frame is predicted."""
-    noisy_copies: int = 2
-    """Noise levels drawn per predicted frame; they share the clean history's cost."""
-    noise_mean: float = 0.8
-    """Noise levels are sigmoid(N(noise_mean, 1)) …"""
-    pure_noise_share: float = 0.25
-    """… except for this share, which is 1."""
-    context_noise: float = 0.15
-    """Half the histories carry unannounced noise of up to this sigma, against drift."""
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "clips_per_world", "batch_size", "contiguous_every", "min_contiguous", "contiguous_predicted")
-        require_positive(self, *counts, "noisy_copies", "muon_learning_rate", "adamw_learning_rate", "warmup")
-        if self.max_tail < 2:
-            raise ValueError(f"max_tail must be at least 2, got {self.max_tail}: a tail is a frame and its successor")
 
 
 @dataclass(frozen=True)
@@ -96,7 +52,7 @@ def teacher_forcing_loss(
 ) -> Tensor:
     """Mean squared error of the velocity of every predicted frame at ``noisy_copies`` noise levels each.
 
-    FAR-Long sees as coarse the frames that are so when the last frame is predicted.
+    For FAR-Long, the frames are coarse that are coarse when the last frame is predicted.
     """
     frames, predicted = batch.frames, batch.predicted.repeat(config.noisy_copies)
     device, num_rows = frames.device, len(frames)
@@ -130,38 +86,8 @@ def teacher_forcing_loss(
     return (velocity.float() - (noise - target)).square().mean()
 
 
-def far_training_loss(
-    model: FAR,
-    latents: Tensor,
-    noise: Tensor,
-    times: Tensor,
-    context_mask: Tensor,
-    **conditions: Tensor,
-) -> Tensor:
-    """FAR's own objective: every frame noisy at its own level and seeing the noisy frames before it (arXiv 2503.19325, §3).
-
-    Args:
-        model: in train mode.
-        latents, noise: (B, F, C, h, w), latents scaled.
-        times: (B, F) in 1 … 1000.
-        context_mask: (B, F), 1 where a frame is given clean at time −1 and left out of the loss.
-        conditions: label (B,) or action (B, F), where the model takes them.
-
-    Returns:
-        Per clip the mean over unmasked frames among the last ``short_term_ctx_winsize``, then the mean over clips.
-    """
-    given = context_mask.bool()
-    sigma = (times / 1000).masked_fill(given, 0.0)[..., None, None, None]
-    noisy = sigma * noise + (1 - sigma) * latents
-    velocity = model(noisy, times.masked_fill(given, CLEAN_TIME), **conditions)
-    error = (velocity - (noise - latents)).square().mean(dim=(2, 3, 4))
-    window = slice(-model.short_term_ctx_winsize, None)
-    counted = (~given[:, window]).float()
-    return ((error[:, window] * counted).sum(dim=1) / (counted.sum(dim=1) + 1e-9)).mean()
-
-
 class ExponentialAverage:
-    """Running average of a model's parameters, the weights that are kept."""
+    """Exponential moving average of a model's parameters; these are the weights that are saved."""
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.decay = decay
@@ -169,7 +95,7 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
-        """Move towards the model; early on faster than ``decay``, so that the start is forgotten."""
+        """Move towards the model; in early steps by more than ``1 - decay``, to forget the initial weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for key, value in model.state_dict().items():
             self.average[key].lerp_(value, 1 - decay)
@@ -199,14 +125,14 @@ def train_transformer(
     """Train (or finish training) and return the averaged transformer in float32, in eval mode.
 
     Args:
-        start_from: a transformer whose weights the training begins with, else random ones.
+        start_from: a transformer that provides the initial weights, which are random by default.
     """
     torch.manual_seed(seed)
     model = make_transformer(config.model)
     if start_from is not None:
-        begin_from(model, start_from)
+        initialise_from(model, start_from)
     model = model.to(device).train()
-    # Named by the autoencoder, so that latents of an older one are not taken for its own.
+    # Named by the autoencoder's hash, so that latents of an earlier one are not reused.
     folder = run_dir / f"latents_{_state_hash(autoencoder)}"
     clips = [_encoded_clips(autoencoder, world, config.clips_per_world, folder, device) for world in worlds]
     average = ExponentialAverage(model, config.ema_decay)
@@ -253,7 +179,7 @@ def _is_contiguous(config: TransformerTraining, step: int) -> bool:
 def _draw_batch(
     config: TransformerTraining, clips: list[np.ndarray], model: FAR, seed: int, step: int, device: torch.device
 ) -> TeacherForcingBatch:
-    """Histories of one shape for a whole batch, the worlds taking turns row by row."""
+    """A batch of histories of one shape, alternating between the worlds row by row."""
     rng = np.random.default_rng((seed, 2, step))
     clip_length = clips[0].shape[1]
     if _is_contiguous(config, step):
@@ -272,7 +198,7 @@ def _draw_batch(
 
 
 def _encoded_clips(autoencoder: Autoencoder, world: World, num_clips: int, folder: Path, device: torch.device) -> np.ndarray:
-    """Latents (num_clips, T, C, h, w) float16 of the first train clips, encoded once and kept on disk in chunks."""
+    """Latents (num_clips, T, C, h, w) float16 of the first train clips, encoded once and stored on disk in chunks."""
     folder.mkdir(exist_ok=True)
     chunks = []
     for start in tqdm(range(0, num_clips, CHUNK_CLIPS), desc=f"encode {world.name}", dynamic_ncols=True):

@@ -1,0 +1,15 @@
+"""Procedural worlds: (split, clip_id) in, a 64×64 RGB clip out, in which memory decides what can be predicted.
+
+Every frame is drawn on a grid of 4-pixel cells: rows 0–47 scenery, rows 48–55 a ruler whose hue encodes the absolute position
+(or the shot), rows 56–63 a schedule strip, a ring of 16 action colours that rolls one cell per frame, cell 0 being the
+action that leads to the next frame. So motion can be read off any single kept frame; what dropping a frame loses is content.
+"""
+
+from far_env.clips.worlds.base import World
+from far_env.clips.worlds.cuts import Cuts
+from far_env.clips.worlds.orbit import Orbit
+from far_env.clips.worlds.pan import Pan
+
+WORLDS: dict[str, World] = {world.name: world for world in (Pan(), Cuts(), Orbit())}
+
+__all__ = ["WORLDS", "World"]

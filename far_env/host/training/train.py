@@ -1,0 +1,117 @@
+"""Train a host on the procedural worlds: first the autoencoder, then the transformer. The result is a host folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC
+
+from far_env.clips.worlds import WORLDS, World
+from far_env.config import save_yaml
+from far_env.device import resolve_device, resolve_precision
+from far_env.errors import unknown_name
+from far_env.host.far import FAR
+from far_env.host.far_long import FARLong, make_transformer
+from far_env.host.training.autoencoder import train_autoencoder
+from far_env.host.training.config import HostTraining
+from far_env.host.training.transformer import train_transformer
+from far_env.host.weights import SHIPPED, Host, load_host, save_host
+from far_env.io import make_run_dir, write_text
+from far_env.provenance import run_facts, save_facts
+
+
+def train_models(config: HostTraining) -> Host:
+    """Train (or finish training) both models, write them to ``config.output_dir``, and return the host loaded from there.
+
+    Raises:
+        TrainingStopped: after Ctrl-C, with the progress saved.
+        ValueError: on an unknown world, an unwritable folder, or a run folder that holds a run with other settings.
+    """
+    if not config.worlds:
+        raise ValueError(f"worlds is empty; choose from {', '.join(WORLDS)}")
+    for name in config.worlds:
+        if name not in WORLDS:
+            raise ValueError(unknown_name("world", name, list(WORLDS)))
+    if config.autoencoder_of is not None and config.autoencoder_of not in SHIPPED:
+        raise ValueError(unknown_name("shipped host", config.autoencoder_of, list(SHIPPED)))
+    # Training drives many values towards zero; denormal floats make CPU kernels three times slower.
+    torch.set_flush_denormal(True)
+    device = resolve_device(config.device)
+    source = None if config.start_from is None else load_host(config.start_from, str(device))
+    check_models(config, source)
+    dtype = resolve_precision(config.precision, device)
+    run_dir = make_run_dir(config.run_dir)
+    _check_same_run(config, run_dir)
+    save_facts(run_dir, run_facts(device, dtype))
+    worlds: list[World] = [WORLDS[name] for name in config.worlds]
+    common = {"seed": config.seed, "device": device, "dtype": dtype, "checkpoint_every": config.checkpoint_every}
+    if source is None:
+        autoencoder, start = train_autoencoder(config.autoencoder, worlds, run_dir, **common), None
+    else:
+        autoencoder, start = source.autoencoder, source.transformer
+    transformer = train_transformer(config.transformer, autoencoder, worlds, run_dir, start_from=start, **common)
+    output_dir = make_run_dir(config.output_dir)
+    save_host(
+        output_dir,
+        transformer,
+        autoencoder,
+        {"autoencoder": autoencoder.settings, "transformer": config.transformer.model},
+        frame_size=64,
+        num_steps=config.num_steps,
+        autoencoder_of=config.autoencoder_of,
+    )
+    save_yaml(config, output_dir / "training.yaml")
+    return load_host(output_dir, config.device)
+
+
+def check_models(config: HostTraining, source: Host | None) -> None:
+    """Build both models without memory, so that settings that do not fit are reported before hours of training.
+
+    Args:
+        source: the host that training starts from, if any; its autoencoder is reused instead of trained.
+
+    Raises:
+        ValueError: on an unknown argument (the nearest one is suggested), a wrong one, or channels that do not match.
+    """
+    encoding = config.autoencoder.model if source is None else source.autoencoder.settings
+    parts: dict[str, tuple[Callable, list[type], dict]] = {
+        "autoencoder": (lambda settings: AutoencoderDC(**settings), [AutoencoderDC], encoding),
+        "transformer": (make_transformer, [FARLong, FAR], config.transformer.model),
+    }
+    for part, (build, classes, arguments) in parts.items():
+        known = [name for cls in classes for name in inspect.signature(cls).parameters]
+        for key in arguments:
+            if key not in known:
+                raise ValueError(f"{part}: model: {unknown_name('key', key, known)}")
+        try:
+            with torch.device("meta"):
+                build(arguments)
+        except Exception as error:
+            raise ValueError(f"{part}: model: these settings do not fit: {error}") from error
+    latent_channels = encoding.get("latent_channels", 32)
+    for key in ("in_channels", "out_channels"):
+        if config.transformer.model.get(key, 32) != latent_channels:
+            raise ValueError(f"transformer: model: {key} must equal the autoencoder's latent_channels {latent_channels}")
+
+
+def _check_same_run(config: HostTraining, run_dir: Path) -> None:
+    """Save the settings, or refuse to resume a run whose settings that determine the weights differ."""
+    path = run_dir / "training.json"
+    determining = ("autoencoder", "transformer", "worlds", "start_from", "seed")
+    settings = json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in determining}))
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; choose another run_dir or delete it") from error
+        if before != settings:
+            raise ValueError(
+                f"{run_dir} holds a run with other settings (see {path.name}); choose another run_dir or delete it"
+            )
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+    save_yaml(config, run_dir / "config.yaml")
