@@ -43,7 +43,7 @@ class DMLab(VideoFolder):
 class Minecraft(VideoFolder):
     """Minecraft, for long prediction, 128×128 by default: .mp4 files with actions in .npz files, or latents.
 
-    Actions: 0 … 3, ``actions[i]`` leads to frame i. They are found by FAR's lists, or beside a video under its name.
+    Actions: 0 … 3, ``actions[i]`` leads to frame i. FAR's lists name their files; otherwise they have the video's name.
     """
 
     name = "minecraft"

@@ -1,6 +1,6 @@
 """The files of a data folder: videos, episodes or encoded latents, each with its actions, and FAR's lists of them.
 
-Hidden files and sidecars, which Macs and network drives leave beside the real ones, are ignored throughout.
+Hidden files and sidecars, which Macs and network drives add to folders, are ignored throughout.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Recording:
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Whether a relative path is, or lies within, a hidden file or folder (.name, ._name) or a folder of sidecars."""
+    """Whether a relative path is, or is inside, a hidden file or folder (.name, ._name) or a folder of sidecars."""
     return any(part in SIDECAR_FOLDERS or (part.startswith(".") and part != "..") for part in path.parts)
 
 
@@ -64,7 +64,7 @@ def find_lists(folder: Path, preferred: tuple[str, ...]) -> dict[str, Path]:
     """FAR's lists at the top of ``folder``, under "train" and "test": files like train03.json, bair_train.json, dmlab_val.json.
 
     Args:
-        preferred: which to take where there are several.
+        preferred: names to choose from if a split has several lists.
 
     Raises:
         ValueError: if there are several of a split and none is preferred.

@@ -124,7 +124,7 @@ def test_minecraft_pairs_videos_with_their_actions(minecraft, listed):
         assert source.size == 128
         clip = source.clip("train", 0)
         assert clip.frames.shape == (16, 3, 128, 128) and clip.actions.dtype == np.int64
-        start = round(float(clip.frames[0, :, 20:-20, 70:-20].mean() * 255 / 8))  # the videos' frames tell their number
+        start = round(float(clip.frames[0, :, 20:-20, 70:-20].mean() * 255 / 8))  # frames encode their number
         np.testing.assert_array_equal(clip.actions, numbered(20)[start : start + 16])
 
 
@@ -274,7 +274,7 @@ def test_headers_are_read_once_until_a_file_changes(tmp_path, cache, examined):
     examined.clear()
     (file,) = (cache / "index").iterdir()
     file.write_text("{damaged")
-    assert UCF101(data, num_frames=16).skipped == changed.skipped and len(examined) == 4, "a damaged cache is made anew"
+    assert UCF101(data, num_frames=16).skipped == changed.skipped and len(examined) == 4, "a damaged cache is written again"
     examined.clear()
     assert UCF101(data, num_frames=16).skipped == changed.skipped and not examined
 
@@ -312,7 +312,7 @@ def test_what_was_read_before_ctrl_c_is_stored(tmp_path, cache, monkeypatch):
 
 
 def test_an_episode_is_indexed_by_its_headers_alone_and_checked_when_it_is_read(tmp_path, monkeypatch):
-    """The compressed pictures are damaged; only reading them can tell."""
+    """The compressed pictures are damaged; only reading them shows it."""
     video = np.random.default_rng(0).integers(0, 256, (80, 64, 64, 3), dtype=np.uint8)
     path = write_episode(tmp_path / "a.npz", 80, video=video)
     with zipfile.ZipFile(path) as file:

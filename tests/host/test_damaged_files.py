@@ -123,7 +123,7 @@ def test_files_with_code_are_refused_and_nothing_is_executed(tmp_path, kind, tin
 
 
 def test_a_hundred_damaged_hosts(tiny_host_folder, tmp_path):
-    """Damage to weights is always noticed; of config.json the values that no check can know may become others."""
+    """Damage to weights is always detected; damage to config.json may change values without making them invalid."""
     folder = tmp_path / "host"
     shutil.copytree(tiny_host_folder, folder)
     names = ["config.json", "transformer.safetensors", "autoencoder.safetensors"]

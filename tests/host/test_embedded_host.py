@@ -1,4 +1,4 @@
-"""The host that ships with the package: it predicts its worlds, memory matters to it, and its card tells the truth."""
+"""The host that ships with the package: it predicts its worlds, it needs its history, and its model card is right."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def workload(request):
 
 
 def card_row(world: str) -> list[float]:
-    """Reconstruction, full history and recency as the card tells them."""
+    """Reconstruction, full history and recency from the model card."""
     card = (SHIPPED[WORLDS[world][0]] / "README.md").read_text()
     (row,) = re.findall(rf"^\| {world} \|(.*)\|$", card, re.MULTILINE)
     return [float(cell) for cell in row.split("|")]
 
 
 @pytest.mark.parametrize(("name", "megabytes"), [("embedded", 12), ("embedded_long", 9)])
-def test_what_ships_is_small_and_described(name, megabytes):
+def test_shipped_files_are_small_and_described(name, megabytes):
     sizes = {path.name: path.stat().st_size for path in SHIPPED[name].iterdir()}
-    own = {"autoencoder.safetensors"} if name == "embedded" else set()
-    assert set(sizes) == {"config.json", "transformer.safetensors", "README.md", "training.yaml"} | own
+    autoencoder = {"autoencoder.safetensors"} if name == "embedded" else set()
+    assert set(sizes) == {"config.json", "transformer.safetensors", "README.md", "training.yaml"} | autoencoder
     assert sum(sizes.values()) <= megabytes * 1e6
     host = load_host(name, "cpu")
     assert f"hash {host.weights_hash};" in (SHIPPED[name] / "README.md").read_text()
     assert host.num_steps == 4 and load_host("embedded", "cpu").autoencoder.settings == host.autoencoder.settings
 
 
-def test_the_measured_quality_is_what_was_wanted():
+def test_the_quality_on_the_cards_meets_the_targets():
     """Of the cards: the smallest full-history PSNR, and how much of it recency loses."""
     for world, wanted, lost in (("pan", 32.5, 10), ("cuts", 28.0, 10), ("orbit", 16.0, 4)):
         reconstruction, full, recent = card_row(world)
@@ -57,7 +57,7 @@ def test_the_autoencoder_reconstructs(workload):
     assert 0.8 <= latents.std() <= 1.25, "flow matching mixes latents with noise of unit variance"
 
 
-def test_memory_matters_as_much_as_the_card_says(workload):
+def test_the_loss_from_dropping_frames_is_the_one_on_the_card(workload):
     """Means of few clips against the card's means of many: within three standard errors."""
     _, budget, count = WORLDS[workload.name]
     policies = {"full_history": None, "recent_fill": NewestFrames()}

@@ -54,7 +54,7 @@ def test_keys_shapes_and_counts_are_the_published_ones(name):
     assert sum(parameter.numel() for parameter in module.parameters()) == manifest["num_parameters"]
 
 
-def test_sizes_without_a_manifest_of_their_own_follow_from_their_neighbours():
+def test_sizes_without_a_manifest_follow_from_similar_models():
     labelled, plain = (zoo.RELEASED[f"far_xl_ucf101_256{suffix}"].build() for suffix in ("_label", ""))
     extra = set(labelled.state_dict()) - set(plain.state_dict())
     assert extra == {"label_embedder.embedding_table.weight"}
@@ -160,9 +160,9 @@ def test_a_pickle_with_code_in_it_is_not_executed(small_zoo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"), [(OSError("no route to host\nlong story"), "no route to host"), (TimeoutError(), "TimeoutError")]
+    ("error", "reason"), [(OSError("no route to host\nlong story"), "no route to host"), (TimeoutError(), "TimeoutError")]
 )
-def test_download_fetches_what_is_missing_and_keeps_only_what_is_right(small_zoo, monkeypatch, error, told):
+def test_download_fetches_missing_files_and_keeps_only_correct_ones(small_zoo, monkeypatch, error, reason):
     path = small_zoo["small_far"].path
     good, served, calls = path.read_bytes(), {}, []
 
@@ -176,7 +176,7 @@ def test_download_fetches_what_is_missing_and_keeps_only_what_is_right(small_zoo
     monkeypatch.setattr("huggingface_hub.hf_hub_download", serve)
     assert zoo.download("small_far") == path and not calls, "it is there already"
     path.unlink()
-    with pytest.raises(WeightsError, match=rf"could not be fetched from guyuchao/FAR_Models \({told}\)"):
+    with pytest.raises(WeightsError, match=rf"could not be fetched from guyuchao/FAR_Models \({reason}\)"):
         zoo.download("small_far")
     served["content"] = good[:-1]
     with pytest.raises(WeightsError, match="damaged or incomplete"):
@@ -225,7 +225,7 @@ def test_the_command_lists_verifies_and_refuses(small_zoo, capsys):
     for released in small_zoo.values():
         released.path.write_bytes(b"")
     assert cli.main(["weights", "verify"]) == 2
-    assert capsys.readouterr().err.count("damaged or incomplete") == 2, "all that are damaged are told"
+    assert capsys.readouterr().err.count("damaged or incomplete") == 2, "every damaged file is named"
     for released in small_zoo.values():
         released.path.unlink()
     assert cli.main(["weights", "verify"]) == 2

@@ -52,7 +52,7 @@ class TransformerTraining:
     min_contiguous: int = 16
     """Shortest contiguous history of such a batch; the longest is the whole clip."""
     contiguous_predicted: int = 4
-    """Frames predicted in it, drawn anew for every batch; predicting all would cost more than it improves."""
+    """Frames predicted in it, drawn again for every batch; predicting all would cost more than it improves."""
     max_older: int = 6
     """Most random older frames in front of a tail."""
     max_tail: int = 6
