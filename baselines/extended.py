@@ -1,14 +1,13 @@
 """Policies for extended rollouts (`far_env.rollout.extended`), in which a demoted frame stays as a few coarse tokens and the
-budget counts tokens. They are no part of the benchmark, which has neither, and are not registered with the baselines.
+budget counts tokens. The benchmark has neither, so they are not among the baselines that are listed.
 
-What Future Forcing (arXiv 2605.30083) does with redundant frames, merging their tokens into one, is not expressible: a plan can
-keep, demote or drop a frame, and the host is given frames as they were generated. Averaging two latents would make a frame that
-no rollout produced, at one position instead of two. Nothing here claims to do it; ``future_forcing`` evicts instead.
+Future Forcing (arXiv 2605.30083) merges the tokens of redundant frames into one, which a plan cannot express: it can keep,
+demote or drop a frame, and the host receives frames as they were generated. The average of two latents would be a frame that no
+rollout generated, at one position instead of two. The baseline ``future_forcing`` drops redundant frames instead.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import ClassVar
 
 from far_env.baselines.filling import count, share
@@ -117,7 +116,7 @@ class PackForcingCoarse(TokenPartition):
 
 
 EXTENDED: dict[str, type] = {cls.name: cls for cls in (RecentFill, SinkRecentFine, FarCoarse, PackForcingCoarse)}
-"""Policies made for token budgets, by name; recent_fill is the baseline itself."""
+"""Policies for token budgets, by name; recent_fill is the baseline."""
 
 
 def make(name: str) -> RetentionPolicy:
@@ -125,8 +124,3 @@ def make(name: str) -> RetentionPolicy:
     if name not in EXTENDED:
         raise ValueError(unknown_name("extended policy", name, list(EXTENDED)))
     return EXTENDED[name]()
-
-
-def note(name: str) -> str:
-    """What a policy does, in one sentence."""
-    return inspect.cleandoc(EXTENDED[name].__doc__).split("\n")[0]

@@ -19,8 +19,6 @@ from far_env.contract import UNLIMITED_FRAMES
 from far_env.io import make_run_dir, write_text
 
 FORMAT = 1
-FULL_HISTORY = "full_history"
-"""The reference that lifts the budget; wherever a policy is named, this name means no policy at all."""
 _SETTINGS_FILE = "evaluation.json"
 RECORDS_FILE = "records.jsonl"
 _UNITED = ("workloads", "budgets", "seeds", "clips")
@@ -192,11 +190,19 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation: its settings, the episodes finished so far, and the folder with the pictures, if there is one."""
+    """An evaluation.
+
+    Attributes:
+        settings: what was asked for.
+        records: the episodes finished so far.
+        folder: where they and the pictures are, if they were saved.
+        unreadable: (workload, clip) → why its file could not be read in this session, so that its episodes are missing.
+    """
 
     settings: Settings
     records: list[Record]
     folder: Path | None = None
+    unreadable: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def truth_picture(self, workload: str, clip: int) -> Path:
         """PNG of a clip's true frames, context first, side by side; there for the first ``show_clips`` clips."""

@@ -26,7 +26,7 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     for name in sorted(result.scores, key=lambda own: sign * means[own][metrics[0]]):
         row = [name, *(_FORMATS[metric].format(means[name][metric]) for metric in metrics)]
         if compared:
-            row.append("" if name == reference else _signed(mean_interval(result.difference(name, reference))))
+            row.append("" if name == reference else signed_interval_text(mean_interval(result.difference(name, reference))))
         row.append(f"{result.decision_ms[name]:.3f}" if name in result.decision_ms else "")
         rows.append(row)
     facts = result.provenance
@@ -34,6 +34,8 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     if "seconds" in facts:
         footer += f"; {facts['seconds']} s"
     missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
+    if "damaged_clips" in facts:
+        missing.append(f"without the clips {', '.join(map(str, facts['damaged_clips']))}, whose files are damaged")
     return "\n".join([text_table(header, rows), footer, *missing])
 
 
@@ -58,7 +60,7 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
         for name, scores in sorted(summary["policies"].items(), key=lambda item: -item[1]["psnr"]["mean"]):
             psnr, ssim = (Interval(**scores[metric]) for metric in ("psnr", "ssim"))
             difference = scores.get(f"psnr_minus_{reference}")
-            told = "" if difference is None else _signed(Interval(**difference))
+            told = "" if difference is None else signed_interval_text(Interval(**difference))
             lines.append(
                 [summary["workload"], str(summary["budget"]), name, interval_text(psnr, 2), interval_text(ssim, 3), told]
             )
@@ -93,7 +95,7 @@ def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -
         quality = own["psnr_iqm"]
         row = [name, interval_text(quality, 2)]
         if compared:
-            row.append(_signed(own[difference]) if difference in own else "")
+            row.append(signed_interval_text(own[difference]) if difference in own else "")
         rows.append(row)
     cells = ", ".join(f"{table.provenance['workload']} {table.provenance['budget']}" for table in tables)
     return f"{text_table(header, rows)}\n\ninterquartile means over {cells}"
@@ -104,7 +106,8 @@ def interval_text(interval: Interval, digits: int) -> str:
     return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
-def _signed(interval: Interval) -> str:
+def signed_interval_text(interval: Interval) -> str:
+    """Mean and bounds of a difference in dB, with signs and two decimals."""
     return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 

@@ -280,7 +280,7 @@ def no_data(monkeypatch, tmp_path):
 
 def test_the_dry_run_prints_one_line_and_tells_the_rest_apart(capsys, tmp_path, no_data, monkeypatch):
     quick = replace(WORKLOADS["ucf101_short_prediction"], num_steps=1)
-    monkeypatch.setitem(WORKLOADS, "ucf101_short_prediction", quick)
+    monkeypatch.setattr("far_env.workloads.UCF101_SHORT_PREDICTION", quick)
     body = "print('TEST_METRICS: temporal_quality_main=100')\n" + KEEP_NEWEST
     path = policy_file(tmp_path, body)
     status, out, err = command(capsys, "--host", "embedded", "--policy", str(path), "--budget", "8", "--clips", "1")

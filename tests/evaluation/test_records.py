@@ -18,8 +18,9 @@ from far_env.contract import TemporalCachePlan
 from far_env.errors import PolicyError
 from far_env.evaluation import evaluate as evaluating
 from far_env.evaluation.evaluate import evaluate, evaluate_grid, tabulate
-from far_env.evaluation.records import FULL_HISTORY, Recorder, histories, load
+from far_env.evaluation.records import Recorder, histories, load
 from far_env.metrics import psnr
+from far_env.policies import FULL_HISTORY
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 
