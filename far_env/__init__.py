@@ -18,6 +18,8 @@ _ENVIRONMENT_NAMES = {
     "bair_c2p28": "BAIRC2P28",
     "dmlab_c144p156": "DMLabC144P156",
     "dmlab_c36p264": "DMLabC36P264",
+    "minecraft_c144p156": "MinecraftC144P156",
+    "minecraft_c36p264": "MinecraftC36P264",
 }
 """Workloads whose environment is not called by the workload's name in camel case."""
 

@@ -79,7 +79,3 @@ def _dispatch(args: list[str]) -> int | None:
     if name not in commands:
         raise ValueError(unknown_name("command", name, list(commands)))
     return load(commands[name])(rest)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
