@@ -64,7 +64,7 @@ def violations(module: str, source: str) -> list[str]:
         return wrong + [f"{module} imports {name}" for name in ours if ".".join(name.split(".")[:2]) not in allowed]
     level = LEVEL[rest[0]] if rest else LEVEL["plugins"]
     for name in ours:
-        part = (name.split(".") + [""])[1]
+        part = [*name.split("."), ""][1]
         if part in ("agents", "baselines", "configs"):
             wrong.append(f"{module} imports {name}, which is found through entry points")
         elif part and LEVEL[part] > level:
