@@ -27,7 +27,7 @@ assert "torch" not in sys.modules and "far_env_example" not in sys.modules, "imp
 from far_env.cli import main
 env = gym.make("far_env/ShortPan-v0", budget=4, device="cpu")
 observation, info = env.reset(seed=0)
-observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+observation, reward, terminated, truncated, info = env.step(env.action_space.sample() | 1)
 status = main(["evaluate", "--policies", "keep_oldest,recent_fill", "--workload", "short_pan", "--clips", "2",
                "--device", "cpu", "--metrics", "psnr", "--out", sys.argv[1], "--json", sys.argv[1] + ".json"])
 print(json.dumps({"steps": 1, "terminated": bool(terminated), "status": status}))
