@@ -7,7 +7,6 @@ import nothing of far_env but the contract.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from far_env.baselines import anchor, attention, benchmark, chunkwise, controls, extended, forcing, queue, recency, redundancy
@@ -105,27 +104,6 @@ def info(name: str) -> BaselineInfo:
     note = _description(cls).partition("\n\nSource:")[0]
     parameters = {key: parameter.default for key, parameter in _parameters(cls).items()}
     return BaselineInfo(name, family, cls.source, tier, note, parameters, dict(getattr(cls, "equivalent_to", {})))
-
-
-def listing(chosen: Sequence[str] = ()) -> str:
-    """A table of all baselines, or of the chosen ones with their descriptions. Raises ValueError on an unknown name."""
-    rows = [info(name) for name in chosen or names()]
-    table = [("baseline", "tier", "family", "source", "parameters")]
-    for row in rows:
-        parameters = ", ".join(
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.parameters.items()
-        )
-        table.append((row.name, row.tier, row.family, row.source, parameters))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    lines.insert(1, "─" * max(map(len, lines)))
-    for row in rows:
-        lines += [f"{row.name} has the plans of {other} up to a budget of {most}" for other, most in row.equivalent_to.items()]
-    if chosen:
-        lines += [f"\n{row.name}: {row.note}" for row in rows]
-    else:
-        lines.append("tier: M reads FrameMeta rows alone, L also latents, A also attention; A or M works without attention too")
-    return "\n".join(lines)
 
 
 def make(name: str, **params: object) -> RetentionPolicy:

@@ -21,12 +21,12 @@ TOKEN_NUMBERS = ("token_budget", "tokens_per_fine_frame", "tokens_per_coarse_fra
 
 
 class TokenPartition:
-    """Fine sinks, a coarse middle, fine newest frames: each gets a share of the tokens.
+    """Fine sinks, a coarse middle and fine newest frames, each with a share of the tokens.
 
     Args:
         sink, recent: as in `baselines.partition.slots`, of the whole fine frames that fit the token budget.
         demote: whether the tokens that sinks and newest frames leave hold the middle's newest frames, demoted. Otherwise the
-            newest frames get them, fine.
+            newest frames receive them, as fine frames.
     """
 
     name: ClassVar[str]
@@ -67,7 +67,7 @@ class TokenPartition:
 
 
 class SinkRecentFine(TokenPartition):
-    """StreamingLLM's sinks and newest frames, all fine. The baseline sink_recent demotes its sinks, which here is not keeping.
+    """StreamingLLM's sinks and newest frames, all fine. (The baseline sink_recent demotes its sinks: coarse here.)
 
     Source: StreamingLLM, arXiv 2309.17453. Parameter ``n_sink``.
     """
@@ -81,10 +81,10 @@ class SinkRecentFine(TokenPartition):
 
 
 class FarCoarse(TokenPartition):
-    """FAR-Long's own context under a budget: the newest frames fine, those before them coarse, as far back as tokens last.
+    """FAR-Long's context under a budget: the newest frames fine, those before them coarse, as far back as the tokens suffice.
 
-    Faithful: the two resolutions in this order, the only one the host was trained with. Adapted: a share of the tokens for the
-    window of a fixed number of frames, and an end.
+    Faithful: the two resolutions in this order, the only one that the host was trained with. Adapted: the fine frames have a
+    share of the tokens instead of a window of fixed length, and the coarse frames do not reach back to the beginning.
 
     Source: FAR, arXiv 2503.19325. Parameter ``f_recent``, the share of the token budget for fine frames.
     """
@@ -97,11 +97,11 @@ class FarCoarse(TokenPartition):
 
 
 class PackForcingCoarse(TokenPartition):
-    """PackForcing's sinks, compressed middle and newest frames.
+    """PackForcing's sinks, compressed middle and newest frames, with the host's coarse tokens for the middle.
 
     Faithful: the three parts, the middle compressed and a queue: its oldest frame goes when there is no room. Adapted: the
     host's coarse tokens for those of a compressor with 32 times fewer; frames for 4-frame blocks; no choice among the
-    compressed frames for each new one, all are seen. The host was trained without fine frames before coarse ones.
+    compressed frames for each new one: all are in the context. The host was trained without fine frames before coarse ones.
 
     Source: PackForcing, arXiv 2603.25730. Parameters ``f_sink``, ``f_recent``, shares of the token budget.
     """

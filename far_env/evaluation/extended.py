@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 from far_env.evaluation.statistics import mean_interval
-from far_env.evaluation.table import interval_text, signed_interval_text, text_table
+from far_env.evaluation.table import interval_text, signed_interval_text
 from far_env.io import write_text
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
 from far_env.rollout.extended import play_extended
 from far_env.rollout.play import play
+from far_env.text import text_table
 from far_env.workloads import Workload
 
 RESULTS_FILE = "extended.json"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from far_env.errors import WeightsError, first_line, unknown_name
 from far_env.io import cache_dir
+from far_env.text import text_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,16 +184,14 @@ def weights_dir() -> Path:
 
 def listing(names: Sequence[str]) -> str:
     """A table of released models: name, parameters, data, frame size, file, and whether it is on this machine."""
-    rows = [("name", "parameters", "data", "frames", "here", "file")]
+    rows = []
     for name in names:
         released = find_released(name)
         here = "yes" if released.path.exists() else "no"
-        rows.append(
-            (name, f"{released.million_parameters:.1f} M", released.data, f"{released.frame_size}²", here, released.file)
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"from {REPOSITORY} on Hugging Face, to {weights_dir()}", CITATION])
+        size = f"{released.million_parameters:.1f} M"
+        rows.append((name, size, released.data, f"{released.frame_size}²", here, released.file))
+    table = text_table(("name", "parameters", "data", "frames", "here", "file"), rows, numbers=False)
+    return "\n".join([table, "", f"from {REPOSITORY} on Hugging Face, to {weights_dir()}", CITATION])
 
 
 def verify(name: str) -> Path:

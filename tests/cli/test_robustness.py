@@ -161,6 +161,21 @@ def test_a_damaged_clip_is_left_out_and_added_once_it_is_restored(capsys, videos
         assert resumed[name]["psnr"]["mean"] == pytest.approx(scores["psnr"]["mean"], abs=1e-3)
 
 
+def test_validation_names_the_clip_that_cannot_be_read_and_plays_the_others(capsys, videos, tiny_host_folder, tmp_path):
+    folder, damaged, sound = videos
+    broken = damaged.read_bytes()
+    damaged.write_bytes(sound)
+    args = ["--workload", "ucf101_short_prediction", "--data-dir", str(folder), "--host", str(tiny_host_folder), "--clips", "3"]
+    args += ["--policies", "random", "--device", "cpu", "--metrics", "psnr", "--out", str(tmp_path / "results")]
+    assert cli.main(["evaluate", *args]) == 0
+    damaged.write_bytes(broken)
+    capsys.readouterr()
+    assert cli.main(["validate", str(tmp_path / "results"), "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert f"clip 1, noise seed 42: its clip cannot be read: {damaged}" in out
+    assert "3 of 3 records played again: 2 match" in out and "1 differ" in out
+
+
 def test_numbers_without_a_damaged_clip_are_those_of_the_other_clips(videos, tiny_host_folder):
     folder, damaged, _ = videos
     workload = make_workload("ucf101_short_prediction", host=tiny_host_folder, device="cpu", data_dir=str(folder))
