@@ -14,7 +14,7 @@ from far_env.config import parse
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Count the clips of a folder of videos and find its damaged files; the exit status is 1 if there are any."""
+    """Count the clips of a folder of videos and find its damaged files; the exit status is 2 if there are any."""
 
     action: tyro.conf.Positional[Literal["check"]]
     folder: tyro.conf.Positional[str]
@@ -26,7 +26,7 @@ class DataOptions:
     """Read only the headers of files, not every file to its end."""
 
 
-def data(args: Sequence[str]) -> int:
+def data(args: Sequence[str]) -> None:
     """Count the clips of a folder of videos and find its damaged files."""
     options = parse(DataOptions, args, "far-env data", DataOptions.__doc__ or "")
     from far_env.clips.check import check_data
@@ -35,4 +35,5 @@ def data(args: Sequence[str]) -> int:
     print(report.text())
     if not report.usable:
         raise ValueError(f"nothing in {options.folder} can be used for clips of {report.num_frames} frames")
-    return int(bool(report.damaged))
+    if report.damaged:
+        raise ValueError(f"{len(report.damaged)} of {len(report.facts)} files are damaged; the report names them")

@@ -264,7 +264,7 @@ class _Session:
         content = clip_hash(workload, clip)
         if self.clip_hashes.setdefault((workload.name, clip_id), content) != content:
             raise ValueError(
-                f"clip {clip_id} of {workload.name} is another one than in {self.results.folder}, made with other data; "
+                f"clip {clip_id} of {workload.name} differs from {self.results.folder}, which was made with other data; "
                 "choose another folder"
             )
         return clip
