@@ -33,7 +33,7 @@ BUDGETS = {
     "tight_history_budget": 4,
 }
 NULL_CLASS = -1.0
-"""The guidance that stands for the null class on all frames."""
+"""The value of the guidance that means the null class on all frames."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Workload:
         num_steps: ODE steps per generated frame.
         guidance: 1 for none; above 1 classifier-free guidance (arXiv 2207.12598), null + guidance · (conditional − null), with
             the null class on all frames; −1, as the benchmark writes it, for the null class on all frames and no guidance.
-        actions: every frame conditions the host by its own action, ``clip.actions[i]`` being that of frame i. Without, a host
+        actions: every frame conditions the host by its action, ``clip.actions[i]`` being that of frame i. Without, a host
             that takes classes gets the null class on all frames.
 
     Raises:
@@ -143,7 +143,7 @@ def _published(
     guidance: float = 1.0,
     actions: bool = False,
 ) -> WorkloadSpec:
-    """One of FAR's own evaluations: its protocol for clips, 50 ODE steps."""
+    """One of FAR's evaluations: its protocol for clips, 50 ODE steps."""
     clips = partial(source, protocol="far", num_frames=num_context + num_predict)
     return WorkloadSpec(clips, num_context, num_predict, host, 50, guidance, actions)
 

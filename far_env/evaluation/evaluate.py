@@ -88,7 +88,7 @@ def evaluate_grid(
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
         optional: names of policies that are left out, with a printed reason, where they cannot run.
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
-        show_clips: write pictures of so many of the first clips there.
+        show_clips: how many of the first clips have pictures there.
         policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
         clip_options: workload → options of its clip source, for the folder.
 
@@ -109,7 +109,7 @@ def evaluate_grid(
         check_clip_id(workload.clips, split, clip_id)
     jobs = [_Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
     limited = [(name, policy) for name, policy in policies.items() if policy is not None]
-    jobs += [_Job(min(budget, UNLIMITED_FRAMES), *own) for budget in budgets for own in limited]
+    jobs += [_Job(min(budget, UNLIMITED_FRAMES), name, policy) for budget in budgets for name, policy in limited]
     settings = Settings(
         workloads=[workload.name for workload in workloads],
         budgets=sorted({job.budget for job in jobs}),

@@ -31,7 +31,7 @@ Key = tuple[str, int, str, int, int]
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """What an evaluation plays.
 
     Attributes:
         budgets: `UNLIMITED_FRAMES` is that of full history.
@@ -138,23 +138,23 @@ def _record(values: object, settings: Settings) -> Record:
     """A record from the values of a line. Raises ValueError, in a few words, if they are not a record of these settings."""
     if not isinstance(values, dict):
         raise ValueError("is no JSON object")
-    own = {name: values.pop(name, None) for name in _TYPES}
+    fields = {name: values.pop(name, None) for name in _TYPES}
     for name, kind in _TYPES.items():
-        if not isinstance(own[name], kind) or isinstance(own[name], bool):
-            raise ValueError(f"has no valid {name!r} ({own[name]!r})")
+        if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+            raise ValueError(f"has no valid {name!r} ({fields[name]!r})")
     known = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
     for name, values_asked in {**known, "budget": settings.budgets}.items():
-        if own[name] not in values_asked:
-            raise ValueError(f"has the {name} {own[name]!r}, which is not in {_SETTINGS_FILE}")
-    num_predict = settings.num_predict[own["workload"]]
-    numbers = [*own["metrics"].values(), *own["psnr_per_frame"]]
-    if len(own["psnr_per_frame"]) != num_predict or not all(isinstance(value, int | float) for value in numbers):
+        if fields[name] not in values_asked:
+            raise ValueError(f"has the {name} {fields[name]!r}, which is not in {_SETTINGS_FILE}")
+    num_predict = settings.num_predict[fields["workload"]]
+    numbers = [*fields["metrics"].values(), *fields["psnr_per_frame"]]
+    if len(fields["psnr_per_frame"]) != num_predict or not all(isinstance(value, int | float) for value in numbers):
         raise ValueError(f"needs numbers as metrics and {num_predict} of them in psnr_per_frame")
-    if own["metrics"].keys() != set(settings.metrics):
-        raise ValueError(f"has the metrics {', '.join(own['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
+    if fields["metrics"].keys() != set(settings.metrics):
+        raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
     if lacking := [name for name in _FACTS if name not in values]:
         raise ValueError(f"lacks {', '.join(lacking)}")
-    record = Record(**own, facts=values)
+    record = Record(**fields, facts=values)
     histories(record, settings.num_context[record.workload], num_predict)
     return record
 
@@ -172,19 +172,19 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
             decisions[int(entry["step"])] = sorted({*map(int, entry["kept"]), *map(int, entry["demoted"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"has a plan with the entry {entry!r}, which lacks step, kept or demoted frames") from error
-    history, asked = list(range(num_context)), []
+    history, decided = list(range(num_context)), []
     for step in range(num_predict - 1):
         newest = num_context + step
         history.append(newest)
         if len(history) <= record.budget or record.budget >= UNLIMITED_FRAMES:
             continue
-        asked.append(step)
-        stay = decisions.get(step, [])
-        if not set(stay) <= set(history) or newest not in stay or len(stay) > record.budget:
-            raise ValueError(f"has a plan that keeps {stay} of {history} at step {step}, with a budget of {record.budget}")
-        history = list(stay)
-    if asked != [entry["step"] for entry in record.plan]:
-        raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget asks for decisions at {asked}")
+        decided.append(step)
+        kept = decisions.get(step, [])
+        if not set(kept) <= set(history) or newest not in kept or len(kept) > record.budget:
+            raise ValueError(f"has a plan that keeps {kept} of {history} at step {step}, with a budget of {record.budget}")
+        history = list(kept)
+    if decided != [entry["step"] for entry in record.plan]:
+        raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget needs decisions at {decided}")
     return decisions
 
 
@@ -193,7 +193,7 @@ class Results:
     """An evaluation.
 
     Attributes:
-        settings: what was asked for.
+        settings: what is played.
         records: the episodes finished so far.
         folder: where they and the pictures are, if they were saved.
         unreadable: (workload, clip) → why its file could not be read in this session, so that its episodes are missing.

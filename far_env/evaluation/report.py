@@ -170,7 +170,7 @@ def _clips(
 
 
 def _check_strip(path: Path, results: Results, workload: str, num_frames: int) -> None:
-    """Raise ValueError unless ``path`` is a PNG of so many frames side by side."""
+    """Raise ValueError unless ``path`` is a PNG of ``num_frames`` frames side by side."""
     size = results.settings.frame_size[workload]
     try:
         with Image.open(path) as image:

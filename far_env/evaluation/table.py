@@ -96,7 +96,7 @@ def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -
 
 
 def interval_text(interval: Interval, digits: int) -> str:
-    """Mean and bounds with so many decimals."""
+    """Mean and bounds with this many decimals."""
     return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 

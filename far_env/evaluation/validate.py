@@ -112,8 +112,8 @@ def _play_again(
         return findings
     records = readable
     seeds = [record.seed + record.clip for record in records]
-    stays = [histories(record, workload.num_context, workload.num_predict) for record in records]
-    rollouts = replay(workload, clips, seeds, stays, memo=memo, on_frame=bar.update)
+    kept = [histories(record, workload.num_context, workload.num_predict) for record in records]
+    rollouts = replay(workload, clips, seeds, kept, memo=memo, on_frame=bar.update)
     rows = range(len(records))
     predicted, latents = rollouts.decode(rows).float(), rollouts.generated(rows)
     truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
