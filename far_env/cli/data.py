@@ -33,7 +33,5 @@ def data(args: Sequence[str]) -> None:
 
     report = check_data(Path(options.folder), options.dataset, options.frames, whole=not options.quick)
     print(report.text())
-    if not report.usable:
-        raise ValueError(f"nothing in {options.folder} can be used for clips of {report.num_frames} frames")
-    if report.damaged:
-        raise ValueError(f"{len(report.damaged)} of {len(report.facts)} files are damaged; the report names them")
+    if report.problem is not None:
+        raise ValueError(report.problem)
