@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -12,13 +11,13 @@ from far_env.agents.observation_spec import tier
 from far_env.agents.policies import AgentPolicy
 from safetensors.torch import save_file
 
-from far_env import baselines
 from far_env.contract import RetentionPolicy
 from far_env.errors import unknown_name
-from far_env.evaluation.evaluate import FULL_HISTORY
 from far_env.io import write_text
-from far_env.policy_file import policy_from_file
+from far_env.policies import load_policy, policy_facts
 from far_env.tensor_files import load_weights
+
+__all__ = ["load_policy", "policy_facts"]
 
 WEIGHTS_FILE = "policy.safetensors"
 CONFIG_FILE = "policy.json"
@@ -67,45 +66,27 @@ def scorer_folder(name: str) -> Path:
     return PRETRAINED_DIR / name.removeprefix(PRETRAINED)
 
 
-def load_policy(name: str) -> RetentionPolicy | None:
-    """A policy by name: a baseline, a Python file, a run folder, pretrained/NAME, or full_history (None: nothing is dropped).
+def names() -> list[str]:
+    """The pretrained policies."""
+    return pretrained_names()
 
-    Raises:
-        ValueError: if the name is none of these, or the file or folder cannot be used.
-    """
-    if name == FULL_HISTORY:
-        return None
-    if name in baselines.names():
-        return baselines.make(name)
+
+def accepts(name: str) -> bool:
+    """Whether `load` takes the name: that of a pretrained policy, or a folder."""
+    return name.startswith(PRETRAINED) or Path(name).is_dir()
+
+
+def load(name: str) -> RetentionPolicy:
+    """The policy of a run folder, or a pretrained one. Raises ValueError if it cannot be loaded."""
+    return AgentPolicy(load_scorer(scorer_folder(name))[0], name)
+
+
+def facts(name: str) -> dict[str, str]:
+    """What results record of a policy that `load` takes."""
     path = scorer_folder(name)
-    if path.suffix == ".py" and path.is_file():
-        policy = policy_from_file(path)
-        with contextlib.suppress(AttributeError):
-            policy.name = name  # errors name the file, not the class that all exported files share
-        return policy
-    if path.is_dir():
-        return AgentPolicy(load_scorer(path)[0], name)
-    known = ", ".join([*baselines.names(), FULL_HISTORY])
-    raise ValueError(
-        f"no policy {name!r}: it is neither a baseline ({known}), nor a pretrained one ({', '.join(pretrained_names())}), nor "
-        "an existing .py file or run folder"
-    )
-
-
-def policy_facts(name: str) -> dict[str, str]:
-    """What is known of a policy that `load_policy` accepts, for results: family, tier, source and a note of baselines, and
-    the hash of what the name of another stands for."""
-    if name == FULL_HISTORY:
-        return {"note": "nothing is dropped"}
-    if name in baselines.names():
-        about = baselines.info(name)
-        return {"family": about.family, "tier": about.tier, "source": about.source, "note": about.note.split("\n")[0]}
-    path = scorer_folder(name)
-    if path.is_file():
-        return {"family": "file", "source": str(path.resolve()), "sha256": _sha256(path)}
     source = f"{name} of far-env" if name.startswith(PRETRAINED) else str(path.resolve())
-    network, facts = load_scorer(path)
-    note = f"trained on {facts.get('trained_on', 'unknown clips')}"
+    network, described = load_scorer(path)
+    note = f"trained on {described.get('trained_on', 'unknown clips')}"
     sha256 = _sha256(path / WEIGHTS_FILE)
     return {"family": "learned", "tier": tier(network.view.signals), "source": source, "note": note, "sha256": sha256}
 

@@ -24,9 +24,10 @@ from far_env.cli import run_guarded
 from far_env.config import parse, require_positive
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.statistics import mean_interval
-from far_env.evaluation.table import interval_text, markdown_lines, source_lines
+from far_env.evaluation.table import interval_text, source_lines
 from far_env.io import write_text
 from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.text import markdown_lines
 from far_env.workloads import Workload, make_workload
 
 

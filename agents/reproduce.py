@@ -16,16 +16,18 @@ from pathlib import Path
 
 import tyro
 
+from far_env.cli.console import keeping_episodes as resumable
+from far_env.cli.options import ALL
 from far_env.config import from_dict, load_yaml, parse, require_positive
 from far_env.contract import RetentionPolicy
 from far_env.errors import unknown_name
-from far_env.evaluation.commands import ALL, resumable
 from far_env.evaluation.comparison import tabulate
 from far_env.evaluation.evaluate import evaluate_grid
 from far_env.evaluation.ranking import select_policies
-from far_env.evaluation.records import FULL_HISTORY, RECORDS_FILE
+from far_env.evaluation.records import RECORDS_FILE
 from far_env.evaluation.table import markdown_table, source_lines
 from far_env.io import make_run_dir, write_text
+from far_env.policies import FULL_HISTORY
 from far_env.provenance import load_facts, save_facts
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import WORKLOADS, make_workload

@@ -1,12 +1,15 @@
-"""Hand-written retention policies, by name. Each answers `build_temporal_cache_plan` and needs only `far_env.contract`."""
+"""Hand-written retention policies, by name: policies from the literature, the benchmark's, and controls.
+
+The module is the collection ``baselines`` of the entry points ``far_env.policies`` (see `far_env.policies`). The policies
+import nothing of far_env but the contract.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from far_env.baselines import anchor, attention, benchmark, chunkwise, controls, forcing, queue, recency, redundancy
+from far_env.baselines import anchor, attention, benchmark, chunkwise, controls, extended, forcing, queue, recency, redundancy
 
 from far_env.contract import RetentionPolicy, TemporalCachePlan
 from far_env.errors import unknown_name
@@ -47,15 +50,15 @@ _BASELINES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class BaselineInfo:
-    """What reports tell of a baseline.
+    """The description of a baseline.
 
     Attributes:
         family: recency, anchor, queue or chunkwise, as in its plans; control or redundancy.
         source: paper or other origin.
         tier: what it reads: M (FrameMeta rows alone), L (also latents), A (also attention); "A or M" works with either.
-        note: what it does, and what is faithful to its source and what is adapted.
-        parameters: their defaults.
-        equivalent_to: baselines with the same answers, each up to a budget; a table shows such rows once.
+        note: what it does, what is faithful to its source and what is adapted.
+        parameters: name → default.
+        equivalent_to: baseline with the same plans → the largest budget for which they are the same.
     """
 
     name: str
@@ -72,39 +75,35 @@ def names() -> list[str]:
     return sorted(_BASELINES)
 
 
+def accepts(name: str) -> bool:
+    """Whether `load` takes the name: that of a baseline, or of a policy for token budgets, which is not listed."""
+    return name in _BASELINES or name in extended.EXTENDED
+
+
+def load(name: str) -> RetentionPolicy:
+    """A baseline with its default parameters, or a policy for token budgets. Raises ValueError on an unknown name."""
+    return make(name) if name in _BASELINES else extended.make(name)
+
+
+def facts(name: str) -> dict[str, str]:
+    """What results record of a policy that `load` takes: family, tier, source and the first line of its description."""
+    if name not in _BASELINES:
+        policy = type(extended.make(name))
+        return {"family": "token budget", "tier": "M", "source": policy.source, "note": _description(policy).split("\n")[0]}
+    baseline = info(name)
+    return {"family": baseline.family, "tier": baseline.tier, "source": baseline.source, "note": baseline.note.split("\n")[0]}
+
+
 def info(name: str) -> BaselineInfo:
-    """What is known of a baseline. Raises ValueError on an unknown name."""
+    """The description of a baseline. Raises ValueError on an unknown name."""
     cls = _find(name)
     family = getattr(cls, "family", None) or getattr(cls, "tags", {}).get(
         "retention_family", TemporalCachePlan.retention_family
     )
     tier = " or ".join(getattr(cls, "needs", {"M": ()}))
-    note = inspect.cleandoc(cls.__doc__).partition("\n\nSource:")[0]
+    note = _description(cls).partition("\n\nSource:")[0]
     parameters = {key: parameter.default for key, parameter in _parameters(cls).items()}
     return BaselineInfo(name, family, cls.source, tier, note, parameters, dict(getattr(cls, "equivalent_to", {})))
-
-
-def listing(chosen: Sequence[str] = ()) -> str:
-    """A table of all baselines, or of these with what is to be said of each. Raises ValueError on an unknown name."""
-    rows = [info(name) for name in chosen or names()]
-    table = [("baseline", "tier", "family", "source", "parameters")]
-    for row in rows:
-        parameters = ", ".join(
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.parameters.items()
-        )
-        table.append((row.name, row.tier, row.family, row.source, parameters))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    lines.insert(1, "─" * max(map(len, lines)))
-    for row in rows:
-        lines += [f"{row.name} answers as {other} does up to a budget of {most}" for other, most in row.equivalent_to.items()]
-    if chosen:
-        lines += [f"\n{row.name}: {row.note}" for row in rows]
-    else:
-        lines.append(
-            "tier: reads M FrameMeta rows alone, L also latents, A also attention; A or M takes M where it gets no more"
-        )
-    return "\n".join(lines)
 
 
 def make(name: str, **params: object) -> RetentionPolicy:
@@ -127,6 +126,10 @@ def _find(name: str) -> type:
     if name not in _BASELINES:
         raise ValueError(unknown_name("baseline", name, names()))
     return _BASELINES[name]
+
+
+def _description(cls: type) -> str:
+    return inspect.cleandoc(cls.__doc__ or "")
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:

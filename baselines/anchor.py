@@ -1,4 +1,4 @@
-"""Anchors: some old frames stay for good, and the newest; what lies between is packed or goes."""
+"""Anchor policies: some old frames and the newest frames are always kept; frames between them are thinned out or dropped."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from far_env.baselines.partition import PartitionPolicy, Parts
 
 
 class SinkRecent(PartitionPolicy):
-    """StreamingLLM's attention sinks: the oldest frames and the newest, nothing between.
+    """StreamingLLM's attention sinks: keeps the oldest frames and the newest frames, and drops all frames between them.
 
-    Faithful: the rule, and positions counted inside the cache (the host re-indexes by itself). Adapted: frames for tokens; the
-    original keeps 4 tokens, video forms 3 to 8 frames.
+    Faithful: the rule, and positions counted inside the cache (the host re-indexes the kept frames). Adapted: frames instead of
+    tokens; the original keeps 4 tokens, versions for video keep 3 to 8 frames.
 
     Source: StreamingLLM, arXiv 2309.17453 and its code. Tier: M. Parameter ``n_sink``, at most budget − 1.
     """
@@ -26,12 +26,12 @@ class SinkRecent(PartitionPolicy):
 
 
 class RollingForcing(PartitionPolicy):
-    """Rolling Forcing's retention part: sinks and newest frames in equal parts.
+    """The retention rule of Rolling Forcing: sinks and newest frames in equal shares.
 
-    Faithful: the split (3 sink and 3 recent frames). Adapted: the joint denoising of a rolling window needs the trained host
-    and has no counterpart here.
+    Faithful: the split (3 sink frames and 3 recent frames). Adapted: the joint denoising of a rolling window needs a host that
+    was trained for it and has no counterpart here.
 
-    Source: Rolling Forcing, arXiv 2509.25161 and its code. Tier: M. Parameter ``f_sink``, the sinks' share of the budget.
+    Source: Rolling Forcing, arXiv 2509.25161 and its code. Tier: M. Parameter ``f_sink``, the share of the sinks in the budget.
     """
 
     name = "rolling_forcing"
@@ -44,17 +44,17 @@ class RollingForcing(PartitionPolicy):
 
 
 class PackCachePaper(FillingPolicy):
-    """PackCache's cross-frame decay: anchors, the newest frames whole, and a tail in which presence halves with every frame of
-    distance.
+    """PackCache's decay over frames: keeps anchors, the newest frames, and a tail in which the share of kept frames halves with
+    every frame of distance.
 
-    Faithful: anchors exempt from decay, shares 2^−d of the d-th past frame. Adapted: frames cannot be shrunk, so a share is
-    capped at one frame, which gives the newest budget − anchors − tail frames a place each and the older ones ``tail`` places
-    together, given to the frames with the longest remaining life (`remaining_life`). With an unbounded tail, presence at
-    distance j would be exactly 2^−j. Which tokens survive inside a frame is not published.
+    Faithful: anchors are exempt from the decay, and the d-th past frame has the share 2^−d. Adapted: a frame cannot be kept in
+    part, so a share is at most one frame. This gives one place each to the newest budget − anchors − tail frames, and ``tail``
+    places to all older frames, for those with the longest remaining life (`remaining_life`). With an unbounded tail, a frame at
+    distance j would be kept with a frequency of exactly 2^−j. Which tokens of a frame the original keeps is not published.
 
-    Source: PackCache, arXiv 2601.04359, second hand for its equations. Tier: M. Parameters ``n_anchor``; ``tail``, places of
-    the decayed part; ``rounding``, "ruler" or "nearest" (the newest frames of the tail, which makes the rule sink_recent);
-    ``anchors``, "first" frames of the clip or the "last_context" ones.
+    Source: PackCache, arXiv 2601.04359; its equations from secondary sources. Tier: M. Parameters ``n_anchor``; ``tail``, the
+    places of the decayed part; ``rounding``, "ruler" or "nearest" (the newest frames of the tail, which makes the rule equal to
+    sink_recent); ``anchors``, the "first" frames of the clip or the "last_context" frames.
     """
 
     name = "packcache_paper"
@@ -103,18 +103,20 @@ class PackCachePaper(FillingPolicy):
 
 
 def remaining_life(birth: int, distance: int) -> int:
-    """For how many more steps the ruler keeps a frame at this distance behind the whole frames: trailing zero bits of
-    birth + 1, minus the distance. Of any 2^j successive frames exactly one reaches distance j."""
+    """For how many more steps the "ruler" rounding keeps a frame that is ``distance`` frames older than the newest frames with
+    a place each: the number of trailing zero bits of birth + 1, minus the distance. Of any 2^j successive frames exactly one
+    reaches distance j."""
     marker = birth + 1
     return (marker & -marker).bit_length() - 1 - distance
 
 
 class DeCoPrune(PartitionPolicy):
-    """DeCoPrune: what the context could not predict is worth keeping.
+    """DeCoPrune: keeps the frames that the context predicted worst.
 
-    Faithful: the criterion, the gap between an early clean estimate and the final latent, and one sink and one recent part that
-    always stay. Adapted: whole frames ranked by their mean gap instead of tokens over a threshold; the probe lies half-way
-    through the ODE (step 2 of 4 in the original). The gap is fixed at birth, so this is a bounded priority queue.
+    Faithful: the criterion, which is the gap between an early clean estimate and the final latent, and sink and recent frames
+    that are always kept. Adapted: frames are ranked by their mean gap, where the original compares tokens with a threshold; the
+    early estimate is taken half-way through the ODE (step 2 of 4 in the original). The gap of a frame never changes, so the
+    rule is a bounded priority queue.
 
     Source: DeCoPrune, decoprune.github.io (2026, arXiv id unknown). Tier: A (denoise_gap). Parameters ``n_sink``, ``n_recent``.
     """

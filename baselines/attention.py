@@ -1,4 +1,4 @@
-"""Heavy hitters: the frames that received most attention stay, and the newest."""
+"""Heavy hitters: keeps the frames that received most attention, and the newest frames."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from far_env.baselines.partition import PartitionPolicy, Parts, over_last
 
 
 class H2O(PartitionPolicy):
-    """H2O: rows by the softmax attention they have received so far, and the newest rows.
+    """H2O: keeps the frames with the largest sum of softmax attention received so far, and the newest frames.
 
-    Faithful: sums without decay, forgotten with the row. Adapted: frames for tokens, one choice for all layers and heads; sums
-    begin at the policy's first call for a clip, and a new row starts at zero, whatever it gave itself. A recent share of half
-    the budget for the original's equal shares of recent and heavy tokens. ``norm="last"`` with ``f_recent=0`` is TOVA (arXiv
-    2401.06104).
+    Faithful: sums without decay; the sum of a dropped frame is forgotten. Adapted: frames instead of tokens, and one choice for
+    all layers and heads; sums begin at the first call of the policy for a clip, and a new frame starts at zero, whatever
+    attention it paid to itself. The recent share of half the budget stands for the equal shares of recent and heavy tokens in
+    the original. ``norm="last"`` with ``f_recent=0`` is TOVA (arXiv 2401.06104).
 
     Source: H2O, arXiv 2306.14048 and its code. Tier: A (attn_mass). Parameters ``f_recent``, a share of the budget, rounded
-    down to one row or more; ``norm``, "sum", "exposure" (divided by the number of steps seen, which takes the bias towards old
-    rows away) or "last" (this step's attention alone).
+    down, at least one frame; ``norm``, "sum", "exposure" (divided by the number of steps in the sum, which removes the bias
+    towards old frames) or "last" (the attention of this step alone).
     """
 
     name = "h2o"
@@ -43,24 +43,24 @@ class H2O(PartitionPolicy):
         earlier = history.notes.get("received", {})
         received = {}
         for row, birth in enumerate(history.births):
-            total, seen = earlier.get(birth, (0.0, 0))
-            received[birth] = (total + mass[row], seen + (row < len(history) - 1))
+            total, steps = earlier.get(birth, (0.0, 0))
+            received[birth] = (total + mass[row], steps + (row < len(history) - 1))
         history.notes["received"] = received
         if self.norm == "last":
             return mass[parts.middle]
         totals = [received[history.births[row]] for row in parts.middle]
-        return [total / (seen if self.norm == "exposure" else 1) for total, seen in totals]
+        return [total / (steps if self.norm == "exposure" else 1) for total, steps in totals]
 
     def _tags(self, max_frames: int) -> dict[str, Any]:
         return super()._tags(max_frames) | {"queue_depth": self._slots(max_frames)[2]}
 
 
 class SnapKV(PartitionPolicy):
-    """SnapKV: rows by the attention that the last frames paid them, smoothed over neighbours, and those frames themselves.
+    """SnapKV: keeps the last frames, and those that received most attention from them, smoothed over neighbours.
 
-    Faithful: attention of a window of last queries on everything before it, summed, average-pooled, no sinks. Adapted: frames
-    for tokens and a window of frames, each with its own denoising queries, as far as the policy was asked then; one choice for
-    all heads; chosen anew at every call instead of once.
+    Faithful: the attention of a window of last queries on everything before it, summed and average-pooled, without sinks.
+    Adapted: frames instead of tokens, and a window of frames, each with the queries of its own denoising, as far as the policy
+    was called for it; one choice for all heads; the choice is made again at every call instead of once.
 
     Source: SnapKV, arXiv 2404.14469 and its code. Tier: A (attn_mass). Parameters ``window``, at most budget − 1; ``pool``, the
     width of the average over kept neighbours, cut off at the ends.

@@ -1,7 +1,7 @@
 """The four rules that ship with the benchmark ``ar-video-kv-temporal-policy``, exactly, under its names.
 
-They approximate the methods they are named after, and weakly; the faithful forms are separate baselines. All are stateless:
-the first matching rule decides about a frame. Tier: M. No parameters.
+They are weak approximations of the methods that they are named after; the faithful forms are separate baselines. All are
+stateless: the first matching rule decides about a frame. Tier: M. No parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from far_env.contract import ChunkDecision, FrameMeta, RolloutState, TemporalCac
 
 
 class _FrameRule(ABC):
-    """A rule that looks at one frame at a time and tags its plans."""
+    """A rule that decides about one frame at a time and tags its plans."""
 
     source = "ar-video-kv-temporal-policy"
     tags: dict[str, object] = {}
@@ -53,7 +53,7 @@ class RecentWindow(_FrameRule):
 
 
 class PackCache(_FrameRule):
-    """The benchmark's stand-in for PackCache: key frames are demoted, drifted ones dropped, recent similar ones kept."""
+    """The benchmark's approximation of PackCache: key frames are demoted, drifted ones dropped, recent similar ones kept."""
 
     name = "packcache"
     tags = {
@@ -81,7 +81,7 @@ class PackCache(_FrameRule):
 
 
 class CausalCacheVDM(_FrameRule):
-    """The benchmark's stand-in for Ca2-VDM: residents and key frames are demoted, drifted frames dropped, the rest kept."""
+    """The benchmark's approximation of Ca2-VDM: residents and key frames are demoted, drifted frames dropped, the rest kept."""
 
     name = "causalcache_vdm"
     tags = {
@@ -110,7 +110,8 @@ class CausalCacheVDM(_FrameRule):
 
 
 class FlowCache(_FrameRule):
-    """The benchmark's stand-in for FlowCache: nothing older than the last scene boundary stays, then smooth frames do."""
+    """The benchmark's approximation of FlowCache: frames older than the last scene boundary are dropped; of the others, smooth
+    ones are kept."""
 
     name = "flowcache"
     tags = {

@@ -1,4 +1,4 @@
-"""Chunkwise: importance and redundancy weighed against each other."""
+"""Chunkwise policies: a weighted difference of importance and redundancy."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from far_env.baselines.filling import FillingPolicy, History, best, count, share
 
 
 class FlowCachePaper(FillingPolicy):
-    """FlowCache's compression: attention a against redundancy r, score λ·a − (1 − λ)·r, both shares over the candidates.
+    """FlowCache's compression: keeps the frames with the highest score λ·a − (1 − λ)·r of attention a and redundancy r, both
+    normalised over the candidates.
 
-    Faithful: the score, λ, a max-pooled over neighbours, r a softmax of mean key cosines. Adapted: at frame granularity (an
-    option of its code), attention pooled over three kept frames; the newest ``protect`` rows take the part of the chunk that is
-    being generated and are no candidates. Its chunkwise reuse of computation saves time and has no counterpart here; there is
-    no boundary rule in the original. Approximation without signals: softmax of recentness for a, of temporal_similarity for
-    r. At the default λ redundancy decides almost alone: also try .3 and .5.
+    Faithful: the score, λ, a max-pooled over neighbours, r as a softmax of mean key cosines. Adapted: whole frames (an option
+    of its code), attention pooled over three kept frames; the newest ``protect`` frames take the role of the chunk that is
+    being generated and are no candidates. The original's chunkwise reuse of computation saves time and has no counterpart here;
+    the original has no boundary rule. Approximation without signals: softmax of recentness for a, and of temporal_similarity
+    for r. With the default λ redundancy decides almost alone; 0.3 and 0.5 are worth trying too.
 
     Source: FlowCache, arXiv 2602.10825 and its code. Tier: A (attn_mass, key_cos) or M. Parameters ``lam``; ``protect``;
-    ``iterative``, weigh again after each eviction instead of once per call; ``tier``.
+    ``iterative``, which computes the scores again after each eviction instead of once per call; ``tier``.
     """
 
     name = "flowcache_paper"

@@ -1,4 +1,4 @@
-"""Controls: rules that look at nothing, or at one thing, against which every other rule must show itself."""
+"""Controls: rules that use no feature of the frames, or one, with which every other policy is compared."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_pl
 class RandomSubset:
     """Keeps the newest frame and a random choice of the others, filling the budget.
 
-    Source: control. Tier: M, of which it uses nothing. Parameter ``seed``. Told of a new clip by `begin_clip`, it draws from
-    (seed, clip's noise seed), so that the choice on a clip does not depend on the clips before it.
+    Source: control. Tier: M, of which it uses nothing. Parameter ``seed``. `begin_clip` restarts the generator from (seed,
+    noise seed of the clip), so that the choice on a clip does not depend on the clips before it.
     """
 
     name = "random"
@@ -39,9 +39,9 @@ class RandomSubset:
 
 
 class Uniform(PartitionPolicy):
-    """Keeps rows evenly spread over the clip's time: evicts the row whose removal leaves the smallest gap, of equals the older.
+    """Keeps frames spread evenly over the clip: drops the frame whose removal leaves the smallest gap, of equal ones the older.
 
-    Source: control. Tier: M. Parameter ``n_sink``, oldest rows that always stay.
+    Source: control. Tier: M. Parameter ``n_sink``, the number of oldest frames that are always kept.
     """
 
     name = "uniform"
@@ -65,9 +65,9 @@ class Uniform(PartitionPolicy):
 
 
 class RandomMid(PartitionPolicy):
-    """Keeps sinks, newest rows and a uniform reservoir of everything that was ever between them.
+    """Keeps sinks, the newest frames and a uniform random sample of all frames that were ever between them.
 
-    A frame's score is drawn once, by a counter-based generator from (seed, clip, birth).
+    The score of a frame is drawn once, by a counter-based generator from (seed, clip, birth).
 
     Source: control. Tier: M. Parameters ``n_sink``; ``f_recent``, a share of the budget; ``seed``.
     """
@@ -87,10 +87,11 @@ class RandomMid(PartitionPolicy):
 
 
 class DriftMatch(PartitionPolicy):
-    """Keeps sinks, newest rows, and the middle rows whose distance to the oldest row is most like the newest row's.
+    """Keeps sinks, the newest frames, and the middle frames whose distance to the oldest frame is most similar to that of the
+    newest frame.
 
-    Source: control. Tier: M, by the triangle inequality an optimistic stand-in for context_match. Parameters ``n_sink``, at
-    least 1, since distances are to the oldest kept row; ``f_recent``, a share of the budget.
+    Source: control. Tier: M; by the triangle inequality an upper bound of the similarity that context_match uses. Parameters
+    ``n_sink``, at least 1, since distances are to the oldest kept frame; ``f_recent``, a share of the budget.
     """
 
     name = "drift_match"
@@ -102,7 +103,7 @@ class DriftMatch(PartitionPolicy):
 
 
 class ContextMatch(PartitionPolicy):
-    """Keeps sinks, newest rows, and the middle rows whose latents are most like the newest rows' mean.
+    """Keeps sinks, the newest frames, and the middle frames whose latents are most similar to the mean of the newest frames.
 
     Source: control. Tier: L (lat_cos). Parameters ``n_sink``; ``f_recent``, a share of the budget.
     """
@@ -113,9 +114,9 @@ class ContextMatch(PartitionPolicy):
 
     def __init__(self, n_sink: int = 1, f_recent: float = 0.25) -> None:
         sink, recent = count(self.name, "n_sink", n_sink), share(self.name, "f_recent", f_recent)
-        super().__init__(sink, recent, _context_likeness)
+        super().__init__(sink, recent, _context_similarity)
 
 
-def _context_likeness(history: History, parts: Parts) -> np.ndarray:
-    """Mean cosine to the newest rows: that to the mean of their unit vectors, but for a factor common to all rows."""
+def _context_similarity(history: History, parts: Parts) -> np.ndarray:
+    """Mean cosine to the newest frames. It equals the cosine to the mean of their unit vectors up to a factor common to all."""
     return history.signals["lat_cos"][np.ix_(parts.middle, parts.recent)].astype(np.float64).mean(axis=1)

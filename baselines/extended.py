@@ -1,14 +1,13 @@
 """Policies for extended rollouts (`far_env.rollout.extended`), in which a demoted frame stays as a few coarse tokens and the
-budget counts tokens. They are no part of the benchmark, which has neither, and are not registered with the baselines.
+budget counts tokens. The benchmark has neither, so they are not among the baselines that are listed.
 
-What Future Forcing (arXiv 2605.30083) does with redundant frames, merging their tokens into one, is not expressible: a plan can
-keep, demote or drop a frame, and the host is given frames as they were generated. Averaging two latents would make a frame that
-no rollout produced, at one position instead of two. Nothing here claims to do it; ``future_forcing`` evicts instead.
+Future Forcing (arXiv 2605.30083) merges the tokens of redundant frames into one, which a plan cannot express: it can keep,
+demote or drop a frame, and the host receives frames as they were generated. The average of two latents would be a frame that no
+rollout generated, at one position instead of two. The baseline ``future_forcing`` drops redundant frames instead.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import ClassVar
 
 from far_env.baselines.filling import count, share
@@ -22,12 +21,12 @@ TOKEN_NUMBERS = ("token_budget", "tokens_per_fine_frame", "tokens_per_coarse_fra
 
 
 class TokenPartition:
-    """Fine sinks, a coarse middle, fine newest frames: each gets a share of the tokens.
+    """Fine sinks, a coarse middle and fine newest frames, each with a share of the tokens.
 
     Args:
         sink, recent: as in `baselines.partition.slots`, of the whole fine frames that fit the token budget.
         demote: whether the tokens that sinks and newest frames leave hold the middle's newest frames, demoted. Otherwise the
-            newest frames get them, fine.
+            newest frames receive them, as fine frames.
     """
 
     name: ClassVar[str]
@@ -68,7 +67,7 @@ class TokenPartition:
 
 
 class SinkRecentFine(TokenPartition):
-    """StreamingLLM's sinks and newest frames, all fine. The baseline sink_recent demotes its sinks, which here is not keeping.
+    """StreamingLLM's sinks and newest frames, all fine. (The baseline sink_recent demotes its sinks: coarse here.)
 
     Source: StreamingLLM, arXiv 2309.17453. Parameter ``n_sink``.
     """
@@ -82,10 +81,10 @@ class SinkRecentFine(TokenPartition):
 
 
 class FarCoarse(TokenPartition):
-    """FAR-Long's own context under a budget: the newest frames fine, those before them coarse, as far back as tokens last.
+    """FAR-Long's context under a budget: the newest frames fine, those before them coarse, as far back as the tokens suffice.
 
-    Faithful: the two resolutions in this order, the only one the host was trained with. Adapted: a share of the tokens for the
-    window of a fixed number of frames, and an end.
+    Faithful: the two resolutions in this order, the only one that the host was trained with. Adapted: the fine frames have a
+    share of the tokens instead of a window of fixed length, and the coarse frames do not reach back to the beginning.
 
     Source: FAR, arXiv 2503.19325. Parameter ``f_recent``, the share of the token budget for fine frames.
     """
@@ -98,11 +97,11 @@ class FarCoarse(TokenPartition):
 
 
 class PackForcingCoarse(TokenPartition):
-    """PackForcing's sinks, compressed middle and newest frames.
+    """PackForcing's sinks, compressed middle and newest frames, with the host's coarse tokens for the middle.
 
     Faithful: the three parts, the middle compressed and a queue: its oldest frame goes when there is no room. Adapted: the
     host's coarse tokens for those of a compressor with 32 times fewer; frames for 4-frame blocks; no choice among the
-    compressed frames for each new one, all are seen. The host was trained without fine frames before coarse ones.
+    compressed frames for each new one: all are in the context. The host was trained without fine frames before coarse ones.
 
     Source: PackForcing, arXiv 2603.25730. Parameters ``f_sink``, ``f_recent``, shares of the token budget.
     """
@@ -117,7 +116,7 @@ class PackForcingCoarse(TokenPartition):
 
 
 EXTENDED: dict[str, type] = {cls.name: cls for cls in (RecentFill, SinkRecentFine, FarCoarse, PackForcingCoarse)}
-"""Policies made for token budgets, by name; recent_fill is the baseline itself."""
+"""Policies for token budgets, by name; recent_fill is the baseline."""
 
 
 def make(name: str) -> RetentionPolicy:
@@ -125,8 +124,3 @@ def make(name: str) -> RetentionPolicy:
     if name not in EXTENDED:
         raise ValueError(unknown_name("extended policy", name, list(EXTENDED)))
     return EXTENDED[name]()
-
-
-def note(name: str) -> str:
-    """What a policy does, in one sentence."""
-    return inspect.cleandoc(EXTENDED[name].__doc__).split("\n")[0]

@@ -1,5 +1,5 @@
-"""Anchors of the Self-Forcing family: sinks, a chosen middle, the newest frames. The rules share their split at small budgets
-and differ in how the middle is chosen."""
+"""Anchor policies of the Self-Forcing family: sinks, a selected middle part, the newest frames. They share the split of the
+budget at small budgets and differ in how the middle is selected."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ EPS = 1e-12
 
 
 def _query_key(history: History, parts: Parts) -> Sequence[float]:
-    """Products q·k of the newest rows' queries, each from its own first ODE step; without signals drift_match."""
+    """Products q·k with the queries of the newest frames, each from its first ODE step; without signals `drift_match`."""
     if not history.signals:
         return drift_match(history, parts)
     return over_last(history, "qk_first", len(parts.recent))[parts.middle]
 
 
 class PackForcing(PartitionPolicy):
-    """PackForcing's sinks, selected middle and newest frames; the middle by attention affinity q·k/√d at the first ODE step.
+    """PackForcing's sinks, selected middle and newest frames; the middle is selected by q·k/√d at the first ODE step.
 
-    Faithful: the three parts and the selection by affinity in time order. Adapted: frames for 4-frame blocks; no compression of
-    the middle, since a frame counts as one whatever its size; all tokens and heads instead of samples of them; a dropped frame
-    cannot be recalled. The affinity is that of an unofficial implementation. Queries of recent frames are those of their own
-    first ODE step, as far as the policy was asked then. Approximation without signals: drift_match.
+    Faithful: the three parts, and the selection by the product of queries and keys, in time order. Adapted: single frames
+    instead of blocks of 4; no compression of the middle, since a frame counts as one whatever its size; all tokens and heads
+    instead of samples of them; a dropped frame cannot be recalled. The formula is that of an unofficial implementation. The
+    queries of recent frames are those of their first ODE step, as far as the policy was called then. Approximation without
+    signals: drift_match.
 
     Source: PackForcing, arXiv 2603.25730. Tier: A (qk_first) or M. Parameters ``f_sink``, ``f_recent``, shares of the budget;
     ``tier``.
@@ -42,15 +43,15 @@ class PackForcing(PartitionPolicy):
 
 
 class DeepForcing(PartitionPolicy):
-    """Deep Forcing's deep sink (10 of 16 places) and its compressed middle: the rows that recent queries attend to most.
+    """Deep Forcing's deep sink (10 of 16 places), newest frames, and the middle frames that recent queries attend to most.
 
-    Faithful: the split 10/2/4, raw products q·k summed over recent queries and heads, at the first ODE step, and the limit on
-    how often one row may win. Adapted: frames for tokens, one choice for all layers; queries as in PackForcing. Approximation
-    without signals: drift_match.
+    Faithful: the split 10/2/4, raw products q·k summed over recent queries and heads at the first ODE step, and the limit on
+    how often one frame may be selected. Adapted: frames instead of tokens, and one choice for all layers; queries as in
+    PackForcing. Approximation without signals: drift_match.
 
     Source: Deep Forcing, arXiv 2512.05081 and re-hosted code. Tier: A (qk_first) or M. Parameters ``f_sink``, ``f_recent``,
-    shares of the budget; ``max_reuse``, how often a row may win a middle place; ``clean_recent`` counts only one recent frame,
-    as in the original, where the others are still being generated (sinks 10/13, recent 1); ``tier``.
+    shares of the budget; ``max_reuse``, how often a frame may be selected for the middle; ``clean_recent`` counts only one
+    recent frame, as in the original, where the others are still being generated (sinks 10/13, recent 1); ``tier``.
     """
 
     name = "deep_forcing"
@@ -82,11 +83,12 @@ class DeepForcing(PartitionPolicy):
 
 
 class RelaxForcing(PartitionPolicy):
-    """Relax Forcing: whole frames, chosen once per generated unit, that are like the sink and unlike the tail.
+    """Relax Forcing: keeps the middle frames that are similar to the sinks and dissimilar to the newest frames (the tail).
 
-    Faithful: few sinks, one history part, a short tail; candidates from the newer half of the middle, thinned evenly; the score
-    ⟨k, k_sink⟩ − λ⟨k, k_tail⟩ of layer-0 key prototypes. Adapted: the middle is what is still there, since a dropped frame
-    cannot be recalled; shares of the budget for 2 + 1 + 1 frames. Tier L puts latents in the place of key prototypes.
+    Faithful: whole frames, selected once per generated unit; few sinks, one middle part, a short tail; candidates from the
+    newer half of the middle, thinned evenly; the score ⟨k, k_sink⟩ − λ⟨k, k_tail⟩ of layer-0 key prototypes. Adapted: the
+    middle holds the frames that are still kept, since a dropped frame cannot be recalled; shares of the budget instead of
+    2 + 1 + 1 frames. Tier L uses latents instead of key prototypes.
 
     Source: Relax Forcing, arXiv 2603.21366 and its code. Tier: A (key_proto) or L (lat_cos). Parameters ``f_sink``,
     ``f_recent``, shares of the budget; ``lam``; ``n_cand``, candidates per middle place; ``mode``, "share", or "fixed" for 2
@@ -107,7 +109,7 @@ class RelaxForcing(PartitionPolicy):
         tier: str = "A",
     ) -> None:
         sink, recent = share(self.name, "f_sink", f_sink, some=True), share(self.name, "f_recent", f_recent)
-        super().__init__(sink, recent, self._likeness, tier)
+        super().__init__(sink, recent, self._similarity_difference, tier)
         require(mode in ("share", "fixed"), self.name, "mode", mode, "'share' or 'fixed'")
         self.lam, self.n_cand, self.mode = float(lam), count(self.name, "n_cand", n_cand, 1), mode
 
@@ -123,15 +125,18 @@ class RelaxForcing(PartitionPolicy):
         others = [row for row in parts.middle if births[row] < midpoint]
         most = self.n_cand * parts.places
         if len(eligible) > most:
-            # Evenly from the oldest on, without the newest.
+            # As in the original: evenly spaced from the oldest, without the newest.
             eligible = [eligible[k * (len(eligible) - 1) // most] for k in range(most)]
         scores = dict(zip(parts.middle, self.mid_score(history, parts), strict=True))
         chosen = best(eligible, [scores[row] for row in eligible], parts.places)
         filling = best(others, [scores[row] for row in others], parts.places - len(chosen))
         return sorted([*chosen, *filling])
 
-    def _likeness(self, history: History, parts: Parts) -> Sequence[float]:
-        """Products of each middle row's unit vector with the unit mean of the sinks and of the tail, from pairwise ones."""
+    def _similarity_difference(self, history: History, parts: Parts) -> Sequence[float]:
+        """Product of the unit vector of each middle row with the unit mean of the sinks, minus λ times that of the tail.
+
+        Both are computed from pairwise products.
+        """
         if self.tier == "A":
             vectors = history.signals["key_proto"].astype(np.float64)
             products = vectors @ vectors.T
@@ -146,13 +151,14 @@ class RelaxForcing(PartitionPolicy):
 
 
 class FutureForcing(PartitionPolicy):
-    """Our reconstruction of Future Forcing: rows score by the attention that a proxy of future queries would pay them, and of
-    two rows that the proxy cannot tell apart the lower one goes first.
+    """Our reconstruction of Future Forcing: the score of a frame is the attention expected from future queries; of two frames
+    that future queries would hardly distinguish, the one with the lower score is dropped first.
 
-    Faithful to the abstract alone: running signals of queries before rotation as a proxy of future ones, importance under
-    it, redundant pairs in the subspace it induces. Ours: every equation (importance is Expected Attention, arXiv 2510.00636),
-    the split, the threshold, the eight eigenvectors; merging becomes eviction. Moments run over all generated frames; the proxy
-    stands where the newest frame stood, which is the next frame's place at all calls but a clip's first.
+    Faithful to the abstract alone: running statistics of queries before rotation as a proxy of future queries, importance under
+    this proxy, redundant pairs in the subspace that it induces. Ours: every equation (importance is Expected Attention, arXiv
+    2510.00636), the split, the threshold, the eight eigenvectors; frames are dropped instead of merged. The moments are taken
+    over all generated frames. The proxy has the position of the newest frame, which is the position of the next frame at all
+    calls but the first of a clip.
 
     Source: Future Forcing, arXiv 2605.30083 (abstract). Tier: A (expected_mass, expected_cos). Parameters ``f_sink``,
     ``f_recent``, shares of the budget; ``tau``, the cosine from which a pair is redundant.

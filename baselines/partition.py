@@ -1,5 +1,5 @@
-"""Partition: the oldest rows, the best of the middle, the newest rows. Most published rules are this, with another split and
-another score for the middle."""
+"""Partition policies: the oldest rows, the best rows of the middle, the newest rows. Most published rules have this form and
+differ in the split and in the score of the middle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from far_env.baselines.filling import FillingPolicy, History, best
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows of a history by position: the sinks, the candidates for ``places`` middle places, the newest."""
+    """Row numbers of a history: the sinks, the candidates for the ``places`` of the middle, the newest rows."""
 
     sink: list[int]
     middle: list[int]
@@ -23,7 +23,7 @@ class Parts:
 
 
 MidScore = Callable[[History, Parts], Sequence[float]]
-"""Scores of the rows ``parts.middle``; the highest stay."""
+"""Scores of the rows ``parts.middle``; the rows with the highest scores are kept."""
 
 
 def slots(max_frames: int, sink: int | float, recent: int | float) -> tuple[int, int, int]:
@@ -70,7 +70,7 @@ class PartitionPolicy(FillingPolicy):
         return parts.sink, [*self._choose_middle(history, parts), *parts.recent]
 
     def _choose_middle(self, history: History, parts: Parts) -> list[int]:
-        """The ``places`` rows of the middle that stay."""
+        """The ``places`` rows of the middle that are kept."""
         if self.mid_score is None:
             return []
         return best(parts.middle, self.mid_score(history, parts), parts.places)
@@ -88,12 +88,12 @@ def drift_match(history: History, parts: Parts) -> list[float]:
 
 
 def over_last(history: History, signal: str, num_frames: int) -> np.ndarray:
-    """A signal of each row, summed over the last frames that were denoised: this one and those noted at earlier calls.
+    """A signal of each row, summed over the last frames that were denoised: this one and those recorded at earlier calls.
 
     Returns:
-        (rows,), float64. Rows that a frame did not see count nothing for it.
+        (rows,), float64. A row that was not in the history of one of these frames counts zero for it.
     """
     now = dict(zip(history.births, map(float, history.signals[signal]), strict=True))
     window = (*history.notes.get(signal, ()), now)[-num_frames:]
     history.notes[signal] = window
-    return np.array([sum(seen.get(birth, 0.0) for seen in window) for birth in history.births])
+    return np.array([sum(values.get(birth, 0.0) for values in window) for birth in history.births])

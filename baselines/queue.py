@@ -1,4 +1,4 @@
-"""Queues: first in, first out."""
+"""Queue policies: first in, first out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from far_env.baselines.filling import FillingPolicy, History, count
 
 
 class Ca2VDM(FillingPolicy):
-    """Ca2-VDM's cache: a queue of clean frames, the oldest leaves when a new one comes.
+    """Ca2-VDM's cache: a queue of clean frames, from which the oldest is dropped when a new one is added.
 
-    Faithful: the queue and its depth of 25 frames; there is no score, long-term pool or boundary rule in the original. Adapted:
-    one frame is generated at a time, so one leaves at a time (8 in the original). Up to a budget of ``p_max`` this is
-    recent_fill; above, the queue leaves the rest of the budget empty.
+    Faithful: the queue and its depth of 25 frames; the original has no score, long-term pool or boundary rule. Adapted: one
+    frame is generated at a time, so one is dropped at a time (8 in the original). Up to a budget of ``p_max`` this is
+    recent_fill; with a larger budget the queue does not use the rest.
 
     Source: Ca2-VDM, arXiv 2411.16375 and its code. Tier: M. Parameter ``p_max``.
     """

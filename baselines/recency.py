@@ -1,4 +1,4 @@
-"""Recency: the newest frames stay."""
+"""Recency policies: the newest frames are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from far_env.contract import NewestFrames
 
 
 class RecentFill(NewestFrames):
-    """Keeps the newest frames up to the budget: what the benchmark's card means by a recent window.
+    """Keeps the newest frames up to the budget: the recent window that the benchmark's description refers to.
 
     Source: the benchmark's task text. Tier: M. No parameters.
     """
@@ -20,10 +20,10 @@ class RecentFill(NewestFrames):
 
 
 class FarWindow(FillingPolicy):
-    """FAR's own short-term context: the newest frames of a window that includes the one being denoised.
+    """FAR's short-term context: the newest frames of a window that includes the frame being denoised.
 
     Faithful: the window (16). Adapted: FAR keeps older frames at a lower resolution; here a frame counts as one whatever its
-    size, so they go. The window also bounds larger budgets, of which it leaves the rest empty.
+    size, so older frames are dropped. With a budget larger than the window the rest is not used.
 
     Source: FAR, arXiv 2503.19325 and its code. Tier: M. Parameter ``short_window``.
     """

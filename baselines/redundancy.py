@@ -1,5 +1,5 @@
-"""Redundancy: the frame that repeats its neighbour goes. Strong on the embedded worlds, where a standing camera fills a recent
-window with copies."""
+"""Redundancy policies: the frame that is most similar to another kept frame is dropped. Strong on the embedded worlds, where a
+camera at rest fills a window of recent frames with copies."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_pl
 
 
 def _evict_smallest(changes: list[float], max_frames: int) -> list[int]:
-    """Ids that stay when those of the smallest change leave one by one, ties evicting the older; the newest always stays."""
+    """Ids that are kept when the ones with the smallest change are dropped one by one, of equal ones the older; the newest is
+    always kept."""
     evictable = sorted(range(len(changes) - 1), key=lambda i: (changes[i], i))
     evicted = set(evictable[: max(0, len(changes) - max_frames)])
     return [i for i in range(len(changes)) if i not in evicted]
 
 
 class LeastChangePrevious:
-    """Evicts the frame that changed least from the kept frame before it (by motion_strength, which is not clipped).
+    """Drops the frame that changed least from the kept frame before it (by motion_strength, which is not clipped).
 
-    The oldest frame has no predecessor and counts as all change. Source: this project. Tier: M. No parameters.
+    The oldest frame has no predecessor and counts as infinitely changed. Source: this project. Tier: M. No parameters.
     """
 
     name = "least_change_prev"
@@ -38,7 +39,7 @@ class LeastChangePrevious:
 
 
 class LeastChangeNext:
-    """Evicts the frame from which the kept frame after it changed least: what follows holds nearly the same.
+    """Drops the frame from which the kept frame after it changed least, because the later frame shows nearly the same.
 
     Source: this project. Tier: M. No parameters.
     """
@@ -55,8 +56,8 @@ class LeastChangeNext:
         return make_plan(_evict_smallest(changes, int(budget_state["max_frames"])), len(changes))
 
 
-class _LeastNew(FillingPolicy):
-    """Evicts one row after the other: the least new beside those still there, of equals the older. The newest stays."""
+class _SequentialEviction(FillingPolicy):
+    """Drops one row after another: the least novel of those that are left, of equal ones the older. The newest is kept."""
 
     family = "redundancy"
     source = "this project"
@@ -74,11 +75,11 @@ class _LeastNew(FillingPolicy):
 
     @abstractmethod
     def _novelty(self, history: History, row: int, others: list[int]) -> float:
-        """How new a row is beside these others."""
+        """How much a row differs from these others."""
 
 
-class NearestNeighbour(_LeastNew):
-    """Evicts the row whose latent is most like that of some other row.
+class NearestNeighbour(_SequentialEviction):
+    """Drops the frame whose latent is most similar to that of another kept frame.
 
     Source: this project. Tier: L (lat_cos). No parameters.
     """
@@ -90,10 +91,10 @@ class NearestNeighbour(_LeastNew):
         return -float(history.signals["lat_cos"][row, others].max())
 
 
-class LeastNovel(_LeastNew):
-    """Evicts the row whose latent columns are best found, each wherever it is, among the columns of the other rows.
+class LeastNovel(_SequentialEviction):
+    """Drops the frame whose latent columns match best with columns of other kept frames, at whatever position.
 
-    What a camera that moves sideways has seen before is found at another place of another frame.
+    With a camera that moves sideways, the same content is at another position of another frame.
 
     Source: this project. Tier: L (column_gap). No parameters.
     """

@@ -29,9 +29,7 @@ def cache_dir() -> Path:
     try:
         return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env"
     except RuntimeError as error:
-        raise ValueError(
-            f"there is no home folder for the cache; set {CACHE_VARIABLE} to a writable folder"
-        ) from error
+        raise ValueError(f"there is no home folder for the cache; set {CACHE_VARIABLE} to a writable folder") from error
 
 
 def make_run_dir(path: str | os.PathLike) -> Path:

@@ -1,6 +1,6 @@
-"""A Python file with a policy class → the policy. No torch in here, unless the file wants it.
+"""A Python file with a policy class → the policy. torch is imported only if the file uses it.
 
-The benchmark's policies are written inside its own module, so the names that are known there are known to the file as well.
+The benchmark's policies are written inside one of its modules, so the names of that module are defined in the file too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def policy_from_file(path: Path) -> RetentionPolicy:
     """Run the file and make an instance of its class VideoTemporalKVPolicy, or of its one class that can plan.
 
     Raises:
-        ValueError: if the file cannot be read or run, or does not tell which class is meant.
+        ValueError: if the file cannot be read or run, or if it is not clear which class is meant.
     """
     spec = importlib.util.spec_from_file_location(f"policy_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -57,7 +57,7 @@ def policy_from_file(path: Path) -> RetentionPolicy:
 
 
 def _benchmark_names(tree: ast.AST) -> dict[str, object]:
-    """What the benchmark's module offers, as far as the file uses it."""
+    """The names that the benchmark's module defines, as far as the file uses them."""
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     modules = {name: importlib.import_module(_MODULES[name]) for name in used & _MODULES.keys()}
     members = {name: getattr(importlib.import_module(_MEMBERS[name]), name) for name in used & _MEMBERS.keys()}

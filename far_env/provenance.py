@@ -35,7 +35,7 @@ def save_facts(folder: Path, facts: dict[str, object]) -> None:
 
 
 def add_to_facts(folder: Path, more: dict[str, object]) -> None:
-    """Add what only its end tells to the facts of the run folder's last session."""
+    """Add what is known only at the end of a session to the facts of the run folder's last session."""
     *before, last = load_facts(folder)
     write_text(folder / FILE, json.dumps([*before, last | more], indent=2) + "\n")
 
@@ -67,8 +67,8 @@ def machine(device: torch.device) -> str:
 def git_commit() -> str:
     """Short commit of this source tree, or "unknown" where it is not part of a checkout.
 
-    It is marked if a tracked file was changed; Markdown does not count, for results that are written into the checkout do not
-    change what the next ones are made with.
+    It is marked if a tracked file was changed. Markdown does not count, because results that are written into the checkout do
+    not change how the next ones are made.
     """
     folder = Path(__file__).parent
 
@@ -77,7 +77,7 @@ def git_commit() -> str:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        # Installed into an environment that lies inside another project's checkout, git would describe that project.
+        # Installed into an environment inside another project's checkout, git would describe that project.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         commit = git("describe", "--always", "--abbrev=10", "--exclude=*")
         return f"{commit}-dirty" if git("diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)*.md") else commit

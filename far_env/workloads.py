@@ -1,10 +1,14 @@
-"""Workloads and budgets: which clips, which host, how many frames are given, predicted and may be kept."""
+"""Workloads and budgets: which clips, which host, how many frames are given, predicted and may be kept.
+
+A workload is registered as an entry point of ``far_env.workloads``: a `WorkloadSpec`, or a function without arguments that
+returns one. Those of far-env are declared the same way and are defined in this module.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +21,11 @@ from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.device import resolve_device, resolve_precision
-from far_env.errors import unknown_name
+from far_env.errors import first_line, unknown_name
 from far_env.frame_meta import frame_size_mb
 from far_env.host.weights import Host, load_host
+from far_env.plugins import WORKLOADS as GROUP
+from far_env.plugins import distribution_name, entry_points, load
 
 BUDGETS = {
     "full_history_budget": UNLIMITED_FRAMES,
@@ -27,7 +33,7 @@ BUDGETS = {
     "tight_history_budget": 4,
 }
 NULL_CLASS = -1.0
-"""The guidance that stands for the null class on all frames."""
+"""The value of the guidance that means the null class on all frames."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Workload:
         num_steps: ODE steps per generated frame.
         guidance: 1 for none; above 1 classifier-free guidance (arXiv 2207.12598), null + guidance · (conditional − null), with
             the null class on all frames; −1, as the benchmark writes it, for the null class on all frames and no guidance.
-        actions: every frame conditions the host by its own action, ``clip.actions[i]`` being that of frame i. Without, a host
+        actions: every frame conditions the host by its action, ``clip.actions[i]`` being that of frame i. Without, a host
             that takes classes gets the null class on all frames.
 
     Raises:
@@ -65,8 +71,8 @@ class Workload:
         if self.guidance != NULL_CLASS and not 1 <= self.guidance < math.inf:
             raise ValueError(f"the guidance of {self.name} must be 1, above 1, or −1 for the null class, got {self.guidance}")
         if (self.guidance > 1 and not self.actions) or (self.guidance == NULL_CLASS and self.actions):
-            told = "with" if self.actions else "without"
-            raise ValueError(f"{self.name} has guidance {self.guidance} {told} actions; above 1 needs them, −1 excludes them")
+            use = "with" if self.actions else "without"
+            raise ValueError(f"{self.name} has guidance {self.guidance} {use} actions; above 1 needs them, −1 excludes them")
         if self.actions and self.host.transformer.condition != "action":
             raise ValueError(
                 f"{self.name} conditions its host on actions, which host {self.host.name} does not take; use a workload without"
@@ -137,27 +143,65 @@ def _published(
     guidance: float = 1.0,
     actions: bool = False,
 ) -> WorkloadSpec:
-    """One of FAR's own evaluations: its protocol for clips, 50 ODE steps."""
+    """One of FAR's evaluations: its protocol for clips, 50 ODE steps."""
     clips = partial(source, protocol="far", num_frames=num_context + num_predict)
     return WorkloadSpec(clips, num_context, num_predict, host, 50, guidance, actions)
 
 
-WORKLOADS: dict[str, WorkloadSpec] = {
-    "pan": WorkloadSpec(_world("pan"), 5, 11),
-    "cuts": WorkloadSpec(_world("cuts"), 5, 11),
-    "orbit": WorkloadSpec(_world("orbit"), 36, 36, "embedded_long"),
-    "ucf101_short_prediction": WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20),
-    "dmlab_long_prediction": WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20, NULL_CLASS),
-    "ucf101_c4p12": _published(UCF101, "far_b_ucf101", 4, 12),
-    "bair_c2p14": _published(BAIR, "far_b_bair", 2, 14),
-    "bair_c2p28": _published(BAIR, "far_b_bair", 2, 28),
-    "dmlab_c144p156": _published(DMLab, "far_b_long_dmlab", 144, 156, 1.5, actions=True),
-    "dmlab_c36p264": _published(DMLab, "far_b_long_dmlab", 36, 264, NULL_CLASS),
-    "minecraft_c144p156": _published(Minecraft, "far_m_long_minecraft", 144, 156, 1.5, actions=True),
-    "minecraft_c36p264": _published(Minecraft, "far_m_long_minecraft", 36, 264, 1.5, actions=True),
-}
-"""The embedded worlds, the benchmark's two workloads, and FAR's own evaluations (arXiv 2503.19325) named by data, context and
-predicted frames. A clip is continued once, where FAR samples 100 continuations of a clip of UCF-101 or BAIR."""
+PAN = WorkloadSpec(_world("pan"), 5, 11)
+CUTS = WorkloadSpec(_world("cuts"), 5, 11)
+ORBIT = WorkloadSpec(_world("orbit"), 36, 36, "embedded_long")
+
+# The two workloads of the benchmark ar-video-kv-temporal-policy.
+UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)
+DMLAB_LONG_PREDICTION = WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20, NULL_CLASS)
+
+# FAR's evaluations (arXiv 2503.19325), named by data, context frames (c) and predicted frames (p). A clip is continued once,
+# where FAR samples 100 continuations of a clip of UCF-101 or BAIR.
+UCF101_C4P12 = _published(UCF101, "far_b_ucf101", 4, 12)
+BAIR_C2P14 = _published(BAIR, "far_b_bair", 2, 14)
+BAIR_C2P28 = _published(BAIR, "far_b_bair", 2, 28)
+DMLAB_C144P156 = _published(DMLab, "far_b_long_dmlab", 144, 156, 1.5, actions=True)
+DMLAB_C36P264 = _published(DMLab, "far_b_long_dmlab", 36, 264, NULL_CLASS)
+MINECRAFT_C144P156 = _published(Minecraft, "far_m_long_minecraft", 144, 156, 1.5, actions=True)
+MINECRAFT_C36P264 = _published(Minecraft, "far_m_long_minecraft", 36, 264, 1.5, actions=True)
+
+
+class _Registry(Mapping[str, WorkloadSpec]):
+    """Registered workloads by name.
+
+    A plugin is imported when its workload is looked up, which raises ValueError if that fails.
+    """
+
+    def __getitem__(self, name: str) -> WorkloadSpec:
+        entry = entry_points(GROUP)[name]
+        spec = load(entry)
+        if not isinstance(spec, WorkloadSpec):
+            try:
+                spec = spec()
+            except Exception as error:
+                raise ValueError(
+                    f"the workload {name} of the distribution {distribution_name(entry)} cannot be made: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+        if not isinstance(spec, WorkloadSpec):
+            raise ValueError(
+                f"the workload {name} of the distribution {distribution_name(entry)} must be a WorkloadSpec or a function that "
+                f"returns one, got {type(spec).__name__}"
+            )
+        return spec
+
+    def __contains__(self, name: object) -> bool:
+        return name in entry_points(GROUP)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(entry_points(GROUP))
+
+    def __len__(self) -> int:
+        return len(entry_points(GROUP))
+
+
+WORKLOADS = _Registry()
 
 
 def make_workload(
@@ -172,7 +216,8 @@ def make_workload(
 
     Args:
         name: one of `WORKLOADS`.
-        host: "embedded", a released transformer, a host folder, or None for the workload's own.
+        host: a shipped host ("embedded", "embedded_long"), a released transformer, a plugin's host, a host folder, or None for
+            the host of the workload.
         device: "auto", "cpu", "cuda", ….
         precision: "float32", "bfloat16" (as the released models were trained and the benchmark runs them), or "auto".
         clip_options: passed to the clip source (a data folder, say).
@@ -188,8 +233,8 @@ def make_workload(
         clips = spec.clips(**clip_options)
     except TypeError as error:
         raise ValueError(f"workload {name} does not take these clip options: {error}") from error
-    place = resolve_device(device)
-    loaded = load_host(spec.host if host is None else host, str(place), resolve_precision(precision, place))
+    torch_device = resolve_device(device)
+    loaded = load_host(spec.host if host is None else host, str(torch_device), resolve_precision(precision, torch_device))
     if loaded.frame_size != clips.size:
         raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
     if isinstance(clips, VideoFolder):
@@ -226,7 +271,7 @@ def resolve_budgets(budget: int | str | Sequence[int | str]) -> tuple[int, ...]:
     several = budget.split(",") if isinstance(budget, str) else budget if isinstance(budget, Sequence) else [budget]
     if not several:
         raise ValueError("a budget is needed: a number of frames or one of the benchmark's names")
-    return tuple(sorted({resolve_budget(own.strip() if isinstance(own, str) else own) for own in several}))
+    return tuple(sorted({resolve_budget(item.strip() if isinstance(item, str) else item) for item in several}))
 
 
 def check_decides(workload: Workload, max_frames: int) -> None:

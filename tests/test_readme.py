@@ -10,17 +10,25 @@ from pathlib import Path
 
 import pytest
 import tyro
+from far_env.agents.commands import ExportOptions
 from far_env.agents.ppo import AgentTraining
 from far_env.agents.reproduce import ReproduceOptions, load_tables
 from far_env.agents.sweep import Sweep
+from far_env.baselines.command import BaselinesOptions
 
-from far_env.cli import COMMANDS, BaselinesOptions, DataOptions, ExportOptions, SelfTestOptions, WeightsOptions
+from far_env.cli.benchmark import BenchmarkOptions
+from far_env.cli.data import DataOptions
+from far_env.cli.evaluate import EvaluateOptions
+from far_env.cli.extended import ExtendedOptions
+from far_env.cli.report import ReportOptions
+from far_env.cli.selftest import SelfTestOptions
+from far_env.cli.validate import ValidateOptions
+from far_env.cli.weights import WeightsOptions
 from far_env.config import load_yaml, parse
-from far_env.evaluation.commands import BenchmarkOptions, EvaluateOptions, ReportOptions, ValidateOptions
-from far_env.evaluation.extended import ExtendedOptions
 from far_env.host.training.config import HostTraining
 from far_env.host.training.train import check_models
 from far_env.host.weights import load_host
+from far_env.plugins import entry_points
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,7 +69,7 @@ def test_the_commands_are_understood(monkeypatch):
     for program, *args in commands():
         if program == "far-env":
             name, *args = args
-            assert name in COMMANDS
+            assert name in entry_points("far_env.commands")
             parse(OPTIONS[name], args, program, "")
             seen.add(name)
         elif args[:1] == ["train_agent.py"]:
@@ -82,7 +90,7 @@ def test_the_commands_are_understood(monkeypatch):
         else:
             assert (program, args[:1]) == ("tensorboard", ["--logdir"])
     assert seen == {
-        *COMMANDS,
+        *entry_points("far_env.commands"),
         "train_agent.py",
         "benchmarks.rollout",
         "benchmarks.parts",

@@ -1,6 +1,7 @@
-"""The public benchmark's own evaluation of one policy: its loop, its rules and its line of metrics, quirks included.
+"""The public benchmark's evaluation of one policy: its loop, its rules and its line of metrics, with all peculiarities.
 
-One policy object serves all clips in order. It is also asked after the last frame, and its plans are applied leniently.
+One policy object is used for all clips in order. It is also called after the last frame, and plans that are not quite valid are
+applied as the benchmark applies them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _FORMATS = {
 
 @dataclass(frozen=True)
 class _Task:
-    """A workload as the benchmark runs it: on so many clips, and the world that stands for its data in a dry run."""
+    """How the benchmark runs a workload: on how many clips, and which world replaces its data in a dry run."""
 
     num_clips: int
     data_variable: str
@@ -63,7 +64,7 @@ class BenchmarkScore:
 
     Attributes:
         values: key → value, in the order of the line; metrics that could not be computed are left out.
-        unavailable: why.
+        unavailable: metric → why it could not be computed.
     """
 
     values: dict[str, float | str]
@@ -77,7 +78,7 @@ class BenchmarkScore:
 def benchmark_workload(
     name: str, host: str | None = None, *, device: str = "auto", precision: str | None = None, data_dir: str | None = None
 ) -> tuple[Workload, bool]:
-    """One of the benchmark's workloads, and whether it is a dry run: a shipped host without data gets clips of a world.
+    """One of the benchmark's workloads, and whether it is a dry run: with a shipped host and no data, clips are of a world.
 
     Args:
         precision: bfloat16 on a GPU and float32 elsewhere by default.
@@ -114,7 +115,7 @@ def run_benchmark(
         metrics: those that cannot be computed here are left out with the reason.
 
     Raises:
-        PolicyError: if the policy raises or its answer is beyond the benchmark's rules, on which the benchmark drops the clip.
+        PolicyError: if the policy raises or its plan breaks the benchmark's rules. The benchmark would leave out the clip.
         ClipIdError: if there are fewer clips.
     """
     if num_clips < 1:
@@ -149,7 +150,7 @@ def run_benchmark(
 def _play_clip(
     workload: Workload, clip_id: int, policy: RetentionPolicy | None, max_frames: int, metrics: tuple[str, ...]
 ) -> dict[str, float]:
-    """Roll one clip out, asking the policy itself (not a copy) after every frame that exceeds the budget."""
+    """Play one clip, calling the policy itself (not a copy) after every frame that exceeds the budget."""
     clip = workload.clips.clip("test", clip_id)
     capacity, size = workload.capacity_mb(max_frames), frame_size_mb(workload.host.latent_shape)
     state = RolloutState(0, capacity, workload.num_predict)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
+from far_env.evaluation.aggregate import collect_episodes
 from far_env.evaluation.records import Record, Results
 from far_env.evaluation.statistics import Interval, iqm_interval, mean_interval
 
@@ -19,7 +20,7 @@ class Evaluation:
     Attributes:
         scores: policy name → metric name → float64 (clips, seeds), in the order of ``clip_ids``.
         unavailable: metric name → why it was not computed.
-        provenance: what was run on what: the records' facts, and what was asked for.
+        provenance: the facts of the records (host, weights, versions, …) and what was asked for.
         decision_ms: policy name → mean milliseconds per decision; a policy that decided nothing is left out.
     """
 
@@ -58,52 +59,51 @@ def tabulate(
 ) -> Evaluation:
     """One workload and budget of an evaluation: the policies that have played all of these clips and seeds, and full history.
 
+    Clips whose files could not be read are left out, for all policies, and named in the provenance as ``damaged_clips``.
+
     Args:
-        clip_ids, seeds: all of the evaluation's by default.
-        seconds: how long it took, for the provenance.
+        clip_ids, seeds: those to include; all of the evaluation by default.
+        seconds: how long the evaluation took, for the provenance.
 
     Raises:
-        ValueError: if no policy has.
+        ValueError: if no policy has played them all.
     """
     settings = results.settings
-    clip_ids = settings.clips if clip_ids is None else [int(i) for i in clip_ids]
+    asked = settings.clips if clip_ids is None else [int(i) for i in clip_ids]
+    left_out = [i for i in asked if (workload, i) in results.unreadable]
+    clip_ids = [i for i in asked if i not in left_out]
     seeds = settings.seeds if seeds is None else list(seeds)
     budget = min(budget, UNLIMITED_FRAMES)
-    shown = {(i, s) for i in clip_ids for s in seeds}
-    episodes: dict[str, dict[tuple[int, int], Record]] = {name: {} for name in settings.policies}
-    for record in results.records:
-        here = record.workload == workload and record.budget in (budget, UNLIMITED_FRAMES)
-        if here and (record.clip, record.seed) in shown:
-            episodes[record.policy][record.clip, record.seed] = record
-    episodes = {name: own for name, own in episodes.items() if len(own) == len(shown)}
-    if not episodes:
-        raise ValueError(f"no policy has played all {len(clip_ids)} clips of {workload} under budget {budget}")
-    scores = {
-        name: {
-            metric: np.array([[own[i, s].metrics[metric] for s in seeds] for i in clip_ids], dtype=np.float64)
-            for metric in settings.metrics
-        }
-        for name, own in episodes.items()
+    complete = {
+        episodes.policy: episodes
+        for episodes in reversed(collect_episodes(results, workload, clip_ids, seeds))  # the budget's replace full history's
+        if episodes.budget in (budget, UNLIMITED_FRAMES) and not episodes.missing
     }
-    costs = {name: [r.decision_ms for r in own.values() if r.decision_ms is not None] for name, own in episodes.items()}
+    complete = {name: complete[name] for name in settings.policies if name in complete}
+    if not complete:
+        raise ValueError(f"no policy has played all {len(clip_ids)} clips of {workload} under budget {budget}")
+    scores = {name: {metric: episodes.scores(metric) for metric in settings.metrics} for name, episodes in complete.items()}
     facts: dict[str, object] = {
         "workload": workload,
         "budget": "full history" if budget >= UNLIMITED_FRAMES else budget,
         "context": settings.num_context[workload],
         "predict": settings.num_predict[workload],
         "noise_seed": f"{', '.join(map(str, seeds))} + clip id",
-        **_common_facts([record for own in episodes.values() for record in own.values()]),
+        **_common_facts([record for episodes in complete.values() for record in episodes.records.values()]),
         "split": settings.split,
         "clips": len(clip_ids),
     }
+    if left_out:
+        facts["damaged_clips"] = left_out
     if seconds is not None:
         facts["seconds"] = round(seconds, 1)
-    means = {name: float(np.mean(own)) for name, own in costs.items() if own}
-    return Evaluation(clip_ids, scores, settings.unavailable, facts, means)
+    costs = {name: episodes.decision_ms() for name, episodes in complete.items()}
+    decision_ms = {name: cost for name, cost in costs.items() if cost is not None}
+    return Evaluation(clip_ids, scores, settings.unavailable, facts, decision_ms)
 
 
 def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill") -> dict[str, dict[str, Interval]]:
-    """All tables as one, for the policies that stand in each: interquartile means of PSNR and of its paired difference.
+    """All tables as one, for the policies that are in each: interquartile means of PSNR and of its paired difference.
 
     Returns:
         Policy → ``psnr_iqm`` and, where ``reference`` is there, ``psnr_minus_{reference}_iqm``, each with its interval; empty
@@ -115,10 +115,10 @@ def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill")
     names = [name for name in tables[0].scores if all("psnr" in table.scores.get(name, {}) for table in tables)]
     pooled: dict[str, dict[str, Interval]] = {}
     for name in names:
-        values = [_side_by_side([table.scores[name]["psnr"] for table in own]) for own in workloads.values()]
+        values = [_side_by_side([table.scores[name]["psnr"] for table in group]) for group in workloads.values()]
         pooled[name] = {"psnr_iqm": iqm_interval(*values)}
         if reference in names and name != reference:
-            changes = [_side_by_side([table.difference(name, reference) for table in own]) for own in workloads.values()]
+            changes = [_side_by_side([table.difference(name, reference) for table in group]) for group in workloads.values()]
             pooled[name][f"psnr_minus_{reference}_iqm"] = iqm_interval(*changes)
     return pooled
 

@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 
 from far_env.clips.clip import Clip, check_clip_id
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
-from far_env.errors import PolicyError
+from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
-from far_env.evaluation.records import FULL_HISTORY, Record, Recorder, Results, Settings
+from far_env.evaluation.records import Record, Recorder, Results, Settings
 from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics
+from far_env.policies import FULL_HISTORY
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
@@ -77,7 +78,8 @@ def evaluate_grid(
 ) -> Results:
     """Play every policy under every budget on every clip of every workload with every noise seed.
 
-    Full history is played once per workload and seed, not once per budget.
+    Full history is played once per workload and seed, not once per budget. A clip whose file is damaged is left out, with the
+    reason in the results' ``unreadable``; the other clips are played.
 
     Args:
         policies: name → policy; None is full history.
@@ -86,14 +88,15 @@ def evaluate_grid(
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
         optional: names of policies that are left out, with a printed reason, where they cannot run.
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
-        show_clips: write pictures of so many of the first clips there.
-        policy_facts: name → what is known of a policy, for the folder.
+        show_clips: how many of the first clips have pictures there.
+        policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
         clip_options: workload → options of its clip source, for the folder.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.
         ClipIdError: on a clip id out of range.
         ValueError: on an unknown split or metric, without clips or policies, or if the folder cannot be used.
+        VideoError: if no clip of a workload can be read.
         MetricUnavailable: if no metric can be computed.
     """
     if not policies or not len(clip_ids) or not seeds or batch_size < 1:
@@ -106,7 +109,7 @@ def evaluate_grid(
         check_clip_id(workload.clips, split, clip_id)
     jobs = [_Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
     limited = [(name, policy) for name, policy in policies.items() if policy is not None]
-    jobs += [_Job(min(budget, UNLIMITED_FRAMES), *own) for budget in budgets for own in limited]
+    jobs += [_Job(min(budget, UNLIMITED_FRAMES), name, policy) for budget in budgets for name, policy in limited]
     settings = Settings(
         workloads=[workload.name for workload in workloads],
         budgets=sorted({job.budget for job in jobs}),
@@ -224,8 +227,9 @@ class _Session:
         """Play what these clips lack. A job that cannot run and need not is taken out of ``jobs``."""
         clips: dict[int, Clip] = {}
         for job in list(jobs):
-            wanted = self._missing(workload, job, seed, clip_ids)
-            clips.update({i: self._clip(workload, i) for i in wanted if i not in clips})
+            missing = self._missing(workload, job, seed, clip_ids)
+            self._read_clips(workload, missing, clips, bar)
+            wanted = [i for i in missing if i in clips]
             if not wanted:
                 continue
             bar.set_postfix_str(f"{workload.name} {job.budget} {job.name}")
@@ -237,13 +241,30 @@ class _Session:
                 jobs.remove(job)
                 bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {error}", file=sys.stderr)
 
+    def _read_clips(self, workload: Workload, clip_ids: Sequence[int], clips: dict[int, Clip], bar: tqdm) -> None:
+        """Add clips that are not there yet; one whose file is damaged is left out of the evaluation."""
+        for clip_id in clip_ids:
+            if clip_id in clips or (workload.name, clip_id) in self.results.unreadable:
+                continue
+            try:
+                clips[clip_id] = self._clip(workload, clip_id)
+            except VideoError as error:
+                self.results.unreadable[workload.name, clip_id] = str(error)
+                bar.write(f"left out clip {clip_id} of {workload.name}: {error}", file=sys.stderr)
+                if all((workload.name, i) in self.results.unreadable for i in self.asked.clips):
+                    raise
+
     def _clip(self, workload: Workload, clip_id: int) -> Clip:
-        """Raises ValueError if earlier records know another clip under this number, so that policies would not compare."""
+        """Read a clip.
+
+        Raises:
+            ValueError: if earlier records have another clip under this number, so that policies would not be comparable.
+        """
         clip = workload.clips.clip(self.asked.split, clip_id)
         content = clip_hash(workload, clip)
         if self.clip_hashes.setdefault((workload.name, clip_id), content) != content:
             raise ValueError(
-                f"clip {clip_id} of {workload.name} is another one than in {self.results.folder}, made with other data; "
+                f"clip {clip_id} of {workload.name} differs from {self.results.folder}, which was made with other data; "
                 "choose another folder"
             )
         return clip

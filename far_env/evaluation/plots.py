@@ -40,7 +40,7 @@ STYLE = {
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Style:
     """How a policy is drawn: full history black and dashed, the highlighted ones in colour, others thin and grey."""
 
     colour: str
@@ -78,21 +78,21 @@ def _figures(
     results: Results, groups: Sequence[Group], coloured: Sequence[str], reference: str
 ) -> Iterator[tuple[str, Callable[[], Figure | None]]]:
     """Names of the files and what draws them."""
-    looks = {name: _Look(COLOURS[i], MARKERS[i]) for i, name in enumerate(coloured)}
+    styles = {name: _Style(COLOURS[i], MARKERS[i]) for i, name in enumerate(coloured)}
     metrics = [metric_format(name) for name in results.settings.metrics]
     for workload in results.settings.workloads:
-        own = [group for group in groups if group.workload == workload]
+        of_workload = [group for group in groups if group.workload == workload]
         for metric in metrics:
-            yield f"budget_{workload}_{metric.name}", partial(budget_figure, own, metric, looks)
+            yield f"budget_{workload}_{metric.name}", partial(budget_figure, of_workload, metric, styles)
     for group in groups:
         where = f"{group.workload}_{_budget(group.budget)}"
         first = results.settings.num_context[group.workload]
-        yield f"frames_{where}", partial(frame_figure, group, first, looks)
+        yield f"frames_{where}", partial(frame_figure, group, first, styles)
         for metric in metrics:
             yield f"ranking_{where}_{metric.name}", partial(ranking_figure, group, metric, reference)
 
 
-def budget_figure(groups: Sequence[Group], metric: Metric, looks: dict[str, _Look]) -> Figure | None:
+def budget_figure(groups: Sequence[Group], metric: Metric, styles: dict[str, _Style]) -> Figure | None:
     """Mean metric of one workload's policies against the budget, with intervals; None without limited budgets or scores."""
     points: dict[str, dict[int, Interval]] = defaultdict(dict)
     for row in (row for group in groups for row in group.rows):
@@ -103,30 +103,30 @@ def budget_figure(groups: Sequence[Group], metric: Metric, looks: dict[str, _Loo
     if not points or not budgets:
         return None
     figure, axes = _axes(5.6, 3.4)
-    spread = [name for name in looks if name in points]
-    for name, own in points.items():
-        look = _look(name, min(own) >= UNLIMITED_FRAMES, looks)
-        if min(own) >= UNLIMITED_FRAMES:
-            (interval,) = own.values()
-            axes.axhspan(interval.low, interval.high, color=look.colour, alpha=0.1, linewidth=0)
-            axes.axhline(interval.mean, color=look.colour, linestyle=look.line, linewidth=1.2, label=name)
+    spread = [name for name in styles if name in points]
+    for name, curve in points.items():
+        style = _style(name, min(curve) >= UNLIMITED_FRAMES, styles)
+        if min(curve) >= UNLIMITED_FRAMES:
+            (interval,) = curve.values()
+            axes.axhspan(interval.low, interval.high, color=style.colour, alpha=0.1, linewidth=0)
+            axes.axhline(interval.mean, color=style.colour, linestyle=style.line, linewidth=1.2, label=name)
             continue
-        # side by side, so that intervals can be told apart
+        # Slightly shifted, so that intervals do not overlap.
         factor = 1 + 0.012 * (spread.index(name) - (len(spread) - 1) / 2) if name in spread else 1
-        places = sorted(own)
-        means = [own[budget].mean for budget in places]
-        errors = [[own[b].mean - own[b].low for b in places], [own[b].high - own[b].mean for b in places]]
+        places = sorted(curve)
+        means = [curve[budget].mean for budget in places]
+        errors = [[curve[b].mean - curve[b].low for b in places], [curve[b].high - curve[b].mean for b in places]]
         axes.errorbar(
             [budget * factor for budget in places],
             means,
-            yerr=errors if look.named else None,
-            color=look.colour,
-            marker=look.marker,
+            yerr=errors if style.named else None,
+            color=style.colour,
+            marker=style.marker,
             markersize=4.5,
-            linewidth=look.width,
+            linewidth=style.width,
             elinewidth=1,
-            label=name if look.named else "others",
-            zorder=3 if look.named else 1,
+            label=name if style.named else "others",
+            zorder=3 if style.named else 1,
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
@@ -136,30 +136,30 @@ def budget_figure(groups: Sequence[Group], metric: Metric, looks: dict[str, _Loo
     return figure
 
 
-def frame_figure(group: Group, first_frame: int, looks: dict[str, _Look]) -> Figure | None:
+def frame_figure(group: Group, first_frame: int, styles: dict[str, _Style]) -> Figure | None:
     """Mean PSNR of every predicted frame with intervals, frames numbered from ``first_frame``; None where there is none."""
     rows = [row for row in group.rows if not isinstance(row.per_frame, str)]
     if not rows:
         return None
     figure, axes = _axes(5.6, 3.4)
     for row in rows:
-        look = _look(row.policy, row.budget >= UNLIMITED_FRAMES, looks)
+        style = _style(row.policy, row.budget >= UNLIMITED_FRAMES, styles)
         frames = range(first_frame, first_frame + len(row.per_frame))
         means = [interval.mean for interval in row.per_frame]
         axes.plot(
             frames,
             means,
-            color=look.colour,
-            linestyle=look.line,
-            linewidth=look.width,
-            marker=look.marker if len(frames) <= 24 else "",
+            color=style.colour,
+            linestyle=style.line,
+            linewidth=style.width,
+            marker=style.marker if len(frames) <= 24 else "",
             markersize=4,
-            label=row.policy if look.named else "others",
-            zorder=3 if look.named else 1,
+            label=row.policy if style.named else "others",
+            zorder=3 if style.named else 1,
         )
-        if look.named:
+        if style.named:
             low, high = [i.low for i in row.per_frame], [i.high for i in row.per_frame]
-            axes.fill_between(frames, low, high, color=look.colour, alpha=0.1, linewidth=0)
+            axes.fill_between(frames, low, high, color=style.colour, alpha=0.1, linewidth=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="frame", ylabel="PSNR (dB)", title=_title(group, rows))
     _legend(figure, axes)
@@ -192,13 +192,13 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _look(policy: str, unlimited: bool, looks: dict[str, _Look]) -> _Look:
-    return _Look("#1c2025", line="--") if unlimited else looks.get(policy, _Look(QUIET, named=False))
+def _style(policy: str, unlimited: bool, styles: dict[str, _Style]) -> _Style:
+    return _Style("#1c2025", line="--") if unlimited else styles.get(policy, _Style(QUIET, named=False))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    entries = {label: handles[label] for label in sorted(handles, key="others".__eq__)}  # the grey ones share one, the last
+    entries = {label: handles[label] for label in sorted(handles, key="others".__eq__)}  # the grey curves share the last entry
     figure.legend(entries.values(), entries.keys(), loc="outside right upper")
 
 
@@ -218,8 +218,8 @@ def _title(group: Group, rows: Sequence[Row]) -> str:
 
 
 def _source(results: Results, workload: str) -> str:
-    own = facts(results).get(workload, {})
-    known = [f"{name.replace('_', ' ')} {' and '.join(own[name])}" for name in own if name != "versions"]
+    counts = facts(results).get(workload, {})
+    known = [f"{name.replace('_', ' ')} {' and '.join(counts[name])}" for name in counts if name != "versions"]
     seeds = ", ".join(map(str, results.settings.seeds))
     return f"{workload}: {len(results.settings.clips)} {results.settings.split} clips, noise seeds {seeds}, {', '.join(known)}"
 
@@ -229,7 +229,7 @@ def _file_name(name: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path, kind: str, source: str) -> Path:
-    """Write a figure as a "png" or "svg" that says where its numbers come from. Raises ValueError if it cannot be written."""
+    """Write a figure as a "png" or "svg" whose metadata name the source of its numbers. Raises ValueError if that fails."""
     temporary = path.with_name(path.name + ".part")
     metadata = {"Title": path.stem, "Description": source} | ({"Date": None} if kind == "svg" else {})
     try:

@@ -1,4 +1,4 @@
-"""A policy file as a policy that runs in a process of its own: what it does there cannot stop, corrupt or fool a benchmark."""
+"""A policy file as a policy that runs in a separate process, where it cannot stop a benchmark or forge its output."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _PACKAGE = Path(__file__).parents[2]
 
 
 class PolicyProcess:
-    """One object of the file's class, asked over a pipe in JSON lines; see `far_env.evaluation.policy_worker`.
+    """One object of the file's class, called over a pipe in JSON lines; see `far_env.evaluation.policy_worker`.
 
-    To be used in a ``with`` statement, which ends the process. A step that has not grown tells the other end of a new clip.
+    To be used in a ``with`` statement, which ends the process. A call whose step is not larger than that of the call before
+    begins a new clip.
 
     Args:
         path: the policy file.
@@ -39,7 +40,7 @@ class PolicyProcess:
 
     Raises:
         PolicyError: if the file cannot be loaded, in time or at all; later, if a call raises, takes too long, ends the process
-            or answers what is no plan.
+            or returns something that is not a plan.
     """
 
     def __init__(self, path: Path, *, call_seconds: float = 10.0, load_seconds: float = 120.0) -> None:
@@ -81,7 +82,7 @@ class PolicyProcess:
     def build_temporal_cache_plan(
         self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
     ) -> TemporalCachePlan:
-        """Ask the policy at the other end."""
+        """Call the policy in its process."""
         step = rollout_state.step
         question = {
             "metas": [astuple(meta) for meta in chunk_meta_list],
@@ -122,7 +123,7 @@ class PolicyProcess:
                 self._printed = (self._printed + chunk)[:_SHOWN]
 
     def _receive(self, seconds: float) -> list[tuple[int, str]]:
-        """The next answer's decisions. Raises PolicyError if it tells an error, or does not come."""
+        """The decisions of the next answer. Raises PolicyError if the answer is an error, or does not arrive in time."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._unread:
             ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))

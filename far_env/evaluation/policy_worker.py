@@ -1,9 +1,9 @@
-"""The other end of `far_env.evaluation.policy_process`: a policy file in its own process, which answers in JSON lines.
+"""The process of `far_env.evaluation.policy_process`: runs a policy file and answers calls in JSON lines.
 
     python -m far_env.evaluation.policy_worker FILE READ_FD WRITE_FD
 
 A line {"metas", "state", "budget", "new_clip"} is answered by {"decisions": [[chunk_id, action], …]} or {"error": "…"}; the
-first line out tells that the file was loaded. What the policy prints goes to the standard output, which carries no answers.
+first answer means that the file was loaded. What the policy prints goes to the standard output, which carries no answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from far_env.policy_file import policy_from_file
 
 
 def main(path: str, read_fd: int, write_fd: int) -> None:
-    """Load the policy, then answer until there is no question left."""
+    """Load the policy, then answer until the questions end."""
     with os.fdopen(read_fd, encoding="utf-8") as questions, os.fdopen(write_fd, "w", encoding="utf-8") as answers:
 
         def answer(values: dict[str, object]) -> None:
@@ -30,7 +30,7 @@ def main(path: str, read_fd: int, write_fd: int) -> None:
         try:
             policy = policy_from_file(Path(path))
         except BaseException as error:
-            answer({"error": str(error) if isinstance(error, ValueError) else f"{path} cannot be loaded: {_told(error)}"})
+            answer({"error": str(error) if isinstance(error, ValueError) else f"{path} cannot be loaded: {_described(error)}"})
             return
         answer({"decisions": []})
         clips, state = 0, None
@@ -49,11 +49,11 @@ def _ask(policy: RetentionPolicy, metas: list[FrameMeta], state: RolloutState, b
     try:
         plan = policy.build_temporal_cache_plan(metas, state, budget)
     except BaseException as error:  # SystemExit as well
-        return {"error": f"raised {_told(error)}"}
+        return {"error": f"raised {_described(error)}"}
     try:
         return {"decisions": [_decision(decision) for decision in plan.chunk_decisions]}
     except Exception as error:
-        return {"error": f"answered {type(plan).__name__}, which is no plan ({_told(error)})"}
+        return {"error": f"answered {type(plan).__name__}, which is not a plan ({_described(error)})"}
 
 
 def _decision(decision: object) -> tuple[int, str]:
@@ -62,7 +62,7 @@ def _decision(decision: object) -> tuple[int, str]:
     return (0 if action == "drop" else operator.index(decision.chunk_id)), action
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

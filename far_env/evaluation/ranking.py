@@ -10,10 +10,12 @@ import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES, NewestFrames
 from far_env.errors import unknown_name
-from far_env.evaluation.records import Record, Results
+from far_env.evaluation.aggregate import Episodes, collect_episodes
+from far_env.evaluation.records import Results
 from far_env.evaluation.statistics import Interval, mean_intervals
 from far_env.metrics import LOWER_IS_BETTER
 
+_NO_CLIP = "no clip is finished with every noise seed"
 _FORMATS = {"psnr": ("PSNR", "dB", 2), "ssim": ("SSIM", "", 3), "lpips": ("LPIPS", "", 3)}
 
 
@@ -39,8 +41,8 @@ class Row:
     """One policy in a group.
 
     Attributes:
-        budget: its own; full history has the same row in the groups of every budget.
-        clips: those that count: played with every noise seed. A clip's value is the mean over its seeds.
+        budget: that of the policy; full history has the same row in the groups of every budget.
+        clips: those that are finished with every noise seed. The value of a clip is the mean over its seeds.
         missing: episodes that were asked for and are not finished.
         scores: metric → float64 (clips,), or why there is none.
         intervals: metric → mean over clips with its interval, or why there is none.
@@ -60,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """The policies that are compared: those of one workload under one budget, and those that keep everything."""
+    """The policies that are compared: those of one workload under one budget, and full history."""
 
     workload: str
     budget: int
@@ -79,16 +81,16 @@ class Group:
     def differences(self, metric: str) -> list[list[Interval | None]]:
         """Paired differences [row][reference], row minus reference on the clips that both have; None where there are none."""
         table: list[list[Interval | None]] = [[None] * len(self.rows) for _ in self.rows]
-        alike: dict[tuple[int, ...], list[tuple[int, int, np.ndarray]]] = defaultdict(list)
+        by_clips: dict[tuple[int, ...], list[tuple[int, int, np.ndarray]]] = defaultdict(list)
         for i, row in enumerate(self.rows):
             for j, reference in enumerate(self.rows[:i]):
-                own, other = row.scores[metric], reference.scores[metric]
-                if isinstance(own, str) or isinstance(other, str):
+                scores, others = row.scores[metric], reference.scores[metric]
+                if isinstance(scores, str) or isinstance(others, str):
                     continue
                 clips, at, there = np.intersect1d(row.clips, reference.clips, assume_unique=True, return_indices=True)
                 if len(clips):
-                    alike[tuple(clips)].append((i, j, own[at] - other[there]))
-        for pairs in alike.values():
+                    by_clips[tuple(clips)].append((i, j, scores[at] - others[there]))
+        for pairs in by_clips.values():
             intervals = mean_intervals(np.stack([values for _, _, values in pairs], axis=1))
             for (i, j, _), value in zip(pairs, intervals, strict=True):
                 table[i][j] = value
@@ -118,66 +120,53 @@ def make_groups(results: Results) -> list[Group]:
 
     A workload whose only policies are unlimited is one group with the budget `UNLIMITED_FRAMES`.
     """
-    episodes: dict[tuple[str, int], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in results.records:
-        episodes[record.workload, min(record.budget, UNLIMITED_FRAMES)][record.policy].append(record)
     groups = []
     for workload in results.settings.workloads:
-        rows = {
-            budget: [
-                _row(results, budget, episodes[workload, budget][name])
-                for name in results.settings.policies
-                if name in episodes[workload, budget]
-            ]
-            for budget in sorted({budget for name, budget in episodes if name == workload})
-        }
+        rows: dict[int, list[Row]] = defaultdict(list)
+        for episodes in collect_episodes(results, workload):
+            rows[min(episodes.budget, UNLIMITED_FRAMES)].append(_row(results, episodes))
         unlimited = rows.pop(UNLIMITED_FRAMES, [])
-        groups += [Group(workload, budget, [*own, *unlimited]) for budget, own in rows.items()]
+        groups += [Group(workload, budget, [*rows[budget], *unlimited]) for budget in sorted(rows)]
         if unlimited and not rows:
             groups.append(Group(workload, UNLIMITED_FRAMES, unlimited))
     return groups
 
 
-def _row(results: Results, budget: int, records: Sequence[Record]) -> Row:
-    settings = results.settings
-    by_clip: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        by_clip[record.clip].append(record)
-    whole = {clip: own for clip, own in sorted(by_clip.items()) if len(own) == len(settings.seeds)}
-    scores = {name: _scores(name, whole) for name in settings.metrics}
+def _row(results: Results, episodes: Episodes) -> Row:
+    scores = {metric: _scores(metric, episodes) for metric in results.settings.metrics}
     intervals: dict[str, Interval | str] = {}
-    for name, values in scores.items():
-        intervals[name] = values if isinstance(values, str) else mean_intervals(values[:, None])[0]
-    costs = [record.decision_ms for record in records if record.decision_ms is not None]
+    for metric, values in scores.items():
+        intervals[metric] = values if isinstance(values, str) else mean_intervals(values[:, None])[0]
     return Row(
-        policy=records[0].policy,
-        budget=budget,
-        clips=tuple(whole),
-        missing=len(settings.clips) * len(settings.seeds) - len(records),
+        policy=episodes.policy,
+        budget=min(episodes.budget, UNLIMITED_FRAMES),
+        clips=episodes.clips,
+        missing=episodes.missing,
         scores=scores,
         intervals=intervals,
-        per_frame=_per_frame(whole),
-        decision_ms=float(np.mean(costs)) if costs else None,
+        per_frame=_per_frame(episodes),
+        decision_ms=episodes.decision_ms(),
     )
 
 
-def _scores(metric: str, episodes: dict[int, list[Record]]) -> np.ndarray | str:
+def _scores(metric: str, episodes: Episodes) -> np.ndarray | str:
     """Per-clip means over seeds (clips,), or one sentence why there are none."""
-    for record in (record for own in episodes.values() for record in own):
-        if not np.isfinite(record.metrics[metric]):
-            return f"{metric_format(metric).label} is {record.metrics[metric]} on clip {record.clip}, seed {record.seed}"
-    if not episodes:
-        return "no clip is finished with every noise seed"
-    return np.array([np.mean([record.metrics[metric] for record in own]) for own in episodes.values()])
+    if not episodes.clips:
+        return _NO_CLIP
+    values = episodes.scores(metric)
+    for row, column in np.argwhere(~np.isfinite(values)):
+        where = f"clip {episodes.clips[row]}, seed {episodes.seeds[column]}"
+        return f"{metric_format(metric).label} is {values[row, column]} on {where}"
+    return values.mean(axis=1)
 
 
-def _per_frame(episodes: dict[int, list[Record]]) -> list[Interval] | str:
-    if not episodes:
-        return "no clip is finished with every noise seed"
-    for record in (record for own in episodes.values() for record in own):
-        if not np.isfinite(record.psnr_per_frame).all():
-            return f"the PSNR of a frame is not finite on clip {record.clip}, seed {record.seed}"
-    return mean_intervals(np.array([np.mean([record.psnr_per_frame for record in own], axis=0) for own in episodes.values()]))
+def _per_frame(episodes: Episodes) -> list[Interval] | str:
+    if not episodes.clips:
+        return _NO_CLIP
+    values = episodes.psnr_per_frame()
+    for row, column, _ in np.argwhere(~np.isfinite(values)):
+        return f"the PSNR of a frame is not finite on clip {episodes.clips[row]}, seed {episodes.seeds[column]}"
+    return mean_intervals(values.mean(axis=1))
 
 
 def highlighted(groups: Sequence[Group], metric: str, reference: str, count: int = 7) -> list[str]:
@@ -212,4 +201,4 @@ def facts(results: Results) -> dict[str, dict[str, dict[str, int]]]:
         for name, value in record.facts.items():
             text = ", ".join(f"{k} {v}" for k, v in sorted(value.items())) if isinstance(value, dict) else str(value)
             counts[record.workload][name][text] += 1
-    return {workload: {name: dict(values) for name, values in own.items()} for workload, own in counts.items()}
+    return {workload: {name: dict(values) for name, values in facts.items()} for workload, facts in counts.items()}

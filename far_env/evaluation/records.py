@@ -1,6 +1,6 @@
 """The results folder: one record per finished episode, appended as it is played and read back for reports and validation.
 
-``evaluation.json`` tells what was asked for, ``records.jsonl`` holds a line per episode, ``frames/`` shows the first clips.
+``evaluation.json`` holds the settings, ``records.jsonl`` a line per episode, ``frames/`` pictures of the first clips.
 """
 
 from __future__ import annotations
@@ -19,31 +19,29 @@ from far_env.contract import UNLIMITED_FRAMES
 from far_env.io import make_run_dir, write_text
 
 FORMAT = 1
-FULL_HISTORY = "full_history"
-"""The reference that lifts the budget; wherever a policy is named, this name means no policy at all."""
 _SETTINGS_FILE = "evaluation.json"
 RECORDS_FILE = "records.jsonl"
-_UNITED = ("workloads", "budgets", "seeds", "clips")
+_MERGED_LISTS = ("workloads", "budgets", "seeds", "clips")
 _EQUAL = ("split", "metrics", "show_clips")
 _BY_WORKLOAD = ("num_context", "num_predict", "frame_size", "made_with")
 
 Key = tuple[str, int, str, int, int]
-"""Workload, budget, policy, clip and noise seed: what makes an episode one of its kind."""
+"""Workload, budget, policy, clip and noise seed, which identify an episode."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """What an evaluation plays.
 
     Attributes:
         budgets: `UNLIMITED_FRAMES` is that of full history.
-        policies: name → what is known of it: family, tier, source, note, and sha256 where it is a file.
+        policies: name → `far_env.policies.policy_facts`: family, tier, source, note, and sha256 of its file.
         seeds: clip i is played with the noise seeds s + i.
         metrics: those that were computed.
-        unavailable: metric → why it was not.
-        show_clips: so many of the first clips have pictures.
+        unavailable: metric → why it was not computed.
+        show_clips: how many of the first clips have pictures.
         num_context, num_predict, frame_size: per workload, in frames and pixels.
-        made_with: per workload what else shapes its numbers: weights, ode_steps, dtype and clip_options, say.
+        made_with: per workload what else determines its numbers, such as weights, ode_steps, dtype and clip_options.
     """
 
     workloads: list[str]
@@ -60,25 +58,25 @@ class Settings:
     show_clips: int = 0
     made_with: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def united(self, other: Settings, where: Path) -> Settings:
+    def merged(self, other: Settings, where: Path) -> Settings:
         """These settings with another evaluation's workloads, budgets, policies, seeds and clips added.
 
         Raises:
-            ValueError: if anything else differs, so that the numbers could not stand side by side.
+            ValueError: if anything else differs, so that the numbers would not be comparable.
         """
         differing = [(name, getattr(self, name), getattr(other, name)) for name in _EQUAL]
         for name in _BY_WORKLOAD:
-            own, new = getattr(self, name), getattr(other, name)
-            differing += [(f"{name} of {key}", own[key], new[key]) for key in own.keys() & new.keys()]
+            old, new = getattr(self, name), getattr(other, name)
+            differing += [(f"{name} of {key}", old[key], new[key]) for key in old.keys() & new.keys()]
         for key in self.policies.keys() & other.policies.keys():
             hashes = [settings.policies[key].get("sha256") for settings in (self, other)]
             differing.append((f"the content of policy {key}", *hashes))
         for name, before, now in differing:
             if before != now:
                 raise ValueError(f"{where} holds an evaluation with {name} {before}, not {now}; choose another folder")
-        united = {name: sorted({*getattr(self, name), *getattr(other, name)}) for name in _UNITED if name != "workloads"}
+        lists = {name: sorted({*getattr(self, name), *getattr(other, name)}) for name in _MERGED_LISTS if name != "workloads"}
         merged = {name: {**getattr(self, name), **getattr(other, name)} for name in (*_BY_WORKLOAD, "policies", "unavailable")}
-        return replace(self, workloads=list(dict.fromkeys([*self.workloads, *other.workloads])), **united, **merged)
+        return replace(self, workloads=list(dict.fromkeys([*self.workloads, *other.workloads])), **lists, **merged)
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,13 @@ class Record:
     """One finished episode.
 
     Attributes:
-        seed: the base noise seed; the episode's own is seed + clip.
+        seed: the base noise seed; the episode is played with seed + clip.
         plan: per decision ``step``, and the true numbers of the frames ``kept`` and ``demoted``; others were dropped.
         metrics: name → value; PSNR is infinite where all frames equal the truth.
         psnr_per_frame: dB, of every predicted frame.
         decision_ms: mean milliseconds that the policy took per decision; None without decisions.
         clip_sha256, latents_sha256: first 16 hex digits, of the clip's true frames (float32) and of the generated latents.
-        facts: host, weights, ode_steps, dtype, device, machine, commit and versions, say.
+        facts: how the episode was made: host, weights, ode_steps, dtype, device, machine, commit, versions and more.
     """
 
     workload: str
@@ -110,7 +108,7 @@ class Record:
 
     @property
     def key(self) -> Key:
-        """What makes an episode one of its kind."""
+        """What identifies the episode."""
         return self.workload, self.budget, self.policy, self.clip, self.seed
 
     def line(self) -> str:
@@ -137,36 +135,36 @@ _FACTS = ("host", "weights", "ode_steps", "dtype", "device")
 
 
 def _record(values: object, settings: Settings) -> Record:
-    """A record from a line's values. Raises ValueError, in a few words, if it is none or contradicts the settings."""
+    """A record from the values of a line. Raises ValueError, in a few words, if they are not a record of these settings."""
     if not isinstance(values, dict):
         raise ValueError("is no JSON object")
-    own = {name: values.pop(name, None) for name in _TYPES}
+    fields = {name: values.pop(name, None) for name in _TYPES}
     for name, kind in _TYPES.items():
-        if not isinstance(own[name], kind) or isinstance(own[name], bool):
-            raise ValueError(f"has no valid {name!r} ({own[name]!r})")
+        if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+            raise ValueError(f"has no valid {name!r} ({fields[name]!r})")
     known = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
     for name, values_asked in {**known, "budget": settings.budgets}.items():
-        if own[name] not in values_asked:
-            raise ValueError(f"has the {name} {own[name]!r}, which {_SETTINGS_FILE} does not name")
-    num_predict = settings.num_predict[own["workload"]]
-    numbers = [*own["metrics"].values(), *own["psnr_per_frame"]]
-    if len(own["psnr_per_frame"]) != num_predict or not all(isinstance(value, int | float) for value in numbers):
+        if fields[name] not in values_asked:
+            raise ValueError(f"has the {name} {fields[name]!r}, which is not in {_SETTINGS_FILE}")
+    num_predict = settings.num_predict[fields["workload"]]
+    numbers = [*fields["metrics"].values(), *fields["psnr_per_frame"]]
+    if len(fields["psnr_per_frame"]) != num_predict or not all(isinstance(value, int | float) for value in numbers):
         raise ValueError(f"needs numbers as metrics and {num_predict} of them in psnr_per_frame")
-    if own["metrics"].keys() != set(settings.metrics):
-        raise ValueError(f"has the metrics {', '.join(own['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
+    if fields["metrics"].keys() != set(settings.metrics):
+        raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
     if lacking := [name for name in _FACTS if name not in values]:
-        raise ValueError(f"does not tell {', '.join(lacking)}")
-    record = Record(**own, facts=values)
+        raise ValueError(f"lacks {', '.join(lacking)}")
+    record = Record(**fields, facts=values)
     histories(record, settings.num_context[record.workload], num_predict)
     return record
 
 
 def histories(record: Record, num_context: int, num_predict: int) -> dict[int, list[int]]:
-    """Step → true numbers of the frames that stayed after its decision, ascending.
+    """Step → true numbers of the frames that were kept by its decision, ascending.
 
     Raises:
-        ValueError: if the plan is none: a frame stays that was not there, the newest does not, more stay than the budget
-            allows, or a decision is missing, superfluous or out of order.
+        ValueError: if the plan is not valid: a frame is kept that was not in the history, the newest is dropped, more are kept
+            than the budget allows, or a decision is missing, superfluous or out of order.
     """
     decisions = {}
     for entry in record.plan:
@@ -174,36 +172,44 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
             decisions[int(entry["step"])] = sorted({*map(int, entry["kept"]), *map(int, entry["demoted"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"has a plan with the entry {entry!r}, which lacks step, kept or demoted frames") from error
-    history, asked = list(range(num_context)), []
+    history, decided = list(range(num_context)), []
     for step in range(num_predict - 1):
         newest = num_context + step
         history.append(newest)
         if len(history) <= record.budget or record.budget >= UNLIMITED_FRAMES:
             continue
-        asked.append(step)
-        stay = decisions.get(step, [])
-        if not set(stay) <= set(history) or newest not in stay or len(stay) > record.budget:
-            raise ValueError(f"has a plan that keeps {stay} of {history} at step {step}, with a budget of {record.budget}")
-        history = list(stay)
-    if asked != [entry["step"] for entry in record.plan]:
-        raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget asks for decisions at {asked}")
+        decided.append(step)
+        kept = decisions.get(step, [])
+        if not set(kept) <= set(history) or newest not in kept or len(kept) > record.budget:
+            raise ValueError(f"has a plan that keeps {kept} of {history} at step {step}, with a budget of {record.budget}")
+        history = list(kept)
+    if decided != [entry["step"] for entry in record.plan]:
+        raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget needs decisions at {decided}")
     return decisions
 
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation: its settings, the episodes finished so far, and the folder with the pictures, if there is one."""
+    """An evaluation.
+
+    Attributes:
+        settings: what is played.
+        records: the episodes finished so far.
+        folder: where they and the pictures are, if they were saved.
+        unreadable: (workload, clip) → why its file could not be read in this session, so that its episodes are missing.
+    """
 
     settings: Settings
     records: list[Record]
     folder: Path | None = None
+    unreadable: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def truth_picture(self, workload: str, clip: int) -> Path:
-        """PNG of a clip's true frames, context first, side by side; there for the first ``show_clips`` clips."""
+        """PNG of a clip's true frames, context first, side by side; exists for the first ``show_clips`` clips."""
         return self._picture(workload, f"truth_c{clip}.png")
 
     def picture(self, record: Record) -> Path:
-        """PNG of an episode's predicted frames side by side; there for the first ``show_clips`` clips."""
+        """PNG of an episode's predicted frames side by side; exists for the first ``show_clips`` clips."""
         name = quote(record.policy, safe="")
         name = name.replace(".", "%2E") if set(name) == {"."} else name  # a run folder named ".." stays inside
         return self._picture(record.workload, f"b{record.budget}", name, f"s{record.seed}_c{record.clip}.png")
@@ -218,7 +224,7 @@ def load(folder: str | Path) -> Results:
     """Read a results folder; a torn last line is left out.
 
     Raises:
-        ValueError: one sentence, naming file and line, if the folder is none or is damaged.
+        ValueError: one sentence, naming file and line, if the folder is not a results folder or is damaged.
     """
     folder = Path(folder)
     settings = _load_settings(folder / _SETTINGS_FILE)
@@ -250,7 +256,7 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(content: bytes, settings: Settings, path: Path) -> list[Record]:
-    """Records of all whole lines."""
+    """Records of all complete lines."""
     records: dict[Key, Record] = {}
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
@@ -258,17 +264,17 @@ def _parse(content: bytes, settings: Settings, path: Path) -> list[Record]:
             if record.key in records:
                 raise ValueError("repeats an episode of an earlier line")
         except ValueError as error:  # also JSON's and UTF-8's
-            told = "is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
-            raise ValueError(f"{path}, line {number} {told}; delete the line and evaluate again") from error
+            reason = "is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+            raise ValueError(f"{path}, line {number} {reason}; delete the line and evaluate again") from error
         records[record.key] = record
     return list(records.values())
 
 
 class Recorder:
-    """Adds episodes to a results folder; what the folder holds already is in ``results``. One at a time.
+    """Adds episodes to a results folder; what the folder holds already is in ``results``. One recorder per folder at a time.
 
     Args:
-        folder: new, empty, or of an evaluation that the settings can be united with.
+        folder: new, empty, or of an evaluation that these settings can be merged with.
         settings: of this evaluation.
 
     Raises:
@@ -280,7 +286,7 @@ class Recorder:
         self._file = _open_alone(folder / RECORDS_FILE)
         try:
             if (folder / _SETTINGS_FILE).exists():
-                settings = _load_settings(folder / _SETTINGS_FILE).united(settings, folder)
+                settings = _load_settings(folder / _SETTINGS_FILE).merged(settings, folder)
             content = self._file.read()
             self.results = Results(settings, _parse(content, settings, folder / RECORDS_FILE), folder)
             self._file.truncate(content.rfind(b"\n") + 1)
@@ -290,7 +296,7 @@ class Recorder:
             raise
 
     def add(self, records: Iterable[Record]) -> None:
-        """Append episodes that are not there yet. Raises ValueError if that cannot be written."""
+        """Append episodes that the folder does not hold yet. Raises ValueError if they cannot be written."""
         records = list(records)
         try:
             self._file.write("".join(record.line() for record in records).encode())
@@ -311,7 +317,7 @@ class Recorder:
             raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder for other recorders."""
         self._file.close()
 
     def _write_settings(self) -> None:

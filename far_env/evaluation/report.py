@@ -10,7 +10,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -32,8 +31,8 @@ def report_page(results: Results, reference: str | None = None, show_clips: int 
     """The page as HTML text.
 
     Args:
-        reference: policy that differences are shown to at first; ``recent_fill`` by default, if it was evaluated.
-        show_clips: at most so many clips per workload get a player; all that have frames by default.
+        reference: policy that the others are first compared with; ``recent_fill`` by default, if it was evaluated.
+        show_clips: at most this many clips per workload have a player; all with pictures by default.
         progress: show a progress bar.
 
     Raises:
@@ -107,12 +106,12 @@ def report_data(
 
 
 def warnings(results: Results) -> list[str]:
-    """Sentences: policies that were not played yet, and facts that a workload's episodes should share and do not."""
+    """Sentences about policies without episodes, and about facts that should be equal for all episodes of a workload."""
     played = {record.policy for record in results.records}
     sentences = [f"No episode of {name} is finished." for name in results.settings.policies if name not in played]
-    for workload, own in facts(results).items():
+    for workload, counts in facts(results).items():
         for name in ("host", "weights", "ode_steps", "dtype"):
-            if len(values := own.get(name, {})) > 1:
+            if len(values := counts.get(name, {})) > 1:
                 counted = ", ".join(f"{value} ({count} episodes)" for value, count in values.items())
                 sentences.append(f"The episodes of {workload} do not have the same {name.replace('_', ' ')}: {counted}.")
     return sentences
@@ -165,13 +164,13 @@ def _clips(
             _check_strip(truth, results, workload, settings.num_context[workload] + settings.num_predict[workload])
             shown += 1
             runs.sort(key=lambda run: (run[0].budget, number[run[0].policy]))
-            own = [_run(record, number, image(path)) for record, path in runs]
-            clips.append({"workload": workload, "clip": clip, "truth": image(truth), "runs": own})
+            rollouts = [_run(record, number, image(path)) for record, path in runs]
+            clips.append({"workload": workload, "clip": clip, "truth": image(truth), "runs": rollouts})
     return clips
 
 
 def _check_strip(path: Path, results: Results, workload: str, num_frames: int) -> None:
-    """Raise ValueError unless ``path`` is a PNG of so many frames side by side."""
+    """Raise ValueError unless ``path`` is a PNG of ``num_frames`` frames side by side."""
     size = results.settings.frame_size[workload]
     try:
         with Image.open(path) as image:
@@ -200,8 +199,7 @@ def _bar(items: Sequence[Any], name: str, progress: bool) -> Iterable[Any]:
 
 
 def _triple(interval: Interval) -> list[float]:
-    own = asdict(interval)
-    return [_round(own[name]) for name in ("mean", "low", "high")]
+    return [_round(value) for value in (interval.mean, interval.low, interval.high)]
 
 
 def _round(value: float) -> float:
@@ -209,5 +207,5 @@ def _round(value: float) -> float:
 
 
 def _source_hash(text: str) -> str:
-    """What a content security policy wants of an inline style or script."""
+    """The hash by which a content security policy allows an inline style or script."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""Records played again: the plans of a results folder on the same host, clips and noise must give the same numbers."""
+"""Validation: the plans of a results folder, played again on the same host, clips and noise, must give the same numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from far_env.errors import VideoError
 from far_env.evaluation.evaluate import clip_hash, frame_psnr, latents_hash, record_facts
 from far_env.evaluation.records import Record, Results, histories
 from far_env.metrics import clip_metrics, require_metrics
@@ -24,11 +25,11 @@ _SAME_BITS = ("device", "machine", "dtype", "versions")
 
 @dataclass(frozen=True)
 class Finding:
-    """What playing one record again showed.
+    """The outcome of playing one record again.
 
     Attributes:
         identical: the latents are equal to the last bit.
-        difference: None if the record holds, else one sentence.
+        difference: None if the record is confirmed, else what differs.
     """
 
     record: Record
@@ -37,7 +38,7 @@ class Finding:
 
 
 def choose(records: Sequence[Record], sample: int | None, seed: int = 0) -> list[Record]:
-    """All records, or so many at random. Raises ValueError on a sample below 1 or without records."""
+    """All records, or a random sample of this size. Raises ValueError on a sample below 1 or without records."""
     if not records:
         raise ValueError("there is no record to validate; evaluate first")
     if sample is not None and sample < 1:
@@ -81,7 +82,7 @@ def validate(
         check_host(record, workloads[record.workload])
     findings: dict[tuple, Finding] = {}
     memo = FrameMemo()
-    # Episodes of the same clip and noise side by side share frames.
+    # Neighbouring episodes of the same clip and noise share frames.
     ordered = sorted(records, key=lambda record: (record.workload, record.facts["ode_steps"], record.seed, record.clip))
     total = sum(results.settings.num_predict[record.workload] for record in records)
     with tqdm(total=total, unit="frame", desc="validate", disable=not progress, dynamic_ncols=True) as bar:
@@ -99,10 +100,20 @@ def _play_again(
     results: Results, records: Sequence[Record], workload: Workload, tolerance: float, memo: FrameMemo, bar: tqdm
 ) -> list[Finding]:
     settings = results.settings
-    clips = [workload.clips.clip(settings.split, record.clip) for record in records]
+    clips, readable, findings = [], [], []
+    for record in records:
+        try:
+            clips.append(workload.clips.clip(settings.split, record.clip))
+        except VideoError as error:
+            findings.append(Finding(record, False, f"its clip cannot be read: {error}"))
+        else:
+            readable.append(record)
+    if not readable:
+        return findings
+    records = readable
     seeds = [record.seed + record.clip for record in records]
-    stays = [histories(record, workload.num_context, workload.num_predict) for record in records]
-    rollouts = replay(workload, clips, seeds, stays, memo=memo, on_frame=bar.update)
+    kept = [histories(record, workload.num_context, workload.num_predict) for record in records]
+    rollouts = replay(workload, clips, seeds, kept, memo=memo, on_frame=bar.update)
     rows = range(len(records))
     predicted, latents = rollouts.decode(rows).float(), rollouts.generated(rows)
     truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
@@ -110,14 +121,13 @@ def _play_again(
     scores = clip_metrics(predicted, truth, tuple(settings.metrics))
     by_frame = frame_psnr(predicted, truth).tolist()
     facts = record_facts(workload)
-    findings = []
     for row, record in enumerate(records):
         identical = latents_hash(latents[row]) == record.latents_sha256
         exact = workload.host.device.type == "cpu" and all(record.facts.get(name) == facts[name] for name in _SAME_BITS)
         if clip_hash(workload, clips[row]) != record.clip_sha256:
-            difference = "its clip is another one here; the data are not those it was made with"
+            difference = "its clip is a different one here: the data are not those that it was made with"
         elif exact and not identical:
-            difference = "its latents are others, though machine, dtype and versions are the same"
+            difference = "its latents are different, though machine, dtype and versions are the same"
         else:
             difference = _difference(record, scores[row], by_frame[row], tolerance)
         findings.append(Finding(record, identical, difference))
@@ -125,7 +135,7 @@ def _play_again(
 
 
 def _difference(record: Record, scores: dict[str, float], by_frame: list[float], tolerance: float) -> str | None:
-    """The first metric that is not what the record says."""
+    """The first metric that differs from the record, in one sentence; None if all agree."""
     recorded = {**record.metrics, **{f"PSNR of frame {i}": value for i, value in enumerate(record.psnr_per_frame)}}
     found = {**scores, **{f"PSNR of frame {i}": value for i, value in enumerate(by_frame)}}
     for name, value in recorded.items():
@@ -141,8 +151,8 @@ def report(findings: Sequence[Finding], tolerance: float, num_records: int) -> s
     matching = len(findings) - len(differing)
     lines = []
     for finding in differing[:10]:
-        own = finding.record
-        where = f"{own.workload}, budget {own.budget}, {own.policy}, clip {own.clip}, noise seed {own.seed}"
+        record = finding.record
+        where = f"{record.workload}, budget {record.budget}, {record.policy}, clip {record.clip}, noise seed {record.seed}"
         lines.append(f"{where}: {finding.difference}")
     if len(differing) > len(lines):
         lines.append(f"… and {len(differing) - len(lines)} more")

@@ -24,7 +24,7 @@ def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         modules = [
-            _without_zeros(own.kind(**own.config)).eval().requires_grad_(False).to(device, dtype)
+            _without_zeros(own.model_class(**own.config)).eval().requires_grad_(False).to(device, dtype)
             for own in (released, find_released(released.autoencoder))
         ]
     transformer, autoencoder = modules

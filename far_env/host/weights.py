@@ -20,6 +20,7 @@ from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
 from far_env.host.zoo import RELEASED, load_released
 from far_env.io import write_text
+from far_env.plugins import HOSTS, distribution_name, entry_points, load
 from far_env.tensor_files import file_hash, load_weights, save_weights
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -63,15 +64,48 @@ class Host:
 
 @torch_defaults()
 def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:
-    """Load a shipped host or a released transformer by name, or a folder written by `save_host`; once per device and dtype.
+    """Load a shipped host, a plugin's host or a released transformer by name, or a folder written by `save_host`.
+
+    Hosts are kept in memory, once per device and dtype. A plugin's host is an entry point of ``far_env.hosts``: a function
+    ``load(device: torch.device, dtype: torch.dtype) -> Host``.
 
     Raises:
         WeightsError: if a file is missing or damaged, its hash is not the expected one, or keys or shapes do not fit.
+        ValueError: if a plugin cannot be imported or does not return a host.
     """
-    if str(name) in RELEASED:
-        return _released_host(str(name), resolve_device(str(device)), dtype)
-    folder = SHIPPED.get(str(name), Path(name))
-    return _load_host(str(name), folder.resolve(), _read_config(folder), resolve_device(str(device)), dtype)
+    name, torch_device = str(name), resolve_device(str(device))
+    if name in RELEASED:
+        return _released_host(name, torch_device, dtype)
+    if name in entry_points(HOSTS):
+        return _registered_host(name, torch_device, dtype)
+    return _folder_host(name, Path(name), torch_device, dtype)
+
+
+def load_embedded(device: torch.device, dtype: torch.dtype) -> Host:
+    """The shipped FAR for the worlds pan and cuts."""
+    return _folder_host("embedded", SHIPPED["embedded"], device, dtype)
+
+
+def load_embedded_long(device: torch.device, dtype: torch.dtype) -> Host:
+    """The shipped FAR-Long for the world orbit."""
+    return _folder_host("embedded_long", SHIPPED["embedded_long"], device, dtype)
+
+
+@lru_cache(maxsize=4)
+def _registered_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
+    """The host of an entry point, far-env's or a plugin's."""
+    entry = entry_points(HOSTS)[name]
+    host = load(entry)(device, dtype)
+    if not isinstance(host, Host):
+        raise ValueError(
+            f"the host {name} of the distribution {distribution_name(entry)} must be a far_env.host.weights.Host, "
+            f"got {type(host).__name__}"
+        )
+    return host
+
+
+def _folder_host(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Host:
+    return _load_host(name, folder.resolve(), _read_config(folder), device, dtype)
 
 
 @lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
 """The released FAR models (Gu et al., arXiv 2503.19325): files, configurations, data and loading.
 
-Facts from the Hugging Face repository guyuchao/FAR_Models; the eight hex digits in a file's name begin its SHA-256.
+Facts from the Hugging Face repository guyuchao/FAR_Models; the eight hex digits in a file's name begin its SHA-256. Listing the
+models imports no torch; building and loading one does.
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from far_env.errors import WeightsError, first_line, unknown_name
-from far_env.host.autoencoder import Autoencoder
-from far_env.host.far import FAR
-from far_env.host.far_long import FARLong
 from far_env.io import cache_dir
-from far_env.tensor_files import check_state, file_hash
+from far_env.text import text_table
+
+if TYPE_CHECKING:
+    from torch import nn
 
 REPOSITORY = "guyuchao/FAR_Models"
 CITATION = "FAR: Gu et al., arXiv 2503.19325; DCAE: Chen et al., arXiv 2410.10733"
@@ -38,7 +36,8 @@ class Released:
         data: what it was trained on.
         frame_size: side of its frames in pixels.
         config: constructor arguments of the model.
-        kind: FAR, FARLong or Autoencoder.
+        million_parameters: size of the model, rounded to one decimal.
+        kind: "FAR", "FARLong" or "Autoencoder".
         autoencoder: name of the autoencoder of a transformer's latents; None for autoencoders.
     """
 
@@ -46,7 +45,8 @@ class Released:
     data: str
     frame_size: int
     config: dict[str, Any] = field(repr=False)
-    kind: type[nn.Module] = FAR
+    million_parameters: float
+    kind: str = "FAR"
     autoencoder: str | None = None
 
     @property
@@ -61,8 +61,19 @@ class Released:
 
     def build(self) -> nn.Module:
         """The model, not initialised, on torch's meta device."""
+        import torch
+
         with torch.device("meta"):
-            return self.kind(**self.config)
+            return self.model_class(**self.config)
+
+    @property
+    def model_class(self) -> type[nn.Module]:
+        """The class that ``kind`` names."""
+        from far_env.host.autoencoder import Autoencoder
+        from far_env.host.far import FAR
+        from far_env.host.far_long import FARLong
+
+        return {"FAR": FAR, "FARLong": FARLong, "Autoencoder": Autoencoder}[self.kind]
 
 
 def _far(num_layers: int, num_heads: int, **changes: Any) -> dict[str, Any]:
@@ -100,51 +111,59 @@ _SHORT, _LONG, _VIDEO = "short_video_prediction", "long_video_prediction", "vide
 
 RELEASED: dict[str, Released] = {
     "far_b_ucf101": Released(
-        f"{_SHORT}/FAR_B_UCF101_Uncond64-381d295f.pth", "UCF-101", 64, _far(12, 12), FAR, "dcae_ucf101_64"
+        f"{_SHORT}/FAR_B_UCF101_Uncond64-381d295f.pth", "UCF-101", 64, _far(12, 12), 129.6, "FAR", "dcae_ucf101_64"
     ),
     "far_b_bair": Released(
         f"{_SHORT}/FAR_B_BAIR_Uncond64-1983191b.pth",
         "BAIR",
         64,
         _far(12, 12, short_term_ctx_winsize=30),
-        FAR,
+        129.6,
+        "FAR",
         "dcae_bair_64",
     ),
     "far_b_long_dmlab": Released(
-        f"{_LONG}/FAR_B_Long_DMLab_Action64-c09441dc.pth", "DMLab", 64, _far(12, 12, **_ACTIONS), FARLong, "dcae_dmlab_64"
+        f"{_LONG}/FAR_B_Long_DMLab_Action64-c09441dc.pth",
+        "DMLab",
+        64,
+        _far(12, 12, **_ACTIONS),
+        158.1,
+        "FARLong",
+        "dcae_dmlab_64",
     ),
     "far_m_long_minecraft": Released(
         f"{_LONG}/FAR_M_Long_Minecraft_Action128-4c041561.pth",
         "Minecraft",
         128,
         _far(12, 16, **_ACTIONS),
-        FARLong,
+        280.5,
+        "FARLong",
         "dcae_minecraft_128",
     ),
     "far_l_ucf101_128": Released(
-        f"{_VIDEO}/FAR_L_UCF101_Uncond128-c19abd2c.pth", "UCF-101", 128, _far(24, 16), FAR, "dcae_ucf101_128"
+        f"{_VIDEO}/FAR_L_UCF101_Uncond128-c19abd2c.pth", "UCF-101", 128, _far(24, 16), 456.8, "FAR", "dcae_ucf101_128"
     ),
     "far_l_ucf101_128_label": Released(
-        f"{_VIDEO}/FAR_L_UCF101_Cond128-c6f798bf.pth", "UCF-101", 128, _far(24, 16, **_LABELS), FAR, "dcae_ucf101_128"
+        f"{_VIDEO}/FAR_L_UCF101_Cond128-c6f798bf.pth", "UCF-101", 128, _far(24, 16, **_LABELS), 456.9, "FAR", "dcae_ucf101_128"
     ),
     "far_l_ucf101_256": Released(
-        f"{_VIDEO}/FAR_L_UCF101_Uncond256-adea51e9.pth", "UCF-101", 256, _far(24, 16), FAR, "dcae_ucf101_256"
+        f"{_VIDEO}/FAR_L_UCF101_Uncond256-adea51e9.pth", "UCF-101", 256, _far(24, 16), 456.8, "FAR", "dcae_ucf101_256"
     ),
     "far_l_ucf101_256_label": Released(
-        f"{_VIDEO}/FAR_L_UCF101_Cond256-41c6033f.pth", "UCF-101", 256, _far(24, 16, **_LABELS), FAR, "dcae_ucf101_256"
+        f"{_VIDEO}/FAR_L_UCF101_Cond256-41c6033f.pth", "UCF-101", 256, _far(24, 16, **_LABELS), 456.9, "FAR", "dcae_ucf101_256"
     ),
     "far_xl_ucf101_256": Released(
-        f"{_VIDEO}/FAR_XL_UCF101_Uncond256-3594ce6b.pth", "UCF-101", 256, _far(28, 18), FAR, "dcae_ucf101_256"
+        f"{_VIDEO}/FAR_XL_UCF101_Uncond256-3594ce6b.pth", "UCF-101", 256, _far(28, 18), 673.7, "FAR", "dcae_ucf101_256"
     ),
     "far_xl_ucf101_256_label": Released(
-        f"{_VIDEO}/FAR_XL_UCF101_Cond256-28a88f56.pth", "UCF-101", 256, _far(28, 18, **_LABELS), FAR, "dcae_ucf101_256"
+        f"{_VIDEO}/FAR_XL_UCF101_Cond256-28a88f56.pth", "UCF-101", 256, _far(28, 18, **_LABELS), 673.8, "FAR", "dcae_ucf101_256"
     ),
-    "dcae_ucf101_64": Released("dcae/DCAE_UCF101_Res64-9da18dcf.pth", "UCF-101", 64, _dcae(1), Autoencoder),
-    "dcae_bair_64": Released("dcae/DCAE_BAIR_Res64-1a8547fb.pth", "BAIR", 64, _dcae(1), Autoencoder),
-    "dcae_dmlab_64": Released("dcae/DCAE_DMLab_Res64-17035ae5.pth", "DMLab", 64, _dcae(1), Autoencoder),
-    "dcae_minecraft_128": Released("dcae/DCAE_Minecraft_Res128-a5677f66.pth", "Minecraft", 128, _dcae(2), Autoencoder),
-    "dcae_ucf101_128": Released("dcae/DCAE_UCF101_Res128-bb9d1258.pth", "UCF-101", 128, _dcae(2), Autoencoder),
-    "dcae_ucf101_256": Released("dcae/DCAE_UCF101_Res256-9c4355c8.pth", "UCF-101", 256, _dcae(3), Autoencoder),
+    "dcae_ucf101_64": Released("dcae/DCAE_UCF101_Res64-9da18dcf.pth", "UCF-101", 64, _dcae(1), 127.9, "Autoencoder"),
+    "dcae_bair_64": Released("dcae/DCAE_BAIR_Res64-1a8547fb.pth", "BAIR", 64, _dcae(1), 127.9, "Autoencoder"),
+    "dcae_dmlab_64": Released("dcae/DCAE_DMLab_Res64-17035ae5.pth", "DMLab", 64, _dcae(1), 127.9, "Autoencoder"),
+    "dcae_minecraft_128": Released("dcae/DCAE_Minecraft_Res128-a5677f66.pth", "Minecraft", 128, _dcae(2), 215.8, "Autoencoder"),
+    "dcae_ucf101_128": Released("dcae/DCAE_UCF101_Res128-bb9d1258.pth", "UCF-101", 128, _dcae(2), 215.8, "Autoencoder"),
+    "dcae_ucf101_256": Released("dcae/DCAE_UCF101_Res256-9c4355c8.pth", "UCF-101", 256, _dcae(3), 323.4, "Autoencoder"),
 }
 
 
@@ -165,15 +184,14 @@ def weights_dir() -> Path:
 
 def listing(names: Sequence[str]) -> str:
     """A table of released models: name, parameters, data, frame size, file, and whether it is on this machine."""
-    rows = [("name", "parameters", "data", "frames", "here", "file")]
+    rows = []
     for name in names:
         released = find_released(name)
-        count = sum(parameter.numel() for parameter in released.build().parameters())
         here = "yes" if released.path.exists() else "no"
-        rows.append((name, f"{count / 1e6:.1f} M", released.data, f"{released.frame_size}²", here, released.file))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"from {REPOSITORY} on Hugging Face, to {weights_dir()}", CITATION])
+        size = f"{released.million_parameters:.1f} M"
+        rows.append((name, size, released.data, f"{released.frame_size}²", here, released.file))
+    table = text_table(("name", "parameters", "data", "frames", "here", "file"), rows, numbers=False)
+    return "\n".join([table, "", f"from {REPOSITORY} on Hugging Face, to {weights_dir()}", CITATION])
 
 
 def verify(name: str) -> Path:
@@ -182,6 +200,8 @@ def verify(name: str) -> Path:
     Raises:
         WeightsError: if the file is missing or its hash is another.
     """
+    from far_env.tensor_files import file_hash
+
     released = find_released(name)
     path = released.path
     if not path.exists():
@@ -231,6 +251,11 @@ def load_released(name: str) -> nn.Module:
     Raises:
         WeightsError: if the file is missing, its hash or its tensors do not match, or it holds anything but tensors.
     """
+    import torch
+
+    from far_env.host.autoencoder import Autoencoder
+    from far_env.tensor_files import check_state
+
     released, path = find_released(name), verify(name)
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from far_env.baselines.anchor import remaining_life
+from far_env.baselines.command import listing
 from far_env.baselines.filling import FillingPolicy, comparable
 from far_env.baselines.partition import PartitionPolicy, slots
 
@@ -286,11 +287,11 @@ def test_every_baseline_tells_where_it_comes_from():
             assert all(f"``{parameter}``" in text for parameter in info.parameters)
             assert "arXiv" not in info.source or info.source.split("arXiv ")[1].split(",")[0] in text
         assert baselines.make(name, **info.parameters).name == name
-    table = baselines.listing()
+    table = listing()
     assert all(f"\n{name} " in table for name in baselines.names())
-    assert "Adapted: frames for tokens" in baselines.listing(["h2o"])
+    assert "Adapted: frames instead of tokens" in listing(["h2o"])
     with pytest.raises(ValueError, match="did you mean 'h2o'"):
-        baselines.listing(["h20"])
+        listing(["h20"])
 
 
 @pytest.mark.parametrize(

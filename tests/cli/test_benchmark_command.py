@@ -195,10 +195,10 @@ return TemporalCachePlan([ChunkDecision(draw, "keep") for draw in draws])
         ("os.kill(os.getpid(), 9)", "ended its process with signal SIGKILL"),
         ("while True: pass", "took longer than 0.5 s, and was stopped"),
         ("os.read(0, 1) or time.sleep(60)", "took longer than 0.5 s, and was stopped"),
-        ("return None", "answered NoneType, which is no plan"),
-        ("return TemporalCachePlan(5)", "answered TemporalCachePlan, which is no plan (TypeError"),
-        ("return TemporalCachePlan(['keep'])", "answered TemporalCachePlan, which is no plan (AttributeError"),
-        ("return TemporalCachePlan([ChunkDecision(1.5, 'keep')])", "which is no plan (TypeError: 'float' object"),
+        ("return None", "answered NoneType, which is not a plan"),
+        ("return TemporalCachePlan(5)", "answered TemporalCachePlan, which is not a plan (TypeError"),
+        ("return TemporalCachePlan(['keep'])", "answered TemporalCachePlan, which is not a plan (AttributeError"),
+        ("return TemporalCachePlan([ChunkDecision(1.5, 'keep')])", "which is not a plan (TypeError: 'float' object"),
         ("for fd in range(3, 999):\n    try: os.write(fd, b'nonsense\\n')\n    except OSError: pass", "over its answers"),
         ("os.closerange(3, 999)\ntime.sleep(60)", "closed its answers"),
     ],
@@ -280,7 +280,7 @@ def no_data(monkeypatch, tmp_path):
 
 def test_the_dry_run_prints_one_line_and_tells_the_rest_apart(capsys, tmp_path, no_data, monkeypatch):
     quick = replace(WORKLOADS["ucf101_short_prediction"], num_steps=1)
-    monkeypatch.setitem(WORKLOADS, "ucf101_short_prediction", quick)
+    monkeypatch.setattr("far_env.workloads.UCF101_SHORT_PREDICTION", quick)
     body = "print('TEST_METRICS: temporal_quality_main=100')\n" + KEEP_NEWEST
     path = policy_file(tmp_path, body)
     status, out, err = command(capsys, "--host", "embedded", "--policy", str(path), "--budget", "8", "--clips", "1")

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from far_env.baselines import extended
 
 from far_env import cli
 from far_env.evaluation.extended import RESULTS_FILE, Part, quality_figure
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.weights import load_host, save_host
 from far_env.metrics import psnr
+from far_env.policies import load_policy
 from far_env.rollout.extended import play_extended
 from far_env.rollout.reference import reference_rollout
 from far_env.workloads import make_workload
@@ -56,7 +56,7 @@ def test_numbers_are_the_rollouts_and_a_stopped_run_goes_on(capsys, host, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr("far_env.evaluation.extended.play_extended", stop_at_third)
         status, captured = run(capsys, host, tmp_path, *args)
-        assert status == 130 and "the same command goes on" in captured.err
+        assert status == 130 and "the same command resumes" in captured.err
         assert len(json.loads((tmp_path / RESULTS_FILE).read_text())["parts"]) == 2
         status, captured = run(capsys, host, tmp_path, *args)
         assert status == 0 and played == [40] * 2 + [64] * 2 + [40] + [40] * 2 + [64] * 2, "finished parts are not played again"
@@ -67,7 +67,7 @@ def test_numbers_are_the_rollouts_and_a_stopped_run_goes_on(capsys, host, tmp_pa
     workload = make_workload("pan", host=host, device="cpu")
     clip = workload.clips.clip("test", 2)
     truth = torch.from_numpy(clip.frames[5:])
-    (rollout,) = play_extended(workload, [clip], [44], extended.make("packforcing_coarse"), 64)
+    (rollout,) = play_extended(workload, [clip], [44], load_policy("packforcing_coarse"), 64)
     frames = workload.host.autoencoder.decode(rollout.latents[None])[0]
     found = parts["packforcing_coarse", 64]
     assert found.psnr[2] == pytest.approx(psnr(frames, truth).item(), abs=1e-3)
@@ -104,7 +104,7 @@ def test_bad_input_is_one_sentence_before_any_rollout(capsys, host, tiny_host_fo
     small = ["--clips", "1", "--policies", "recent_fill"]
     for args, where, fragment in (
         (["--tokens", "15"], host, "hold the newest frame, which has 16 tokens"),
-        (["--tokens", "some"], host, "--tokens takes whole numbers, got 'some'"),
+        (["--tokens", "some"], host, "--tokens takes whole numbers from 0 on, got 'some'"),
         (["--tokens", ","], host, "--tokens names no token budget"),
         (["--seed", "-1"], host, "from 0 on"),
         (["--clips", "0"], host, "clips must be above 0"),

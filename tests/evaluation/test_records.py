@@ -18,8 +18,9 @@ from far_env.contract import TemporalCachePlan
 from far_env.errors import PolicyError
 from far_env.evaluation import evaluate as evaluating
 from far_env.evaluation.evaluate import evaluate, evaluate_grid, tabulate
-from far_env.evaluation.records import FULL_HISTORY, Recorder, histories, load
+from far_env.evaluation.records import Recorder, histories, load
 from far_env.metrics import psnr
+from far_env.policies import FULL_HISTORY
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 
@@ -213,7 +214,7 @@ def test_another_host_or_other_data_in_the_same_folder_are_refused(workloads, tm
         def clip(self, split, clip_id):
             return Clip(clip_id, super().clip(split, clip_id + 1).frames)
 
-    with pytest.raises(ValueError, match=r"clip 0 of pan is another one than in .*, made with other data"):
+    with pytest.raises(ValueError, match=r"clip 0 of pan differs from .*, which was made with other data"):
         run(tmp_path, [replace(workloads[0], clips=Shifted())], names=("packcache",), clips=1)
 
 
@@ -273,13 +274,13 @@ def test_an_infinite_psnr_survives(finished, tmp_path):
         ("[]", "is no JSON object"),
         ({"clip": "0"}, "has no valid 'clip'"),
         ({"clip": True}, "has no valid 'clip'"),
-        ({"policy": "magic"}, "has the policy 'magic', which evaluation.json does not name"),
+        ({"policy": "magic"}, "has the policy 'magic', which is not in evaluation.json"),
         ({"metrics": {"psnr": 1.0}}, "has the metrics psnr; evaluation.json has psnr, ssim"),
         ({"psnr_per_frame": [1.0]}, "11 of them in psnr_per_frame"),
         ({"plan": [{"step": 0, "kept": [5, 77], "demoted": []}]}, r"keeps \[5, 77\] of \[0, 1, 2, 3, 4, 5\] at step 0"),
         ({"plan": []}, "keeps"),
         ({"plan": [{"kept": []}]}, "lacks step, kept or demoted frames"),
-        ({"weights": None}, "does not tell weights"),
+        ({"weights": None}, "lacks weights"),
         ({}, "repeats an episode of an earlier line"),
     ],
 )

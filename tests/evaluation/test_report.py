@@ -172,7 +172,7 @@ def test_a_workload_without_limited_budgets_is_one_group(results):
 
 def test_curves_of_the_plots_are_the_means(results):
     groups = [group for group in make_groups(results) if group.workload == "pan"]
-    looks = {"learned": plots._Look("#123456", "o")}
+    looks = {"learned": plots._Style("#123456", "o")}
     with rc_context(plots.STYLE):
         (axes,) = plots.budget_figure(groups, metric_format("psnr"), looks).axes
         (line,) = [c.lines[0] for c in axes.containers if c.get_label() == "learned"]

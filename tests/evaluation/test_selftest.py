@@ -116,7 +116,7 @@ def test_a_made_clip_alternates_its_direction_at_any_size():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--workload", "pan"), "unknown workload with a released host 'pan'; known: ucf101_short_prediction, dmlab"),
+        (("--workload", "pan"), "unknown workload with a released host 'pan'; known: bair_c2p14, "),
         (("--workload", "dmlab"), "unknown workload with a released host 'dmlab'"),
         (("--frames", "0"), "at least 1 frame and 1 ODE step, got 0"),
         (("--steps", "0"), "at least 1 frame and 1 ODE step, got 3 and 0"),

@@ -81,9 +81,12 @@ def swap_plan(record):
         (lambda record: record["metrics"].update(psnr=record["metrics"]["psnr"] + 0.01), "its psnr is"),
         (lambda record: record["metrics"].update(ssim=record["metrics"]["ssim"] - 0.01), "its ssim is"),
         (lambda record: record["psnr_per_frame"].__setitem__(7, 99.0), "its PSNR of frame 7 is 99.0000"),
-        (lambda record: record.update(latents_sha256="0" * 16), "its latents are others, though machine, dtype and versions"),
-        (lambda record: record.update(clip_sha256="0" * 16), "its clip is another one here"),
-        (swap_plan, "its latents are others"),
+        (
+            lambda record: record.update(latents_sha256="0" * 16),
+            "its latents are different, though machine, dtype",
+        ),
+        (lambda record: record.update(clip_sha256="0" * 16), "its clip is a different one here"),
+        (swap_plan, "its latents are different"),
     ],
 )
 def test_what_was_changed_is_found(capsys, folder, alter, reason):

@@ -71,6 +71,12 @@ def test_every_transformer_has_an_autoencoder_of_its_size_and_data():
         assert len(released.hash_prefix) == 8 and int(released.hash_prefix, 16) >= 0
 
 
+def test_the_listed_sizes_are_those_of_the_models():
+    for released in zoo.RELEASED.values():
+        count = sum(parameter.numel() for parameter in released.build().parameters())
+        assert released.million_parameters == round(count / 1e6, 1)
+
+
 @pytest.fixture
 def small_zoo(tmp_path, monkeypatch):
     """A tiny transformer and autoencoder, released under names that hold their true hashes."""
@@ -84,7 +90,7 @@ def small_zoo(tmp_path, monkeypatch):
         torch.save(state, tmp_path / "new.pth")
         file = f"{name}-{file_hash(tmp_path / 'new.pth')[:8]}.pth"
         (tmp_path / "new.pth").rename(tmp_path / file)
-        entries[name] = zoo.Released(file, "nothing", 64, config, kind, "small_dcae" if kind is FAR else None)
+        entries[name] = zoo.Released(file, "nothing", 64, config, 0.0, kind.__name__, "small_dcae" if kind is FAR else None)
     monkeypatch.setattr(zoo, "RELEASED", entries)
     monkeypatch.setattr("far_env.host.weights.RELEASED", entries)
     return entries

@@ -1,0 +1,77 @@
+"""``far-env benchmark``: a policy's line of metrics, as the public benchmark prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from far_env.cli.console import remark
+from far_env.config import parse
+from far_env.contract import RetentionPolicy
+from far_env.policies import load_policy
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Print a policy's line of metrics as the benchmark ar-video-kv-temporal-policy does."""
+
+    policy: str
+    """A .py file (which runs in a separate process), a baseline, a run folder, pretrained/NAME, a plugin's policy or
+    full_history."""
+    workload: str = "ucf101_short_prediction"
+    budget: str = "tight_history_budget"
+    host: str | None = None
+    """By default the released one; a shipped one, such as embedded, makes a dry run on generated clips if no data is given."""
+    clips: int | None = None
+    """By default as many as the benchmark plays, or all if there are fewer."""
+    data_dir: str | None = None
+    device: str = "auto"
+    precision: str | None = None
+    """By default bfloat16 on a GPU, float32 elsewhere."""
+    policy_seconds: float = 10.0
+    """How long one call of a policy file may take."""
+
+
+def benchmark(args: Sequence[str]) -> None:
+    """Print a policy's line of metrics as the public benchmark does."""
+    options = parse(BenchmarkOptions, args, "far-env benchmark", BenchmarkOptions.__doc__ or "")
+    from far_env.evaluation import benchmark
+    from far_env.workloads import resolve_budget
+
+    max_frames = resolve_budget(options.budget)
+    with _policy(options) as policy:
+        place = {"device": options.device, "precision": options.precision, "data_dir": options.data_dir}
+        workload, dry = benchmark.benchmark_workload(options.workload, options.host, **place)
+        wanted, there = benchmark.TASKS[options.workload].num_clips, workload.clips.num_clips("test")
+        if dry:
+            remark(
+                f"a dry run: host {workload.host.name} on clips of the world {workload.clips.name}, not the benchmark's data"
+            )
+        if options.clips is None and there < wanted:
+            remark(f"the benchmark plays {wanted} clips, here are {there}")
+        num_clips = min(wanted, there) if options.clips is None else options.clips
+        score = benchmark.run_benchmark(workload, max_frames, policy, num_clips)
+    for name, reason in score.unavailable.items():
+        remark(f"no {name}: {reason}")
+    print(score.line())
+
+
+@contextmanager
+def _policy(options: BenchmarkOptions) -> Iterator[RetentionPolicy | None]:
+    """The policy; that of a file runs in a separate process."""
+    from far_env.evaluation.policy_process import PolicyProcess
+
+    path = Path(options.policy)
+    if path.suffix != ".py" or not path.is_file():
+        yield load_policy(options.policy)
+        return
+    if not options.policy_seconds > 0:
+        raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
+    with PolicyProcess(path, call_seconds=options.policy_seconds) as policy:
+        try:
+            yield policy
+        finally:
+            if (sentence := policy.printed()) is not None:
+                remark(sentence)

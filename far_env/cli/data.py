@@ -1,0 +1,37 @@
+"""``far-env data check``: how many clips a folder of videos gives, and which of its files are damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from far_env.config import parse
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Count the clips of a folder of videos and find its damaged files; the exit status is 2 if there are any."""
+
+    action: tyro.conf.Positional[Literal["check"]]
+    folder: tyro.conf.Positional[str]
+    dataset: str | None = None
+    """ucf101, dmlab, bair or minecraft; by default guessed from the files."""
+    frames: int | None = None
+    """Frames of a clip; by default those of the data set's workload."""
+    quick: bool = False
+    """Read only the headers of files, not every file to its end."""
+
+
+def data(args: Sequence[str]) -> None:
+    """Count the clips of a folder of videos and find its damaged files."""
+    options = parse(DataOptions, args, "far-env data", DataOptions.__doc__ or "")
+    from far_env.clips.check import check_data
+
+    report = check_data(Path(options.folder), options.dataset, options.frames, whole=not options.quick)
+    print(report.text())
+    if report.problem is not None:
+        raise ValueError(report.problem)

@@ -1,0 +1,162 @@
+"""``far-env evaluate``: policies × workloads × budgets on the same clips → tables, or one JSON object, and a results folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from far_env.cli.console import keeping_episodes, remark
+from far_env.cli.options import ALL, split_list, whole_number
+from far_env.config import parse
+from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
+from far_env.io import make_run_dir, write_text
+from far_env.policies import FULL_HISTORY, load_policy, policy_facts, policy_names
+
+if TYPE_CHECKING:
+    from far_env.evaluation.comparison import Evaluation
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Compare policies on the same clips with the same noise.
+
+    A clip whose file is damaged is left out of every policy's numbers; the others are played and saved, and the exit status is
+    1. Once the file is restored, the same command with --out adds the missing episodes.
+    """
+
+    policies: str
+    """Comma-separated: baselines, "all" of them, .py files with a policy class, run folders, pretrained/NAME, policies of
+    plugins, full_history. A path that holds a comma is put in double quotes: --policies 'recent_fill,"runs/a,b"'."""
+    workload: str = "pan"
+    """One or more, separated by commas."""
+    budget: str = "4"
+    """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget; one or more."""
+    seeds: str = "42"
+    """Noise seeds; clip i is played with each of them plus i."""
+    split: str = "test"
+    clips: int = 256
+    """How many of the first clips of the split."""
+    metrics: str = "psnr,ssim,lpips"
+    host: str | None = None
+    """A shipped host, a released transformer (see far-env weights list), a plugin's host or a host folder; by default the
+    host of the workload."""
+    device: str = "auto"
+    precision: str = "float32"
+    """float32, bfloat16 (as the benchmark computes) or auto."""
+    batch_size: int = 64
+    data_dir: str | None = None
+    """Folder of videos, for workloads that read them."""
+    protocol: str | None = None
+    """How those videos become clips: benchmark or far."""
+    out: str | None = None
+    """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
+    show_clips: int = 8
+    """How many of the first clips have pictures there."""
+    json: str | None = None
+    """Write one JSON object to this file, or to the standard output if "-", instead of tables; several are under "tables"."""
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Compare policies on the same clips with the same noise."""
+    options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
+    from far_env.evaluation.comparison import tabulate
+    from far_env.evaluation.evaluate import evaluate_grid
+    from far_env.workloads import make_workload, resolve_budget
+
+    names = split_list(options.policies, "policies", "policy")
+    budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in split_list(options.budget, "budget", "budget")})
+    limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
+    seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
+    metrics = split_list(options.metrics, "metrics", "metric")
+    policies, optional = _load_policies(names, budgets)
+    if options.json not in (None, "-"):
+        make_run_dir(Path(options.json).parent)
+    clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
+    common = {"host": options.host, "device": options.device, "precision": options.precision, **clip_options}
+    workloads = [make_workload(name, **common) for name in split_list(options.workload, "workload", "workload")]
+    start = time.perf_counter()
+    with keeping_episodes(options.out):
+        results = evaluate_grid(
+            workloads,
+            limited,
+            policies,
+            range(options.clips),
+            seeds=seeds,
+            split=options.split,
+            metrics=metrics,
+            batch_size=options.batch_size,
+            optional=optional,
+            out=None if options.out is None else Path(options.out),
+            show_clips=options.show_clips,
+            policy_facts={} if options.out is None else {name: policy_facts(name) for name in policies},
+            clip_options={workload.name: _absolute(clip_options) for workload in workloads},
+        )
+    seconds = time.perf_counter() - start
+    cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
+    asked = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
+    tables = [tabulate(results, name, budget, **asked) for name, budget in cells]
+    if options.json is None:
+        print(_text(tables))
+        if options.out is not None:
+            print(f"\n{len(results.records)} records in {options.out}")
+    elif options.json == "-":
+        print(_json(tables))
+    else:
+        write_text(Path(options.json), _json(tables) + "\n")
+    if results.unreadable:
+        names = ", ".join(f"{workload} {clip}" for workload, clip in results.unreadable)
+        resume = "" if options.out is None else "; restore the files and run the same command to add the missing episodes"
+        remark(f"left out, because their files are damaged: {names}{resume}")
+    return int(bool(results.unreadable))
+
+
+def _load_policies(names: Sequence[str], budgets: Sequence[int]) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
+    """Policies by name in the order given, and the names that only "all" asks for, which are left out where they cannot run."""
+    baselines = policy_names("baselines") if ALL in names else []
+    optional = set(baselines) - set(names)
+    wanted = dict.fromkeys(single for name in names for single in (baselines if name == ALL else [name]))
+    if UNLIMITED_FRAMES in budgets:
+        wanted[FULL_HISTORY] = None
+        if len(budgets) == 1 and len(wanted) > 1:
+            others = ", ".join(name for name in wanted if name != FULL_HISTORY)
+            raise ValueError(
+                f"with full history no policy is asked; give a budget for {others}, or the policy {FULL_HISTORY} alone"
+            )
+    policies: dict[str, RetentionPolicy | None] = {}
+    for name in wanted:
+        try:
+            policies[name] = load_policy(name)
+        except ValueError as error:
+            if name not in optional:
+                raise
+            remark(f"left out {name}: {error}")
+    return policies, optional
+
+
+def _text(tables: Sequence[Evaluation]) -> str:
+    from far_env.evaluation.table import pooled_table, results_table
+
+    parts = [results_table(table) for table in tables]
+    if len(tables) > 1 and (pooled := pooled_table(tables)):
+        parts.append(pooled)
+    return "\n\n".join(parts)
+
+
+def _json(tables: Sequence[Evaluation]) -> str:
+    """The object of one table, or one with all tables and the pooled numbers."""
+    from far_env.evaluation.comparison import pooled_summary
+
+    if len(tables) == 1:
+        return json.dumps(tables[0].summary(), indent=2)
+    pooled = {name: {key: asdict(value) for key, value in row.items()} for name, row in pooled_summary(tables).items()}
+    return json.dumps({"tables": [table.summary() for table in tables], "pooled": pooled}, indent=2)
+
+
+def _absolute(clip_options: dict[str, str]) -> dict[str, str]:
+    """Clip options that mean the same from any working directory."""
+    folder = clip_options.get("data_dir")
+    return clip_options | ({} if folder is None else {"data_dir": str(Path(folder).resolve())})

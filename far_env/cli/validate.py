@@ -1,0 +1,62 @@
+"""``far-env validate``: the records of a results folder are played again, and what differs is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tyro
+
+from far_env.config import parse
+
+if TYPE_CHECKING:
+    from far_env.workloads import Workload
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """Play the records of a results folder again and compare; the exit status is 1 if any differs."""
+
+    folder: tyro.conf.Positional[str]
+    """Written by far-env evaluate --out."""
+    sample: int | None = None
+    """How many records to draw at random; all by default."""
+    seed: int = 0
+    """Of the sample."""
+    tolerance: float = 1e-3
+    """By how much metrics may differ, in dB for PSNR."""
+    host: str | None = None
+    """Where the host is, if it has moved."""
+    device: str = "auto"
+    batch_size: int = 64
+    data_dir: str | None = None
+    """Where the videos are, if they have moved."""
+
+
+def validate(args: Sequence[str]) -> int:
+    """Play the records of a results folder again and compare."""
+    options = parse(ValidateOptions, args, "far-env validate", ValidateOptions.__doc__ or "")
+    from far_env.clips.worlds import WORLDS
+    from far_env.evaluation.records import load
+    from far_env.evaluation.validate import choose, report, validate
+    from far_env.workloads import make_workload
+
+    if options.batch_size < 1 or not options.tolerance >= 0:
+        raise ValueError(
+            f"batch size must be at least 1 and tolerance not negative, got {options.batch_size} and {options.tolerance}"
+        )
+    results = load(options.folder)
+    records = choose(results.records, options.sample, options.seed)
+
+    def make(name: str) -> Workload:
+        made_with = results.settings.made_with[name]
+        clip_options = dict(made_with["clip_options"])
+        if options.data_dir is not None and name not in WORLDS:
+            clip_options["data_dir"] = options.data_dir
+        host = options.host or next(record.facts["host"] for record in records if record.workload == name)
+        return make_workload(name, host=host, device=options.device, precision=made_with["dtype"], **clip_options)
+
+    findings = validate(results, records, make, tolerance=options.tolerance, batch_size=options.batch_size)
+    print(report(findings, options.tolerance, len(results.records)))
+    return int(any(finding.difference is not None for finding in findings))

@@ -1,0 +1,51 @@
+"""``far-env weights``: the released FAR models are listed, downloaded or verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from far_env.config import parse
+from far_env.errors import WeightsError
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """List, download or verify the released FAR models."""
+
+    action: tyro.conf.Positional[Literal["list", "download", "verify"]]
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names from the list; a transformer brings its autoencoder. Without names, verify checks all files that are present."""
+
+
+def weights(args: Sequence[str]) -> None:
+    """List, download or verify the released FAR models."""
+    options = parse(WeightsOptions, args, "far-env weights", WeightsOptions.__doc__ or "")
+    from far_env.host import zoo
+
+    names = list(options.names)
+    for name in options.names:
+        autoencoder = zoo.find_released(name).autoencoder
+        if autoencoder is not None and autoencoder not in names:
+            names.append(autoencoder)
+    if options.action == "list":
+        print(zoo.listing(names or list(zoo.RELEASED)))
+        return
+    if options.action == "download" and not names:
+        raise ValueError("weights download needs the names of released models; far-env weights list shows them")
+    if not names:
+        names = [name for name, released in zoo.RELEASED.items() if released.path.exists()]
+        if not names:
+            raise ValueError(f"no released weights in {zoo.weights_dir()}; far-env weights download NAME fetches some")
+    failures = []
+    for name in names:
+        try:
+            path = (zoo.download if options.action == "download" else zoo.verify)(name)
+            print(f"{name}: {path} is complete")
+        except WeightsError as error:
+            failures.append(str(error))
+    if failures:
+        raise ValueError("; ".join(failures))

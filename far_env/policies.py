@@ -1,0 +1,129 @@
+"""Policies by name: hand-written ones, learned ones, those of other distributions, and policy files.
+
+They are found through the entry points ``far_env.policies``. An entry point is a policy class, which is called without
+arguments and named by the entry point, or a collection: a module or object with
+
+- ``names() -> list[str]``: the policies that are listed,
+- ``load(name) -> RetentionPolicy``,
+- ``facts(name) -> dict[str, str]``: what results record of a policy (family, tier, source, note, sha256),
+- optionally ``accepts(name) -> bool``: whether ``load`` also takes a name that is not listed, such as a run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+from far_env.contract import RetentionPolicy
+from far_env.plugins import POLICIES, distribution_name, entry_points, load
+from far_env.policy_file import policy_from_file
+
+FULL_HISTORY = "full_history"
+"""The reference without a budget: this name means that no policy is asked and nothing is dropped."""
+
+
+def load_policy(name: str) -> RetentionPolicy | None:
+    """The policy of this name: of a collection or a plugin, a Python file, or a run folder; None for `FULL_HISTORY`.
+
+    Raises:
+        ValueError: if the name is none of these, or if the file, folder or plugin cannot be used.
+    """
+    if name == FULL_HISTORY:
+        return None
+    if _is_file(name):
+        policy = policy_from_file(Path(name))
+        with contextlib.suppress(AttributeError):
+            policy.name = name  # errors then name the file, not the class, which all exported files share
+        return policy
+    return _find(name).load(name)
+
+
+def policy_facts(name: str) -> dict[str, str]:
+    """What results record of a policy that `load_policy` accepts: family, tier, source and note, and the SHA-256 of its file.
+
+    Raises:
+        ValueError: as `load_policy`.
+    """
+    if name == FULL_HISTORY:
+        return {"note": "nothing is dropped"}
+    if _is_file(name):
+        path = Path(name)
+        return {"family": "file", "source": str(path.resolve()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return _find(name).facts(name)
+
+
+def policy_names(collection: str | None = None) -> list[str]:
+    """The policies that are listed: of all entry points that can be imported, or of the one of this name.
+
+    Raises:
+        ValueError: if there is no such entry point, or if it cannot be imported.
+    """
+    if collection is not None:
+        return _source(entry_points(POLICIES)[collection]).names()
+    sources, _ = _sources()
+    return [*(name for source in sources for name in source.names()), FULL_HISTORY]
+
+
+@dataclass(frozen=True)
+class _PolicyClass:
+    """A policy class of an entry point, as a collection of one."""
+
+    entry: EntryPoint
+    cls: type
+
+    def names(self) -> list[str]:
+        return [self.entry.name]
+
+    def load(self, name: str) -> RetentionPolicy:
+        return self.cls()
+
+    def facts(self, name: str) -> dict[str, str]:
+        version = "" if self.entry.dist is None else f" {self.entry.dist.version}"
+        note = inspect.getdoc(self.cls) or ""
+        return {
+            "family": str(getattr(self.cls, "family", "plugin")),
+            "source": f"{distribution_name(self.entry)}{version} ({self.entry.value})",
+            "note": note.split("\n")[0],
+        }
+
+
+def _source(entry: EntryPoint) -> Any:
+    """The collection of an entry point. Raises ValueError if it cannot be imported."""
+    loaded = load(entry)
+    return _PolicyClass(entry, loaded) if isinstance(loaded, type) else loaded
+
+
+def _sources() -> tuple[list[Any], list[str]]:
+    """The collections that can be imported, and one sentence for each that cannot."""
+    sources, failures = [], []
+    for entry in entry_points(POLICIES).values():
+        try:
+            sources.append(_source(entry))
+        except ValueError as error:
+            failures.append(str(error))
+    return sources, failures
+
+
+def _find(name: str) -> Any:
+    """The collection that has the policy. Raises ValueError if none has it."""
+    sources, failures = _sources()
+    for source in sources:
+        if name in source.names():
+            return source
+    # A folder may have the name of a policy that is listed; the policy is meant then.
+    for source in sources:
+        if hasattr(source, "accepts") and source.accepts(name):
+            return source
+    known = ", ".join(policy_names())
+    also = "".join(f"; {failure}" for failure in failures)
+    raise ValueError(f"no policy {name!r}: it is neither one of {known}, nor an existing .py file or run folder{also}")
+
+
+def _is_file(name: str) -> bool:
+    path = Path(name)
+    return path.suffix == ".py" and path.is_file()
