@@ -223,7 +223,7 @@ def test_without_signals_a_policy_falls_back_to_frame_meta_or_says_what_is_missi
             fallbacks.append(name)
             assert ask(policy, world.metas(kept, 3), 3, 8) == ask(make(name, "M"), world.metas(kept, 3), 3, 8)
         else:
-            with pytest.raises(ValueError, match=rf"{name} needs {policy.signals[0]}.* does not hand over"):
+            with pytest.raises(ValueError, match=rf"{name} needs {policy.signals[0]}.* does not provide"):
                 ask(policy, world.metas(kept, 3), 3, 8)
     assert fallbacks == ["deep_forcing", "flowcache_paper", "packforcing"]
     with pytest.raises(ValueError, match="context_match needs lat_cos"):

@@ -470,7 +470,7 @@ def of_frame_meta(name):
 def test_agents_that_need_signals_are_refused_by_the_environment(make):
     env = make(split="test")
     obs, info = env.reset(options={"clip_id": 2})
-    with pytest.raises(PolicyError, match="context_match needs lat_cos, which this rollout does not hand over"):
+    with pytest.raises(PolicyError, match="context_match needs lat_cos, which this rollout does not provide"):
         PolicyAgent(baselines.make("context_match")).predict(obs, info)
     # what can do without them does
     for name in ("packforcing", "flowcache_paper", "deep_forcing"):
