@@ -98,9 +98,9 @@ def run_extended(args: Sequence[str]) -> None:
 
 def run_reproduce(args: Sequence[str]) -> None:
     """Measure the tables of RESULTS.md anew."""
-    from far_env.agents import reproduce
+    from far_env.agents import commands
 
-    reproduce.run_reproduce(args)
+    commands.reproduce(args)
 
 
 def run_export(args: Sequence[str]) -> None:

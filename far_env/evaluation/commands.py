@@ -117,9 +117,9 @@ class ReportOptions:
 def run_evaluate(args: Sequence[str]) -> None:
     """Evaluate policies."""
     options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
-    from far_env.agents.checkpoints import policy_facts
     from far_env.evaluation.comparison import tabulate
     from far_env.evaluation.evaluate import evaluate_grid
+    from far_env.policies import policy_facts
     from far_env.workloads import make_workload, resolve_budget
 
     names = listed(options.policies, "policies", "policy")
@@ -239,8 +239,8 @@ def run_benchmark(args: Sequence[str]) -> None:
 @contextmanager
 def _benchmark_policy(options: BenchmarkOptions) -> Iterator[RetentionPolicy | None]:
     """The policy, a file's in a process of its own."""
-    from far_env.agents.checkpoints import load_policy
     from far_env.evaluation.policy_process import PolicyProcess
+    from far_env.policies import load_policy
 
     path = Path(options.policy)
     if path.suffix != ".py" or not path.is_file():
@@ -259,8 +259,8 @@ def _benchmark_policy(options: BenchmarkOptions) -> Iterator[RetentionPolicy | N
 def _load_policies(names: Sequence[str], budgets: Sequence[int]) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
     """Policies by name in the order given, and those that only "all" asks for and that may be left out."""
     from far_env import baselines
-    from far_env.agents.checkpoints import load_policy
     from far_env.evaluation.records import FULL_HISTORY
+    from far_env.policies import load_policy
 
     optional = set(baselines.names()) - set(names) if ALL in names else set()
     wanted = dict.fromkeys(own for name in names for own in (baselines.names() if name == ALL else [name]))

@@ -241,8 +241,8 @@ def _play(
 
 def _load(names: Sequence[str]) -> tuple[dict[str, RetentionPolicy | None], dict[str, dict[str, str]]]:
     """Policies by name, and what is known of each. Raises ValueError on a name that is none."""
-    from far_env.agents.checkpoints import load_policy, policy_facts
     from far_env.baselines import extended
+    from far_env.policies import load_policy, policy_facts
 
     policies, facts = {}, {}
     for name in names:
