@@ -132,7 +132,7 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, description: str) -
     if "--config" in args:
         at = args.index("--config")
         if at + 1 >= len(args):
-            raise ValueError("--config needs a name or a file after it, such as pan_tight or configs/pan_tight.yaml")
+            raise ValueError("--config needs a file name or the name of a shipped configuration after it, such as pan_tight")
         default = load_yaml(cls, config_path(args[at + 1]))
         del args[at : at + 2]
     keywords = {} if default is None else {"default": default}
