@@ -1,36 +1,47 @@
-"""The commands of the learned policies; each module is imported when its command is run."""
+"""The commands of ``far-env`` that train, publish and measure agents.
+
+Nothing heavy is imported before a command's options are parsed, so that ``--help`` is fast.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import tyro
-
+from far_env.agents.config import AgentTraining
+from far_env.agents.options import (
+    ExportOptions,
+    LearningCurveOptions,
+    PublishOptions,
+    RegretOptions,
+    ReproduceOptions,
+    Sweep,
+)
 from far_env.config import parse
 
+Options = TypeVar("Options")
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """Write a trained policy as one self-contained Python file for the benchmark."""
+TRAIN_DESCRIPTION = """\
+Train a retention policy, compare it with others on held-out clips, and leave a run folder.
 
-    run: tyro.conf.Positional[str]
-    """Run folder of train_agent.py, or pretrained/NAME for a policy that ships."""
-    out: str = "policy.py"
+The run folder contains policy.safetensors and policy.json (the scorer), config.yaml, run.json (command, commit, versions),
+results.json, results.txt, comparison.png, TensorBoard logs, and the checkpoints from which --resume continues.
+far-env export RUN_DIR turns it into a benchmark file.
+"""
 
 
-def train(args: Sequence[str]) -> int | None:
-    """Train a retention policy, compare it on held-out clips and leave a run folder."""
-    from far_env.agents.ppo import AgentTraining
-    from far_env.agents.trainer import train
+def train(args: Sequence[str], prog: str = "far-env train") -> None:
+    """Train a retention policy."""
+    config = parse(AgentTraining, args, prog, TRAIN_DESCRIPTION)
+    from far_env.agents.trainer import train as train_agent
 
-    return train(parse(AgentTraining, args, "far-env train", AgentTraining.__doc__ or ""))
+    train_agent(config)
 
 
 def export(args: Sequence[str]) -> None:
-    """Write a trained policy as one self-contained Python file for the benchmark."""
-    options = parse(ExportOptions, args, "far-env export", ExportOptions.__doc__ or "")
+    """Write a trained policy as one Python file."""
+    options = _parse(ExportOptions, args, "export")
     from far_env.agents.checkpoints import scorer_folder
     from far_env.agents.export import export_run
 
@@ -38,36 +49,47 @@ def export(args: Sequence[str]) -> None:
     print(f"wrote {options.out}")
 
 
-def publish(args: Sequence[str]) -> int:
+def publish(args: Sequence[str]) -> None:
     """Publish a finished run as a pretrained policy."""
-    from far_env.agents import publish
+    options = _parse(PublishOptions, args, "publish")
+    from far_env.agents.publish import CARD_FILE, publish_run
 
-    return publish.main(args)
-
-
-def sweep(args: Sequence[str]) -> int:
-    """Search for better training options."""
-    from far_env.agents import sweep
-
-    return sweep.main(args)
+    folder = publish_run(Path(options.run), options.name)
+    print(f"published pretrained/{options.name} in {folder}; its model card is {CARD_FILE} there")
 
 
-def regret(args: Sequence[str]) -> int:
-    """Measure what policies lose against searches that know the clip."""
-    from far_env.agents import regret
+def sweep(args: Sequence[str]) -> None:
+    """Search settings of a training run."""
+    options = _parse(Sweep, args, "sweep")
+    from far_env.agents.sweep import sweep as run_sweep
 
-    return regret.main(args)
+    run_sweep(options)
 
 
-def learning_curves(args: Sequence[str]) -> int:
-    """Draw the validation scores of runs."""
-    from far_env.agents import learning_curves
+def regret(args: Sequence[str]) -> None:
+    """Measure the regret of policies against searches."""
+    options = _parse(RegretOptions, args, "regret")
+    from far_env.agents.regret import measure_regret
 
-    return learning_curves.main(args)
+    measure_regret(options)
+
+
+def learning_curves(args: Sequence[str]) -> None:
+    """Draw the learning curves of runs."""
+    options = _parse(LearningCurveOptions, args, "learning-curves")
+    from far_env.agents.learning_curves import draw
+
+    draw(options)
+    print(f"wrote {options.out}")
 
 
 def reproduce(args: Sequence[str]) -> None:
     """Measure the tables of RESULTS.md anew."""
-    from far_env.agents import reproduce
+    options = _parse(ReproduceOptions, args, "reproduce")
+    from far_env.agents.reproduce import reproduce as reproduce_tables
 
-    reproduce.run_reproduce(args)
+    reproduce_tables(options)
+
+
+def _parse(cls: type[Options], args: Sequence[str], name: str) -> Options:
+    return parse(cls, args, f"far-env {name}", cls.__doc__ or "")

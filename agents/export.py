@@ -1,4 +1,4 @@
-"""A trained scorer as one self-contained Python file: NumPy only, weights inside the class, no import of this project."""
+"""A trained scorer as one self-contained Python file: NumPy only, weights inside the class, no import of far_env."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.memory import HistoryMemory
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.surroundings import compare
-
+from far_env.births import FrameBirths
 from far_env.io import write_text
 
 _TEMPLATE = '''\
@@ -20,7 +21,7 @@ _TEMPLATE = '''\
 
 {provenance}
 
-Paste the class over the benchmark's class of the same name, or import this file as it is. It needs NumPy alone.
+Replace the benchmark's class of the same name by the class below, or import this file. It needs only NumPy.
 """
 
 from dataclasses import dataclass, field
@@ -53,13 +54,12 @@ class VideoTemporalKVPolicy:
 
     NUM_HEADS = {num_heads}
     NUM_LAYERS = {num_layers}
-    ONE_BY_ONE = {sequential_eviction}
-    INDEPENDENT = {independent}
+    SEQUENTIAL_EVICTION = {sequential_eviction}
     SHAPES = {shapes}
     WEIGHTS = (
 {weights}
     )
-{memory_class}
+{members}
     def __init__(self):
         import base64
 
@@ -79,19 +79,18 @@ class VideoTemporalKVPolicy:
 
         n, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
         progress = rollout_state.step / rollout_state.total_steps
-        looks = [
+        features = [
             (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
             for m in chunk_meta_list
         ]
-        recalled = [()] * n if self.memory is None else self.memory.recall(looks, rollout_state.step)
+        recalled = [()] * n if self.memory is None else self.memory.recall(features, rollout_state.step)
         left = list(range(n))
-        logits = self.logits(left, looks, recalled, max_frames, progress)
-        while self.ONE_BY_ONE and len(left) > max_frames + 1:
+        logits = self.logits(left, features, recalled, max_frames, progress)
+        while self.SEQUENTIAL_EVICTION and len(left) > max_frames + 1:
             left.pop(int(np.argmin(logits[:-1])))
-            logits = self.logits(left, looks, recalled, max_frames, progress)
+            logits = self.logits(left, features, recalled, max_frames, progress)
         last = len(left) - 1
-        ranks = np.where(logits > 0, np.arange(last + 1), -1) if self.INDEPENDENT else logits
-        order = np.argsort(-ranks[:last], kind="stable")[: max(0, max_frames - 1)]
+        order = np.argsort(-logits[:last], kind="stable")[: max(0, max_frames - 1)]
         kept = {{left[last]}} | {{left[i] for i in order if logits[i] > 0}}
         if self.memory is not None:
             self.memory.keep(sorted(kept))
@@ -102,7 +101,7 @@ class VideoTemporalKVPolicy:
         ]
         return TemporalCachePlan(chunk_decisions=decisions, retention_family="anchor")
 
-    def logits(self, left, looks, recalled, max_frames, progress):
+    def logits(self, left, features, recalled, max_frames, progress):
         import numpy as np
 
         p, heads, n = self.parameters, self.NUM_HEADS, len(left)
@@ -111,7 +110,7 @@ class VideoTemporalKVPolicy:
             recalled = {{i: (*recalled[i][:2], gap, *recalled[i][3:]) for i, gap in zip(left, self.memory.gaps(left))}}
         x = np.array(
             [
-                (np.log1p(n - 1 - at) / 3, 1 / (n - at), *looks[i], float(at == n - 1), *shared, *recalled[i])
+                (np.log1p(n - 1 - at) / 3, 1 / (n - at), *features[i], float(at == n - 1), *shared, *recalled[i])
                 for at, i in enumerate(left)
             ],
             dtype=np.float32,
@@ -161,41 +160,44 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         provenance: lines for the file's docstring: what it was trained on, by which commit.
 
     Raises:
-        ValueError: if the scorer needs what the benchmark does not show.
+        ValueError: if the scorer needs inputs that the benchmark does not provide.
     """
-    if network.view.signals:
-        names = ", ".join(network.view.signals)
-        raise ValueError(f"this policy sees {names}, which the benchmark shows no policy; export one trained without signals")
+    spec = network.spec
+    if spec.signals:
+        raise ValueError(
+            f"this policy needs {', '.join(spec.signals)}, which the benchmark does not provide; export one that was trained "
+            "without signals"
+        )
     state = {name: value.detach().cpu().numpy().astype("<f4") for name, value in network.state_dict().items()}
     packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
-    told = network.view
     text = _TEMPLATE.format(
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
         num_heads=network.num_heads,
         num_layers=len(network.blocks),
         sequential_eviction=network.sequential_eviction,
-        independent=network.independent,
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
-        memory=f"self.HistoryMemory({told.surroundings}, {told.places}, {told.path})" if told.memory else None,
-        memory_class=_own_source(network),
+        memory=f"self.HistoryMemory({spec.surroundings}, {spec.places}, {spec.path})" if spec.memory else None,
+        members=_copied_members(network),
         weights="\n".join(f'        "{line}"' for line in textwrap.wrap(packed, 100)),
     )
     write_text(path, text)
 
 
 def export_run(run: Path, path: Path) -> None:
-    """Export the scorer of a run folder. Raises ValueError if the folder holds none, or one that cannot be exported, or if the
-    file cannot be written."""
-    network, facts = load_scorer(run)
-    told = {key: value for key, value in facts.items() if key != "network"}
-    lines = [f"{key}: {value}" for key, value in told.items()]
-    export_policy(network, path, "\n".join(lines))
+    """Export the scorer of a run folder.
+
+    Raises:
+        ValueError: if the folder contains none, if it cannot be exported, or if the file cannot be written.
+    """
+    network, about = load_scorer(run)
+    provenance = [f"{key}: {value}" for key, value in about.items() if key != "network"]
+    export_policy(network, path, "\n".join(provenance))
 
 
-def _own_source(network: RetentionNetwork) -> str:
-    """The classes and functions of this project that the file needs, as members of its class."""
-    members = [inspect.getsource(HistoryMemory)] if network.view.memory else []
-    if network.view.surroundings:
+def _copied_members(network: RetentionNetwork) -> str:
+    """The source of the classes and functions that the file needs, as members of its class."""
+    members = [inspect.getsource(cls) for cls in (FrameBirths, HistoryMemory)] if network.spec.memory else []
+    if network.spec.surroundings:
         members.append(f"@staticmethod\n{inspect.getsource(compare)}")
     return "".join("\n" + textwrap.indent(member, "    ") for member in members)
 

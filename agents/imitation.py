@@ -1,8 +1,8 @@
-"""Imitation of the hindsight expert: DAgger collects decisions with what each alternative would cost; the scorer learns them.
+"""Imitation of the hindsight expert: decisions are collected with the costs of their alternatives, and the scorer learns them.
 
 The label of a decision is not one set of frames but the best few with their costs, because many sets are equally good:
 the target is softmax(−cost / temperature), the loss its cross-entropy under the budgeted-subset distribution.
-Dataset aggregation: Ross et al., arXiv 1011.0686.
+Rounds of collecting with the scorer and learning from all rounds are DAgger: Ross et al., arXiv 1011.0686.
 """
 
 from __future__ import annotations
@@ -15,103 +15,73 @@ from typing import Any
 
 import numpy as np
 import torch
-from far_env.agents.expert_data import ExpertData, choices, collect
-from far_env.agents.network import RetentionNetwork
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from far_env.config import require_positive
-from far_env.errors import unknown_name
+from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
+from far_env.agents.expert_data import ExpertData, collect, subset_distribution
+from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.io import write_text
-from far_env.tensor_files import load_tensors, save_tensors
+from far_env.progress import progress
+from far_env.tensor_files import load_tensors, save_tensors, save_weights
 from far_env.workloads import Workload
 
 INDEX_FILE = "index.json"
-TRUE_SCORER_FILE = "true_scorer.ckpt"
+TRUE_FRAMES_SCORER_FILE = "true_frames_scorer.ckpt"
+SCORER_FILE = "scorer.ckpt"
 FINETUNE_LR_SCALE = 0.25
 """Share of the learning rate for a scorer that has already learned from true frames."""
-LABELS = ("coverage", "future_utility")
-ALWAYS_POSITIVE = 100.0
-"""Added to logits that rank frames but were not taught how many are worth a place."""
 
 
 @dataclass(frozen=True)
-class ImitationSettings:
-    """How the scorer learns from the expert before PPO (if at all)."""
+class ImitationStage:
+    """A training stage: imitation, with its decisions and scorers as files in ``folder``."""
 
-    rounds: int = 0
-    """Of collecting and learning; in the first the expert acts, then the scorer. 0 for none."""
-    true_clips: int = 0
-    """Clips in whose true frames decisions are collected beforehand, without rollouts, which is much faster. The first round's
-    rollouts are then already decided by a scorer that has learned from them."""
-    true_frame_replay_ratio: float = 0.0
-    """How many of those are learned again together with the rounds', as a multiple of these; without any, some is forgotten."""
-    label: str = "coverage"
-    """"coverage": what sets of frames leave uncovered of the clip's true rest; or "future_utility", of single frames."""
-    clips_per_round: int = 256
-    candidates: int = 8
-    """Sets per decision whose costs are noted."""
-    temperature: float = 1e-3
-    """In units of mean squared pixel error per predicted frame, or of the squared error of velocities for future_utility."""
-    expected_cost_weight: float = 0.0
-    """Weight of what the scorer's own choice among the alternatives is expected to cost, in temperatures, beside the
-    cross-entropy: which mistakes matter."""
-    epochs: int = 30
-    """Over all decisions so far, in every round from a fresh scorer, or from the one that has learned from true frames."""
-    batch_size: int = 256
-    learning_rate: float = 2e-3
-    """At the start; falls by a cosine to zero."""
+    config: AgentTraining
+    workloads: Sequence[Workload]
+    budgets: Sequence[int]
+    folder: Path
 
-    def __post_init__(self) -> None:
-        if self.label not in LABELS:
-            raise ValueError(unknown_name("label", self.label, LABELS))
-        if self.true_clips and not self.rounds:
-            raise ValueError("true_clips prepare for rounds: set rounds above 0 as well")
-        if self.expected_cost_weight < 0:
-            raise ValueError(f"the weight of regret cannot be negative, got {self.expected_cost_weight}")
-        if self.true_frame_replay_ratio < 0 or (self.true_frame_replay_ratio and not self.true_clips):
-            raise ValueError(
-                "true_frame_replay_ratio must be 0 or more, and above 0 only with true_clips above 0; it is "
-                f"{self.true_frame_replay_ratio}"
-            )
-        require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
+    def run(self, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Imitate the expert, resuming from the stage's files; it is the first stage, so ``start`` is None.
+
+        Returns:
+            The scorer's weights.
+        """
+        config, path = self.config, self.folder / SCORER_FILE
+        experiment = (config.imitation, config.network, self.workloads, self.budgets)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _check_index(self.folder, *experiment, config.seed, config.train_clips)
+        if path.exists() and (saved := load_tensors(path))["rounds"] == config.imitation.rounds:
+            return saved["weights"]
+        network = imitate(*experiment, self.folder, seed=config.seed, num_clips=config.train_clips)
+        save_tensors(path, {"rounds": config.imitation.rounds, "weights": network.state_dict()})
+        return network.state_dict()
 
 
 def imitation_loss(
-    network: RetentionNetwork,
-    decisions: ExpertData,
-    temperature: float,
-    expected_cost_weight: float = 0.0,
-    label: str = "coverage",
+    network: RetentionNetwork, decisions: ExpertData, temperature: float, expected_cost_weight: float = 0.0
 ) -> Tensor:
-    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's sets, or, for
-    future_utility, the softmax of its logits over the older frames.
+    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's distribution over sets.
 
     ``expected_cost_weight`` times the mean over alternatives of (cost − lowest cost) / temperature is added, under the scorer's
     probabilities renormalised over the alternatives.
     """
     missing = decisions.costs.isinf()
     extra = (decisions.costs - decisions.costs[:, :1]) / temperature
-    if label == "future_utility":
-        logits = network(decisions.frames, decisions.mask, decisions.budget)
-        older = decisions.sets.any(dim=1)
-        single = logits.masked_fill(~older, -torch.inf).log_softmax(dim=1).masked_fill(~older, 0.0)
-        log_probs = (decisions.sets * single[:, None]).sum(dim=2)
-    else:
-        distribution = choices(network, decisions)
-        log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
+    distribution = subset_distribution(network, decisions)
+    log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
     loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(missing, 0.0)).sum(dim=1)
     if expected_cost_weight:
-        chosen = log_probs.masked_fill(missing, -torch.inf).softmax(dim=1)
-        loss = loss + expected_cost_weight * (chosen * extra.masked_fill(missing, 0.0)).sum(dim=1)
+        probabilities = log_probs.masked_fill(missing, -torch.inf).softmax(dim=1)
+        loss = loss + expected_cost_weight * (probabilities * extra.masked_fill(missing, 0.0)).sum(dim=1)
     return loss.mean()
 
 
 def imitate(
     settings: ImitationSettings,
-    size: dict[str, Any],
+    network_config: NetworkConfig,
     workloads: Sequence[Workload],
     budgets: Sequence[int],
     folder: Path,
@@ -121,49 +91,46 @@ def imitate(
 ) -> RetentionNetwork:
     """Collect decisions round by round, each kept as a file in ``folder``, and learn from all of them.
 
-    While nothing has been learned the expert acts, later the scorer that has learned all before: from the true frames first, if
-    there are any, and from there on from the rollouts of all rounds. The clips of a round are shared evenly among the
-    workloads, and each is played under one of the budgets in turn. A round whose file is there is not collected again, so a
-    stopped run goes on where it stopped.
+    Until something has been learned the expert acts, later the scorer that has learned all before: from the true frames first,
+    if there are any, and starting from it from the rollouts of all rounds. The clips of a round are shared evenly among the
+    workloads, and each is played under one of the budgets in turn. A round whose file exists is not collected again, so a
+    stopped run resumes where it stopped.
 
     Args:
-        size: arguments of `RetentionNetwork`.
         num_clips: train clips to draw from; no clip comes twice before all have come.
 
     Raises:
-        ValueError: if the folder holds decisions made with other settings, or a damaged file.
+        ValueError: if the folder contains decisions made with other settings, or a damaged file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_index(folder, settings, size, workloads, budgets, seed, num_clips)
+    _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     rng = np.random.default_rng((seed, 4))
     wanted = settings.true_clips + settings.rounds * settings.clips_per_round
     order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-wanted // num_clips))]).tolist()
-    first, order = order[: settings.true_clips], order[settings.true_clips :]
-    slots = max(*(workload.num_context for workload in workloads), *budgets) + 1
+    true_clips, order = order[: settings.true_clips], order[settings.true_clips :]
     collecting = {
-        "view": RetentionNetwork(**size).view,
+        "spec": RetentionNetwork(**asdict(network_config)).spec,
         "candidates": settings.candidates,
-        "label": settings.label,
-        "sequential_eviction": bool(size.get("sequential_eviction", False)),
-        "slots": slots,
+        "sequential_eviction": network_config.sequential_eviction,
+        "slots": max(*(workload.num_context for workload in workloads), *budgets) + 1,
     }
-    start, prepared = None, None
-    if first:
-        path, known = folder / "true_frames.safetensors", folder / TRUE_SCORER_FILE
-        if settings.true_frame_replay_ratio or not known.exists():
-            prepared = _collected(path, workloads, budgets, first, actor=None, true_frames=True, **collecting)
-        if not known.exists():
-            save_tensors(known, fit(prepared, size, settings, seed).state_dict())
-        start = load_tensors(known)
+    start, true_decisions = None, None
+    if true_clips:
+        path, scorer_path = folder / "true_frames.safetensors", folder / TRUE_FRAMES_SCORER_FILE
+        if settings.true_frame_replay_ratio or not scorer_path.exists():
+            true_decisions = _collected(path, workloads, budgets, true_clips, actor=None, true_frames=True, **collecting)
+        if not scorer_path.exists():
+            save_tensors(scorer_path, fit(true_decisions, network_config, settings, seed).state_dict())
+        start = load_tensors(scorer_path)
 
     def learned(parts: list[ExpertData]) -> RetentionNetwork:
         if settings.true_frame_replay_ratio:
             count = round(settings.true_frame_replay_ratio * sum(map(len, parts)))
-            parts = [*parts, prepared.some(count, seed)]
-        return fit(ExpertData.join(parts), size, settings, seed, start)
+            parts = [*parts, true_decisions.sample(count, seed)]
+        return fit(ExpertData.join(parts), network_config, settings, seed, start)
 
     parts: list[ExpertData] = []
-    actor = None if start is None else fitted(size, start)
+    actor = None if start is None else network_with_weights(network_config, start)
     for number in range(settings.rounds):
         path = folder / f"round_{number:03d}.safetensors"
         if parts and not path.exists():
@@ -173,60 +140,9 @@ def imitate(
     return learned(parts)
 
 
-def _collected(
-    path: Path, workloads: Sequence[Workload], budgets: Sequence[int], clips: list[int], **collecting: Any
-) -> ExpertData:
-    """The decisions of a file, which is written first if it is not there; clips are shared evenly."""
-    if not path.exists():
-        shares = [(workload, clips[index :: len(workloads)]) for index, workload in enumerate(workloads)]
-        found = ExpertData.join(
-            [
-                collect(workload, own, [budgets[i % len(budgets)] for i in range(len(own))], **collecting)
-                for workload, own in shares
-                if own
-            ]
-        )
-        temporary = path.with_suffix(".part")
-        save_file({name: getattr(found, name) for name in ExpertData.__dataclass_fields__}, temporary)
-        temporary.replace(path)
-    return _load(path)
-
-
-def _check_index(folder: Path, settings: ImitationSettings, *rest: object) -> None:
-    """Note what the decisions in a folder were made with, or refuse one that was made otherwise."""
-    size, workloads, budgets, seed, num_clips = rest
-    about = {
-        "workloads": [workload.name for workload in workloads],
-        "hosts": [workload.host.weights_hash for workload in workloads],
-        "budgets": list(budgets),
-        "seed": seed,
-        "train_clips": num_clips,
-        "network": {**size, "signals": list(size.get("signals", ()))},
-        "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
-    }
-    path = folder / INDEX_FILE
-    if path.exists() and json.loads(path.read_text()) != about:
-        raise ValueError(f"{folder} holds decisions made with other settings (see {INDEX_FILE}); choose another run folder")
-    write_text(path, json.dumps(about, indent=2) + "\n")
-
-
-def _load(path: Path) -> ExpertData:
-    try:
-        return ExpertData(**load_file(path))
-    except (SafetensorError, OSError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to collect this round again") from error
-
-
-def fitted(size: dict[str, Any], weights: Mapping[str, Tensor]) -> RetentionNetwork:
-    """A scorer with these weights."""
-    network = RetentionNetwork(**size)
-    network.load_state_dict(weights)
-    return network.eval()
-
-
 def fit(
     decisions: ExpertData,
-    size: dict[str, Any],
+    network_config: NetworkConfig,
     settings: ImitationSettings,
     seed: int,
     start: Mapping[str, Tensor] | None = None,
@@ -234,11 +150,11 @@ def fit(
     """A scorer that has learned the decisions; the same seed gives the same scorer.
 
     Args:
-        start: weights to go on from, at a quarter of the learning rate; a fresh scorer by default.
+        start: weights to continue from, at `FINETUNE_LR_SCALE` of the learning rate; by default a new scorer learns.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = RetentionNetwork(**size)
+        network = RetentionNetwork(**asdict(network_config))
     learning_rate = settings.learning_rate
     if start is not None:
         network.load_state_dict(start)
@@ -247,12 +163,12 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     batches = -(-len(decisions) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    with tqdm(range(settings.epochs), desc="imitate", dynamic_ncols=True) as bar:
-        for _ in bar:
+    with progress(total=settings.epochs, description=f"imitate {len(decisions):,} decisions", unit="epochs") as bar:
+        for _ in range(settings.epochs):
             losses = []
             for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
                 part = decisions.rows(rows)
-                loss = imitation_loss(network, part, settings.temperature, settings.expected_cost_weight, settings.label)
+                loss = imitation_loss(network, part, settings.temperature, settings.expected_cost_weight)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -260,6 +176,54 @@ def fit(
                 schedule.step()
                 losses.append(loss.item())
             bar.set_postfix(loss=f"{np.mean(losses):.4g}")
-    if settings.label == "future_utility" and start is None:
-        network.head.bias.data += ALWAYS_POSITIVE
+            bar.update()
     return network.eval()
+
+
+def _collected(
+    path: Path, workloads: Sequence[Workload], budgets: Sequence[int], clips: list[int], **collecting: Any
+) -> ExpertData:
+    """The decisions in a file, which is collected and written first if it does not exist; workloads share the clips evenly."""
+    if not path.exists():
+        shares = [(workload, clips[index :: len(workloads)]) for index, workload in enumerate(workloads)]
+        found = ExpertData.join(
+            [
+                collect(workload, ids, [budgets[i % len(budgets)] for i in range(len(ids))], **collecting)
+                for workload, ids in shares
+                if ids
+            ]
+        )
+        save_weights({name: getattr(found, name) for name in ExpertData.__dataclass_fields__}, path)
+    return _load(path)
+
+
+def _check_index(
+    folder: Path,
+    settings: ImitationSettings,
+    network_config: NetworkConfig,
+    workloads: Sequence[Workload],
+    budgets: Sequence[int],
+    seed: int,
+    num_clips: int,
+) -> None:
+    """Record what the decisions in a folder are made with. Raises ValueError if those in it were made otherwise."""
+    index = {
+        "workloads": [workload.name for workload in workloads],
+        "hosts": [workload.host.weights_hash for workload in workloads],
+        "budgets": list(budgets),
+        "seed": seed,
+        "train_clips": num_clips,
+        "network": {**asdict(network_config), "signals": list(network_config.signals)},
+        "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
+    }
+    path = folder / INDEX_FILE
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != index:
+        raise ValueError(f"{folder} contains decisions made with other settings (see {INDEX_FILE}); choose another run folder")
+    write_text(path, json.dumps(index, indent=2) + "\n")
+
+
+def _load(path: Path) -> ExpertData:
+    try:
+        return ExpertData(**load_file(path))
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to collect this round again") from error

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from far_env.agents import observation_spec
+from far_env.agents.config import NetworkConfig
 from far_env.agents.surroundings import (
     NUM_EDGES,
     NUM_PATH_EDGES,
@@ -15,9 +20,6 @@ from far_env.agents.surroundings import (
     NUM_ROWS,
     compare,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from far_env.envs.episodes import ROW_FEATURES
 
 EDGE_WIDTH = 8
@@ -27,11 +29,11 @@ _MASKED = -1e9
 def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
     """Observations to network inputs (B, N, columns + 4): counts are made independent of the number of slots N.
 
-    Per row log(1 + age) / 3, the other features as they are, then whether it is the newest, log(1 + budget) / 3,
-    the step's share of the rollout and log(1 + frames) / 3, then what is remembered of it.
+    Per row log(1 + age) / 3, the other features unchanged, then whether it is the newest, log(1 + budget) / 3, the step as a
+    share of the rollout, log(1 + frames) / 3, and the columns of memory.
 
     Args:
-        frames: observation["frames"] (B, N, 6), or with the columns of `HistoryMemory.recall` behind them.
+        frames: observation["frames"] (B, N, 6), or with the columns of `HistoryMemory.recall` appended.
         budget: observation["budget"] (B, 3).
     """
     slots = frames.shape[1]
@@ -40,14 +42,14 @@ def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
     newest[:, -1] = 1
     counts = torch.log1p(budget[:, [0, 2]] * slots) / 3
     shared = torch.stack([counts[:, 0], budget[:, 1], counts[:, 1]], dim=-1)[:, None].expand(-1, slots, -1)
-    now, remembered = frames[..., 1 : len(ROW_FEATURES)], frames[..., len(ROW_FEATURES) :]
-    return torch.cat([torch.log1p(age) / 3, now, newest, shared, remembered], dim=-1)
+    features, remembered = frames[..., 1 : len(ROW_FEATURES)], frames[..., len(ROW_FEATURES) :]
+    return torch.cat([torch.log1p(age) / 3, features, newest, shared, remembered], dim=-1)
 
 
 class SetBlock(nn.Module):
     """Pre-norm attention across the rows, unless left out, then a two-layer perceptron in each row.
 
-    With edges (what each row knows of each other), these add to the attention scores, and what is mixed holds them as well.
+    Edges, features of pairs of rows, add to the attention scores, and their attention-weighted mean is appended to the values'.
     """
 
     def __init__(self, width: int, num_heads: int, attention: bool, edge_width: int = 0) -> None:
@@ -74,28 +76,29 @@ class SetBlock(nn.Module):
                 mixed = (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
             else:
                 weights = (scores + self.edge_scores(edges).movedim(-1, 1)).softmax(dim=-1)
-                told = (weights.transpose(1, 2) @ edges).flatten(2)
-                mixed = torch.cat([(weights @ value).transpose(1, 2).flatten(2), told], dim=-1)
+                mixed_edges = (weights.transpose(1, 2) @ edges).flatten(2)
+                mixed = torch.cat([(weights @ value).transpose(1, 2).flatten(2), mixed_edges], dim=-1)
             x = x + self.out(mixed)
         return x + self.down(F.relu(self.up(self.norm2(x))))
 
 
 class RetentionNetwork(nn.Module):
-    """Logits over history frames; positive means worth a place. Rows carry their own position, their order does not matter.
+    """Logits over history frames; frames with a positive one should stay. The order of the rows has no effect.
 
     Args:
         width, num_layers, num_heads: size of the set transformer; the defaults make 67k weights.
         memory: rows also carry what a `HistoryMemory` recalls of them.
-        attention: rows see each other. Without it each is scored alone: a perceptron, or with no layers a (normalised) linear
-            rule. These are for comparison.
+        attention: rows attend to each other. Without it each is scored alone: by a perceptron, or with no layers by a
+            (normalised) linear rule. These are for comparison.
         surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
         places: with surroundings, rows also carry which of them show the same place.
         path: with surroundings, rows also carry how far apart they are along the camera's path.
         signals: names of `far_env.contract.SIGNALS`; their columns (`far_env.agents.observation_spec.columns`) come last.
         sequential_eviction: where several frames have to go, drop the one with the lowest logit, score the rest again,
             and so on (`far_env.agents.policies.choose`), so that one of several near-duplicates can stay.
-        independent: every frame is decided by itself, as in Stable-Baselines3's head for MultiBinary actions, and of too many
-            the newest stay. For comparison with sets that never exceed the budget.
+
+    Attributes:
+        spec: what the scorer's observations contain.
 
     Raises:
         ValueError: if the heads do not share the width evenly, on an invalid observation spec, or on
@@ -114,16 +117,15 @@ class RetentionNetwork(nn.Module):
         sequential_eviction: bool = False,
         places: bool = False,
         path: bool = False,
-        independent: bool = False,
     ) -> None:
         super().__init__()
         if sequential_eviction and signals:
             raise ValueError("sequential_eviction is for scorers without signals")
-        self.num_heads, self.sequential_eviction, self.independent = num_heads, sequential_eviction, independent
-        self.view = observation_spec.ObservationSpec(memory, surroundings, tuple(signals), places, path)
+        self.num_heads, self.sequential_eviction = num_heads, sequential_eviction
+        self.spec = observation_spec.ObservationSpec(memory, surroundings, tuple(signals), places, path)
         if width % num_heads:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
-        inputs, edges = self.view.num_told + 4, 0
+        inputs, edges = self.spec.num_row_columns + 4, 0
         if surroundings:
             inputs += NUM_ROWS + NUM_PLACE_ROWS * places + NUM_PATH_ROWS * path
             edges += NUM_EDGES + NUM_PLACE_EDGES * places + NUM_PATH_EDGES * path
@@ -137,7 +139,7 @@ class RetentionNetwork(nn.Module):
         self.blocks = nn.ModuleList(SetBlock(width, num_heads, attention, edge_width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
-        # Start close to uniform over full subsets: small scores, all worth a place.
+        # Start close to uniform over sets that fill the budget: small scores, all positive.
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.constant_(self.head.bias, 1.0)
 
@@ -145,25 +147,15 @@ class RetentionNetwork(nn.Module):
         """Observation parts, batched (see `far_env.envs.retention_env.FrameRetentionEnv`), to logits (B, N)."""
         return self.head(self.encode(frames, mask, budget)).squeeze(-1)
 
-    def largest(self, max_frames: Tensor, slots: int) -> Tensor:
-        """How many frames a set that is drawn may have, shaped like ``max_frames``: nothing bounds independent frames."""
-        return torch.full_like(max_frames, slots) if self.independent else max_frames
-
-    def ranked(self, logits: Tensor) -> Tensor:
-        """Logits (B, N) such that the highest positive ones stay where there are too many: of independent ones the newest."""
-        if not self.independent:
-            return logits
-        return torch.where(logits > 0, torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype), logits)
-
     def encode(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
         """Row representations (B, N, width)."""
         bias = ((1 - mask) * _MASKED)[:, None, None, :]
-        told = self.view.num_told
-        inputs, found = network_inputs(frames[..., :told], budget), []
-        if self.view.surroundings:
-            found.append(compare(torch, frames[..., len(ROW_FEATURES) : told]))
-        if self.view.signals:
-            found.append(observation_spec.rows_and_edges(frames[..., told:], mask, self.view.signals))
+        num_columns = self.spec.num_row_columns
+        inputs, found = network_inputs(frames[..., :num_columns], budget), []
+        if self.spec.surroundings:
+            found.append(compare(torch, frames[..., len(ROW_FEATURES) : num_columns]))
+        if self.spec.signals:
+            found.append(observation_spec.rows_and_edges(frames[..., num_columns:], mask, self.spec.signals))
         x = self.embed(torch.cat([inputs, *(rows for rows, _ in found)], dim=-1))
         edges = None if self.embed_edges is None else self.embed_edges(torch.cat([edges for _, edges in found], dim=-1))
         for block in self.blocks:
@@ -183,3 +175,10 @@ class ValueNetwork(nn.Module):
         """Observation parts to pooled features (B, width)."""
         rows = self.trunk.encode(frames, mask, budget) * mask[..., None]
         return rows.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+def network_with_weights(config: NetworkConfig, weights: Mapping[str, Tensor]) -> RetentionNetwork:
+    """A scorer with these weights, in eval mode."""
+    network = RetentionNetwork(**asdict(config))
+    network.load_state_dict(weights)
+    return network.eval()

@@ -1,4 +1,4 @@
-"""What a scorer sees of a rollout, and what signals become for it: further columns of its rows, and edges between them."""
+"""What a scorer's observations contain, and how signals are encoded: as columns of its rows, and as edges between rows."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from far_env.agents.memory import HistoryMemory
 from torch import Tensor
 
-from far_env.contract import OF_LATENTS, OF_PAIRS, check_signals
+from far_env.agents.config import check_inputs
+from far_env.agents.memory import HistoryMemory
+from far_env.contract import OF_LATENTS, OF_PAIRS
 from far_env.envs.episodes import ROW_FEATURES
 
 GAP = "column_gap"
-UNUSABLE = ("key_proto",)
-"""As long as the host's keys are, so a scorer could not be used with another host."""
 
 
 @dataclass(frozen=True)
 class ObservationSpec:
-    """What a scorer sees beside the benchmark's matrix.
+    """What a scorer's observations contain beside the benchmark's matrix.
 
     Attributes:
         memory: what a `HistoryMemory` recalls.
-        surroundings: of frames that were dropped as well.
+        surroundings: how frames changed around each one, dropped frames included.
         signals: names of `far_env.contract.SIGNALS`.
         places: which frames show the same place.
         path: how far apart frames are along the camera's path.
 
     Raises:
-        ValueError: on surroundings without memory, places or path without surroundings, or a signal that cannot be used.
+        ValueError: on a combination or a signal that `far_env.agents.config.check_inputs` refuses.
     """
 
     memory: bool = False
@@ -40,47 +39,36 @@ class ObservationSpec:
     path: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "signals", check_usable(self.signals))
-        if self.surroundings and not self.memory:
-            raise ValueError("surroundings are remembered: set memory as well")
-        if (self.places or self.path) and not self.surroundings:
-            raise ValueError("places and path are told by surroundings: set surroundings as well")
+        checked = check_inputs(self.memory, self.surroundings, self.places, self.path, self.signals)
+        object.__setattr__(self, "signals", checked)
 
     def new_memory(self) -> HistoryMemory | None:
         """For a new clip."""
         return HistoryMemory(self.surroundings, self.places, self.path) if self.memory else None
 
     @property
-    def num_remembered(self) -> int:
-        """Columns of memory."""
-        further = 3 * len(HistoryMemory.AROUND) * self.surroundings + self.places + HistoryMemory.PATH_WIDTH * self.path
-        return HistoryMemory.WIDTH * self.memory + further
+    def num_memory_columns(self) -> int:
+        """Columns that the memory recalls."""
+        surroundings = 3 * len(HistoryMemory.SURROUNDING_OFFSETS) * self.surroundings
+        inferred = surroundings + self.places + HistoryMemory.PATH_WIDTH * self.path
+        return HistoryMemory.WIDTH * self.memory + inferred
 
     @property
-    def num_told(self) -> int:
-        """Columns of rows before those of signals."""
-        return len(ROW_FEATURES) + self.num_remembered
-
-
-def check_usable(names: Sequence[str]) -> tuple[str, ...]:
-    """The names. Raises ValueError on one that is no signal, or of no use to a scorer."""
-    names = check_signals(names)
-    for name in names:
-        if name in UNUSABLE:
-            raise ValueError(f"a scorer cannot be shown {name}, whose length depends on the host; show it lat_cos or key_cos")
-    return names
+    def num_row_columns(self) -> int:
+        """Columns of the benchmark's matrix and of memory; those of signals come after them."""
+        return len(ROW_FEATURES) + self.num_memory_columns
 
 
 def tier(names: Sequence[str]) -> str:
-    """What a policy that sees these signals is compared with: "M" (FrameMeta alone), "L" (latents) or "A" (attention)."""
+    """The tier of a policy that reads these signals: "M" (FrameMeta alone), "L" (latents) or "A" (attention)."""
     return "M" if not names else "L" if all(name in OF_LATENTS for name in names) else "A"
 
 
 def columns(signals: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """Signals as columns of rows, float32 (…, N, C), to stand behind the others.
+    """Signals as columns of rows, float32 (…, N, C), which are appended to the others.
 
     First those of single frames, squashed to x / (1 + |x|), then the N entries of each one of pairs, then those of column_gap,
-    for each pair one per latent column, squashed after taking the root. What is not a number is zero.
+    for each pair one per latent column, squashed after taking the root. NaN becomes zero.
     """
     parts = []
     for name in _in_order(names):
@@ -109,22 +97,23 @@ def num_row_inputs(names: Sequence[str]) -> int:
 
 
 def rows_and_edges(packed: Tensor, mask: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The columns of `columns` as the scorer uses them; there may be padding.
+    """The columns of `columns` as rows and edges for the scorer; there may be padding.
 
     Args:
         packed: (B, N, C).
         mask: (B, N), 1 where a frame is.
 
     Returns:
-        rows (B, N, R): each single signal; of each one of pairs the largest over the other frames; of column_gap, which is
-        what the other frames leave unexplained, the mean and the largest over columns of the smallest over the other frames.
+        rows (B, N, R): each signal of single frames; of each signal of pairs the largest over the other frames; of column_gap,
+        the part of a frame that another does not explain, the mean and the largest over columns of the smallest over the other
+        frames.
         edges (B, N, N, E): whether i is j; each one of pairs; of column_gap the mean and the largest over columns of frame i,
         and the mean over those of frame j.
     """
     slots = mask.shape[1]
-    own = torch.eye(slots, device=mask.device).expand(len(mask), -1, -1)
-    no_other = (own + (1 - mask)[:, None, :]) > 0
-    rows, edges, start = [], [own], 0
+    same = torch.eye(slots, device=mask.device).expand(len(mask), -1, -1)
+    no_other = (same + (1 - mask)[:, None, :]) > 0
+    rows, edges, start = [], [same], 0
     for name in _in_order(names):
         if name not in OF_PAIRS:
             rows.append(packed[..., start : start + 1])
@@ -144,10 +133,10 @@ def rows_and_edges(packed: Tensor, mask: Tensor, names: Sequence[str]) -> tuple[
 
 
 def _or_zero(values: Tensor) -> Tensor:
-    """A frame without others has no nearest."""
+    """Zero in place of the infinite extremes of frames that have no other frame."""
     return values.masked_fill(values.isinf(), 0.0)
 
 
 def _in_order(names: Sequence[str]) -> list[str]:
-    """Single frames' first, column_gap last."""
+    """Signals of single frames first, column_gap last."""
     return sorted(names, key=lambda name: (name == GAP, name in OF_PAIRS, name))

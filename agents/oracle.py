@@ -1,7 +1,7 @@
-"""Upper bounds and labels: an expert that knows what the clip will show, and a search on the true reward. Never policies.
+"""Upper bounds and labels: an expert that knows the rest of the clip, and a search on the true reward. Neither is a policy.
 
-The expert keeps the frames whose content the rest of the clip will need most; the search rolls alternatives out, keeps the
-most promising, and returns the best finished rollout.
+The expert keeps the frames whose content the rest of the clip will need most; the search rolls alternatives out, continues the
+most promising ones, and returns the best finished rollout.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from far_env.clips.clip import Clip
 from far_env.metrics import psnr
+from far_env.progress import progress as show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.play import Decision
@@ -26,12 +26,12 @@ from far_env.workloads import Workload, check_decides
 
 @dataclass(frozen=True)
 class Coverage:
-    """What every frame of a history could contribute to the frames to come.
+    """How well every frame of a history covers the content of the frames to come.
 
     Attributes:
-        missing: float32 (cells,), what one latent cell of a coming frame differs from the nearest cell of the same row in the
-            true frame just before it, which every rollout has: it needs no memory.
-        distance: float32 (history, cells), the same for every frame of the history.
+        missing: float32 (cells,), the squared distance of each latent cell of a coming frame to the nearest cell of the same
+            row in the true frame before it, which every rollout has without memory.
+        distance: float32 (history, cells), the same to the nearest cell in each frame of the history.
     """
 
     missing: np.ndarray
@@ -52,8 +52,8 @@ class Coverage:
 def coverage(history: Tensor, newest: Tensor, future: Tensor) -> Coverage:
     """Match the cells of coming frames with those of the history.
 
-    A cell is compared with all cells of the same row in a source, because the content of a moving camera shifts sideways. Rows
-    are matched each for itself, so that one in which every frame is another does not hide what the others have in common.
+    A cell is compared with all cells of the same row in a source, because a moving camera shifts content sideways. Rows are
+    matched separately, so that a row that differs in all frames does not hide what the other rows have in common.
 
     Args:
         history: latents (n, C, h, w) of the frames that may be kept.
@@ -69,15 +69,15 @@ def coverage(history: Tensor, newest: Tensor, future: Tensor) -> Coverage:
 
 
 def rows_of_cells(latents: Tensor) -> Tensor:
-    """Latents (n, C, h, w) as vectors of cells, the rows of a frame first: float32 (h, n, w, C)."""
+    """Latents (n, C, h, w) as vectors of cells, with the rows of a frame as the first dimension: float32 (h, n, w, C)."""
     return latents.permute(2, 0, 3, 1).float()
 
 
 def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[int]]:
     """The sets of ``max_frames`` rows, the newest among them, that cover best, ascending in cost.
 
-    Exhaustive while there are at most 2,000 sets; else rows are dropped one by one, the one that is missed least first, and
-    the alternatives swap one kept row for one dropped.
+    Exhaustive for at most 2,000 sets; else rows are dropped one by one, the one with the lowest cost first, and the
+    alternatives swap one kept row for a dropped one.
     """
     num_frames = len(cover.distance)
     newest = num_frames - 1
@@ -97,7 +97,7 @@ def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[in
 
 
 def pixel_error_scale(frames: Tensor, latents: Tensor) -> float:
-    """Mean squared pixel error per summed squared latent error of a frame, from the variances of both."""
+    """Mean squared pixel error per summed squared latent error of a frame, as the ratio of their variances."""
     return float(frames.var() / latents.float().var()) / latents.shape[-3:].numel()
 
 
@@ -107,7 +107,7 @@ class OracleRollout:
 
     Attributes:
         psnr: of the predicted clip, dB.
-        decisions: what was kept.
+        decisions: the frames kept at each step.
         frames_generated: frames that the search rolled out for this clip, those of its other branches included.
     """
 
@@ -128,16 +128,16 @@ def search(
     memo_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
 ) -> list[OracleRollout]:
-    """Beam search on the true reward with a look ahead to the end of the clip.
+    """Beam search on the true reward, guided by an estimate of the error to the end of the clip.
 
-    At every decision each rollout in the beam goes on with the ``branches`` sets that cover the future best. Of all these the
-    ``width`` go on whose squared error so far, plus the squared error that their history lets one expect of the frames to
-    come, is smallest. At the end the true PSNR decides. With width = branches = 1 this is the expert alone.
+    At every decision each rollout in the beam continues with the ``branches`` sets that cover the future best. Of all these,
+    the ``width`` continuations stay whose squared error so far plus expected squared error of the frames to come is smallest.
+    At the end the true PSNR decides. With width = branches = 1 this is the expert alone.
 
     Args:
-        width: rollouts per clip that are pursued.
+        width: rollouts per clip in the beam.
         branches: alternatives tried at every decision.
-        memo_bytes: memory for frames that come up again.
+        memo_bytes: memory for frames that are generated again.
 
     Raises:
         ValueError: if no decision matters under this budget, or width or branches is below 1.
@@ -151,7 +151,7 @@ def search(
     beams = [
         _Beam(batch, clip, range(index * per_clip, (index + 1) * per_clip), width, branches) for index, clip in enumerate(clips)
     ]
-    with tqdm(total=workload.num_predict, desc="oracle", unit="step", disable=not progress, dynamic_ncols=True) as bar:
+    with show_progress(total=workload.num_predict, description="search", unit="steps", disable=not progress) as bar:
         for step in range(workload.num_predict):
             batch.advance([row for beam in beams for row in beam.alive])
             for beam in beams:
@@ -163,7 +163,7 @@ def search(
 
 
 class _Beam:
-    """The rollouts of one clip: ``alive`` are those of its rows that are pursued."""
+    """The rollouts of one clip: ``alive`` are the rows that are in the beam."""
 
     def __init__(self, batch: RolloutBatch, clip: Clip, rows: range, width: int, branches: int) -> None:
         workload = batch.workload
@@ -187,7 +187,7 @@ class _Beam:
         self.generated += len(self.alive)
 
     def branch(self, step: int, max_frames: int) -> None:
-        """Replace the rollouts by the best of their continuations, each with its history cut down."""
+        """Replace the rollouts by the best of their continuations, whose histories fit the budget."""
         options = []
         for row in self.alive:
             length = self.batch.history_length(row)
@@ -198,7 +198,7 @@ class _Beam:
                 expected = self.errors[row] + self.scale * cover.cost(kept)
                 options.append((expected, row, kept, Decision(step, tuple(numbers[i] for i in kept))))
         options.sort(key=lambda option: option[0])
-        # The rows are used by halves: one holds what is continued, the other its continuations.
+        # One half of the rows contains the rollouts that are continued, the other half their continuations.
         free = [row for row in self.rows if row not in self.alive][: self.width]
         errors, decisions = {}, {}
         for target, (_, row, kept, decision) in zip(free, options, strict=False):

@@ -30,7 +30,7 @@ class BudgetedSubset:
 
     @staticmethod
     def of_histories(logits: Tensor, mask: Tensor, max_size: Tensor) -> BudgetedSubset:
-        """Over right-aligned histories, of which the newest frame always stays; mask (B, N) is above 0 where a frame is."""
+        """Over right-aligned histories whose newest frame always stays; mask (B, N) is above 0 at frames."""
         forced = torch.zeros_like(mask, dtype=torch.bool)
         forced[:, -1] = True
         return BudgetedSubset(logits, (mask > 0) & ~forced, forced, max_size)
@@ -44,7 +44,7 @@ class BudgetedSubset:
         return total - self.log_normaliser + illegal * _NONE
 
     def entropy(self) -> Tensor:
-        """(B,) in nats: log Z − E[Σ_{i∈S} logit_i], the expectation carried along the same recurrence."""
+        """(B,) in nats: log Z − E[Σ_{i∈S} logit_i], with the expectation from the same recurrence."""
         batch, _, size = self._table.shape
         expected = self.logits.new_zeros(batch, size)
         for i in range(self.logits.shape[1]):
@@ -89,7 +89,7 @@ class BudgetedSubset:
         return torch.stack(rows, dim=1)
 
     def _within_capacity(self, by_size: Tensor) -> Tensor:
-        """Log-sums by set size (B, K+1) with sizes over a row's capacity ruled out."""
+        """Log-sums by set size (B, K+1), with sizes above a row's capacity excluded."""
         sizes = torch.arange(by_size.shape[1], device=by_size.device)
         return by_size.masked_fill(sizes > self.capacity[:, None], _NONE)
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from far_env.agents.network import RetentionNetwork, ValueNetwork
-from far_env.agents.subset_distribution import BudgetedSubset
 from gymnasium import spaces
 from sb3_contrib.common.maskable.distributions import MaskableDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
+
+from far_env.agents.network import RetentionNetwork, ValueNetwork
+from far_env.agents.subset_distribution import BudgetedSubset
 
 PADDING_LOGIT = -1e6
 
@@ -24,17 +25,17 @@ class PackedObservation(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim=sum(int(np.prod(s.shape)) for s in observation_space.values()))
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        """(B, N·6 + N + 3)."""
+        """Packed observations (B, N·C + N + 3) for frames of C columns."""
         return torch.cat([observations[key].flatten(1) for key in ("frames", "mask", "budget")], dim=1)
 
 
 class ActorCritic(nn.Module):
-    """Scorer and critic over packed observations; stands where SB3 expects its MLP extractor.
+    """Scorer and critic over packed observations, in place of SB3's MLP extractor.
 
-    The actor's latent is the action parameters themselves: N logits and how many frames an action may keep.
+    The actor's latent consists of the action distribution's parameters: N logits and how many frames an action may keep.
     """
 
-    def __init__(self, frames_shape: tuple[int, int], network: dict[str, int]) -> None:
+    def __init__(self, frames_shape: tuple[int, int], network: dict[str, Any]) -> None:
         super().__init__()
         self.frames_shape = frames_shape
         self.actor = RetentionNetwork(**network)
@@ -49,10 +50,8 @@ class ActorCritic(nn.Module):
     def forward_actor(self, packed: Tensor) -> Tensor:
         """Logits and budget (B, N + 1)."""
         frames, mask, budget = self._unpack(packed)
-        # Independent frames may be too many: the environment then keeps the newest.
-        slots = self.frames_shape[0]
-        max_frames = self.actor.largest((budget[:, :1] * slots).round(), slots)
-        # Padding is never worth a place, also where no action mask says so.
+        max_frames = (budget[:, :1] * self.frames_shape[0]).round()
+        # Padding must never be kept, also without an action mask.
         logits = self.actor(frames, mask, budget).masked_fill(mask == 0, PADDING_LOGIT)
         return torch.cat([logits, max_frames], dim=1)
 
@@ -67,7 +66,7 @@ class ActorCritic(nn.Module):
 
 
 class SubsetDistribution(MaskableDistribution):
-    """`BudgetedSubset` behind sb3-contrib's interface. Without masks only the newest slot is forced and all others are free."""
+    """`BudgetedSubset` with sb3-contrib's interface. Without masks the newest slot is forced and all others are free."""
 
     def __init__(self, num_slots: int) -> None:
         super().__init__()
@@ -75,7 +74,7 @@ class SubsetDistribution(MaskableDistribution):
         self._built: BudgetedSubset | None = None
 
     def proba_distribution_net(self, latent_dim: int) -> nn.Module:
-        """Nothing to learn here: the latent holds the parameters."""
+        """No parameters: the latent already consists of the distribution's."""
         return nn.Identity()
 
     def proba_distribution(self, action_logits: Tensor) -> SubsetDistribution:
@@ -88,7 +87,7 @@ class SubsetDistribution(MaskableDistribution):
         return self
 
     def apply_masking(self, masks: Tensor | np.ndarray | None) -> None:
-        """Fix the slots of which bool (B, 2N) allows only one fate."""
+        """Fix the slots for which the masks, bool (B, 2N), allow only one of drop and keep."""
         if masks is None:
             return
         pairs = torch.as_tensor(masks, dtype=torch.bool, device=self._logits.device).reshape(-1, self.num_slots, 2)
@@ -132,7 +131,7 @@ class SubsetDistribution(MaskableDistribution):
 class SubsetPolicy(MaskableActorCriticPolicy):
     """Policy class for ``MaskablePPO(SubsetPolicy, env, policy_kwargs={"network": {"width": 64, …}})``."""
 
-    def __init__(self, *args: Any, network: dict[str, int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, network: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.network = network or {}
         kwargs["features_extractor_class"] = PackedObservation
         kwargs["ortho_init"] = False
@@ -140,7 +139,7 @@ class SubsetPolicy(MaskableActorCriticPolicy):
 
     @property
     def scorer(self) -> RetentionNetwork:
-        """The part that is exported."""
+        """The actor, which is exported."""
         return self.mlp_extractor.actor
 
     def _build_mlp_extractor(self) -> None:

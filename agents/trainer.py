@@ -1,84 +1,159 @@
-"""One training run from settings to table: train, keep the best scorer by validation, compare it on held-out clips."""
+"""One training run from settings to table: learn in stages, keep the best scorer, compare it on held-out clips."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, load_policy, save_scorer
-from far_env.agents.policies import AgentPolicy
-from far_env.agents.ppo import CHECKPOINT_FILE, AgentTraining, experiment_facts, train_scorer
 
+from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_scorer
+from far_env.agents.config import AgentTraining
+from far_env.agents.imitation import ImitationStage
+from far_env.agents.network import RetentionNetwork, network_with_weights
+from far_env.agents.policies import AgentPolicy
+from far_env.agents.ppo import CHECKPOINT_FILE, PPOStage
+from far_env.agents.surrogate import SurrogateVectorEnv
+from far_env.agents.training_callbacks import Weights
 from far_env.config import load_yaml, save_yaml
 from far_env.envs.rendering import save_comparison
+from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.table import results_table
 from far_env.io import make_run_dir, write_text
+from far_env.policies import load_policy
 from far_env.provenance import add_to_facts, run_facts, save_facts
-from far_env.workloads import Workload, check_decides, resolve_budgets
+from far_env.workloads import Workload, check_decides, make_workload, resolve_budgets
 
 FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
-"""Settings that may differ when a run is resumed; all others shape the training."""
+"""Settings that may differ when a run is resumed; all others determine the training."""
+EXPERT_DATA_FOLDER = "expert_data"
+SURROGATE_FOLDER = "surrogate"
 
 
 def train(config: AgentTraining) -> None:
-    """Train, keep the best scorer by validation, print and save the table on test clips."""
+    """Train, keep the scorer that is best on validation clips, print and save the table on test clips."""
     torch.set_flush_denormal(True)
-    table_policies = {name: load_policy(name) for name in config.table}
-    workloads, budgets, run_dir, facts = begin_run(config)
-    start = time.perf_counter()
-    try:
-        network = train_scorer(config, workloads, budgets, run_dir)
-    except KeyboardInterrupt:
-        how = "" if config.resume else " with --resume"
-        print(f"\nstopped; run the same command{how} to go on from the last update in {run_dir}", file=sys.stderr)
-        raise
-    finally:
-        add_to_facts(run_dir, {"training_seconds": round(time.perf_counter() - start, 1)})
-    if not (run_dir / WEIGHTS_FILE).exists():
-        about = experiment_facts(config, workloads, budgets) | {"commit": facts["commit"]}
-        save_scorer(network, asdict(config.network), about, run_dir)
+    baselines = {name: load_policy(name) for name in config.table}
+    run = begin_run(config)
+    with _timed(run):
+        scorer = learn(run)
+    save_run_scorer(run, scorer)
+    tables = compare(run, {LEARNED: AgentPolicy(scorer), **baselines})
+    print(f"{tables}\n\nrun folder: {run.folder}\nnext: far-env export {run.folder} --out policy.py")
 
-    policies = {LEARNED: AgentPolicy(network), **table_policies}
-    clips = range(config.test_clips)
-    results = [evaluate(workload, budget, policies, clips) for workload in workloads for budget in budgets]
-    write_text(run_dir / RESULTS_FILE, json.dumps({"tables": [own.summary() for own in results]}, indent=2) + "\n")
+
+@dataclass(frozen=True)
+class Run:
+    """A training run whose settings have been checked.
+
+    Attributes:
+        folder: the run folder.
+        facts: provenance of this session, see `far_env.provenance.run_facts`.
+    """
+
+    config: AgentTraining
+    workloads: list[Workload]
+    budgets: tuple[int, ...]
+    folder: Path
+    facts: dict[str, Any]
+
+
+class Stage(Protocol):
+    """A part of the training that resumes from its files; a finished stage only returns its weights."""
+
+    def run(self, start: Weights | None) -> Weights:
+        """Train from these weights of the scorer, or from a new scorer; returns the weights it ends with."""
+
+
+def stages(run: Run) -> list[Stage]:
+    """The stages of a run, in order: imitation, PPO with the surrogate, PPO with the host, as far as they are asked for."""
+    config, experiment = run.config, (run.config, run.workloads, run.budgets)
+    found: list[Stage] = []
+    if config.imitation.rounds:
+        found.append(ImitationStage(*experiment, run.folder / EXPERT_DATA_FOLDER))
+    if config.surrogate.total_timesteps:
+        folder = run.folder / SURROGATE_FOLDER
+        found.append(PPOStage("PPO with the surrogate", *experiment, config.surrogate, SurrogateVectorEnv, folder))
+    if config.ppo.total_timesteps:
+        found.append(PPOStage("PPO with the host", *experiment, config.ppo, FrameRetentionVectorEnv, run.folder))
+    return found
+
+
+def learn(run: Run) -> RetentionNetwork:
+    """Walk through the stages, each of which starts from the weights of the one before.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C; ``resume`` continues from the stages' files.
+        ValueError: if such a file is damaged or was made with other settings or another host.
+    """
+    weights = None
+    for stage in stages(run):
+        weights = stage.run(weights)
+    return network_with_weights(run.config.network, weights)
+
+
+def compare(run: Run, policies: dict[str, Any]) -> str:
+    """Evaluate the policies on test clips of every workload under every budget; save results, return the tables."""
+    clips = range(run.config.test_clips)
+    results = [evaluate(workload, budget, policies, clips) for workload in run.workloads for budget in run.budgets]
+    write_text(run.folder / RESULTS_FILE, json.dumps({"tables": [result.summary() for result in results]}, indent=2) + "\n")
     tables = "\n\n".join(map(results_table, results))
-    write_text(run_dir / "results.txt", tables + "\n")
-    shown = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
-    save_comparison(run_dir / "comparison.png", workloads[0], budgets[0], shown)
-    print(tables)
-    print(f"\nrun folder: {run_dir}\nnext: far-env export {run_dir} --out policy.py")
+    write_text(run.folder / "results.txt", tables + "\n")
+    pictured = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
+    save_comparison(run.folder / "comparison.png", run.workloads[0], run.budgets[0], pictured)
+    return tables
 
 
-def begin_run(config: AgentTraining) -> tuple[list[Workload], tuple[int, ...], Path, dict[str, Any]]:
-    """Check the settings, and note them and where the run takes place in its folder, new or to be gone on with.
-
-    Returns:
-        The workloads, the budgets, the run folder, and the facts that were noted.
+def begin_run(config: AgentTraining) -> Run:
+    """Check the settings; create the run folder or open one to resume, and record settings and provenance in it.
 
     Raises:
         ValueError: if something would fail after the training, or the folder holds another run.
     """
-    budgets, workloads = resolve_budgets(config.budget), config.make_workloads()
+    budgets, workloads = resolve_budgets(config.budget), make_workloads(config)
     for workload in workloads:
         _check_fits(config, workload, budgets)
-    run_dir = make_run_dir(config.run_dir)
-    check_run_dir(config, run_dir)
+    folder = make_run_dir(config.run_dir)
+    check_run_dir(config, folder)
     facts = run_facts(workloads[0].host.device, workloads[0].host.dtype)
-    save_facts(run_dir, facts)
-    save_yaml(config, run_dir / SETTINGS_FILE)
-    return workloads, budgets, run_dir, facts
+    save_facts(folder, facts)
+    save_yaml(config, folder / SETTINGS_FILE)
+    return Run(config, workloads, budgets, folder, facts)
+
+
+def make_workloads(config: AgentTraining) -> list[Workload]:
+    """The workloads to train on. Raises ValueError on an unknown name, or if a stage's environments cannot be shared evenly."""
+    place = {"host": config.host, "device": config.device, "precision": config.precision}
+    return [make_workload(name, **place, **config.clip_options) for name in config.workload_names]
+
+
+def save_run_scorer(run: Run, scorer: RetentionNetwork) -> None:
+    """Write the scorer into the run folder, unless it is there already."""
+    if not (run.folder / WEIGHTS_FILE).exists():
+        save_scorer(scorer, run.config.network, _scorer_facts(run), run.folder)
+
+
+def check_run_dir(config: AgentTraining, folder: Path) -> None:
+    """Raise ValueError if a run would be overwritten, or resumed with other settings."""
+    if not any((folder / name).exists() for name in (CHECKPOINT_FILE, WEIGHTS_FILE)):
+        return
+    if not config.resume:
+        raise ValueError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")
+    before, now = asdict(load_yaml(AgentTraining, folder / SETTINGS_FILE)), asdict(config)
+    changed = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
+    if changed:
+        raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); choose another --run-dir")
 
 
 def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int]) -> None:
-    """Tell what would fail after the training before it."""
+    """Raise ValueError before the training about what would fail after it."""
     for budget in budgets:
         check_decides(workload, budget)
     if config.validation_clips < len(budgets):
@@ -92,14 +167,29 @@ def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int
             raise ValueError(f"{split}_clips is {count}, but {workload.name}/{split} has {available}")
 
 
-def check_run_dir(config: AgentTraining, run_dir: Path) -> None:
-    """Raise ValueError where a run would be overwritten, or gone on with under other settings."""
-    if not any((run_dir / name).exists() for name in (CHECKPOINT_FILE, WEIGHTS_FILE)):
-        return
-    if not config.resume:
-        raise ValueError(f"{run_dir} already holds a run; add --resume to go on with it, or choose another --run-dir")
-    before = asdict(load_yaml(AgentTraining, run_dir / SETTINGS_FILE))
-    now = asdict(config)
-    changed = [key for key in now if key not in FREE_TO_CHANGE and now[key] != before[key]]
-    if changed:
-        raise ValueError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); choose another --run-dir")
+def _scorer_facts(run: Run) -> dict[str, Any]:
+    """What policy.json says of the scorer's training."""
+    config = run.config
+    worlds, budgets = ", ".join(workload.name for workload in run.workloads), ", ".join(map(str, run.budgets))
+    hosts = dict.fromkeys(f"{workload.host.name} ({workload.host.weights_hash})" for workload in run.workloads)
+    return {
+        "trained_on": f"{worlds}, budget {budgets}, first {config.train_clips} train clips, seed {config.seed}",
+        "decisions": config.ppo.total_timesteps,
+        "decisions_with_surrogate": config.surrogate.total_timesteps,
+        "host": ", ".join(hosts),
+        "commit": run.facts["commit"],
+    }
+
+
+@contextmanager
+def _timed(run: Run) -> Iterator[None]:
+    """Record how long the training takes; after Ctrl-C, say how to resume."""
+    start = time.perf_counter()
+    try:
+        yield
+    except KeyboardInterrupt:
+        how = "" if run.config.resume else " with --resume"
+        print(f"\nstopped; run the same command{how} to continue from the last update in {run.folder}", file=sys.stderr)
+        raise
+    finally:
+        add_to_facts(run.folder, {"training_seconds": round(time.perf_counter() - start, 1)})

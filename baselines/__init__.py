@@ -10,7 +10,6 @@ import inspect
 from dataclasses import dataclass
 
 from far_env.baselines import anchor, attention, benchmark, chunkwise, controls, extended, forcing, queue, recency, redundancy
-
 from far_env.contract import RetentionPolicy, TemporalCachePlan
 from far_env.errors import unknown_name
 

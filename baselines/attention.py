@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+
 from far_env.baselines.filling import History, count, require, share
 from far_env.baselines.partition import PartitionPolicy, Parts, over_last
 

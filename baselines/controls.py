@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+
 from far_env.baselines.filling import History, count, share
 from far_env.baselines.partition import PartitionPolicy, Parts, drift_match, slots
-
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 
 

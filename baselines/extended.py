@@ -13,7 +13,6 @@ from typing import ClassVar
 from far_env.baselines.filling import count, share
 from far_env.baselines.partition import slots
 from far_env.baselines.recency import RecentFill
-
 from far_env.contract import FrameMeta, RetentionPolicy, RolloutState, TemporalCachePlan, make_plan
 from far_env.errors import unknown_name
 

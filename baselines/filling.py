@@ -1,12 +1,12 @@
-"""Policies that fill the budget. Each names the rows that stay; how it is asked, what it remembers of a clip and what its
-answer looks like is the same for all of them.
+"""Policies that fill the budget. Each chooses the rows that stay; calls, memory of a clip and plans are the same for all.
 
-Exactly min(rows, budget) rows stay, the newest among them, so that the benchmark's own truncation never acts. Anchors are
-demoted (kept under another word), other survivors kept, the rest dropped.
+Exactly min(rows, budget) rows stay, the newest among them, so that the benchmark's truncation never acts. Anchors are demoted
+(which keeps them as well), the other rows that stay are kept, the rest dropped.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,26 +14,27 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from far_env.births import FrameBirths
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 from far_env.errors import unknown_name
 
 FIRST_CLIP = 42
-"""The number of the first clip where nobody tells one: the benchmark's noise seed for it."""
+"""The number of the first clip if ``begin_clip`` is not called: the benchmark's noise seed for it."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What a policy knows when it is asked. Rows are in chunk_id order, oldest first.
+    """A policy's information at a call. Rows are in chunk_id order, oldest first.
 
     Attributes:
-        rows: what the benchmark tells of each.
+        rows: the benchmark's description of each frame.
         births: their true numbers, context frames first; chunk_id and age are positions, not times.
         num_context: how many frames of the clip are ground truth.
         step: the prediction step.
         max_frames: the budget.
-        clip: the clip's noise seed where it was told, else a running number.
+        clip: the clip's noise seed if ``begin_clip`` was called, else a running number.
         signals: the declared ones, or none of them.
-        notes: what the policy noted at its last call for this clip; what it notes now, by replacing values, comes back.
+        notes: the policy's notes of its last call for this clip; it changes them by replacing values.
     """
 
     rows: list[FrameMeta]
@@ -51,40 +52,26 @@ class History:
 
 @dataclass(frozen=True)
 class ClipMemory:
-    """What is left of a call: births of the rows that stayed, and notes.
-
-    A policy is not told what became of its rows, but exactly those it marked stay, and one new row joins them per step.
-    """
+    """A policy's memory of a call: the numbers of the rows that stayed, and notes."""
 
     clip: int
-    num_context: int
-    step: int
     num_rows: int
-    births: tuple[int, ...]
+    births: FrameBirths
     notes: dict[str, Any]
-
-    def goes_on(self, step: int, num_rows: int) -> bool:
-        """Whether a call with so many rows can be a later one for the same clip."""
-        return step > self.step and num_rows == len(self.births) + step - self.step
-
-    def births_now(self, num_rows: int) -> tuple[int, ...]:
-        """Births of the rows of a later call: those that stayed and those that were made since."""
-        new = num_rows - len(self.births)
-        return (*self.births, *range(self.births[-1] + 1, self.births[-1] + 1 + new))
 
 
 class FillingPolicy(ABC):
     """A rule that chooses which rows fill the budget.
 
     Args:
-        tier: which of the class's tiers it works with; the first, unless told otherwise.
+        tier: one of the class's tiers; by default the first.
 
     Attributes:
         name, family, source: for listings. ``family`` is also the plans' tag, unless ``tags`` has another.
         tags: the plans' tags.
-        needs: tier to the signals (see `far_env.contract.SIGNALS`) it declares there. Tiers are M (FrameMeta rows alone),
-            L (also latents) and A (also attention). A class that knows tier M falls back to it where its signals are not
-            handed over, as in the benchmark; without them any other raises ValueError.
+        needs: tier → the signals (see `far_env.contract.SIGNALS`) that it declares there. Tiers are M (FrameMeta rows alone),
+            L (also latents) and A (also attention). Without its signals, as in the benchmark, a class that has tier M falls
+            back to it; any other raises ValueError.
         equivalent_to: name of a baseline with the same answers to the largest budget for which that holds.
     """
 
@@ -114,15 +101,15 @@ class FillingPolicy(ABC):
         """Choose min(rows, budget) rows. Raises ValueError if a signal is missing that the policy cannot do without."""
         rows = sorted(chunk_meta_list, key=lambda meta: meta.chunk_id)
         num_rows, max_frames = len(rows), int(budget_state["max_frames"])
-        history = self._recall(rows, rollout_state, max_frames)
+        history, births = self._recall(rows, rollout_state, max_frames)
         if num_rows <= max_frames:
             anchors, others = [], list(range(num_rows))
         elif max_frames == 1:
             anchors, others = [], [num_rows - 1]
         else:
             anchors, others = self._choose(history)
-        births = tuple(history.births[i] for i in sorted([*anchors, *others]))
-        self._memory = ClipMemory(history.clip, history.num_context, history.step, num_rows, births, history.notes)
+        births.keep(sorted([*anchors, *others]))
+        self._memory = ClipMemory(history.clip, num_rows, births, history.notes)
         tags = {"retention_family": self.family, **self._tags(max_frames)}
         return make_plan(others, num_rows, anchors=anchors, **tags)
 
@@ -134,41 +121,42 @@ class FillingPolicy(ABC):
         """The plan's tags besides its family."""
         return self.tags
 
-    def _recall(self, rows: list[FrameMeta], state: RolloutState, max_frames: int) -> History:
-        """Rebuild the births. A call that cannot follow the last one begins a clip, of which nothing was dropped yet."""
+    def _recall(self, rows: list[FrameMeta], state: RolloutState, max_frames: int) -> tuple[History, FrameBirths]:
+        """The history with its frames' numbers, and the births from which the next call continues."""
         memory, num_rows = self._memory, len(rows)
-        if memory is not None and (memory.step, memory.num_rows) == (state.step, num_rows):
-            memory = self._before  # asked the same again: answer the same again
+        if memory is not None and (memory.births.last_step, memory.num_rows) == (state.step, num_rows):
+            memory = self._before  # the same call again gets the same answer
         self._before = memory
-        signals = self._given(state)
-        if memory is not None and memory.goes_on(state.step, num_rows):
-            clip, births, num_context, notes = memory.clip, memory.births_now(num_rows), memory.num_context, dict(memory.notes)
+        signals = self._available(state)
+        births = FrameBirths() if memory is None else copy.copy(memory.births)
+        if births.observe(num_rows, state.step):
+            clip, notes = self._first_clip if memory is None else memory.clip + 1, {}
         else:
-            clip = self._first_clip if memory is None else memory.clip + 1
-            births, num_context, notes = tuple(range(num_rows)), max(0, num_rows - state.step - 1), {}
-        return History(rows, births, num_context, state.step, max_frames, clip, signals, notes)
+            clip, notes = memory.clip, dict(memory.notes)
+        numbers, num_context = tuple(births.births), max(0, births.num_context)
+        return History(rows, numbers, num_context, state.step, max_frames, clip, signals, notes), births
 
-    def _given(self, state: RolloutState) -> dict[str, np.ndarray]:
-        """The declared signals, or none of them where the policy can do without."""
-        handed = getattr(state, "signals", {})
-        missing = [name for name in self.signals if name not in handed]
+    def _available(self, state: RolloutState) -> dict[str, np.ndarray]:
+        """The declared signals, or none of them if the policy can do without."""
+        available = getattr(state, "signals", {})
+        missing = [name for name in self.signals if name not in available]
         if not missing:
-            return {name: handed[name] for name in self.signals}
+            return {name: available[name] for name in self.signals}
         if "M" in self.needs:
             return {}
         raise ValueError(
-            f"{self.name} needs {' and '.join(missing)}, which this rollout does not hand over; play it with far-env evaluate "
+            f"{self.name} needs {' and '.join(missing)}, which this rollout does not provide; play it with far-env evaluate "
             "or far_env.rollout.play, or choose a policy of tier M"
         )
 
 
 def comparable(scores: Sequence[float]) -> list[float]:
-    """Scores as they are compared: six significant digits, NaN the worst of all."""
+    """Scores rounded for comparison to six significant digits; NaN becomes −∞."""
     return [float("-inf") if np.isnan(score) else float(f"{float(score):.5e}") for score in scores]
 
 
 def best(rows: Sequence[int], scores: Sequence[float], count: int) -> list[int]:
-    """The ``count`` rows of the highest scores, in time order; of equal ones the newer."""
+    """The ``count`` rows with the highest scores, in time order; of rows with equal scores the newer."""
     ranked = sorted(zip(comparable(scores), rows, strict=True), reverse=True)
     return sorted(row for _, row in ranked[:count])
 
@@ -187,7 +175,7 @@ def count(policy: str, parameter: str, value: int, least: int = 0) -> int:
 
 
 def share(policy: str, parameter: str, value: float, some: bool = False) -> float:
-    """The value as a float, if it lies in 0 to 1 (above 0 where there must be some); raises ValueError otherwise."""
+    """The value as a float, if it is from 0 to 1 (above 0 with ``some``); raises ValueError otherwise."""
     inside = isinstance(value, int | float) and (value > 0 if some else value >= 0) and value <= 1
     require(inside, policy, parameter, value, "a share above 0 and up to 1" if some else "a share from 0 to 1")
     return float(value)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+
 from far_env.baselines.filling import History, best, comparable, count, require, share
 from far_env.baselines.partition import PartitionPolicy, Parts, drift_match, over_last, slots
 

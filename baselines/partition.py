@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+
 from far_env.baselines.filling import FillingPolicy, History, best
 
 

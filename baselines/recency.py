@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from far_env.baselines.filling import FillingPolicy, History, count
-
 from far_env.contract import NewestFrames
 
 

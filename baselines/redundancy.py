@@ -7,8 +7,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-from far_env.baselines.filling import FillingPolicy, History, comparable
 
+from far_env.baselines.filling import FillingPolicy, History, comparable
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
-from far_env.agents.checkpoints import load_policy
 
 from far_env.cli import run_guarded
 from far_env.clips.worlds import WORLDS
 from far_env.contract import SIGNALS, NewestFrames, RetentionPolicy, RolloutState
 from far_env.frame_meta import frame_meta_list
+from far_env.policies import load_policy
 from far_env.rollout.play import play
 from far_env.workloads import Workload, make_workload
 

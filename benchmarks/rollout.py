@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 import tyro
-from far_env.agents.checkpoints import load_policy
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +32,7 @@ from far_env.host.sampler import sample_next_frame
 from far_env.host.weights import Host, load_host
 from far_env.host.zoo import RELEASED
 from far_env.metrics import psnr
+from far_env.policies import load_policy
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES
 from far_env.rollout.noise import BENCHMARK_SEED

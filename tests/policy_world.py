@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from far_env.baselines.filling import FillingPolicy
 
 from far_env import baselines
+from far_env.baselines.filling import FillingPolicy
 from far_env.contract import SIGNALS, ObservedRolloutState, RolloutState, apply_plan, check_plan
 from far_env.frame_meta import frame_features, frame_meta_list
 from far_env.rollout.signals import column_gaps, latent_cosines

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from far_env.agents.ppo import AgentTraining
-from far_env.agents.sweep import Sweep
 
-from far_env.config import from_dict, load_yaml, parse, save_yaml
+from far_env.agents.config import AgentTraining
+from far_env.agents.options import Sweep
+from far_env.config import config_names, config_path, from_dict, load_yaml, parse, save_yaml
 from far_env.host.training.config import HostTraining
 from far_env.io import make_run_dir
 
@@ -82,3 +83,70 @@ def test_unwritable_folders_are_refused(tmp_path):
         folder.chmod(0o500)
         with pytest.raises(ValueError, match="cannot be written: Permission denied"):
             make_run_dir(folder)
+
+
+@dataclass(frozen=True)
+class Renaming:
+    RENAMED: ClassVar[dict[str, str]] = {"old_rate": "rate"}
+    REMOVED: ClassVar[tuple[str, ...]] = ("label",)
+    rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class HasRenaming:
+    RENAMED: ClassVar[dict[str, str]] = {"stage": "inner"}
+    inner: Renaming = field(default_factory=Renaming)
+
+
+@pytest.mark.parametrize(
+    ("values", "flag", "message"),
+    [
+        ({"inner": {"old_rate": 1}}, ["--inner.old-rate", "1"], r"the key 'old_rate' was renamed; use 'rate'"),
+        ({"inner": {"label": "x"}}, ["--inner.label=x"], r"the option 'label' was removed; delete it"),
+        ({"stage": {"rate": 1}}, ["--stage.rate", "1"], r"the key 'stage' was renamed; use 'inner'"),
+    ],
+)
+def test_old_keys_and_flags_name_what_became_of_them(values, flag, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(HasRenaming, values, "f")
+    with pytest.raises(ValueError, match=message):
+        parse(HasRenaming, flag, "prog", "")
+    assert parse(HasRenaming, ["--inner.rate", "2"], "prog", "").inner.rate == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"stand_in": {}}, "surrogate"),
+        ({"imitation": {"rehearsal": 1.0}}, "true_frame_replay_ratio"),
+        ({"imitation": {"regret": 1.0}}, "expected_cost_weight"),
+        ({"network": {"one_by_one": True}}, "sequential_eviction"),
+        ({"network": {"statistics": []}}, "signals"),
+        ({"ppo": {"critic_updates": 4}}, "critic_warmup_updates"),
+        ({"surrogate": {"critic_updates": 4}}, "critic_warmup_updates"),
+        ({"imitation": {"label": "coverage"}}, "removed"),
+        ({"network": {"independent": False}}, "removed"),
+        ({"reward": {"relative_to": None}}, "removed"),
+    ],
+)
+def test_training_settings_of_older_versions_are_refused_with_the_new_name(old, new):
+    with pytest.raises(ValueError, match=f"(renamed; use '{new}'|was {new})"):
+        from_dict(AgentTraining, old, "config.yaml")
+
+
+def test_shipped_configurations_are_found_by_name_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {"pan_tight", "results", "host_embedded"} <= set(config_names())
+    shipped = (CONFIGS / "pan_tight.yaml").read_text()
+    for name in ("pan_tight", "pan_tight.yaml", "configs/pan_tight.yaml"):
+        assert config_path(name).read_text() == shipped
+    assert parse(AgentTraining, ["--config", "pan_tight"], "prog", "").run_dir == "runs/pan_tight"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "pan_tight.yaml").write_text("seed: 7\n")
+    assert parse(AgentTraining, ["--config", "configs/pan_tight.yaml"], "prog", "").seed == 7, "an existing file comes first"
+    with pytest.raises(
+        ValueError, match=r"unknown configuration 'pan_tigt'; did you mean 'pan_tight'\?; a file is given by its path"
+    ):
+        config_path("pan_tigt")
+    with pytest.raises(ValueError, match=r"cannot read the configuration other/x\.yaml"):
+        parse(AgentTraining, ["--config", "other/x.yaml"], "prog", "")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import tyro
+
 from far_env.agents.commands import ExportOptions
 from far_env.agents.ppo import AgentTraining
 from far_env.agents.reproduce import ReproduceOptions, load_tables
 from far_env.agents.sweep import Sweep
 from far_env.baselines.command import BaselinesOptions
-
 from far_env.cli.benchmark import BenchmarkOptions
 from far_env.cli.data import DataOptions
 from far_env.cli.evaluate import EvaluateOptions

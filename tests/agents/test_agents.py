@@ -5,23 +5,23 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from far_env.agents import ppo
-from far_env.agents.checkpoints import load_policy, load_scorer
-from far_env.agents.imitation import ImitationSettings
-from far_env.agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
 
-import train_agent
+from far_env.agents.checkpoints import load_scorer
+from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings, RewardSettings
+from far_env.agents.trainer import train
+from far_env.agents.training_callbacks import ValidationCheckpoint
+from far_env.policies import load_policy
 
 
 @pytest.fixture
 def config(tiny_host_folder, tmp_path) -> AgentTraining:
     return AgentTraining(
         ppo=PPOSettings(total_timesteps=96, num_envs=4, n_steps=8, batch_size=16, n_epochs=2),
-        reward=RewardSettings(relative_to="recent_fill"),
         host=str(tiny_host_folder),
         device="cpu",
         run_dir=str(tmp_path / "run"),
@@ -43,7 +43,7 @@ def test_two_runs_with_one_seed_agree_and_another_seed_differs(config, tmp_path,
     runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         own = dataclasses.replace(config, run_dir=str(tmp_path / name), seed=seed)
-        train_agent.train(own)
+        train(own)
         runs.append(weights_of(own))
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
     assert not all(torch.equal(runs[0][key], runs[2][key]) for key in runs[0])
@@ -51,8 +51,11 @@ def test_two_runs_with_one_seed_agree_and_another_seed_differs(config, tmp_path,
     assert "learned" in printed and "PSNR − recent_fill [95 %]" in printed and "far-env export" in printed
 
 
-def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
-    train_agent.train(config)
+def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path, capsys):
+    train(config)
+    log = capsys.readouterr().err
+    assert re.search(r"PPO with the host: 96/96 decisions, .* decisions/s, validation psnr \d+\.\d\d\n", log)
+    assert "validation: 3/3 clips" in log
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
     assert {"policy.safetensors", "policy.json", "config.yaml", "results.json", "results.txt", "comparison.png"} <= names
@@ -64,11 +67,11 @@ def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
     assert set(results["policies"]) == {"learned", "recent_fill", "full_history"}
     assert results["policies"]["learned"]["psnr_minus_recent_fill"]["n"] == 3
     network, facts = load_scorer(folder)
-    assert facts["network"] == {**dataclasses.asdict(NetworkSize()), "signals": []}
+    assert facts["network"] == {**dataclasses.asdict(NetworkConfig()), "signals": []}
     assert "pan, budget 4" in facts["trained_on"]
     assert load_policy(str(folder)).network.state_dict().keys() == network.state_dict().keys()
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
-        train_agent.train(config)
+        train(config)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +85,11 @@ def test_a_run_leaves_everything_its_folder_should_hold(config, tmp_path):
     ids=lambda size: "+".join(size),
 )
 def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_path, monkeypatch, size):
-    config = dataclasses.replace(config, network=NetworkSize(**size))
+    config = dataclasses.replace(config, network=NetworkConfig(**size))
     whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
-    train_agent.train(whole)
+    train(whole)
     saves = []
-    original = ppo.Progress._save
+    original = ValidationCheckpoint._save
 
     def save_then_stop(self):
         original(self)
@@ -94,13 +97,13 @@ def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_
         if len(saves) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo.Progress, "_save", save_then_stop)
+    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        train_agent.train(config)
+        train(config)
     assert saves == [0, 32]
     first = (tmp_path / "run" / "progress_00000000.csv").read_text()
-    monkeypatch.setattr(ppo.Progress, "_save", original)
-    train_agent.train(dataclasses.replace(config, resume=True))
+    monkeypatch.setattr(ValidationCheckpoint, "_save", original)
+    train(dataclasses.replace(config, resume=True))
     state = torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)
     assert state["num_timesteps"] == 96 and state["n_updates"] == 6
     assert (tmp_path / "run" / "progress_00000000.csv").read_text() == first
@@ -112,14 +115,14 @@ def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_
     for key in expected:
         torch.testing.assert_close(actual[key], expected[key], atol=1e-4, rtol=1e-3)
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
-        train_agent.train(dataclasses.replace(config, resume=True, seed=5))
+        train(dataclasses.replace(config, resume=True, seed=5))
     # a finished run trains no further, but shows its table again
-    train_agent.train(dataclasses.replace(config, resume=True))
+    train(dataclasses.replace(config, resume=True))
     assert torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)["num_timesteps"] == 96
     monkeypatch.setitem(state, "hosts", ["00000000"])
     torch.save(state, tmp_path / "run" / "checkpoint.ckpt")
     with pytest.raises(ValueError, match="was made with host 00000000"):
-        train_agent.train(dataclasses.replace(config, resume=True))
+        train(dataclasses.replace(config, resume=True))
 
 
 @pytest.mark.parametrize(
@@ -138,20 +141,20 @@ def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_
 )
 def test_settings_that_would_fail_later_are_refused_before_anything_is_written(config, make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train_agent.train(make(config))
+        train(make(config))
     assert not (tmp_path / "run").exists()
 
 
 def test_ppo_begins_with_what_imitation_learned_and_a_cold_critic_leaves_it_alone(config, tmp_path):
     own = dataclasses.replace(
         config,
-        network=NetworkSize(memory=True),
+        network=NetworkConfig(memory=True),
         imitation=ImitationSettings(rounds=1, clips_per_round=4, epochs=1),
         ppo=dataclasses.replace(config.ppo, critic_warmup_updates=3),
     )
-    train_agent.train(own)
+    train(own)
     alone = dataclasses.replace(own, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
-    train_agent.train(alone)
+    train(alone)
     imitated, trained = load_scorer(tmp_path / "alone")[0].state_dict(), weights_of(own)
     for key, value in imitated.items():
         torch.testing.assert_close(trained[f"mlp_extractor.actor.{key}"], value)
@@ -165,10 +168,10 @@ def test_an_lpips_reward_counts_negatively():
 
 def test_ppo_with_the_subset_head_learns_which_frames_to_keep(tiny_workload):
     """On a reward that anyone can see through: keep the frames with the largest drift."""
-    from far_env.agents.subset_policy import SubsetPolicy
     from sb3_contrib import MaskablePPO
     from stable_baselines3.common.vec_env import VecMonitor
 
+    from far_env.agents.subset_policy import SubsetPolicy
     from tests.toy import ToyRetentionEnv, ToyVecEnv
 
     torch.manual_seed(0)

@@ -10,14 +10,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from far_env.agents.checkpoints import load_policy
+
+from far_env import contract
 from far_env.agents.export import export_policy
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.policies import AgentPolicy
-
-from far_env import contract
 from far_env.contract import RolloutState, apply_plan
 from far_env.frame_meta import frame_meta_list
+from far_env.policies import load_policy
 from far_env.rollout.play import play
 
 SIZES = {
@@ -25,12 +25,11 @@ SIZES = {
     "memory": {"memory": True},
     "rows alone": {"attention": False},
     "linear": {"num_layers": 0},
-    "independent": {"independent": True},
     "surroundings": {"memory": True, "surroundings": True},
     "places": {"memory": True, "surroundings": True, "places": True},
     "path": {"memory": True, "surroundings": True, "path": True},
-    "one by one": {"memory": True, "surroundings": True, "places": True, "path": True, "sequential_eviction": True},
-    "one by one, memoryless": {"sequential_eviction": True},
+    "sequential eviction": {"memory": True, "surroundings": True, "places": True, "path": True, "sequential_eviction": True},
+    "sequential eviction, memoryless": {"sequential_eviction": True},
     "surroundings, rows alone": {"memory": True, "surroundings": True, "attention": False},
 }
 
@@ -87,7 +86,7 @@ def test_exported_and_trained_policy_make_the_same_rollouts(scorer, exported, ti
         assert torch.equal(results[0][0].generated(range(4)), results[1][0].generated(range(4)))
 
 
-def test_the_file_needs_numpy_alone(exported):
+def test_the_file_needs_only_numpy(exported):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.modules.update(dict.fromkeys(('torch', 'far_env', 'agents')))\n"
         "import policy, types\n"

@@ -1,4 +1,4 @@
-"""Imitation: what is collected, what the loss is, that it is learned, and that a stopped collection goes on."""
+"""Imitation: the collected decisions, the loss, what is learned, and resuming a stopped collection."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from far_env.agents import imitation
-from far_env.agents.expert_data import ExpertData, TrueHistories, choices, collect
-from far_env.agents.imitation import ImitationSettings, fit, imitate, imitation_loss
+from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
+from far_env.agents.expert_data import ExpertData, TrueHistories, collect, subset_distribution
+from far_env.agents.imitation import ImitationStage, fit, imitate, imitation_loss
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.observation_spec import ObservationSpec
 from far_env.agents.oracle import search
-from far_env.agents.utility import denoising_losses
-
-from far_env.host.sampler import FrameSampler
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 
 SETTINGS = ImitationSettings(rounds=2, clips_per_round=3, candidates=4, epochs=2, batch_size=16)
-SIZE = {"width": 16, "memory": True}
+NETWORK = NetworkConfig(width=16, memory=True)
 
 
 @pytest.fixture(scope="module")
 def collected(tiny_workload) -> ExpertData:
     return collect(
-        tiny_workload, [0, 1, 2], [4, 4, 2], actor=None, view=ObservationSpec(memory=True), candidates=4, progress=False
+        tiny_workload, [0, 1, 2], [4, 4, 2], actor=None, spec=ObservationSpec(memory=True), candidates=4, progress=False
     )
 
 
-def test_every_decision_that_matters_is_noted_with_legal_alternatives(collected):
+def test_every_decision_that_matters_is_recorded_with_legal_alternatives(collected):
     assert len(collected) == 3 * 10, "from the first generated frame to the last but one"
     assert collected.frames.shape == (30, 6, 13) and collected.sets.shape == (30, 4, 6)
     assert sorted(collected.max_frames.tolist()) == [2] * 10 + [4] * 20
@@ -53,7 +52,7 @@ def test_the_expert_acts_as_the_search_of_width_one(tiny_workload, collected):
 
 def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
     torch.manual_seed(0)
-    network = RetentionNetwork(**SIZE)
+    network = RetentionNetwork(**dataclasses.asdict(NETWORK))
     part = collected.rows(torch.arange(5))
     loss = imitation_loss(network, part, temperature=0.01)
     expected = []
@@ -72,7 +71,7 @@ def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
     torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_can_be_seen_is_learned():
+def test_a_rule_on_the_inputs_is_learned():
     """The expert keeps the frames with the largest drift."""
     generator = torch.Generator().manual_seed(0)
     count, slots = 400, 6
@@ -86,14 +85,14 @@ def test_what_can_be_seen_is_learned():
     held_out = decisions.rows(torch.arange(300, count))
     known = decisions.rows(torch.arange(300))
     settings = ImitationSettings(epochs=40, batch_size=50, learning_rate=5e-3)
-    network = fit(known, {"width": 32}, settings, seed=0)
-    agreement = (choices(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
+    network = fit(known, NetworkConfig(width=32), settings, seed=0)
+    agreement = (subset_distribution(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
     assert agreement.float().mean() > 0.9
 
 
-def test_a_stopped_collection_goes_on_to_the_same_scorer(tiny_workload, tmp_path):
+def test_a_stopped_collection_resumes_and_ends_with_the_same_scorer(tiny_workload, tmp_path):
     def run(name, settings=SETTINGS):
-        return imitate(settings, SIZE, [tiny_workload], [4], tmp_path / name, seed=0, num_clips=5)
+        return imitate(settings, NETWORK, [tiny_workload], [4], tmp_path / name, seed=0, num_clips=5)
 
     whole = run("whole")
     run("stopped", dataclasses.replace(SETTINGS, rounds=1))
@@ -109,8 +108,22 @@ def test_a_stopped_collection_goes_on_to_the_same_scorer(tiny_workload, tmp_path
         run("whole")
 
 
-def test_the_regret_is_what_the_choice_among_the_alternatives_costs():
-    """By enumeration: four frames, two of the three older ones kept, so three alternatives, of which one is not noted."""
+def test_a_finished_stage_returns_its_weights_without_learning_again(tiny_workload, tmp_path, monkeypatch):
+    config = AgentTraining(
+        imitation=dataclasses.replace(SETTINGS, rounds=1), network=NETWORK, ppo=PPOSettings(total_timesteps=0), train_clips=5
+    )
+    stage = ImitationStage(config, [tiny_workload], [4], tmp_path)
+    weights = stage.run(None)
+    monkeypatch.setattr(imitation, "imitate", lambda *_, **__: pytest.fail("imitated again"))
+    for key, value in stage.run(None).items():
+        assert torch.equal(value, weights[key])
+    more_rounds = dataclasses.replace(stage, config=dataclasses.replace(config, imitation=SETTINGS))
+    with pytest.raises(pytest.fail.Exception, match="imitated again"):
+        more_rounds.run(None)
+
+
+def test_the_weighted_cost_is_what_the_choice_among_the_alternatives_is_expected_to_cost():
+    """By enumeration: four frames, two of the three older ones kept, so three alternatives, of which one is not recorded."""
     generator = torch.Generator().manual_seed(0)
     frames, ones = torch.rand(1, 4, 6, generator=generator), torch.ones(1, 4)
     sets = torch.tensor([[[1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0]]], dtype=torch.bool)
@@ -121,52 +134,8 @@ def test_the_regret_is_what_the_choice_among_the_alternatives_costs():
     expected = 0.5 * 3.0 * scores[1] / sum(scores)
     without, both = (imitation.imitation_loss(network, decisions, 2.0, weight).item() for weight in (0.0, 1.0))
     assert both - without == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="weight of regret cannot be negative"):
+    with pytest.raises(ValueError, match=r"imitation: expected_cost_weight cannot be negative, got -1\.0"):
         ImitationSettings(expected_cost_weight=-1.0)
-
-
-@torch.no_grad()
-def test_future_utility_is_the_loss_of_the_true_frames_behind_one_source(tiny_workload):
-    """Against the plain forward over the whole sequence of source, predecessor and noisy target."""
-    host = tiny_workload.host
-    sampler = FrameSampler(host.transformer, tiny_workload.num_steps)
-    frames = torch.randn(8, *host.latent_shape, generator=torch.Generator().manual_seed(0))
-    sources, newest, future = frames[:3], frames[3], frames[4:]
-    losses = denoising_losses(sampler, sources, newest, torch.cat([future, future]), "00000000000f")
-    noise = torch.randn(future.shape, generator=torch.Generator().manual_seed(15))
-    expected = torch.zeros(3)
-    for row, source in enumerate(sources):
-        for index, target in enumerate(future):  # four of the eight count
-            for sigma in (sampler.times[0] / 1000, sampler.times[1] / 1000):  # of three ODE steps
-                noisy = (1 - sigma) * target + sigma * noise[index]
-                sequence = torch.stack([source, newest if index == 0 else future[index - 1], noisy])[None]
-                velocity = host.transformer(sequence, torch.tensor([[-1.0, -1.0, 1000 * sigma]]))[0, -1]
-                expected[row] += (velocity - (noise[index] - target)).square().mean() / 8
-    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
-    assert losses.std() > 1e-4
-
-
-def test_labels_of_future_utility_rank_single_frames_and_the_scorer_fills_the_budget(tiny_workload, tmp_path):
-    settings = dataclasses.replace(SETTINGS, label="future_utility", temperature=0.01, rounds=1)
-    network = imitate(settings, SIZE, [tiny_workload], [4], tmp_path, seed=0, num_clips=3)
-    noted = imitation._load(tmp_path / "round_000.safetensors")
-    assert noted.sets.shape == (30, 5, 6)
-    assert (noted.sets.sum(dim=2) <= 1).all() and not noted.sets[..., -1].any(), "each older frame, alone"
-    assert ((noted.mask[:, :-1] > 0) == noted.sets.any(dim=1)[:, :-1]).all()
-    logits = network(noted.frames, noted.mask, noted.budget)
-    older = noted.mask[:, :-1] > 0
-    target = torch.zeros_like(logits[:, :-1])
-    for row in range(30):
-        for kept, cost in zip(noted.sets[row], noted.costs[row], strict=True):
-            if not cost.isinf():
-                target[row, kept[:-1]] = -cost / 0.01
-    target = target.masked_fill(~older, -torch.inf).softmax(dim=1)
-    log_probs = logits[:, :-1].masked_fill(~older, -1e9).log_softmax(dim=1)
-    loss = imitation_loss(network, noted, 0.01, label="future_utility")
-    torch.testing.assert_close(loss, -(target * log_probs).sum(dim=1).mean(), rtol=1e-4, atol=1e-5)
-    assert (choices(network, noted).mode().sum(dim=1) == 4).all()
-    with pytest.raises(ValueError, match="did you mean 'future_utility'"):
-        ImitationSettings(label="future_utilty")
 
 
 @torch.no_grad()
@@ -193,16 +162,16 @@ def test_histories_of_true_frames_are_rollouts_of_a_perfect_host(tiny_workload):
             histories.retain(1, [0, 2] if step else [1, 2, 4, 5])
 
 
-def test_rehearsal_adds_decisions_about_true_clips_to_those_of_the_rounds(tiny_workload, tmp_path, monkeypatch):
+def test_replay_adds_decisions_about_true_clips_to_those_of_the_rounds(tiny_workload, tmp_path, monkeypatch):
     lessons, original = [], imitation.fit
 
-    def noted(decisions, *rest):
+    def recorded(decisions, *rest):
         lessons.append(decisions)
         return original(decisions, *rest)
 
-    monkeypatch.setattr(imitation, "fit", noted)
+    monkeypatch.setattr(imitation, "fit", recorded)
     settings = dataclasses.replace(SETTINGS, true_clips=4, true_frame_replay_ratio=0.5)
-    imitate(settings, SIZE, [tiny_workload], [4], tmp_path, seed=0, num_clips=20)
+    imitate(settings, NETWORK, [tiny_workload], [4], tmp_path, seed=0, num_clips=20)
     prepared, first, both = lessons
     assert [len(lesson) for lesson in lessons] == [52, 30 + 15, 60 + 30]
     known = {row.numpy().tobytes() for row in prepared.frames}
@@ -211,7 +180,7 @@ def test_rehearsal_adds_decisions_about_true_clips_to_those_of_the_rounds(tiny_w
         assert set(rehearsed) <= known and len(set(rehearsed)) > len(rehearsed) / 2
         assert not {row.numpy().tobytes() for row in lesson.frames[:count]} & known
     torch.testing.assert_close(both.frames[:30], first.frames[:30])
-    with pytest.raises(ValueError, match="true_frame_replay_ratio is of true_clips"):
+    with pytest.raises(ValueError, match="true_frame_replay_ratio must be 0 or more, and above 0 only with true_clips above 0"):
         dataclasses.replace(SETTINGS, true_frame_replay_ratio=1.0)
 
 
@@ -224,12 +193,12 @@ def test_decisions_about_true_clips_come_first_and_are_not_collected_again(tiny_
         return original(workload, clip_ids, budgets, **options)
 
     monkeypatch.setattr(imitation, "collect", noted)
-    whole = imitate(settings, SIZE, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
+    whole = imitate(settings, NETWORK, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
     assert calls == [(True, False, 4), (False, True, 3), (False, True, 3)], "the first rollouts are decided by what was learned"
     noted_decisions = imitation._load(tmp_path / "whole" / "true_frames.safetensors")
     uncut = noted_decisions.budget[:, 1] * 11 % 3 < 1e-4  # steps 0, 3, 6 and 9: as steps of a clip, and without cuts before
     assert len(noted_decisions) == 4 * (10 + 3) and uncut.sum() == 4 * (4 + 3)
-    again = imitate(settings, SIZE, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
+    again = imitate(settings, NETWORK, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
     assert len(calls) == 3
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value)
@@ -237,5 +206,5 @@ def test_decisions_about_true_clips_come_first_and_are_not_collected_again(tiny_
         dataclasses.replace(settings, rounds=0)
     with pytest.raises(ValueError, match="no signals but lat_cos and column_gap"):
         collect(
-            tiny_workload, [0], [4], actor=None, view=ObservationSpec(signals=("attn_mass",)), candidates=2, true_frames=True
+            tiny_workload, [0], [4], actor=None, spec=ObservationSpec(signals=("attn_mass",)), candidates=2, true_frames=True
         )

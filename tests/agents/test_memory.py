@@ -1,4 +1,4 @@
-"""Memory: true ages from one's own decisions, the same in the environment and in a policy."""
+"""Memory: true ages from earlier decisions, the same in the environment and in a policy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from math import log1p
 import numpy as np
 import pytest
 import torch
+
 from far_env.agents.expert_data import TrueHistories
 from far_env.agents.memory import HistoryMemory
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.observation_spec import ObservationSpec
 from far_env.agents.observation_wrapper import AgentVecEnv
 from far_env.agents.policies import AgentPolicy
-
 from far_env.envs.sb3 import SB3VecEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.frame_meta import frame_features
@@ -25,7 +25,7 @@ def rows(*names: float) -> list[tuple[float, float, float, float]]:
     return [(name, 0.0, 1.0, 0.5) for name in names]
 
 
-def test_ages_count_frames_that_were_dropped_and_looks_stay_those_at_birth():
+def test_ages_count_frames_that_were_dropped_and_features_stay_those_at_birth():
     memory = HistoryMemory()
     # six frames at step 0: five of context and the first that was generated
     first = memory.recall(rows(0, 1, 2, 3, 4, 5), 0)
@@ -39,7 +39,7 @@ def test_ages_count_frames_that_were_dropped_and_looks_stay_those_at_birth():
     assert [row[3] for row in later] == [0, 2, 4, 5, 6]
 
 
-def test_frames_born_while_nothing_was_asked_are_counted():
+def test_frames_generated_between_calls_are_counted():
     memory = HistoryMemory()
     memory.recall(rows(0, 1, 2, 3, 4, 5), 0)
     memory.keep([5])
@@ -81,14 +81,14 @@ def test_environment_and_policy_remember_the_same(tiny_workload, further):
 
 
 def test_surroundings_are_the_changes_around_a_frame_also_of_dropped_ones():
-    def looks(*names):
+    def features_of(*names):
         return [(1.0, 0.0, name / 100, name / 10) for name in names]
 
     def known(*names):
         return [value for name in names for value in ((name / 100, name / 10, 1.0) if name else (0.0, 0.0, 0.0))]
 
     memory = HistoryMemory(surroundings=True)
-    first = memory.recall(looks(9, 1, 2, 3, 4, 5), 0)  # what the first frame shows compares it with nothing
+    first = memory.recall(features_of(9, 1, 2, 3, 4, 5), 0)  # the first frame has no change before it
     assert [len(row) for row in first] == [19] * 6
     assert [list(row[7:]) for row in first] == [
         known(0, 0, 1, 2),
@@ -99,42 +99,48 @@ def test_surroundings_are_the_changes_around_a_frame_also_of_dropped_ones():
         known(4, 5, 0, 0),
     ]
     memory.keep([0, 3, 5])
-    later = memory.recall(looks(9, 70, 80, 6), 1)  # changes from other neighbours are not remembered
+    later = memory.recall(features_of(9, 70, 80, 6), 1)  # changes from other neighbours are not remembered
     assert [list(row[7:]) for row in later] == [known(0, 0, 1, 2), known(2, 3, 4, 5), known(4, 5, 6, 0), known(5, 6, 0, 0)]
     memory.keep([1, 2, 3])
-    assert memory.recall(looks(9, 1, 2, 3, 4, 5), 0) == first, "another clip"
+    assert memory.recall(features_of(9, 1, 2, 3, 4, 5), 0) == first, "another clip"
 
 
-def test_places_are_found_by_neighbours_by_the_oldest_frame_and_by_changes_seen_before():
+def test_places_are_inferred_from_neighbours_the_oldest_frame_and_earlier_changes():
     """Features by hand: two frames of one place have similarity 0.9 and drift 0.5; each pair of places has its own."""
     unlike = {(1, 2): 0.30, (1, 3): 0.20, (1, 4): 0.10, (2, 3): 0.05, (2, 4): 0.25, (3, 4): 0.15}
 
-    def looks(*places):
+    def features_of(*places):
         rows = [(0.0, 0.0, 1.0, 0.0)]
-        for before, own in itertools.pairwise(places):
-            similarity = 0.9 if own == before else unlike[min(own, before), max(own, before)]
-            rows.append((1.0, 0.5 if own == places[0] else 1.0, similarity, 0.5 - similarity))
+        for before, place in itertools.pairwise(places):
+            similarity = 0.9 if place == before else unlike[min(place, before), max(place, before)]
+            rows.append((1.0, 0.5 if place == places[0] else 1.0, similarity, 0.5 - similarity))
         return rows
 
-    def told(step, *places):
-        return [round(16 * row[19]) for row in memory.recall(looks(*places), step)]
+    def places_at(step, *places):
+        return [round(16 * row[19]) for row in memory.recall(features_of(*places), step)]
 
     memory = HistoryMemory(surroundings=True, places=True)
-    assert told(0, 1, 1, 2, 3, 4, 4) == [1, 1, 2, 3, 4, 4]
+    assert places_at(0, 1, 1, 2, 3, 4, 4) == [1, 1, 2, 3, 4, 4]
     memory.keep([1, 2, 3, 5])  # 1 2 3 4
-    assert told(1, 1, 2, 3, 4, 3) == [1, 2, 3, 4, 3], "neither neighbour nor oldest: the change from 4 to 3 is that from 3 to 4"
+    assert places_at(1, 1, 2, 3, 4, 3) == [1, 2, 3, 4, 3], (
+        "neither neighbour nor oldest: the change from 4 to 3 is that from 3 to 4"
+    )
     memory.keep([0, 1, 3, 4])  # 1 2 4 3
-    assert told(2, 1, 2, 4, 3, 1) == [1, 2, 3, 4, 1]
+    assert places_at(2, 1, 2, 4, 3, 1) == [1, 2, 3, 4, 1]
     memory.keep([1, 2, 3, 4])  # 2 4 3 1
-    assert told(3, 2, 4, 3, 1, 4) == [1, 2, 3, 4, 2], "from 1 to 4 was never seen; from 1 to 3 it looks otherwise"
+    assert places_at(3, 2, 4, 3, 1, 4) == [1, 2, 3, 4, 2], (
+        "there was no change from 1 to 4 before; that from 1 to 3 was another"
+    )
     memory.keep([0, 1, 2, 3])
     memory.places[2] = memory.places[3]
-    assert told(4, 2, 4, 3, 1, 1) == [1, 2, 3, 4, 4], "neighbours that are unlike are in two places, whatever was thought"
-    assert told(0, 2, 2, 3, 3, 1, 4) == [1, 1, 2, 2, 3, 4], "another clip"
+    assert places_at(4, 2, 4, 3, 1, 1) == [1, 2, 3, 4, 4], (
+        "neighbours that differ are in two places, whatever was inferred before"
+    )
+    assert places_at(0, 2, 2, 3, 3, 1, 4) == [1, 1, 2, 2, 3, 4], "another clip"
 
 
 @torch.no_grad()
-def test_shots_are_told_apart_on_real_latents():
+def test_shots_are_distinguished_on_real_latents():
     workload = make_workload("cuts", device="cpu")
     clips = [workload.clips.clip("train", i) for i in range(32)]
     latents = workload.host.autoencoder.encode(torch.stack([torch.from_numpy(clip.frames) for clip in clips]))
@@ -157,7 +163,7 @@ def test_shots_are_told_apart_on_real_latents():
 
 
 def along(points, stretches, ring=0):
-    """Features of frames at these points of a path, from one stretch's similarity to the next; standing still looks alike."""
+    """Features of frames at these points of a path, from the similarity of each stretch; without motion frames are similar."""
     rows = [(0.0, 0.0, 1.0, 0.0)]
     for before, own in itertools.pairwise(points):
         if own == before:

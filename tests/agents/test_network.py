@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from far_env.agents.network import RetentionNetwork, ValueNetwork
 
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from far_env.agents.oracle import Coverage, best_cover, coverage, search
 
+from far_env.agents.oracle import Coverage, best_cover, coverage, search
 from far_env.contract import make_plan
 from far_env.metrics import psnr
 from far_env.rollout.reference import reference_rollout

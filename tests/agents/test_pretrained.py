@@ -1,4 +1,4 @@
-"""Policies that ship: their names, their cards, and that their exported files decide as they do."""
+"""Shipped policies: their names, their model cards, and the equality of their exported files."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import shutil
 
 import pytest
 import torch
-from far_env.agents import checkpoints, publish
-from far_env.agents.checkpoints import PRETRAINED, load_policy, load_scorer, policy_facts, pretrained_names, scorer_folder
-from far_env.agents.ppo import AgentTraining, NetworkSize, PPOSettings
 
-import train_agent
-from far_env import cli
-from far_env.config import load_yaml
+from far_env.agents import checkpoints, commands, publish
+from far_env.agents.checkpoints import PRETRAINED, load_scorer, scorer_folder
+from far_env.agents.config import AgentTraining, NetworkConfig, PPOSettings
+from far_env.agents.trainer import train
+from far_env.cli import run_guarded
+from far_env.config import from_dict, load_yaml
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.weights import load_host
+from far_env.policies import load_policy, policy_facts
 from far_env.rollout.play import play
 from far_env.workloads import make_workload
 
-NAMES = pretrained_names()
+NAMES = checkpoints.names()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def finished(tiny_host_folder, tmp_path_factory):
         test_clips=2,
         table=("recent_fill",),
     )
-    train_agent.train(config)
+    train(config)
     return scorer_folder(config.run_dir)
 
 
@@ -49,13 +50,13 @@ def table_of(run):
 
 
 @pytest.fixture
-def shelf(tmp_path, monkeypatch):
-    """An empty folder in place of the one of the policies that ship."""
-    monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "shelf")
-    return tmp_path / "shelf"
+def directory(tmp_path, monkeypatch):
+    """An empty folder in place of that of the shipped policies."""
+    monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "pretrained")
+    return tmp_path / "pretrained"
 
 
-def test_a_policy_ships_and_all_is_the_hand_written_ones():
+def test_a_policy_is_shipped_and_no_name_is_that_of_a_baseline():
     from far_env import baselines
 
     assert "pretrained/pan-tight" in NAMES
@@ -72,21 +73,44 @@ def test_cards_say_what_the_files_say(name):
     parameters = sum(value.numel() for value in network.state_dict().values())
     for said in (f"# {name}\n", facts["trained_on"], facts["host"], facts["commit"], digest, f"{parameters:,} parameters"):
         assert said in card
-    told = {**facts["network"], "signals": tuple(facts["network"].get("signals", ()))}
-    assert NetworkSize(**told) == settings.network
-    assert ("cannot be exported" in card) == bool(told["signals"]) == ("far-env export" not in card)
+    config = from_dict(NetworkConfig, facts["network"], "policy.json")
+    assert config == settings.network
+    assert ("cannot be exported" in card) == bool(config.signals) == ("far-env export" not in card)
     trained_on = facts["trained_on"].replace(", ", ",")
     for said in (f"{settings.workload},budget {settings.budget}", f"seed {settings.seed}"):
         assert said.replace(", ", ",") in trained_on
     assert policy_facts(name)["sha256"] == digest and facts["trained_on"] in policy_facts(name)["note"]
     for said in facts["host"].split(", "):
         host = load_host(said.split(" ")[0], "cpu")
-        assert said == f"{host.name} ({host.weights_hash})", "the host has changed since; train and ship again"
+        assert said == f"{host.name} ({host.weights_hash})", "the host has changed since; train and publish again"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cards_have_the_words_of_the_template(name):
+    """The facts and the measured tables of the card, put into the template again."""
+    folder = scorer_folder(name)
+    card = (folder / publish.CARD_FILE).read_text()
+    host, trained_on = load_scorer(folder)[1]["host"], load_scorer(folder)[1]["trained_on"]
+    facts = {
+        "trained_on": trained_on,
+        "host": host,
+        "tested": re.search(r"- Test: (\d+ test clips)", card)[1],
+        "place": re.search(rf"- Host: {re.escape(host)}, (.*)\.\n", card)[1],
+        "command": re.search(r"- Command: `(.*)`; all", card)[1],
+        "time": re.search(r"- Time: (.*)\.\n", card)[1],
+        "commit": re.search(r"- Made by: commit (\w+), torch", card)[1],
+        "torch": re.search(r"- Made by: commit \w+, torch (.*)\.\n", card)[1],
+        "parameters": re.search(r"- Weights: ([\d,]+) parameters", card)[1],
+        "sha256": re.search(r"SHA-256 (\w{64})\.", card)[1],
+    }
+    measured = card.split("## Measured quality\n\n")[1].split("\n- Intervals are")[0]
+    settings = load_yaml(AgentTraining, folder / checkpoints.SETTINGS_FILE)
+    assert publish.card_text(name, settings, facts, measured) == card
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if policy_facts(name)["tier"] == "M"])
 def test_the_exported_file_decides_as_the_policy(name, tmp_path):
-    assert cli.main(["export", name, "--out", str(tmp_path / "policy.py")]) == 0
+    commands.export([name, "--out", str(tmp_path / "policy.py")])
     settings = load_yaml(AgentTraining, scorer_folder(name) / checkpoints.SETTINGS_FILE)
     workload = make_workload(settings.workload.split(",")[0].strip(), host=settings.host, device="cpu")
     workload = dataclasses.replace(workload, num_predict=min(workload.num_predict, 11))
@@ -98,9 +122,9 @@ def test_the_exported_file_decides_as_the_policy(name, tmp_path):
     assert torch.equal(own.generated(range(2)), exported.generated(range(2)))
 
 
-def test_a_shipped_run_is_the_run(finished, shelf, tiny_workload):
-    folder = publish.ship(finished, "mine", shelf)
-    assert pretrained_names() == ["pretrained/mine"] and scorer_folder("pretrained/mine") == folder
+def test_a_published_run_is_the_run(finished, directory, tiny_workload):
+    folder = publish.publish_run(finished, "mine", directory)
+    assert checkpoints.names() == ["pretrained/mine"] and scorer_folder("pretrained/mine") == folder
     before, after = load_scorer(finished)[0].state_dict(), load_scorer(folder)[0].state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     card = (folder / publish.CARD_FILE).read_text()
@@ -116,17 +140,17 @@ def test_a_run_with_several_tables_shows_them_all(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     table = table_of(run)
     (run / checkpoints.RESULTS_FILE).write_text(json.dumps({"tables": [table, table | {"workload": "cuts", "budget": 8}]}))
-    card = (publish.ship(run, "mine", tmp_path / "shelf") / publish.CARD_FILE).read_text()
+    card = (publish.publish_run(run, "mine", tmp_path / "pretrained") / publish.CARD_FILE).read_text()
     assert "| pan | 4 | pretrained/mine |" in card and "| cuts | 8 | pretrained/mine |" in card
     assert "- pan 4, cuts 8: 2 test clips" in card
 
 
-def test_runs_that_do_not_tell_their_time_have_that_of_their_logs(finished, tmp_path):
+def test_runs_without_a_recorded_time_have_that_of_their_logs(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     sessions = json.loads((run / "run.json").read_text())
     assert sessions[0].pop("training_seconds") > 0
     (run / "run.json").write_text(json.dumps(sessions))
-    card = publish.ship(run, "mine", tmp_path / "shelf") / publish.CARD_FILE
+    card = publish.publish_run(run, "mine", tmp_path / "pretrained") / publish.CARD_FILE
     assert "minutes of PPO; imitation was not timed" in card.read_text()
 
 
@@ -136,16 +160,16 @@ def test_runs_that_do_not_tell_their_time_have_that_of_their_logs(finished, tmp_
         ("pretrained/pan-tigt", "unknown pretrained policy 'pretrained/pan-tigt'; did you mean 'pretrained/pan-tight'"),
         ("pretrained/", "unknown pretrained policy 'pretrained/'"),
         ("pretrained/../runs", "unknown pretrained policy"),
-        ("nothing_like_it", "nor a pretrained one .*pretrained/pan-tight"),
+        ("nothing_like_it", "no policy .*pretrained/pan-tight"),
     ],
 )
-def test_unknown_names_are_told_the_known_ones(name, message):
+def test_errors_about_unknown_names_suggest_known_ones(name, message):
     with pytest.raises(ValueError, match=message):
         load_policy(name)
 
 
-def test_damaged_policies_and_unfinished_runs_are_one_sentence(finished, shelf, tmp_path, capsys):
-    folder = publish.ship(finished, "mine", shelf)
+def test_damaged_policies_and_unfinished_runs_are_one_sentence(finished, directory, tmp_path, capsys):
+    folder = publish.publish_run(finished, "mine", directory)
     weights = (folder / checkpoints.WEIGHTS_FILE).read_bytes()
     (folder / checkpoints.WEIGHTS_FILE).write_bytes(weights[:1000])
     with pytest.raises(ValueError, match=r"policy\.safetensors"):
@@ -156,11 +180,11 @@ def test_damaged_policies_and_unfinished_runs_are_one_sentence(finished, shelf, 
 
     run = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(ValueError, match="lower-case letters, digits and hyphens, got 'Pan_1'"):
-        publish.ship(run, "Pan_1", shelf)
+        publish.publish_run(run, "Pan_1", directory)
     (run / checkpoints.RESULTS_FILE).write_text(json.dumps({"tables": [table_of(run) | {"weights": "c0ffee00"}]}))
     with pytest.raises(ValueError, match=r"made with host .*c0ffee00\), the policy with"):
-        publish.ship(run, "other", shelf)
+        publish.publish_run(run, "other", directory)
     (run / checkpoints.RESULTS_FILE).unlink()
-    assert publish.main([str(run), "other"]) == 2
-    assert "only a finished run can be shipped" in capsys.readouterr().err
-    assert not (shelf / "other").exists()
+    assert run_guarded("far-env", lambda: commands.publish([str(run), "other"])) == 2
+    assert "only a finished run can be published" in capsys.readouterr().err
+    assert not (directory / "other").exists()

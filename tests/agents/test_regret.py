@@ -6,10 +6,11 @@ import re
 
 import numpy as np
 import pytest
-from far_env.agents import regret
-from far_env.agents.regret import Bound, Options, regret_table
-from far_env.baselines import make
 
+from far_env.agents import commands
+from far_env.agents.options import RegretOptions
+from far_env.agents.regret import Bound, regret_table
+from far_env.baselines import make
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.statistics import mean_interval
 from far_env.workloads import make_workload
@@ -26,9 +27,9 @@ def test_regret_is_the_mean_gap_to_the_best_search_of_each_clip():
 
 def test_the_command_writes_a_section_with_what_was_measured(tiny_host_folder, tmp_path, capsys):
     results = tmp_path / "RESULTS.md"
-    arguments = ["--host", str(tiny_host_folder), "--clips", "3", "--batch-size", "2", "--results", str(results)]
+    arguments = ["--host", str(tiny_host_folder), "--clips", "3", "--batch-size", "2", "--out", str(results)]
     arguments += ["--searches", "1x1", "2x2", "--policies", "recent_fill"]
-    assert regret.main(arguments) == 0
+    commands.regret(arguments)
     text = results.read_text()
     assert text.count("<!-- begin regret-pan-4 -->") == 1 and "3 test clips" in text and text.split("## ")[1] in text
     workload = make_workload("pan", host=str(tiny_host_folder))
@@ -42,4 +43,4 @@ def test_the_command_writes_a_section_with_what_was_measured(tiny_host_folder, t
 
 def test_searches_that_are_none_are_refused():
     with pytest.raises(ValueError, match="such as 3x3, got '3'"):
-        Options(searches=("3",))
+        RegretOptions(searches=("3",))

@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from far_env.agents import checkpoints, trainer
-from far_env.agents.ppo import AgentTraining
-from far_env.agents.reproduce import HEADING, load_tables, put_section
 
-from far_env import cli
+from far_env.agents import checkpoints, commands, trainer
+from far_env.agents import reproduce as module
+from far_env.agents.config import AgentTraining
+from far_env.agents.reproduce import HEADING, load_tables, put_section
+from far_env.cli import run_guarded
 from far_env.config import load_yaml, parse
 from far_env.evaluation import evaluate as evaluating
 from far_env.evaluation.records import load
 from far_env.evaluation.statistics import mean_interval
+from far_env.policies import load_policy
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPING = [field.name for field in dataclasses.fields(AgentTraining) if field.name not in trainer.FREE_TO_CHANGE]
@@ -49,7 +51,8 @@ def reproduce(tables, tmp_path, monkeypatch, capsys):
     def run(*args, tables=tables, agents=None):
         content = {"tables": tables, "agents": {} if agents is None else agents}
         (tmp_path / "configs" / "results.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        status = cli.main(["reproduce", *args, *(["--device", "cpu"] if args else [])])
+        options = ["--file", "configs/results.yaml", *(["--device", "cpu"] if args else [])]
+        status = run_guarded("far-env", lambda: commands.reproduce([*options, *args]))
         captured = capsys.readouterr()
         return status, captured.out, captured.err.strip().splitlines()[-1:]
 
@@ -72,7 +75,7 @@ def test_the_published_tables_name_policies_that_exist_or_can_be_trained(monkeyp
     tables, agents = load_tables(CONFIGS / "results.yaml")
     assert "headline" in tables
     for name in {name for table in tables.values() for name in table.policies} - set(agents):
-        checkpoints.load_policy(name)
+        load_policy(name)
     for name, arguments in agents.items():
         config = parse(AgentTraining, shlex.split(arguments), "train_agent.py", "")
         if not name.startswith(checkpoints.PRETRAINED):
@@ -113,7 +116,7 @@ def test_a_table_is_its_records_and_a_second_run_plays_nothing(reproduce, tmp_pa
     assert (tmp_path / "RESULTS.md").read_text() == text
 
 
-def test_the_list_tells_how_many_frames_each_table_generates(reproduce, tmp_path):
+def test_the_list_says_how_many_frames_each_table_generates(reproduce, tmp_path):
     status, text, _ = reproduce()
     assert status == 0 and not (tmp_path / "runs").exists() and not (tmp_path / "RESULTS.md").exists()
     assert text.splitlines() == ["small  330 frames  A small one.", "other   88 frames  Another one."]
@@ -122,7 +125,7 @@ def test_the_list_tells_how_many_frames_each_table_generates(reproduce, tmp_path
     assert sum(len(json.loads(line)["psnr_per_frame"]) for line in lines) == 330
 
 
-def test_a_quick_look_tells_its_clips_and_goes_on_to_the_whole_table(reproduce, tmp_path):
+def test_a_quick_look_states_its_clips_and_is_extended_to_the_whole_table(reproduce, tmp_path):
     reproduce("small", "--clips", "1")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "pan 4: 1 test clips" in text and "`far-env reproduce small --clips 1`" in text
@@ -132,7 +135,7 @@ def test_a_quick_look_tells_its_clips_and_goes_on_to_the_whole_table(reproduce, 
     assert [session["episodes"] for session in sessions] == [10, 20]
 
 
-def test_a_stopped_table_goes_on(reproduce, tmp_path, monkeypatch):
+def test_a_stopped_table_is_resumed(reproduce, tmp_path, monkeypatch):
     original, calls = evaluating.play, []
 
     def stopping(*args, **options):
@@ -170,7 +173,7 @@ def test_from_scratch_trains_once_and_compares_the_run_folder(reproduce, tables,
     text = (tmp_path / "RESULTS.md").read_text()
     assert {row[2] for row in rows(text)} == {"runs/again", "recent_fill"} and "PSNR − runs/again" in text
     assert "`far-env reproduce learned --from-scratch`" in text and "first 4 train clips" in text
-    monkeypatch.setattr(trainer, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained again"))
     assert reproduce("learned", "--from-scratch", **known)[0] == 0
     assert (tmp_path / "RESULTS.md").read_text() == text
     known["agents"] = {"pretrained/pan-tight": f"{arguments} --seed 1"}
@@ -218,7 +221,7 @@ def test_broken_marks_are_refused_before_any_work(reproduce, tmp_path, content):
         (lambda t: t["small"].update(reference="packcache"), "the reference packcache is not among the policies"),
         (lambda t: t["small"].update(parts=[3]), "part 1: expected a mapping of settings, got int"),
         (lambda t: t.update({"All in": t["small"]}), "All in: a table's name is made of lower-case letters"),
-        (lambda t: t["other"]["parts"][0]["policies"].append("pretrained/x"), "does not tell how pretrained/x is trained"),
+        (lambda t: t["other"]["parts"][0]["policies"].append("pretrained/x"), "does not say how pretrained/x is trained"),
     ],
 )
 def test_bad_descriptions_name_the_place(reproduce, tables, change, message):

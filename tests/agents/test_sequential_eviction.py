@@ -1,4 +1,4 @@
-"""Large cuts made one frame at a time: what is chosen, what is noted to learn from, and what is refused."""
+"""Large cuts made one frame at a time: the choice, the recorded decisions, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from far_env.agents.expert_data import _chain, collect
+
+from far_env.agents.config import AgentTraining, NetworkConfig
+from far_env.agents.expert_data import _eviction_chain, collect
 from far_env.agents.memory import HistoryMemory
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.observation_spec import ObservationSpec
 from far_env.agents.oracle import Coverage
 from far_env.agents.policies import AgentPolicy, choose, observed_rows, remaining_rows
-from far_env.agents.ppo import AgentTraining, NetworkSize
-
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 
@@ -26,17 +26,17 @@ def network():
     network = RetentionNetwork(memory=True, surroundings=True, sequential_eviction=True)
     for parameter in network.parameters():
         parameter.data = 0.3 * torch.randn_like(parameter)
-    network.head.bias.data += 50  # all worth a place
+    network.head.bias.data += 50  # all should stay
     return network.eval()
 
 
-def looks(count, seed=0):
+def random_features(count, seed=0):
     return [tuple(row) for row in np.random.default_rng(seed).random((count, 4)).tolist()]
 
 
-def test_what_remains_is_what_a_memory_that_kept_it_would_recall():
+def test_remaining_rows_are_those_of_a_memory_that_kept_them():
     """All columns but those that compare a frame with the one kept before it now, which is not known."""
-    memory, rows = HistoryMemory(surroundings=True), looks(9)
+    memory, rows = HistoryMemory(surroundings=True), random_features(9)
     shown = observed_rows(rows, 4, memory)
     left = [0, 2, 3, 7, 8]
     found = remaining_rows(shown, left, memory)
@@ -57,7 +57,7 @@ def test_the_lowest_goes_until_one_too_many_is_left(network):
     for seed in range(5):
         network.sequential_eviction = True
         memory = HistoryMemory(surroundings=True)
-        rows = observed_rows(looks(20, seed), 15, memory)
+        rows = observed_rows(random_features(20, seed), 15, memory)
         left = list(range(20))
         while len(left) > 4:
             shown = torch.tensor([remaining_rows(rows, left, memory)])
@@ -71,11 +71,11 @@ def test_the_lowest_goes_until_one_too_many_is_left(network):
     assert differing
 
 
-def test_the_chain_drops_what_is_missed_least():
+def test_the_chain_evicts_the_frame_with_the_lowest_cost():
     rng = np.random.default_rng(0)
     cover = Coverage(np.full(80, 9, dtype=np.float32), rng.random((7, 80)).astype(np.float32))
     expected = list(range(7))
-    found = {len(left): (left, drops) for left, drops in _chain(cover, 2.0, 3, {7, 5, 4}, 3)}
+    found = {len(left): (left, drops) for left, drops in _eviction_chain(cover, 2.0, 3, {7, 5, 4}, 3)}
     assert list(found) == [7, 5, 4]
     for size in (7, 6, 5, 4):
         every = sorted((2 * cover.cost(list(kept)), kept) for kept in itertools.combinations(expected, size - 1) if 6 in kept)
@@ -87,18 +87,18 @@ def test_the_chain_drops_what_is_missed_least():
 
 
 @torch.no_grad()
-def test_collecting_acts_as_the_policy_and_notes_single_drops(tiny_workload, network):
+def test_collecting_acts_as_the_policy_and_records_single_evictions(tiny_workload, network):
     noted = collect(
-        tiny_workload, [3], [2], actor=network, view=network.view, candidates=3, sequential_eviction=True, progress=False
+        tiny_workload, [3], [2], actor=network, spec=network.spec, candidates=3, sequential_eviction=True, progress=False
     )
     _, (decisions,) = play(tiny_workload, [tiny_workload.clips.clip("train", 3)], [BENCHMARK_SEED + 3], AgentPolicy(network), 2)
     assert len(noted) == len(decisions) == 10
     # a history of six is cut to two at first; then one frame goes at a time, and births tell which stayed
     births = np.round(-np.expm1(4 * noted.frames[1, -3:, 6].numpy())) + 6
     assert tuple(births[:2].astype(int)) == decisions[0].kept
-    view = ObservationSpec(memory=True, surroundings=True)
+    spec = ObservationSpec(memory=True, surroundings=True)
     noted = collect(
-        tiny_workload, [3], [2], actor=None, view=view, candidates=3, true_frames=True, sequential_eviction=True, progress=False
+        tiny_workload, [3], [2], actor=None, spec=spec, candidates=3, true_frames=True, sequential_eviction=True, progress=False
     )
     chains = noted.max_frames + 1 == noted.mask.sum(dim=1)
     assert chains.sum() > 12 and (noted.max_frames[chains] > 2).any()
@@ -106,8 +106,8 @@ def test_collecting_acts_as_the_policy_and_notes_single_drops(tiny_workload, net
     assert ((sizes == noted.max_frames[chains][:, None]) | (sizes == 0)).all()
 
 
-def test_only_imitation_without_signals_works_sequential_eviction():
+def test_sequential_eviction_needs_imitation_alone_and_no_signals():
     with pytest.raises(ValueError, match="sequential_eviction is for scorers without signals"):
         RetentionNetwork(signals=("lat_cos",), sequential_eviction=True)
     with pytest.raises(ValueError, match="is for imitation alone: set the total_timesteps of surrogate and ppo to 0"):
-        dataclasses.replace(AgentTraining(), network=NetworkSize(sequential_eviction=True))
+        dataclasses.replace(AgentTraining(), network=NetworkConfig(sequential_eviction=True))

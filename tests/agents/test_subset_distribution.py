@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from far_env.agents.subset_distribution import BudgetedSubset
 
 

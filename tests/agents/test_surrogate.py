@@ -1,4 +1,4 @@
-"""The stand-in for the host: what it estimates, against plain loops and against rollouts, and PPO that practises on it."""
+"""The surrogate of the host: its estimate against plain loops and against rollouts, and PPO with it."""
 
 import dataclasses
 import itertools
@@ -6,18 +6,20 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from far_env.agents.checkpoints import load_policy, load_scorer
+from gymnasium.vector import AutoresetMode
+
+from far_env.agents.checkpoints import load_scorer
+from far_env.agents.config import AgentTraining, NetworkConfig, PPOSettings, RewardSettings
 from far_env.agents.expert_data import TrueHistories
 from far_env.agents.learning_curves import curve
 from far_env.agents.policies import PolicyAgent
-from far_env.agents.ppo import AgentTraining, NetworkSize, PPOSettings, RewardSettings
 from far_env.agents.surrogate import ESTIMATE, SurrogateCalibration, SurrogateRollouts, SurrogateVectorEnv
-from gymnasium.vector import AutoresetMode
-
-import train_agent
+from far_env.agents.trainer import train
+from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.frame_meta import frame_features
+from far_env.policies import load_policy
 from far_env.tensor_files import load_tensors
 from far_env.workloads import make_workload
 
@@ -49,9 +51,9 @@ def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(t
             def squares(source, row=row, cell=cell, frame=frame):
                 return [float((latents[source, :, row, k] - latents[frame, :, row, cell]).square().sum()) for k in range(width)]
 
-            told = [(min(own := squares(source)), errors[source, row, int(np.argmin(own))]) for source in kept]
+            sources = [(min(own := squares(source)), errors[source, row, int(np.argmin(own))]) for source in kept]
             whole = min(min(squares(source)) for source in range(frame))
-            errors[frame, row, cell] = max(0.0, min(map(sum, told)) - whole - 0.01)
+            errors[frame, row, cell] = max(0.0, min(map(sum, sources)) - whole - 0.01)
         rollouts.advance([1])
         kept.append(frame)
         assert rollouts.frame_numbers(1) == kept and rollouts.step(1) == frame - 4
@@ -66,14 +68,14 @@ def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(t
     np.testing.assert_allclose(rollouts.errors[1], errors, atol=1e-4)
 
 
-def test_an_episode_shows_the_true_frames_and_earns_the_estimate(tiny_workload):
+def test_an_episode_observes_true_frames_and_is_rewarded_with_the_estimate(tiny_workload):
     env = make_env(tiny_workload)
     observations, _ = env.reset(options={"clip_id": [4, 7]})
     real = FrameRetentionVectorEnv(2, tiny_workload, (3,), **OPTIONS)
     spaces = real.single_observation_space
     assert env.single_observation_space == spaces and env.observation_space.contains(observations)
     measured, total = SurrogateCalibration.of(tiny_workload), np.zeros(2)
-    assert env.episodes.measured == measured
+    assert env.episodes.calibration == measured
     while True:
         observations, rewards, done, _, infos = env.step(recent(env))
         total += rewards
@@ -86,7 +88,7 @@ def test_an_episode_shows_the_true_frames_and_earns_the_estimate(tiny_workload):
     np.testing.assert_allclose(infos[ESTIMATE], expected, rtol=1e-5)
 
 
-def test_telescoping_rewards_add_up_and_rows_go_on_where_they_were_left(tiny_workload):
+def test_telescoping_rewards_add_up_and_restored_rows_continue(tiny_workload):
     whole, split, again = (make_env(tiny_workload, telescoping=own) for own in (False, True, True))
     rewards = {}
     for env in (whole, split):
@@ -123,9 +125,8 @@ def test_the_estimate_ranks_clips_and_policies_as_the_embedded_host_does():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"reward": {"ssim": 1.0}}, "the stand-in estimates PSNR alone"),
-        ({"relative_to": "recent_fill"}, "the stand-in estimates PSNR alone"),
-        ({"signals": ("attn_mass",)}, "the stand-in has no attn_mass"),
+        ({"reward": {"ssim": 1.0}}, "the surrogate estimates PSNR alone"),
+        ({"signals": ("attn_mass",)}, "the surrogate has no attn_mass"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(tiny_workload, options, message):
@@ -139,7 +140,7 @@ SMALL = PPOSettings(total_timesteps=32, num_envs=4, n_steps=4, batch_size=16, n_
 @pytest.fixture
 def config(tmp_path) -> AgentTraining:
     return AgentTraining(
-        network=NetworkSize(width=16, num_layers=1, memory=True, surroundings=True, places=True),
+        network=NetworkConfig(width=16, num_layers=1, memory=True, surroundings=True, places=True),
         surrogate=SMALL,
         ppo=dataclasses.replace(SMALL, total_timesteps=16, critic_warmup_updates=9),
         reward=RewardSettings(telescoping=True),
@@ -153,29 +154,27 @@ def config(tmp_path) -> AgentTraining:
     )
 
 
-def test_ppo_goes_on_from_what_it_practised_and_the_practice_from_where_it_stopped(config, tmp_path, monkeypatch):
-    train_agent.train(config)
-    practised = load_tensors(tmp_path / "run" / "surrogate" / "checkpoint.ckpt")
-    assert practised["num_timesteps"] == 32
+def test_ppo_with_the_host_starts_from_the_surrogates_scorer_and_both_resume(config, tmp_path, monkeypatch):
+    train(config)
+    with_surrogate = load_tensors(tmp_path / "run" / "surrogate" / "checkpoint.ckpt")
+    assert with_surrogate["num_timesteps"] == 32
     decisions = [point for point, _ in curve(tmp_path / "run")[1]]
-    assert decisions == [0, 32, 32 + 16], "of the practice and of PPO behind it"
+    assert decisions == [0, 32, 32 + 16], "with the surrogate and then with the host"
     alone = dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
 
-    from far_env.agents import ppo
-
-    save, stops = ppo.Progress._save, iter([False, True])
+    save, stops = ValidationCheckpoint._save, iter([False, True])
 
     def stopping(self):
         save(self)
         if next(stops, False):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo.Progress, "_save", stopping)
+    monkeypatch.setattr(ValidationCheckpoint, "_save", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train_agent.train(alone)
-    train_agent.train(dataclasses.replace(alone, resume=True))
+        train(alone)
+    train(dataclasses.replace(alone, resume=True))
     best = load_scorer(tmp_path / "alone")[0].state_dict()
     trained = load_tensors(tmp_path / "run" / "checkpoint.ckpt")["policy"]
     for key, value in best.items():
-        torch.testing.assert_close(value, practised["best_weights"][key], msg="resumed practice is another one")
+        torch.testing.assert_close(value, with_surrogate["best_weights"][key], msg="the resumed stage ended differently")
         torch.testing.assert_close(value, trained[f"mlp_extractor.actor.{key}"], msg="PPO did not begin with it")

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from far_env.agents.memory import HistoryMemory
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.surroundings import (
@@ -125,13 +126,13 @@ def test_distances_along_a_path_and_around_a_ring_are_told_alike_in_torch_and_nu
 
 
 def test_places_need_surroundings():
-    with pytest.raises(ValueError, match="places and path are told by surroundings: set surroundings as well"):
+    with pytest.raises(ValueError, match="places and path are inferred from surroundings: set surroundings as well"):
         RetentionNetwork(memory=True, places=True)
     network = RetentionNetwork(memory=True, surroundings=True, places=True, path=True)
     assert sum(p.numel() for p in network.parameters()) < 100_000
 
 
 def test_surroundings_need_memory():
-    with pytest.raises(ValueError, match="surroundings are remembered: set memory as well"):
+    with pytest.raises(ValueError, match="surroundings need memory: set memory as well"):
         RetentionNetwork(surroundings=True)
     assert sum(p.numel() for p in RetentionNetwork(memory=True, surroundings=True).parameters()) < 100_000

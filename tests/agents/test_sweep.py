@@ -7,10 +7,11 @@ import sys
 
 import optuna
 import pytest
-from far_env.agents import sweep as module
-from far_env.agents.ppo import AgentTraining
-from far_env.agents.sweep import Sweep, changed, sweep
 
+from far_env.agents import sweep as module
+from far_env.agents.config import AgentTraining
+from far_env.agents.options import Sweep
+from far_env.agents.sweep import changed, sweep
 from far_env.config import load_yaml, save_yaml
 from tests.agents.test_agents import config  # noqa: F401  (a fixture)
 
@@ -32,7 +33,7 @@ def trials(options):
     return [(trial.params, trial.value) for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
 
 
-def test_a_stopped_sweep_goes_on_as_the_whole_one_and_names_the_best(options, tmp_path, monkeypatch, capsys):
+def test_a_stopped_sweep_ends_as_the_whole_one_and_names_the_best(options, tmp_path, monkeypatch, capsys):
     whole = dataclasses.replace(options, run_dir=str(tmp_path / "whole"))
     sweep(whole)
     assert "best of 3" in capsys.readouterr().out
@@ -58,7 +59,7 @@ def test_a_stopped_sweep_goes_on_as_the_whole_one_and_names_the_best(options, tm
     for params, _ in trials(whole):
         assert 1e-4 <= params["ppo.learning_rate"] <= 1e-2 and params["network.width"] in (8, 16)
     assert len({params["ppo.learning_rate"] for params, _ in trials(whole)}) == 3
-    with pytest.raises(ValueError, match="holds another sweep"):
+    with pytest.raises(ValueError, match="contains another sweep"):
         sweep(dataclasses.replace(options, seed=1))
 
 
@@ -76,11 +77,11 @@ def test_what_cannot_be_searched_is_refused(options, monkeypatch):
     with pytest.raises(ValueError, match="expected int"):
         changed(AgentTraining(), {"ppo.n_epochs": "many"})
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ValueError, match=r"needs Optuna; install it with pip install -e"):
+    with pytest.raises(ValueError, match=r"needs Optuna; install it with pip install"):
         sweep(options)
 
 
-def test_the_config_that_ships_can_be_read():
+def test_the_shipped_configuration_can_be_read():
     own = load_yaml(Sweep, "configs/sweep.yaml")
     for name, given in own.search.items():
         value = given["choices"][0] if "choices" in given else given["low"]

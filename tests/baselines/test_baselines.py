@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from far_env.agents.checkpoints import policy_facts
 
 from far_env import baselines
 from far_env.contract import RolloutState, apply_plan, check_plan
 from far_env.frame_meta import frame_meta_list
+from far_env.policies import policy_facts
 
 COLUMNS = ("boundary_score", "feature_drift", "temporal_similarity", "motion_strength")
 FILLING = ("recent_fill", "random", "least_change_prev", "least_change_next")

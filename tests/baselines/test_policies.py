@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+
+from far_env import baselines
 from far_env.baselines.anchor import remaining_life
 from far_env.baselines.command import listing
 from far_env.baselines.filling import FillingPolicy, comparable
 from far_env.baselines.partition import PartitionPolicy, slots
-
-from far_env import baselines
 from far_env.contract import apply_plan
 from far_env.frame_meta import frame_meta_list
 from tests.policy_world import DMLAB, EVERY_TIER, FILLING, MADE, UCF4, UCF8, World, ask, make, rollout
@@ -224,7 +224,7 @@ def test_without_signals_a_policy_falls_back_to_frame_meta_or_says_what_is_missi
             fallbacks.append(name)
             assert ask(policy, world.metas(kept, 3), 3, 8) == ask(make(name, "M"), world.metas(kept, 3), 3, 8)
         else:
-            with pytest.raises(ValueError, match=rf"{name} needs {policy.signals[0]}.* does not hand over"):
+            with pytest.raises(ValueError, match=rf"{name} needs {policy.signals[0]}.* does not provide"):
                 ask(policy, world.metas(kept, 3), 3, 8)
     assert fallbacks == ["deep_forcing", "flowcache_paper", "packforcing"]
     with pytest.raises(ValueError, match="context_match needs lat_cos"):

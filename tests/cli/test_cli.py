@@ -9,12 +9,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from far_env.agents.checkpoints import save_scorer
-from far_env.agents.network import RetentionNetwork
 from safetensors.torch import load_file, save_file
 
 import train_agent
 from far_env import baselines, cli, metrics
+from far_env.agents.checkpoints import save_scorer
+from far_env.agents.config import NetworkConfig
+from far_env.agents.network import RetentionNetwork
 from far_env.errors import WeightsError
 from far_env.host.far_long import FARLong
 from far_env.host.weights import load_host, save_host
@@ -33,7 +34,7 @@ def run_folder(tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "run"
     folder.mkdir()
-    save_scorer(RetentionNetwork(), {"width": 64, "num_layers": 2, "num_heads": 4}, {"trained_on": "nothing"}, folder)
+    save_scorer(RetentionNetwork(), NetworkConfig(), {"trained_on": "nothing"}, folder)
     return folder
 
 

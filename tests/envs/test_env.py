@@ -9,13 +9,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from far_env.agents.policies import PolicyAgent
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
 import far_env  # noqa: F401  (registers the ids)
 from far_env import baselines
+from far_env.agents.policies import PolicyAgent
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.errors import PolicyError
@@ -470,7 +470,7 @@ def of_frame_meta(name):
 def test_agents_that_need_signals_are_refused_by_the_environment(make):
     env = make(split="test")
     obs, info = env.reset(options={"clip_id": 2})
-    with pytest.raises(PolicyError, match="context_match needs lat_cos, which this rollout does not hand over"):
+    with pytest.raises(PolicyError, match="context_match needs lat_cos, which this rollout does not provide"):
         PolicyAgent(baselines.make("context_match")).predict(obs, info)
     # what can do without them does
     for name in ("packforcing", "flowcache_paper", "deep_forcing"):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from far_env.baselines import extended
 
+from far_env.baselines import extended
 from far_env.contract import ChunkDecision, NewestFrames, TemporalCachePlan, make_plan
 from far_env.errors import PolicyError
 from far_env.host.sampler import make_scheduler

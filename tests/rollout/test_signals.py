@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from far_env.baselines.filling import FillingPolicy
 
 from far_env import baselines, cli
+from far_env.baselines.filling import FillingPolicy
 from far_env.clips.clip import Clip
 from far_env.contract import OF_LATENTS, SIGNALS, RolloutState, make_plan
 from far_env.errors import PolicyError

@@ -1,0 +1,237 @@
+"""The settings of a training run: frozen dataclasses that are validated when they are made. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from far_env.config import require_positive
+from far_env.contract import check_signals
+
+UNUSABLE_SIGNALS = ("key_proto",)
+"""Signals whose length is that of the host's keys: a scorer that reads them could not be used with another host."""
+
+
+@dataclass(frozen=True)
+class ImitationSettings:
+    """How the scorer learns from the expert, before PPO if there is any. See `far_env.agents.imitation`."""
+
+    rounds: int = 0
+    """Rounds of collecting decisions and learning from them; in the first the expert acts, then the scorer. 0 for none."""
+    true_clips: int = 0
+    """Clips on whose true frames decisions are collected before the first round. No rollout is needed, so this is much faster.
+    A scorer that has learned from them then acts in the first round already."""
+    true_frame_replay_ratio: float = 0.0
+    """Decisions about true frames that are learned again together with those of the rounds, as a multiple of the latter; at 0
+    some of what was learned from true frames is forgotten."""
+    clips_per_round: int = 256
+    candidates: int = 8
+    """Alternatives per decision whose costs are recorded."""
+    temperature: float = 1e-3
+    """Of the target softmax(-cost / temperature), in units of mean squared pixel error per predicted frame."""
+    expected_cost_weight: float = 0.0
+    """Weight, beside the cross-entropy, of the expected cost of the scorer's choice among the alternatives, in units of the
+    temperature: it makes costly mistakes count more."""
+    epochs: int = 30
+    """Over all decisions so far, in every round from a new scorer, or from the one that has learned from true frames."""
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    """At the start; falls by a cosine to zero."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"rehearsal": "true_frame_replay_ratio", "regret": "expected_cost_weight"}
+    REMOVED: ClassVar[tuple[str, ...]] = ("label",)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.true_clips < 0:
+            raise ValueError(f"imitation: rounds and true_clips cannot be negative, got {self.rounds} and {self.true_clips}")
+        if self.true_clips and not self.rounds:
+            raise ValueError("imitation: true_clips prepare for rounds: set rounds above 0 as well")
+        if self.expected_cost_weight < 0:
+            raise ValueError(f"imitation: expected_cost_weight cannot be negative, got {self.expected_cost_weight}")
+        if self.true_frame_replay_ratio < 0 or (self.true_frame_replay_ratio and not self.true_clips):
+            raise ValueError(
+                "imitation: true_frame_replay_ratio must be 0 or more, and above 0 only with true_clips above 0; it is "
+                f"{self.true_frame_replay_ratio}"
+            )
+        require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """MaskablePPO's settings under the names of Stable-Baselines3."""
+
+    total_timesteps: int = 80_000
+    """Decisions to learn from, over all environments; 0 skips this stage."""
+    num_envs: int = 64
+    n_steps: int = 20
+    """Decisions per environment between updates."""
+    batch_size: int = 256
+    n_epochs: int = 4
+    learning_rate: float = 1e-3
+    """At the start; falls linearly to zero."""
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    ent_coef: float = 0.003
+    vf_coef: float = 0.5
+    max_grad_norm: float = 0.5
+    critic_warmup_updates: int = 0
+    """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"critic_updates": "critic_warmup_updates"}
+
+    def __post_init__(self) -> None:
+        if self.total_timesteps < 0 or self.critic_warmup_updates < 0:
+            raise ValueError(
+                "total_timesteps and critic_warmup_updates cannot be negative: "
+                f"{self.total_timesteps}, {self.critic_warmup_updates}"
+            )
+        require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The scorer, a set transformer over the frames of the history. See `far_env.agents.network.RetentionNetwork`."""
+
+    width: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    memory: bool = False
+    """Whether rows carry what a `far_env.agents.memory.HistoryMemory` recalls: true ages, and features at birth."""
+    attention: bool = True
+    """Whether rows attend to each other; without it each row is scored alone, for comparison."""
+    surroundings: bool = False
+    """With memory: whether rows also carry how frames changed around them, dropped frames included, and are compared by it."""
+    places: bool = False
+    """With surroundings: whether rows also carry which frames show the same place or shot, as inferred from the changes."""
+    path: bool = False
+    """With surroundings: whether rows also carry distances along the camera's path, as inferred from the changes."""
+    signals: tuple[str, ...] = ()
+    """Inputs beyond the benchmark's matrix, see `far_env.contract.SIGNALS`; a scorer with signals cannot be exported."""
+    sequential_eviction: bool = False
+    """Whether frames are dropped one after the other where several have to go; such a scorer learns by imitation alone."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"one_by_one": "sequential_eviction", "statistics": "signals"}
+    REMOVED: ClassVar[tuple[str, ...]] = ("independent",)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "width", "num_heads")
+        if self.num_layers < 0:
+            raise ValueError(f"NetworkConfig: num_layers cannot be negative, got {self.num_layers}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
+        object.__setattr__(self, "signals", check_inputs(self.memory, self.surroundings, self.places, self.path, self.signals))
+        if self.sequential_eviction and self.signals:
+            raise ValueError("sequential_eviction is for scorers without signals")
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """The reward of an episode. See `far_env.envs.retention_env.FrameRetentionEnv`."""
+
+    metric: str = "psnr"
+    scale: float = 0.1
+    """Factor on the metric, so that returns are of order one. LPIPS, for which lower is better, gets a negative sign."""
+    telescoping: bool = False
+    """Pay the change of the running clip score at every decision instead of the clip's score at the end."""
+
+    REMOVED: ClassVar[tuple[str, ...]] = ("relative_to",)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "scale")
+
+    @property
+    def sign(self) -> int:
+        """−1 for a metric that is better when lower, else 1."""
+        from far_env.metrics import LOWER_IS_BETTER
+
+        return -1 if self.metric in LOWER_IS_BETTER else 1
+
+
+@dataclass(frozen=True)
+class AgentTraining:
+    """One training run."""
+
+    imitation: ImitationSettings = field(default_factory=ImitationSettings)
+    surrogate: PPOSettings = field(default_factory=lambda: PPOSettings(total_timesteps=0))
+    """PPO with a surrogate in place of the host, which is much faster; before PPO with the host. See
+    `far_env.agents.surrogate`."""
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    """PPO with the host."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    workload: str = "pan"
+    """One or more, separated by commas: episodes come from all of them in equal parts."""
+    budget: int | str = 4
+    """One or more, separated by commas: each episode draws one."""
+    host: str | None = None
+    """"embedded", a released transformer or a host folder; by default the workload's."""
+    device: str = "auto"
+    """Of the host; the scorer is small and stays on the CPU."""
+    precision: str = "float32"
+    """Of the host: float32, bfloat16 or auto."""
+    seed: int = 0
+    run_dir: str = "runs/agent"
+    resume: bool = False
+    """Resume the run in run_dir if there is one."""
+    train_clips: int = 4096
+    """Episodes draw from the first so many clips of the train split."""
+    validation_clips: int = 64
+    validate_every: int = 5
+    """Updates between validations; the scorer with the best mean of the reward's metric on validation clips is kept."""
+    test_clips: int = 256
+    """Clips of the final table."""
+    table: tuple[str, ...] = ("recent_fill", "recent_window", "random", "full_history")
+    """Policies that the learned one is compared with in the final table."""
+    data_dir: str | None = None
+    """Folder of videos, for workloads that read them."""
+    protocol: str | None = None
+    """How those videos become clips: benchmark or far."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"stand_in": "surrogate"}
+
+    def __post_init__(self) -> None:
+        require_positive(self, "train_clips", "validation_clips", "validate_every", "test_clips")
+        decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
+        if decisions == 0 and self.imitation.rounds == 0:
+            raise ValueError(
+                "nothing would be learned: set imitation.rounds or the total_timesteps of surrogate or ppo above 0"
+            )
+        if self.network.sequential_eviction and decisions:
+            raise ValueError(
+                "network.sequential_eviction is for imitation alone: set the total_timesteps of surrogate and ppo to 0"
+            )
+
+    @property
+    def workload_names(self) -> list[str]:
+        """The workloads, in order. Raises ValueError if the environments of a stage cannot be shared evenly among them."""
+        names = [name.strip() for name in self.workload.split(",")]
+        for stage, settings in (("surrogate", self.surrogate), ("ppo", self.ppo)):
+            if settings.num_envs % len(names):
+                raise ValueError(f"{stage}.num_envs is {settings.num_envs}, which {len(names)} workloads cannot share evenly")
+        return names
+
+    @property
+    def clip_options(self) -> dict[str, str]:
+        """Arguments of the workloads' clip sources."""
+        given = {"data_dir": self.data_dir, "protocol": self.protocol}
+        return {key: value for key, value in given.items() if value is not None}
+
+
+def check_inputs(memory: bool, surroundings: bool, places: bool, path: bool, signals: Sequence[str]) -> tuple[str, ...]:
+    """The signals, each once.
+
+    Raises:
+        ValueError: on surroundings without memory, on places or path without surroundings, on an unknown signal, and on one
+            that a scorer cannot use.
+    """
+    if surroundings and not memory:
+        raise ValueError("surroundings need memory: set memory as well")
+    if (places or path) and not surroundings:
+        raise ValueError("places and path are inferred from surroundings: set surroundings as well")
+    names = check_signals(signals)
+    for name in names:
+        if name in UNUSABLE_SIGNALS:
+            raise ValueError(f"a scorer cannot read {name}, whose length depends on the host; use lat_cos or key_cos")
+    return names

@@ -1,0 +1,129 @@
+"""The options of the commands in `far_env.agents.commands`. No torch in here, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import tyro
+
+from far_env.config import require_positive
+from far_env.errors import unknown_name
+
+RANGE_KEYS = ("low", "high", "log", "choices")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a trained policy as one self-contained Python file for the benchmark."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder of far-env train, or pretrained/NAME for a shipped policy."""
+    out: str = "policy.py"
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """Publish a finished run as the pretrained policy pretrained/NAME, with a model card. Replaces one of the same name."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder of far-env train."""
+    name: tyro.conf.Positional[str]
+    """Lower-case letters, digits and hyphens."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Search settings of a training run by their score on validation clips, with Optuna.
+
+    Trials are recorded in a database in the sweep's folder, each trains in its run folder there, and a stopped sweep is resumed
+    by the same command. Test clips are not used. best.yaml is the best trial's configuration, for far-env train.
+    """
+
+    base: str = "pan_tight"
+    """Configuration of far-env train, a path or a shipped name; settings that are not searched keep its values."""
+    run_dir: str = "runs/sweep"
+    trials: int = 20
+    seed: int = 0
+    """Of the search (a tree-structured Parzen estimator)."""
+    search: dict = field(default_factory=dict)
+    """Setting, such as ppo.learning_rate → {low, high, log} or {choices}; whole numbers where low and high are."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "trials")
+        if not self.search:
+            raise ValueError("a sweep needs something to search: give settings and their ranges under search")
+        for name, given in self.search.items():
+            if not isinstance(given, dict) or not ("choices" in given) ^ {"low", "high"}.issubset(given):
+                raise ValueError(f"search: {name} needs either low and high, or choices; got {given!r}")
+            for key in given:
+                if key not in RANGE_KEYS:
+                    raise ValueError(f"search: {name}: {unknown_name('key', key, RANGE_KEYS)}")
+
+
+@dataclass(frozen=True)
+class RegretOptions:
+    """Measure the regret of policies against beam searches that know the clip.
+
+    The best rollout that any of the searches found for a clip is a lower bound of what is possible; a policy's regret is the
+    PSNR of that rollout minus its PSNR, clip by clip. The table is printed and written into the results file.
+    """
+
+    workload: str = "pan"
+    budget: int = 4
+    clips: int = 64
+    """The first so many test clips."""
+    searches: tuple[str, ...] = ("1x1", "3x3")
+    """Width × branches of each search, see `far_env.agents.oracle.search`; 1x1 is the hindsight expert alone."""
+    policies: tuple[str, ...] = ("recent_fill", "uniform", "nearest_neighbour", "pretrained/pan-tight", "full_history")
+    out: str = "RESULTS.md"
+    """File whose section for this table is replaced, or added."""
+    host: str | None = None
+    device: str = "auto"
+    precision: str = "float32"
+    batch_size: int = 16
+    """Clips searched together."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "clips", "batch_size")
+        self.widths()
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Search → width and branches. Raises ValueError on one that is not WIDTHxBRANCHES."""
+        found = {}
+        for name in self.searches:
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
+                raise ValueError(f"a search is WIDTHxBRANCHES, such as 3x3, got {name!r}")
+            width, branches = map(int, name.split("x"))
+            found[name] = (width, branches)
+        return found
+
+
+@dataclass(frozen=True)
+class LearningCurveOptions:
+    """Draw the validation scores of runs over the decisions learned from; the runs must be validated by the same metric."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders of far-env train."""
+    out: str = "curves.png"
+    """A .png or .svg file."""
+
+
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """Measure tables of RESULTS.md anew and write them into it; without a table, list them and what each costs."""
+
+    tables: tyro.conf.Positional[tuple[str, ...]] = ()
+    """One or more, or "all"."""
+    from_scratch: bool = False
+    """First train the tables' learned policies, in run folders, and compare those instead of the shipped ones."""
+    clips: int | None = None
+    """At most so many clips, for a quick look; the table states how many it has."""
+    file: str = "results"
+    """File that describes the tables, a path or the name of a shipped one."""
+    out: str = "RESULTS.md"
+    """File whose sections for these tables are replaced, or added."""
+    episodes: str = "runs/reproduce"
+    """Keeps the episodes, in a folder per table; the same command resumes where it stopped."""
+    device: str = "auto"
+    batch_size: int = 64
