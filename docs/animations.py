@@ -1,8 +1,9 @@
-"""Draw the animations of the shipped worlds: truth, newest frames and a learned policy side by side.
+"""Draw the pictures of the shipped worlds: truth, newest frames and a learned policy on one clip.
 
     python docs/animations.py
 
-One GIF per world goes to docs/images/. They are committed because drawing them takes rollouts of the shipped hosts.
+One GIF per world goes to docs/images/, and the still picture of the README to docs/comparison.png. They are committed because
+drawing them takes rollouts of the shipped hosts.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from far_env.envs.rendering import save_comparison
 from far_env.metrics import psnr
 from far_env.policies import load_policy
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 from far_env.workloads import make_workload
 
-IMAGES = Path(__file__).parent / "images"
+DOCS = Path(__file__).parent
+IMAGES = DOCS / "images"
 ANIMATIONS = {"pan": (4, "pretrained/pan-tight"), "cuts": (4, "pretrained/cuts-tight"), "orbit": (8, "pretrained/orbit")}
 """World → budget and learned policy."""
 CLIP_ID = 0
@@ -91,7 +94,10 @@ def _image(frame: np.ndarray, side: int) -> Image.Image:
 
 
 def main() -> None:
-    """Write every animation."""
+    """Write every picture."""
+    budget, learned = ANIMATIONS["pan"]
+    policies = {name: load_policy(name) for name in ("recent_fill", learned)}
+    save_comparison(DOCS / "comparison.png", make_workload("pan", device="cpu"), budget, policies, clip_id=CLIP_ID)
     for world, (budget, learned) in ANIMATIONS.items():
         pictures = animate(world, budget, learned)
         # One palette for all pictures, without dithering, keeps the files small.

@@ -26,6 +26,8 @@ html_title = "far-env"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_show_sphinx = False
+html_show_sourcelink = False
+html_copy_source = False
 pygments_style = "default"
 
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]

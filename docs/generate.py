@@ -56,14 +56,11 @@ def environments() -> str:
                 f"`{name}`",
                 f"{workload.num_context} + {workload.num_predict}",
                 f"`{workload.host}`",
-                "–" if workload.num_steps is None else str(workload.num_steps),
-                "every frame's" if workload.actions else "none",
                 f"`MultiBinary({slots})`",
             )
         )
-    head = ("id", "workload", "given + predicted", "host", "ODE steps", "actions", f"action space, budget {EXAMPLE_BUDGET}")
+    head = ("id", "workload", "given + predicted", "host", f"action space, budget {EXAMPLE_BUDGET}")
     parts = [_table(head, rows)]
-    parts.append("A dash means the number of steps that the host was made for.")
     for name, world in WORLDS.items():
         parts.append(_world(name, type(world)))
     parts.append("## What an episode is")
