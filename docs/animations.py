@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from far_env.policies import load_policy
 from PIL import Image, ImageDraw
 
 from far_env.envs.rendering import save_comparison
 from far_env.metrics import psnr
-from far_env.policies import load_policy
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 from far_env.workloads import make_workload
@@ -90,7 +90,9 @@ def _picture(panels: list, frame: int, num_context: int, budget: int) -> Image.I
 def _image(frame: np.ndarray, side: int) -> Image.Image:
     """A frame (3, H, W) in [0, 1] as a square picture."""
     pixels = np.rint(frame.transpose(1, 2, 0) * 255).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(pixels).resize((side, side), Image.Resampling.BOX if side < len(pixels) else Image.Resampling.NEAREST)
+    return Image.fromarray(pixels).resize(
+        (side, side), Image.Resampling.BOX if side < len(pixels) else Image.Resampling.NEAREST
+    )
 
 
 def main() -> None:

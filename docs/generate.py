@@ -22,10 +22,10 @@ from unittest import mock
 
 import gymnasium as gym
 import tyro
+from far_env.agents.ppo import AgentTraining
 
 import far_env  # noqa: F401  (registers the environments)
 from far_env import baselines
-from far_env.agents.ppo import AgentTraining
 from far_env.clips.worlds import WORLDS
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
@@ -93,11 +93,11 @@ def all_baselines() -> str:
     for own in about:
         note, faithful, adapted = _split_note(own.note)
         facts = [("Source", own.source), ("Tier", own.tier), ("Family", own.family)]
-        facts += [("Parameters", ", ".join(f"`{key}={value!r}`" for key, value in own.parameters.items()))] * bool(own.parameters)
+        facts += [("Parameters", ", ".join(f"`{key}={value!r}`" for key, value in own.parameters.items()))] * bool(
+            own.parameters
+        )
         facts += [("Faithful", faithful)] * bool(faithful) + [("Adapted", adapted)] * bool(adapted)
-        facts += [
-            ("Same decisions as", f"`{other}` up to a budget of {most}") for other, most in own.equivalent_to.items()
-        ]
+        facts += [("Same decisions as", f"`{other}` up to a budget of {most}") for other, most in own.equivalent_to.items()]
         parts += [f"({_anchor(own.name)})=\n## `{own.name}`", note, "\n".join(f"{key}\n: {value}\n" for key, value in facts)]
     return _joined(parts)
 
@@ -173,7 +173,11 @@ def field_texts(cls: type) -> dict[str, str]:
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         for field, following in zip(definition.body, definition.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
                 texts[field.target.id] = " ".join(inspect.cleandoc(following.value.value).split())
     return texts
 
@@ -212,13 +216,21 @@ def all_commands() -> str:
         for field in dataclasses.fields(cls):
             default = _given(field)
             if dataclasses.is_dataclass(default):
-                rows.append((f"`--{_flag(field.name)}.…`", "", _code(f"{texts.get(field.name, '')} See the page on training.".strip())))
+                rows.append(
+                    (f"`--{_flag(field.name)}.…`", "", _code(f"{texts.get(field.name, '')} See the page on training.".strip()))
+                )
                 continue
             is_positional = "Positional" in str(inspect.get_annotations(cls).get(field.name, ""))
             shown = "required" if default is dataclasses.MISSING else f"`{_default(default)}`"
             if is_positional:
                 positional.append(field.name.upper())
-            rows.append((f"`{field.name.upper()}`" if is_positional else f"`--{_flag(field.name)}`", shown, _code(texts.get(field.name, ""))))
+            rows.append(
+                (
+                    f"`{field.name.upper()}`" if is_positional else f"`--{_flag(field.name)}`",
+                    shown,
+                    _code(texts.get(field.name, "")),
+                )
+            )
         line = (function.__doc__ or "").strip().splitlines()[0]
         usage = " ".join(["far-env", name, *positional, "[options]"])
         parts += [f"## `{name}`", line, f"```text\n{usage}\n```", _table(("option", "default", "meaning"), rows)]
