@@ -22,20 +22,17 @@ from unittest import mock
 
 import gymnasium as gym
 import tyro
-from far_env.agents.ppo import AgentTraining
 
-import far_env  # noqa: F401  (registers the environments)
-from far_env import baselines
+from far_env import agents, baselines
 from far_env.clips.worlds import WORLDS
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
-from far_env.evaluation.host_training import HostTraining
 from far_env.host.weights import SHIPPED
 from far_env.host.zoo import RELEASED
 from far_env.workloads import BUDGETS, WORKLOADS
 
-PRETRAINED = Path(inspect.getfile(AgentTraining)).parent / "pretrained"
+PRETRAINED = Path(agents.__file__).parent / "pretrained"
 NAMESPACE = "far_env/"
 EXAMPLE_BUDGET = 4
 
@@ -43,7 +40,7 @@ EXAMPLE_BUDGET = 4
 def environments() -> str:
     """The registered environments, their spaces, what the class's docstring says, and the three worlds."""
     specs = sorted((spec for spec in gym.registry.values() if spec.id.startswith(NAMESPACE)), key=lambda spec: spec.id)
-    order = list(WORKLOADS)
+    order = [*WORLDS, *WORKLOADS]
     specs.sort(key=lambda spec: order.index(spec.kwargs["workload"]))
     rows = []
     for spec in specs:
@@ -117,12 +114,12 @@ def _split_note(note: str) -> tuple[str, str, str]:
 
 def training_settings() -> str:
     """Every key of a training configuration, with type, default and meaning."""
-    return _settings(AgentTraining)
+    return _settings(command_options(commands()["train"])[0])
 
 
 def host_settings() -> str:
     """Every key of a host's training configuration."""
-    return _settings(HostTraining)
+    return _settings(command_options(commands()["train-host"])[0])
 
 
 def _settings(cls: type) -> str:
@@ -276,7 +273,7 @@ def workloads() -> str:
             f"{own.guidance:g}",
             "yes" if own.actions else "no",
         )
-        for name, own in WORKLOADS.items()
+        for name, own in sorted(WORKLOADS.items(), key=lambda item: (item[0] not in WORLDS, item[0]))
     ]
     return _table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions"), rows)
 
