@@ -218,9 +218,10 @@ def all_commands() -> str:
                 )
                 continue
             is_positional = "Positional" in str(inspect.get_annotations(cls).get(field.name, ""))
-            shown = "required" if default is dataclasses.MISSING else f"`{_default(default)}`"
+            shown = "required" if default is dataclasses.MISSING else "" if default == () else f"`{_default(default)}`"
             if is_positional:
-                positional.append(field.name.upper())
+                several = f"{field.name.upper()} ..." if isinstance(default, tuple) else field.name.upper()
+                positional.append(several if default is dataclasses.MISSING else f"[{several}]")
             rows.append(
                 (
                     f"`{field.name.upper()}`" if is_positional else f"`--{_flag(field.name)}`",
@@ -256,7 +257,13 @@ def signals() -> str:
 def released() -> str:
     """The released checkpoints."""
     rows = [
-        (f"`{name}`", own.kind.__name__, own.data, f"{own.frame_size}²", f"`{own.autoencoder}`" if own.autoencoder else "–")
+        (
+            f"`{name}`",
+            getattr(own.kind, "__name__", own.kind),
+            own.data,
+            f"{own.frame_size}²",
+            f"`{own.autoencoder}`" if own.autoencoder else "–",
+        )
         for name, own in RELEASED.items()
     ]
     return _table(("name", "model", "data", "frames", "its autoencoder"), rows)

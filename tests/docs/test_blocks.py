@@ -149,6 +149,9 @@ def installed_example(tmp_path_factory) -> Path:
     return folder
 
 
+FAR_ENV = "import sys; from far_env.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
 def run_with(folder: Path, *args: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=300)
@@ -159,13 +162,13 @@ def run_with(folder: Path, *args: str) -> str:
 def test_the_example_package_works_as_its_page_says(installed_example):
     wanted = [command for command in commands(EXTENDING) if names_the_example(command)]
     assert {command[1] for command in wanted} == {"evaluate", "clip-facts"}
-    outputs = [run_with(installed_example, "-m", "far_env.cli.main", *with_few_clips(command[1:])) for command in wanted]
+    outputs = [run_with(installed_example, "-c", FAR_ENV, *with_few_clips(command[1:])) for command in wanted]
     assert "every_second" in outputs[0] and "2 ODE steps; host embedded_two_steps" in outputs[0]
     assert "frames (16, 3, 64, 64)" in outputs[1]
 
 
 def test_the_example_package_is_found_by_help_and_gymnasium(installed_example):
-    assert "clip-facts" in run_with(installed_example, "-m", "far_env.cli.main", "--help")
+    assert "clip-facts" in run_with(installed_example, "-c", FAR_ENV, "--help")
     code = "import far_env, gymnasium as gym; print(gym.make('far_env/Mixed-v0', budget=4).reset(seed=0)[1]['max_frames'])"
     assert run_with(installed_example, "-c", code).strip() == "4"
 
