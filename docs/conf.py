@@ -30,7 +30,7 @@ html_show_sourcelink = False
 html_copy_source = False
 pygments_style = "default"
 
-myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 copybutton_exclude = ".linenos, .gp, .go"
 

@@ -218,7 +218,7 @@ def all_commands() -> str:
                 )
                 continue
             is_positional = "Positional" in str(inspect.get_annotations(cls).get(field.name, ""))
-            shown = "required" if default is dataclasses.MISSING else "" if default == () else f"`{_default(default)}`"
+            shown = "required" if default is dataclasses.MISSING else "" if default in (None, ()) else f"`{_default(default)}`"
             if is_positional:
                 several = f"{field.name.upper()} ..." if isinstance(default, tuple) else field.name.upper()
                 positional.append(several if default is dataclasses.MISSING else f"[{several}]")
@@ -226,13 +226,21 @@ def all_commands() -> str:
                 (
                     f"`{field.name.upper()}`" if is_positional else f"`--{_flag(field.name)}`",
                     shown,
-                    _code(texts.get(field.name, "")),
+                    " ".join(filter(None, (_choices(cls, field.name), _code(texts.get(field.name, ""))))),
                 )
             )
         line = (function.__doc__ or "").strip().splitlines()[0]
         usage = " ".join(["far-env", name, *positional, "[options]"])
         parts += [f"## `{name}`", line, f"```text\n{usage}\n```", _table(("option", "default", "meaning"), rows)]
     return _joined(parts)
+
+
+def _choices(cls: type, name: str) -> str:
+    """The values that a field takes, where its type names them."""
+    annotation = typing.get_type_hints(cls)[name]
+    if typing.get_origin(annotation) is not typing.Literal:
+        return ""
+    return "One of " + ", ".join(f"`{value}`" for value in typing.get_args(annotation)) + "."
 
 
 def _given(field: dataclasses.Field) -> object:
