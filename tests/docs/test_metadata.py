@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 
 import yaml
 
 import far_env
-from tests.docs.blocks import ROOT
+from far_env.plugins import entry_points
+from tests.docs.blocks import ROOT, generator
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -36,3 +38,20 @@ def test_the_development_tools_include_those_of_the_documentation():
 def test_classifiers_name_the_versions_of_python_that_are_supported():
     versions = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
     assert versions == ["3.11", "3.12", "3.13"] and PROJECT["requires-python"] == ">=3.11"
+
+
+def test_the_changelog_names_every_key_that_was_renamed_or_removed():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    settings, _ = generator().command_options(entry_points("far_env.commands")["train"].load())
+    sections = {"": settings} | {field.name: type(getattr(settings(), field.name)) for field in dataclasses.fields(settings)}
+    renamed = 0
+    for section, cls in sections.items():
+        prefix = f"{section}." * bool(section)
+        for old, new in getattr(cls, "RENAMED", {}).items():
+            is_shared = section in ("surrogate", "ppo")  # one class, whose keys the changelog names without the section
+            line = rf"\| `{'' if is_shared else prefix}{old}` \| `{'' if is_shared else prefix}{new}` \|"
+            assert re.search(line, changelog), (prefix, old)
+            renamed += 1
+        for old in getattr(cls, "REMOVED", ()):
+            assert f"`{prefix}{old}`" in changelog, (prefix, old)
+    assert renamed >= 5

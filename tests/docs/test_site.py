@@ -37,6 +37,12 @@ def test_every_page_is_built(site):
     assert {page.stem for page in PAGES if page.parent == DOCS} <= {page.stem for page in site.glob("*.html")}
 
 
+def test_no_page_shows_an_error(site):
+    for page in site.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "ERROR:" not in text and "system-message" not in text, page.name
+
+
 def test_links_within_the_site_lead_somewhere(site):
     pages = {page.name: page.read_text(encoding="utf-8") for page in site.glob("*.html")}
     anchors = {name: set(re.findall(r'id="([^"]+)"', text)) for name, text in pages.items()}
