@@ -94,7 +94,7 @@ def check(command: list[str]) -> None:
             assert not main(["train", *args[1:]]), command
     elif program == "python" and args[0] == "-m":
         with pytest.raises(Parsed):
-            importlib.import_module(args[1]).main(args[2:])
+            tyro.cli(importlib.import_module(args[1]).Options, args=args[2:])
     elif program == "python":
         assert args[0] == "-c"
         compile(args[1], " ".join(command), "exec")
