@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from far_env.policies import load_policy
 from PIL import Image, ImageDraw
 
 from far_env.envs.rendering import save_comparison
 from far_env.metrics import psnr
+from far_env.policies import load_policy
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 from far_env.workloads import make_workload

@@ -37,6 +37,47 @@ NAMESPACE = "far_env/"
 EXAMPLE_BUDGET = 4
 
 
+COMMON = {
+    "batch_size": "Clips, or samples in training, that are computed together.",
+    "budget": "Frames that may be kept, or one of the benchmark's names of budgets.",
+    "checkpoint_every": "Steps between checkpoints.",
+    "clip_range": "Clipping of PPO's probability ratio.",
+    "clips_per_round": "Clips on which decisions are collected in each round.",
+    "data_dir": "Folder of videos, for workloads that read them.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "ema_decay": "Decay of the exponential moving average of the weights.",
+    "ent_coef": "Weight of the entropy bonus.",
+    "folder": "Folder of videos or episodes.",
+    "frames_per_clip": "Frames that are drawn from each clip.",
+    "gae_lambda": "Parameter of generalized advantage estimation (arXiv 1506.02438).",
+    "gamma": "Discount factor.",
+    "host": "A host by name or folder; by default the workload's.",
+    "learning_rate": "Of the optimiser.",
+    "max_grad_norm": "Gradients are clipped to this norm.",
+    "metric": "psnr, ssim or lpips.",
+    "metrics": "Comma-separated: psnr, ssim, lpips.",
+    "n_epochs": "Passes over the collected decisions per update.",
+    "num_envs": "Episodes that are played together.",
+    "num_heads": "Attention heads.",
+    "num_layers": "Transformer layers.",
+    "out": "File to write.",
+    "policies": "Policies to compare.",
+    "precision": "float32, bfloat16 or auto.",
+    "run_dir": "Folder of the run.",
+    "seed": "Seed of all random numbers.",
+    "split": "train, validation or test.",
+    "steps": "Updates.",
+    "trials": "Training runs to try.",
+    "validation_clips": "Clips of the validation split on which scorers are compared.",
+    "vf_coef": "Weight of the critic's loss.",
+    "warmup": "Updates in which the learning rate rises to its value.",
+    "weight_decay": "Of the optimiser.",
+    "width": "Width of the network.",
+    "workload": "A registered workload.",
+}
+"""Meaning of standard options, for fields that have no text."""
+
+
 def environments() -> str:
     """The registered environments, their spaces, what the class's docstring says, and the three worlds."""
     specs = sorted((spec for spec in gym.registry.values() if spec.id.startswith(NAMESPACE)), key=lambda spec: spec.id)
@@ -63,7 +104,7 @@ def environments() -> str:
     parts.append("## What an episode is")
     parts.append(_demoted(_docstring(FrameRetentionEnv), by=1))
     parts.append("## Several episodes in one batch")
-    parts.append(_docstring(FrameRetentionVectorEnv))
+    parts.append(_demoted(_docstring(FrameRetentionVectorEnv), by=1))
     return _joined(parts)
 
 
@@ -165,8 +206,8 @@ def _type_name(cls: type, name: str) -> str:
 
 
 def field_texts(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, those of its bases included."""
-    texts: dict[str, str] = {}
+    """The string below each field of a dataclass, those of its bases included, else the usual meaning of its name."""
+    texts = {field.name: COMMON[field.name] for field in dataclasses.fields(cls) if field.name in COMMON}
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         for field, following in zip(definition.body, definition.body[1:], strict=False):
@@ -267,7 +308,7 @@ def released() -> str:
     rows = [
         (
             f"`{name}`",
-            getattr(own.kind, "__name__", own.kind),
+            own.kind,
             own.data,
             f"{own.frame_size}²",
             f"`{own.autoencoder}`" if own.autoencoder else "–",

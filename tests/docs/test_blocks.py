@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import tyro
 import yaml
-from far_env.plugins import entry_points
 
 from far_env.cli import main
 from far_env.config import from_dict
+from far_env.plugins import entry_points
 from tests.docs.blocks import CARDS, PAGES, ROOT, Block, blocks, commands, generator
 
 EXAMPLE = ROOT / "docs" / "examples" / "far-env-example"

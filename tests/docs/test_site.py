@@ -9,11 +9,11 @@ from urllib.parse import unquote, urlsplit
 
 import gymnasium as gym
 import pytest
-from far_env.plugins import entry_points
 
 import far_env  # noqa: F401  (registers the environments)
 from far_env import baselines
-from tests.docs.blocks import PAGES, ROOT
+from far_env.plugins import entry_points
+from tests.docs.blocks import PAGES, ROOT, generator
 
 DOCS = ROOT / "docs"
 BUILD_SECONDS = 600
@@ -74,6 +74,13 @@ def test_every_environment_baseline_and_command_has_its_entry(site):
     assert set(entry_points("far_env.commands")) <= set(
         re.findall(r'id="([\w-]+)"', (site / "commands.html").read_text(encoding="utf-8"))
     )
+
+
+def test_every_setting_and_option_has_a_meaning():
+    module = generator()
+    for part in (module.training_settings, module.host_settings, module.all_commands):
+        lines = [line for line in part().splitlines() if line.startswith("| `")]
+        assert lines and not [line for line in lines if line.endswith("|  |")]
 
 
 def test_animations_are_small_and_move():
