@@ -94,10 +94,10 @@ def environments() -> str:
                 f"`{name}`",
                 f"{workload.num_context} + {workload.num_predict}",
                 f"`{workload.host}`",
-                f"`MultiBinary({slots})`",
+                str(slots),
             )
         )
-    head = ("id", "workload", "given + predicted", "host", f"action space, budget {EXAMPLE_BUDGET}")
+    head = ("id", "workload", "given + predicted", "host", f"slots, budget {EXAMPLE_BUDGET}")
     parts = [_table(head, rows)]
     for name, world in WORLDS.items():
         parts.append(_world(name, type(world)))
@@ -187,15 +187,16 @@ def _settings(cls: type) -> str:
 
 
 def _setting(cls: type, key: str, name: str, value: object, texts: dict[str, str]) -> tuple[str, ...]:
-    return f"`{key}`", f"`{_type_name(cls, name)}`", f"`{_default(value)}`", _code(texts.get(name, ""))
+    return f"`{key}`", f"`{_type_name(cls, name)}`", _default(value), _code(texts.get(name, ""))
 
 
 def _default(value: object) -> str:
+    """A default as YAML, as code; the items of a list one by one, so that a table can break the line between them."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(str, value)) + "]"
+        return ", ".join(f"`{item}`" for item in value) or "`[]`"
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+        return {None: "`null`", True: "`true`", False: "`false`"}[value]
+    return f"`{value}`"
 
 
 def _type_name(cls: type, name: str) -> str:
@@ -259,7 +260,7 @@ def all_commands() -> str:
                 )
                 continue
             is_positional = "Positional" in str(inspect.get_annotations(cls).get(field.name, ""))
-            shown = "required" if default is dataclasses.MISSING else "" if default in (None, ()) else f"`{_default(default)}`"
+            shown = "required" if default is dataclasses.MISSING else "" if default in (None, ()) else _default(default)
             if is_positional:
                 several = f"{field.name.upper()} ..." if isinstance(default, tuple) else field.name.upper()
                 positional.append(several if default is dataclasses.MISSING else f"[{several}]")
@@ -364,7 +365,8 @@ def _docstring(obj: object) -> str:
 
 
 def _demoted(markdown: str, by: int) -> str:
-    """The text with its headings ``by`` levels lower."""
+    """The text with its headings ``by`` levels lower, and rows of tables that continue on the next line in one line."""
+    markdown = re.sub(r" \|\n\| \| \| ", " ", markdown)
     return re.sub(r"^(#+ )", "#" * by + r"\1", markdown, flags=re.MULTILINE)
 
 
