@@ -1,9 +1,10 @@
-# make train: everything from a fresh machine with Python 3.11 to a trained policy.  make test: the checks.
+# make train: from a fresh machine with Python 3.11 or newer to a trained policy.  make test: all checks.
+# make docs: the documentation, in docs/_build/html.  make clean: remove what these have made, run folders excepted.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test clean
+.PHONY: train test docs clean
 
 train: $(VENV)/installed
 	$(BIN)/python train_agent.py --config configs/pan_tight.yaml
@@ -12,6 +13,10 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+docs: $(VENV)/installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,5 +28,10 @@ $(VENV)/installed-dev: pyproject.toml
 	$(BIN)/pip install -e ".[dev]"
 	touch $@
 
+$(VENV)/installed-docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build docs/generated build dist *.egg-info .pytest_cache .ruff_cache

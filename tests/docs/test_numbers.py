@@ -1,0 +1,133 @@
+"""Numbers in the README, the pages and the cards agree with RESULTS.md, which alone is measured anew."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import pytest
+
+from tests.docs.blocks import CARDS, PAGES, ROOT
+
+CELL = re.compile(r"([+-]?\d+\.\d+) \[([+-]?\d+\.\d+), ([+-]?\d+\.\d+)\]")
+RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+POLICY_CARDS = [card for card in CARDS if card.parent.parent.name == "pretrained"]
+HOST_CARDS = [card for card in CARDS if card not in POLICY_CARDS]
+
+
+def rows(markdown: str) -> list[list[str]]:
+    """The cells of all rows of a page's tables."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not set(line) <= set("|-: ")]
+
+
+def measured(markdown: str) -> dict[tuple[str, str, str], list[str]]:
+    """(workload, budget, policy) → the PSNR cells of the tables that `markdown_table` has written."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows(markdown):
+        if len(row) >= 5 and row[1].isdigit():
+            found.setdefault((row[0], row[1], row[2]), []).append(row[3])
+    return found
+
+
+def interval(cell: str) -> tuple[float, float, float]:
+    return tuple(map(float, CELL.fullmatch(cell).groups()))
+
+
+def overlap(first: str, second: str) -> bool:
+    (_, low, high), (_, other_low, other_high) = interval(first), interval(second)
+    return low <= other_high and other_low <= high
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    table = rows(README)
+    columns = [re.fullmatch(r"`(\w+)`, budget (\d+)", name).groups() for name in table[0][1:]]
+    for label, *cells in table[1:]:
+        names = [name for name in re.findall(r"`([\w/-]+)`", label) if name not in ("pan", "cuts", "orbit")]
+        names = names * len(columns) if len(names) == 1 else names
+        for (workload, budget), policy, cell in zip(columns, names, cells, strict=True):
+            assert cell in measured(RESULTS)[workload, budget, policy], (policy, workload)
+
+
+def test_the_best_rules_of_the_readme_are_the_best():
+    """The rows that claim the best rule of a tier name the highest PSNR among the rules of RESULTS.md."""
+    results = measured(RESULTS)
+    reads_latents = {"nearest_neighbour", "least_novel", "context_match"}
+    reads_attention = {"h2o", "snapkv", "decoprune", "future_forcing", "deep_forcing", "flowcache_paper", "packforcing"}
+    reads_attention |= {"relax_forcing"}
+    for label, *_ in rows(README):
+        if not label.startswith("best rule"):
+            continue
+        allowed = reads_latents if "latents" in label else set()
+        for (workload, budget), named in zip(
+            [("pan", "4"), ("cuts", "4"), ("orbit", "8")], re.findall(r"`(\w+)`", label), strict=False
+        ):
+            rules = {
+                policy: max(interval(cell)[0] for cell in cells)
+                for (own, size, policy), cells in results.items()
+                if (own, size) == (workload, budget)
+                and "/" not in policy
+                and policy != "full_history"
+                and policy not in reads_attention
+                and (policy in allowed or policy not in reads_latents)
+            }
+            assert named == max(rules, key=rules.get), (workload, label)
+
+
+def test_the_training_table_of_the_readme_is_that_of_the_card():
+    card = measured((ROOT / "agents/pretrained/pan-tight/README.md").read_text(encoding="utf-8"))
+    printed = re.findall(r"^(\w+) +(\d+\.\d+)  (\d\.\d+)", README, re.MULTILINE)
+    assert len(printed) == 6
+    for policy, psnr, _ in printed:
+        name = "pretrained/pan-tight" if policy == "learned" else policy
+        assert f"{interval(card['pan', '4', name][0])[0]:.2f}" == psnr, policy
+
+
+@pytest.mark.parametrize("card", POLICY_CARDS, ids=lambda card: card.parent.name)
+def test_a_policy_card_agrees_with_the_results(card):
+    """Cards are measured in bfloat16 on fewer clips, so their intervals overlap with those of RESULTS.md."""
+    results, own = measured(RESULTS), measured(card.read_text(encoding="utf-8"))
+    shared = own.keys() & results.keys()
+    assert any(policy == f"pretrained/{card.parent.name}" for _, _, policy in shared)
+    for key in shared:
+        assert all(overlap(cell, other) for cell in own[key] for other in results[key]), key
+
+
+@pytest.mark.parametrize("card", POLICY_CARDS, ids=lambda card: card.parent.name)
+def test_a_policy_card_and_the_results_name_the_weights_that_ship(card):
+    digest = hashlib.sha256((card.parent / "policy.safetensors").read_bytes()).hexdigest()
+    assert digest in card.read_text(encoding="utf-8")
+    named = set(re.findall(rf"^- pretrained/{card.parent.name}: .*weights (\w+)\.$", RESULTS, re.MULTILINE))
+    assert named == {digest[:8]}
+
+
+@pytest.mark.parametrize("card", HOST_CARDS, ids=lambda card: card.parent.name)
+def test_a_host_card_agrees_with_the_results(card):
+    text = card.read_text(encoding="utf-8")
+    weights = re.search(r"hash (\w{8})", text)[1]
+    assert f"({weights})" in RESULTS
+    results = measured(RESULTS)
+    head, *table = rows(text)
+    budget = re.search(r"budget (\d+)", head[3])[1]
+    for world, _, full_history, recent_fill in table:
+        for policy, value in (("full_history", full_history), ("recent_fill", recent_fill)):
+            cells = [
+                cell
+                for (own, size, name), own_cells in results.items()
+                for cell in own_cells
+                if (own, name) == (world, policy) and (size == budget or name == "full_history")
+            ]
+            assert any(interval(cell)[1] <= float(value) <= interval(cell)[2] for cell in cells), (world, policy)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_decibels_in_prose_are_in_the_results(page):
+    """A number of dB in a sentence is a number of RESULTS.md or of a card, rounded; those of the task are named here."""
+    sources = RESULTS + "".join(card.read_text(encoding="utf-8") for card in CARDS)
+    known = [abs(float(number)) for number in re.findall(r"[+-]?\d+\.\d+", sources)]
+    of_the_task = {"40"}
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for number in re.findall(r"(\d+(?:\.\d+)?) dB", prose):
+        decimals = len(number.partition(".")[2])
+        assert number in of_the_task or any(f"{value:.{decimals}f}" == number for value in known), number
