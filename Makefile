@@ -12,7 +12,7 @@ train: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
@@ -30,7 +30,7 @@ $(VENV)/installed-dev: pyproject.toml
 
 $(VENV)/installed-docs: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -e ".[docs]"
+	test -x $(BIN)/sphinx-build || $(BIN)/pip install -e ".[docs]"
 	touch $@
 
 clean:

@@ -19,7 +19,7 @@ from far_env.agents.subset_distribution import BudgetedSubset
 from far_env.clips.clip import Clip
 from far_env.envs.episodes import right_aligned
 from far_env.frame_meta import frame_features
-from far_env.progress import progress as show_progress
+from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.signals import column_gaps, latent_cosines

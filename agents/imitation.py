@@ -23,7 +23,7 @@ from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfi
 from far_env.agents.expert_data import ExpertData, collect, subset_distribution
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.io import write_text
-from far_env.progress import progress
+from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors, save_weights
 from far_env.workloads import Workload
 
@@ -163,7 +163,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     batches = -(-len(decisions) // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    with progress(total=settings.epochs, description=f"imitate {len(decisions):,} decisions", unit="epochs") as bar:
+    with show_progress(total=settings.epochs, description=f"imitate {len(decisions):,} decisions", unit="epochs") as bar:
         for _ in range(settings.epochs):
             losses = []
             for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):

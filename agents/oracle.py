@@ -17,7 +17,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.metrics import psnr
-from far_env.progress import progress as show_progress
+from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.play import Decision

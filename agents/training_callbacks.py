@@ -15,7 +15,7 @@ from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.validation import validation_scores
 from far_env.envs.vector_env import FrameRetentionVectorEnv
-from far_env.progress import progress
+from far_env.progress import show_progress
 from far_env.tensor_files import save_tensors
 from far_env.workloads import Workload
 
@@ -144,7 +144,7 @@ class TrainingProgress(BaseCallback):
     def _on_training_start(self) -> None:
         # Counted from here, so that a resumed training's speed is that of its decisions.
         remaining = self.total - self.model.num_timesteps
-        self.bar = progress(total=remaining, description=self.description, unit="decisions")
+        self.bar = show_progress(total=remaining, description=self.description, unit="decisions")
 
     def _on_step(self) -> bool:
         if self.validation.last_score is not None:

@@ -8,7 +8,7 @@ from far_env.agents.config import AgentTraining
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.policies import AgentPolicy
 from far_env.evaluation.evaluate import evaluate
-from far_env.progress import progress
+from far_env.progress import show_progress
 from far_env.workloads import Workload
 
 
@@ -21,7 +21,7 @@ def validation_scores(
     """
     metric, scores = config.reward.metric, {}
     total = len(workloads) * config.validation_clips
-    with progress(total=total, description="validation", unit="clips") as bar:
+    with show_progress(total=total, description="validation", unit="clips") as bar:
         for workload in workloads:
             for index, budget in enumerate(budgets):
                 clips = range(config.validation_clips)[index :: len(budgets)]

@@ -13,14 +13,16 @@ INTERVAL_SECONDS = 10.0
 """Between the lines of a log."""
 
 
-def progress(
+def show_progress(
     iterable: Iterable | None = None,
     *,
     total: int | None = None,
     description: str = "",
     unit: str = "it",
+    initial: int = 0,
+    delay: float = 0.0,
     disable: bool = False,
-) -> tqdm | ProgressLines:
+) -> Progress:
     """Progress of an iteration, or of work that calls ``update``, written to the standard error stream.
 
     Args:
@@ -28,6 +30,8 @@ def progress(
         total: number of items; by default the iterable's length, if it has one.
         description: what is done.
         unit: what is counted, in the plural.
+        initial: items that were done before, by a run that is resumed.
+        delay: show nothing of work that takes fewer seconds.
         disable: show nothing.
 
     Returns:
@@ -36,8 +40,9 @@ def progress(
     if sys.stderr.isatty():
         # leave=None removes the bars of work within other work when they end.
         options = {"desc": description, "unit": f" {unit}", "disable": disable, "leave": None, "dynamic_ncols": True}
-        return tqdm(iterable, total=total, **options)
-    return ProgressLines(iterable, total=total, description=description, unit=unit, disable=disable)
+        return tqdm(iterable, total=total, initial=initial, delay=delay, **options)
+    options = {"description": description, "unit": unit, "initial": initial, "delay": delay, "disable": disable}
+    return ProgressLines(iterable, total=total, **options)
 
 
 class ProgressLines:
@@ -53,6 +58,8 @@ class ProgressLines:
         total: int | None = None,
         description: str = "",
         unit: str = "it",
+        initial: int = 0,
+        delay: float = 0.0,
         disable: bool = False,
         file: TextIO | None = None,
     ) -> None:
@@ -60,10 +67,11 @@ class ProgressLines:
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
         self.description, self.unit, self.disable = description, unit, disable
         self.file = sys.stderr if file is None else file
-        self.n = 0
+        self.initial, self.delay = initial, delay
+        self.n = initial
         self.postfix = ""
         self._start = self._last_line = time.monotonic()
-        self._written = 0
+        self._written = initial
 
     def update(self, n: int = 1) -> None:
         """Count ``n`` more items."""
@@ -75,6 +83,14 @@ class ProgressLines:
         """Replace the notes at the end of the next lines; ``refresh`` is tqdm's and has no effect."""
         self.postfix = ", ".join(f"{key} {value}" for key, value in values.items())
 
+    def set_postfix_str(self, postfix: str, refresh: bool = True) -> None:
+        """Replace the notes by a text."""
+        self.postfix = postfix
+
+    def write(self, text: str, file: TextIO | None = None) -> None:
+        """Write a remark on a line of its own, by default to the progress' file."""
+        print(text, file=self.file if file is None else file, flush=True)
+
     def refresh(self) -> None:
         """Write a line now."""
         if not self.disable:
@@ -83,17 +99,18 @@ class ProgressLines:
 
     def close(self) -> None:
         """Write the last line, unless nothing was done since the one before."""
-        if self.n > self._written:
+        if self.n > self._written and time.monotonic() - self._start >= self.delay:
             self.refresh()
 
     def _line(self) -> str:
         seconds = time.monotonic() - self._start
         count = f"{self.n:,}" if self.total is None else f"{self.n:,}/{self.total:,}"
         parts = [f"{self.description}: {count} {self.unit}", _duration(seconds)]
-        if self.total is not None and 0 < self.n < self.total:
-            parts.append(f"{_duration(seconds * (self.total - self.n) / self.n)} left")
+        done = self.n - self.initial
+        if self.total is not None and done > 0 and self.n < self.total:
+            parts.append(f"{_duration(seconds * (self.total - self.n) / done)} left")
         if seconds > 0:
-            parts.append(f"{self.n / seconds:.3g} {self.unit}/s")
+            parts.append(f"{done / seconds:.3g} {self.unit}/s")
         return ", ".join([*parts, self.postfix] if self.postfix else parts)
 
     def __iter__(self) -> Iterator:
@@ -107,6 +124,10 @@ class ProgressLines:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+Progress = tqdm | ProgressLines
+"""Either form; both have ``update``, ``set_postfix``, ``set_postfix_str``, ``write``, ``refresh`` and ``close``."""
 
 
 def _duration(seconds: float) -> str:

@@ -53,7 +53,7 @@ def load_facts(folder: Path) -> list[dict]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy")
+    names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy", "scikit-image", "av")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
@@ -61,7 +61,9 @@ def machine(device: torch.device) -> str:
     """The GPU's name, or the number of CPU cores and their model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores ({torch.cpu.get_capabilities().get('cpu_name', platform.machine())})"
+    # Older versions of torch do not name the CPU.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return f"{os.cpu_count()} CPU cores ({capabilities.get('cpu_name', platform.machine())})"
 
 
 def git_commit() -> str:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from far_env import progress as module
-from far_env.progress import ProgressLines, progress
+from far_env.progress import ProgressLines, show_progress
 
 
 @pytest.fixture
@@ -61,9 +61,28 @@ def test_nothing_is_written_if_disabled_or_if_nothing_was_done(clock):
 
 
 def test_a_terminal_gets_a_bar_and_a_log_lines(monkeypatch, capsys):
-    with progress(total=2, description="work", unit="clips") as bar:
+    with show_progress(total=2, description="work", unit="clips") as bar:
         bar.update(2)
     assert isinstance(bar, ProgressLines) and capsys.readouterr().err.startswith("work: 2/2 clips")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress(range(3), description="work") as bar:
+    with show_progress(range(3), description="work") as bar:
         assert isinstance(bar, module.tqdm) and list(bar) == [0, 1, 2] and bar.total == 3
+
+
+def test_resumed_work_counts_on_at_the_speed_of_this_session(clock):
+    log = io.StringIO()
+    with ProgressLines(total=100, initial=80, description="train", unit="steps", file=log) as bar:
+        clock(10)
+        bar.update(5)
+        bar.write("left out clip 3")
+    assert log.getvalue().splitlines() == ["train: 85/100 steps, 10 s, 30 s left, 0.5 steps/s", "left out clip 3"]
+
+
+def test_work_shorter_than_its_delay_is_silent(clock):
+    log = io.StringIO()
+    with ProgressLines(range(3), description="read", delay=1, file=log) as bar:
+        assert list(bar) == [0, 1, 2]
+    assert log.getvalue() == ""
+    for _ in ProgressLines(range(2), description="read", unit="files", delay=1, file=log):
+        clock(0.75)
+    assert log.getvalue() == "read: 2/2 files, 1.5 s, 1.33 files/s\n"

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from far_env.clips.arrays import holds_actions, num_actions, read_actions
 from far_env.clips.latents import check_latents, count_latents
 from far_env.clips.recordings import Recording
 from far_env.clips.video import check_frames, count_frames
 from far_env.errors import VideoError
 from far_env.io import cache_dir, write_text
+from far_env.progress import show_progress
 
 READER_VERSION = 2
 """Raised when files are read differently, so that what an earlier version found in them is not used."""
@@ -81,14 +80,13 @@ class Index:
     def info(self, recordings: Sequence[Recording], *, whole: bool = False) -> list[RecordingInfo]:
         """Information on each recording, with a progress bar if it takes a while. After Ctrl-C, what was read is stored.
 
-
         Args:
             whole: also decode every file completely, once, to fill in ``damage``.
         """
         found, before = [], dict(self._known)
         try:
             task = "decode files" if whole else "read headers"
-            for recording in tqdm(recordings, desc=task, unit="file", delay=1, leave=False, dynamic_ncols=True):
+            for recording in show_progress(recordings, description=task, unit="files", delay=1):
                 found.append(self._info(recording, whole))
         finally:
             if self._known != before:

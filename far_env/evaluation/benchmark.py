@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from far_env.clips.clip import check_clip_id
 from far_env.clips.datasets import UCF101, DMLab
@@ -25,6 +24,7 @@ from far_env.evaluation.evaluate import available_metrics
 from far_env.frame_meta import frame_meta_list, frame_size_mb
 from far_env.host.weights import SHIPPED
 from far_env.metrics import METRICS, clip_metrics
+from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import WORKLOADS, Workload, make_workload
@@ -124,7 +124,7 @@ def run_benchmark(
     names, unavailable = available_metrics(metrics)
     scores: list[dict[str, float]] = []
     start = time.perf_counter()
-    for clip_id in tqdm(range(num_clips), unit="clip", desc="benchmark", disable=not progress, dynamic_ncols=True):
+    for clip_id in show_progress(range(num_clips), unit="clips", description="benchmark", disable=not progress):
         scores.append(_play_clip(workload, clip_id, policy, max_frames, names))
     elapsed = time.perf_counter() - start
     means = {name: float(np.mean([score[name] for score in scores])) for name in names}

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from far_env.clips.clip import Clip, check_clip_id
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
@@ -25,6 +24,7 @@ from far_env.evaluation.comparison import Evaluation, tabulate
 from far_env.evaluation.records import Record, Recorder, Results, Settings
 from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics
 from far_env.policies import FULL_HISTORY
+from far_env.progress import Progress, show_progress
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
@@ -212,7 +212,7 @@ class _Session:
             workload.num_predict * len(self._missing(workload, job, seed, asked.clips))
             for workload, job, seed in itertools.product(workloads, jobs, asked.seeds)
         )
-        with tqdm(total=total, unit="frame", desc="evaluate", disable=not self.progress, dynamic_ncols=True) as bar:
+        with show_progress(total=total, unit="frames", description="evaluate", disable=not self.progress) as bar:
             for workload in workloads:
                 facts, running = record_facts(workload), list(jobs)
                 for seed, clip_ids in itertools.product(asked.seeds, batches):
@@ -222,7 +222,13 @@ class _Session:
         return [i for i in clip_ids if (workload.name, job.budget, job.name, i, seed) not in self.done]
 
     def _play_batch(
-        self, workload: Workload, seed: int, clip_ids: Sequence[int], jobs: list[_Job], facts: dict[str, Any], bar: tqdm
+        self,
+        workload: Workload,
+        seed: int,
+        clip_ids: Sequence[int],
+        jobs: list[_Job],
+        facts: dict[str, Any],
+        bar: Progress,
     ) -> None:
         """Play what these clips lack. A job that cannot run and need not is taken out of ``jobs``."""
         clips: dict[int, Clip] = {}
@@ -241,7 +247,7 @@ class _Session:
                 jobs.remove(job)
                 bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {error}", file=sys.stderr)
 
-    def _read_clips(self, workload: Workload, clip_ids: Sequence[int], clips: dict[int, Clip], bar: tqdm) -> None:
+    def _read_clips(self, workload: Workload, clip_ids: Sequence[int], clips: dict[int, Clip], bar: Progress) -> None:
         """Add clips that are not there yet; one whose file is damaged is left out of the evaluation."""
         for clip_id in clip_ids:
             if clip_id in clips or (workload.name, clip_id) in self.results.unreadable:
@@ -269,7 +275,9 @@ class _Session:
             )
         return clip
 
-    def _play_job(self, workload: Workload, seed: int, clips: list[Clip], job: _Job, facts: dict[str, Any], bar: tqdm) -> None:
+    def _play_job(
+        self, workload: Workload, seed: int, clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
+    ) -> None:
         seeds = [seed + clip.clip_id for clip in clips]
         rollouts, decisions = play(workload, clips, seeds, job.policy, job.budget, memo=self.memo, on_frame=bar.update)
         predicted = rollouts.decode(range(len(clips))).float()

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
@@ -25,6 +24,7 @@ from far_env.evaluation.table import interval_text, signed_interval_text
 from far_env.io import write_text
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
+from far_env.progress import Progress, show_progress
 from far_env.rollout.extended import play_extended
 from far_env.rollout.play import play
 from far_env.text import text_table
@@ -108,7 +108,7 @@ class ExtendedRun:
         wanted = [Part(name, budget, facts[name], [], []) for name, budget in dict.fromkeys(jobs)]
         saved = {part.key: part for part in known}
         total = sum(part.key not in saved for part in wanted) * self.num_clips * self.workload.num_predict
-        with tqdm(total=total, desc=self.workload.name, unit="frame", dynamic_ncols=True, disable=not total) as bar:
+        with show_progress(total=total, description=self.workload.name, unit="frames", disable=not total) as bar:
             for part in wanted:
                 if part.key in saved:
                     continue
@@ -123,7 +123,7 @@ class ExtendedRun:
         return [saved[part.key] for part in wanted]
 
     def _play_clips(
-        self, policy: RetentionPolicy | None, token_budget: int | None, ids: Sequence[int], bar: tqdm
+        self, policy: RetentionPolicy | None, token_budget: int | None, ids: Sequence[int], bar: Progress
     ) -> tuple[list[float | None], list[float]]:
         """PSNR in dB (None where it is infinite) and mean tokens of some clips."""
         workload = self.workload

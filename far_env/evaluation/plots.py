@@ -13,12 +13,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from tqdm.auto import tqdm
 
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation.ranking import Group, Metric, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Results
 from far_env.evaluation.statistics import Interval
+from far_env.progress import show_progress
 
 COLOURS = ("#1f6fd1", "#b65100", "#17823f", "#8748c4", "#c62f3c", "#0b7d87", "#80631c", "#b8387f")
 MARKERS = "osD^vPX*"
@@ -67,7 +67,7 @@ def save_plots(results: Results, folder: Path, reference: str | None = None, pro
     written: list[Path] = []
     jobs = list(_figures(results, groups, coloured, chosen))
     with rc_context(STYLE):
-        for name, make in tqdm(jobs, desc="plots", disable=not progress, dynamic_ncols=True):
+        for name, make in show_progress(jobs, description="plots", unit="plots", delay=1, disable=not progress):
             figure = make()
             if figure is not None:
                 written += [save_figure(figure, folder / f"{_file_name(name)}.{kind}", kind, source) for kind in ("png", "svg")]

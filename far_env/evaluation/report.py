@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation.ranking import Group, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Record, Results
 from far_env.evaluation.statistics import Interval
+from far_env.progress import show_progress
 
 SCRIPTS = ("dom.js", "charts.js", "tables.js", "timeline.js", "player.js", "main.js")
 _TABLE_FACTS = ("family", "tier", "source", "note")
@@ -195,7 +195,7 @@ def _run(record: Record, number: dict[str, int], image: int) -> dict[str, Any]:
 
 
 def _bar(items: Sequence[Any], name: str, progress: bool) -> Iterable[Any]:
-    return tqdm(items, desc=name, disable=not progress, dynamic_ncols=True)
+    return show_progress(items, description=name, delay=1, disable=not progress)
 
 
 def _triple(interval: Interval) -> list[float]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from far_env.errors import VideoError
 from far_env.evaluation.evaluate import clip_hash, frame_psnr, latents_hash, record_facts
 from far_env.evaluation.records import Record, Results, histories
 from far_env.metrics import clip_metrics, require_metrics
+from far_env.progress import Progress, show_progress
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import replay
 from far_env.workloads import Workload
@@ -85,7 +85,7 @@ def validate(
     # Neighbouring episodes of the same clip and noise share frames.
     ordered = sorted(records, key=lambda record: (record.workload, record.facts["ode_steps"], record.seed, record.clip))
     total = sum(results.settings.num_predict[record.workload] for record in records)
-    with tqdm(total=total, unit="frame", desc="validate", disable=not progress, dynamic_ncols=True) as bar:
+    with show_progress(total=total, unit="frames", description="validate", disable=not progress) as bar:
         while ordered:
             steps, name = ordered[0].facts["ode_steps"], ordered[0].workload
             batch = [r for r in ordered[:batch_size] if (r.workload, r.facts["ode_steps"]) == (name, steps)]
@@ -97,7 +97,12 @@ def validate(
 
 
 def _play_again(
-    results: Results, records: Sequence[Record], workload: Workload, tolerance: float, memo: FrameMemo, bar: tqdm
+    results: Results,
+    records: Sequence[Record],
+    workload: Workload,
+    tolerance: float,
+    memo: FrameMemo,
+    bar: Progress,
 ) -> list[Finding]:
     settings = results.settings
     clips, readable, findings = [], [], []

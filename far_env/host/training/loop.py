@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
 
 from far_env.errors import TrainingStopped
+from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors
 
 
@@ -63,7 +63,7 @@ def run_steps(
 
     with (
         SummaryWriter(run_dir / "tensorboard", purge_step=done) as writer,
-        tqdm(total=num_steps, initial=done, desc=name, dynamic_ncols=True) as bar,
+        show_progress(total=num_steps, initial=done, description=name, unit="steps") as bar,
         _InterruptFlag() as interrupt,
     ):
         while done < num_steps:
@@ -73,7 +73,7 @@ def run_steps(
             if done % log_every == 0 or done == num_steps:
                 for key, value in scalars.items():
                     writer.add_scalar(f"{name}/{key}", value, done)
-                bar.set_postfix({key: f"{value:.4g}" for key, value in scalars.items()})
+                bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in scalars.items()))
             if done % checkpoint_every == 0 or done == num_steps or interrupt.raised:
                 save(done)
             if interrupt.raised and done < num_steps:
@@ -119,4 +119,4 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def step_generator(*key: int) -> torch.Generator:
     """A CPU generator for a key such as (seed, stage, step), so that a resumed training draws the same numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from far_env.clips.worlds import World
 from far_env.host.autoencoder import Autoencoder
@@ -23,6 +22,7 @@ from far_env.host.far import CLEAN_TIME, FAR
 from far_env.host.far_long import initialise_from, make_transformer
 from far_env.host.training.config import TransformerTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
+from far_env.progress import show_progress
 
 CHUNK_CLIPS = 500
 
@@ -201,7 +201,7 @@ def _encoded_clips(autoencoder: Autoencoder, world: World, num_clips: int, folde
     """Latents (num_clips, T, C, h, w) float16 of the first train clips, encoded once and stored on disk in chunks."""
     folder.mkdir(exist_ok=True)
     chunks = []
-    for start in tqdm(range(0, num_clips, CHUNK_CLIPS), desc=f"encode {world.name}", dynamic_ncols=True):
+    for start in show_progress(range(0, num_clips, CHUNK_CLIPS), description=f"encode {world.name}", unit="chunks"):
         path = folder / f"{world.name}_{start:06d}.npy"
         ids = range(start, min(start + CHUNK_CLIPS, num_clips))
         if not path.exists():
