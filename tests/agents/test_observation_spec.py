@@ -51,7 +51,7 @@ class Recording:
 
 @torch.no_grad()
 def test_the_environment_observes_the_signals_that_a_policy_receives(tiny_workload):
-    env = FrameRetentionEnv(tiny_workload, 4, split="test", signals=SIGNALS)
+    env = FrameRetentionEnv(tiny_workload, 4, split="test", signals=list(SIGNALS))
     obs, info = env.reset(options={"clip_id": 3})
     received = {}
     play(tiny_workload, [tiny_workload.clips.clip("test", 3)], [BENCHMARK_SEED + 3], Recording(received), 4)
