@@ -6,6 +6,7 @@ import hashlib
 import re
 
 import pytest
+import yaml
 
 from tests.docs.blocks import CARDS, PAGES, ROOT
 
@@ -100,6 +101,17 @@ def test_a_policy_card_and_the_results_name_the_weights_that_ship(card):
     assert digest in card.read_text(encoding="utf-8")
     named = set(re.findall(rf"^- pretrained/{card.parent.name}: .*weights (\w+)\.$", RESULTS, re.MULTILINE))
     assert named == {digest[:8]}
+
+
+def test_the_results_have_the_captions_policies_and_commands_of_the_configuration():
+    config = yaml.safe_load((ROOT / "configs/results.yaml").read_text(encoding="utf-8"))
+    for name, table in config["tables"].items():
+        section = RESULTS.partition(f"<!-- begin {name} -->\n")[2].partition(f"\n<!-- end {name} -->")[0]
+        assert section.startswith(f"## {name}\n\n{table['caption'].strip()}\n\n|"), name
+        assert {row[2] for row in rows(section)[1:]} == {policy for part in table["parts"] for policy in part["policies"]}
+        commands = dict(re.findall(r"^- (\S+): trained on .* by `python train_agent.py (.*)`; weights \w+\.$", section, re.M))
+        assert commands == {policy: config["agents"][policy] for policy in commands}
+        assert commands.keys() == {row[2] for row in rows(section)[1:]} & config["agents"].keys(), name
 
 
 @pytest.mark.parametrize("card", HOST_CARDS, ids=lambda card: card.parent.name)
