@@ -26,6 +26,7 @@ class ImitationSettings:
     """Decisions about true frames that are learned again together with those of the rounds, as a multiple of the latter; at 0
     some of what was learned from true frames is forgotten."""
     clips_per_round: int = 256
+    """Clips on which decisions are collected in each round."""
     candidates: int = 8
     """Alternatives per decision whose costs are recorded."""
     temperature: float = 1e-3
@@ -36,6 +37,7 @@ class ImitationSettings:
     epochs: int = 30
     """Over all decisions so far, in every round from a new scorer, or from the one that has learned from true frames."""
     batch_size: int = 256
+    """Decisions per optimiser step."""
     learning_rate: float = 2e-3
     """At the start; falls by a cosine to zero."""
 
@@ -64,18 +66,27 @@ class PPOSettings:
     total_timesteps: int = 80_000
     """Decisions to learn from, over all environments; 0 skips this stage."""
     num_envs: int = 64
+    """Episodes that are played together."""
     n_steps: int = 20
     """Decisions per environment between updates."""
     batch_size: int = 256
+    """Decisions per optimiser step."""
     n_epochs: int = 4
+    """Passes over the collected decisions per update."""
     learning_rate: float = 1e-3
     """At the start; falls linearly to zero."""
     gamma: float = 1.0
+    """Discount factor."""
     gae_lambda: float = 0.95
+    """Parameter of generalized advantage estimation (arXiv 1506.02438)."""
     clip_range: float = 0.2
+    """Clipping of the probability ratio."""
     ent_coef: float = 0.003
+    """Weight of the entropy bonus."""
     vf_coef: float = 0.5
+    """Weight of the critic's loss."""
     max_grad_norm: float = 0.5
+    """Gradients are clipped to this norm."""
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
 
@@ -95,8 +106,11 @@ class NetworkConfig:
     """The scorer, a set transformer over the frames of the history. See `far_env.agents.network.RetentionNetwork`."""
 
     width: int = 64
+    """Features per frame inside the network."""
     num_layers: int = 2
+    """Transformer layers; 0 for a linear scorer."""
     num_heads: int = 4
+    """Attention heads per layer."""
     memory: bool = False
     """Whether rows carry what a `far_env.agents.memory.HistoryMemory` recalls: true ages, and features at birth."""
     attention: bool = True
@@ -131,6 +145,7 @@ class RewardSettings:
     """The reward of an episode. See `far_env.envs.retention_env.FrameRetentionEnv`."""
 
     metric: str = "psnr"
+    """psnr, ssim or lpips."""
     scale: float = 0.1
     """Factor on the metric, so that returns are of order one. LPIPS, for which lower is better, gets a negative sign."""
     telescoping: bool = False
@@ -154,13 +169,16 @@ class AgentTraining:
     """One training run."""
 
     imitation: ImitationSettings = field(default_factory=ImitationSettings)
+    """Imitation of an expert that knows the rest of the clip."""
     surrogate: PPOSettings = field(default_factory=lambda: PPOSettings(total_timesteps=0))
     """PPO with a surrogate in place of the host, which is much faster; before PPO with the host. See
     `far_env.agents.surrogate`."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """PPO with the host."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    """The scorer."""
     reward: RewardSettings = field(default_factory=RewardSettings)
+    """The reward of an episode."""
     workload: str = "pan"
     """One or more, separated by commas: episodes come from all of them in equal parts."""
     budget: int | str = 4
@@ -172,12 +190,15 @@ class AgentTraining:
     precision: str = "float32"
     """Of the host: float32, bfloat16 or auto."""
     seed: int = 0
+    """Seed of all random numbers of the run."""
     run_dir: str = "runs/agent"
+    """Folder of the run: checkpoints, logs and the trained policy."""
     resume: bool = False
     """Resume the run in run_dir if there is one."""
     train_clips: int = 4096
     """Episodes draw from the first so many clips of the train split."""
     validation_clips: int = 64
+    """Clips of the validation split on which scorers are compared; per workload, shared by the budgets."""
     validate_every: int = 5
     """Updates between validations; the scorer with the best mean of the reward's metric on validation clips is kept."""
     test_clips: int = 256

@@ -20,6 +20,7 @@ class ExportOptions:
     run: tyro.conf.Positional[str]
     """Run folder of far-env train, or pretrained/NAME for a shipped policy."""
     out: str = "policy.py"
+    """File to write."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Sweep:
     base: str = "pan_tight"
     """Configuration of far-env train, a path or a shipped name; settings that are not searched keep its values."""
     run_dir: str = "runs/sweep"
+    """Folder of the sweep."""
     trials: int = 20
+    """Training runs in total, those of earlier sessions included."""
     seed: int = 0
     """Of the search (a tree-structured Parzen estimator)."""
     search: dict = field(default_factory=dict)
@@ -70,17 +73,23 @@ class RegretOptions:
     """
 
     workload: str = "pan"
+    """A registered workload."""
     budget: int = 4
+    """Frames that may be kept."""
     clips: int = 64
     """The first so many test clips."""
     searches: tuple[str, ...] = ("1x1", "3x3")
     """Width × branches of each search, see `far_env.agents.oracle.search`; 1x1 is the hindsight expert alone."""
     policies: tuple[str, ...] = ("recent_fill", "uniform", "nearest_neighbour", "pretrained/pan-tight", "full_history")
+    """Policies whose regret is measured."""
     out: str = "RESULTS.md"
     """File whose section for this table is replaced, or added."""
     host: str | None = None
+    """A host by name or folder; by default the workload's."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
+    """float32, bfloat16 or auto."""
     batch_size: int = 16
     """Clips searched together."""
 
@@ -126,4 +135,6 @@ class ReproduceOptions:
     episodes: str = "runs/reproduce"
     """Keeps the episodes, in a folder per table; the same command resumes where it stopped."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64
+    """Clips that are played together."""

@@ -252,7 +252,7 @@ def resolve_budget(budget: int | str) -> int:
     """
     if isinstance(budget, str) and not budget.lstrip("-").isdigit():
         if budget not in BUDGETS:
-            raise ValueError(unknown_name("budget", budget, list(BUDGETS)) + " A number of frames works too")
+            raise ValueError(unknown_name("budget", budget, list(BUDGETS)) + "; a number of frames works too")
         return BUDGETS[budget]
     if isinstance(budget, bool | float):
         raise ValueError(f"the budget must be a whole number of frames, got {budget}")

@@ -38,16 +38,20 @@ class EvaluateOptions:
     seeds: str = "42"
     """Noise seeds; clip i is played with each of them plus i."""
     split: str = "test"
+    """train, validation or test."""
     clips: int = 256
     """How many of the first clips of the split."""
     metrics: str = "psnr,ssim,lpips"
+    """Comma-separated: psnr, ssim, lpips."""
     host: str | None = None
     """A shipped host, a released transformer (see far-env weights list), a plugin's host or a host folder; by default the
     host of the workload."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
     """float32, bfloat16 (as the benchmark computes) or auto."""
     batch_size: int = 64
+    """Clips that are played together."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None

@@ -20,6 +20,7 @@ class ExtendedOptions:
     out: str
     """Folder for the figure and the numbers; the same command resumes where it stopped."""
     workload: str = "orbit"
+    """A registered workload."""
     tokens: str = "64,128,192,256"
     """Tokens of the history that each generated frame may attend to; one or more."""
     policies: str = f"recent_fill,sink_recent_fine,far_coarse,packforcing_coarse,{FULL_HISTORY}"
@@ -31,12 +32,15 @@ class ExtendedOptions:
     seed: int = 42
     """Noise seed; clip i is played with it plus i."""
     split: str = "test"
+    """train, validation or test."""
     host: str | None = None
     """A FAR-Long: shipped, released or a host folder; by default the host of the workload."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
     """float32, bfloat16 or auto."""
     batch_size: int = 16
+    """Clips that are played together."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
 

@@ -29,7 +29,9 @@ class ValidateOptions:
     host: str | None = None
     """Where the host is, if it has moved."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64
+    """Clips that are played together."""
     data_dir: str | None = None
     """Where the videos are, if they have moved."""
 
