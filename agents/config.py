@@ -236,8 +236,8 @@ class AgentTraining:
     @property
     def clip_options(self) -> dict[str, str]:
         """Arguments of the workloads' clip sources."""
-        given = {"data_dir": self.data_dir, "protocol": self.protocol}
-        return {key: value for key, value in given.items() if value is not None}
+        options = {"data_dir": self.data_dir, "protocol": self.protocol}
+        return {key: value for key, value in options.items() if value is not None}
 
 
 def check_inputs(memory: bool, surroundings: bool, places: bool, path: bool, signals: Sequence[str]) -> tuple[str, ...]:

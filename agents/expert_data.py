@@ -130,11 +130,11 @@ class TrueHistories:
 
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """lat_cos and column_gap of each row's history."""
-        found = []
+        per_history = []
         for row in rows:
             history = self.latents[row, self.kept[row]][None]
-            found.append({"lat_cos": latent_cosines(history)[0], "column_gap": column_gaps(history)[0]})
-        return [{name: value.float().cpu().numpy() for name, value in signals.items()} for signals in found]
+            per_history.append({"lat_cos": latent_cosines(history)[0], "column_gap": column_gaps(history)[0]})
+        return [{name: value.float().cpu().numpy() for name, value in signals.items()} for signals in per_history]
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep these positions of the row's history."""

@@ -186,14 +186,14 @@ def _collected(
     """The decisions in a file, which is collected and written first if it does not exist; workloads share the clips evenly."""
     if not path.exists():
         shares = [(workload, clips[index :: len(workloads)]) for index, workload in enumerate(workloads)]
-        found = ExpertData.join(
+        collected = ExpertData.join(
             [
                 collect(workload, ids, [budgets[i % len(budgets)] for i in range(len(ids))], **collecting)
                 for workload, ids in shares
                 if ids
             ]
         )
-        save_weights({name: getattr(found, name) for name in ExpertData.__dataclass_fields__}, path)
+        save_weights({name: getattr(collected, name) for name in ExpertData.__dataclass_fields__}, path)
     return _load(path)
 
 

@@ -56,10 +56,10 @@ class Sweep:
         require_positive(self, "trials")
         if not self.search:
             raise ValueError("a sweep needs something to search: give settings and their ranges under search")
-        for name, given in self.search.items():
-            if not isinstance(given, dict) or not ("choices" in given) ^ {"low", "high"}.issubset(given):
-                raise ValueError(f"search: {name} needs either low and high, or choices; got {given!r}")
-            for key in given:
+        for name, search_range in self.search.items():
+            if not isinstance(search_range, dict) or not ("choices" in search_range) ^ {"low", "high"}.issubset(search_range):
+                raise ValueError(f"search: {name} needs either low and high, or choices; got {search_range!r}")
+            for key in search_range:
                 if key not in RANGE_KEYS:
                     raise ValueError(f"search: {name}: {unknown_name('key', key, RANGE_KEYS)}")
 
@@ -99,13 +99,13 @@ class RegretOptions:
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """Search → width and branches. Raises ValueError on one that is not WIDTHxBRANCHES."""
-        found = {}
+        parsed = {}
         for name in self.searches:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
                 raise ValueError(f"a search is WIDTHxBRANCHES, such as 3x3, got {name!r}")
             width, branches = map(int, name.split("x"))
-            found[name] = (width, branches)
-        return found
+            parsed[name] = (width, branches)
+        return parsed
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,9 @@ class PolicyAgent:
 
     def _copy_for(self, row: int, clip: tuple, step: int) -> RetentionPolicy:
         """The row's copy of the policy, a new one when another episode has begun in the row."""
-        known = self._copies.get(row)
-        is_new = known is None or known[0] != clip or step <= known[1]
-        policy = copy_for_clip(self.policy, clip[1]) if is_new else known[2]
+        entry = self._copies.get(row)
+        is_new = entry is None or entry[0] != clip or step <= entry[1]
+        policy = copy_for_clip(self.policy, clip[1]) if is_new else entry[2]
         self._copies[row] = (clip, step, policy)
         return policy
 

@@ -203,9 +203,9 @@ def _inputs(network: NetworkConfig) -> str:
 
 def _training_time(run: Path, sessions: list[dict[str, Any]]) -> str:
     """How long the training took; for runs whose sessions do not record it, the time of PPO's updates from their logs."""
-    known = [session.get("training_seconds") for session in sessions]
-    if None not in known:
-        return f"{sum(known) / 60:.1f} minutes"
+    seconds = [session.get("training_seconds") for session in sessions]
+    if None not in seconds:
+        return f"{sum(seconds) / 60:.1f} minutes"
     logs = [csv.DictReader(path.read_text().splitlines()) for path in sorted(run.glob("progress_*.csv"))]
     elapsed = [max((float(row["time/time_elapsed"] or 0) for row in log), default=0) for log in logs]
     return f"{sum(elapsed) / 60:.1f} minutes of PPO; imitation was not timed"

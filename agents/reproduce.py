@@ -105,8 +105,8 @@ class ResultsFile:
 def reproduce(options: ReproduceOptions) -> None:
     """Measure tables and write them into the results file; without a table, print the list of them."""
     require_positive(options, "batch_size", *(["clips"] if options.clips is not None else []))
-    known, agents = load_tables(config_path(options.file))
-    tables = {name: table.limited(options.clips) for name, table in known.items()}
+    all_tables, agents = load_tables(config_path(options.file))
+    tables = {name: table.limited(options.clips) for name, table in all_tables.items()}
     if not options.tables:
         print(listing(tables))
         return
@@ -185,8 +185,8 @@ def put_section(content: str, name: str, text: str) -> str:
         raise ValueError(
             f"the results file needs {marks[0]} once and {marks[1]} once after it; repair the marks or remove both"
         )
-    before, rest = content.split(marks[0])
-    return before + section + rest.split(marks[1])[1]
+    before, following = content.split(marks[0])
+    return before + section + following.split(marks[1])[1]
 
 
 def _check(part: Part, reference: str, where: str) -> None:
@@ -254,9 +254,9 @@ def _measure(
                 out=folder / f"{workload.host.weights_hash}_{dtype}",
                 policy_facts={policy: policy_facts(policy) for policy in part.policies},
             )
-            asked = {"clip_ids": range(part.clips), "seeds": part.seeds}
+            selection = {"clip_ids": range(part.clips), "seeds": part.seeds}
             selected = select_policies(results, part.policies)
-            summaries += [tabulate(selected, name, budget, **asked).summary(table.reference) for budget in part.budgets]
+            summaries += [tabulate(selected, name, budget, **selection).summary(table.reference) for budget in part.budgets]
     return summaries
 
 

@@ -141,13 +141,13 @@ class SurrogateRollouts(TrueHistories):
 
     def features(self, rows: Sequence[int]) -> np.ndarray:
         """`frame_features` of the kept histories, float32 (R, K, 4), looked up."""
-        found = np.zeros((len(rows), max(len(self.kept[row]) for row in rows), len(FEATURES)), dtype=np.float32)
+        values = np.zeros((len(rows), max(len(self.kept[row]) for row in rows), len(FEATURES)), dtype=np.float32)
         for index, row in enumerate(rows):
             kept, pairs = self.kept[row], self._distances[row].features
-            found[index, 0, SIMILARITY] = 1
-            found[index, 1 : len(kept)] = pairs[kept[1:], kept[:-1]]
-            found[index, 1 : len(kept), DRIFT] = pairs[kept[1:], kept[0], DRIFT]
-        return found
+            values[index, 0, SIMILARITY] = 1
+            values[index, 1 : len(kept)] = pairs[kept[1:], kept[:-1]]
+            values[index, 1 : len(kept), DRIFT] = pairs[kept[1:], kept[0], DRIFT]
+        return values
 
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """lat_cos and column_gap of each row's history, looked up."""

@@ -51,7 +51,7 @@ def sweep(options: Sweep) -> None:
     while (number := len(study.get_trials(states=(states.COMPLETE,)))) < options.trials:
         study.sampler = optuna.samplers.TPESampler(seed=options.seed * 10_000 + number)
         trial = study.ask()
-        chosen = {name: _suggest(trial, name, given) for name, given in options.search.items()}
+        chosen = {name: _suggest(trial, name, search_range) for name, search_range in options.search.items()}
         digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
         config = changed(base, {**chosen, "run_dir": str(folder / digest), "resume": True})
         print(f"trial {number + 1} of {options.trials}: {_text(chosen)}")
@@ -69,8 +69,8 @@ def setting(config: AgentTraining, name: str) -> Any:
     value: Any = asdict(config)
     for key in name.split("."):
         if not isinstance(value, dict) or key not in value:
-            known = list(value) if isinstance(value, dict) else []
-            raise ValueError(f"search: {name}: {unknown_name('setting', key, known)}")
+            keys = list(value) if isinstance(value, dict) else []
+            raise ValueError(f"search: {name}: {unknown_name('setting', key, keys)}")
         value = value[key]
     return value
 
@@ -95,11 +95,11 @@ def _score(config: AgentTraining) -> float:
     return config.reward.sign * sum(scores.values()) / len(scores)
 
 
-def _suggest(trial: optuna.Trial, name: str, given: dict[str, Any]) -> Any:
-    if "choices" in given:
-        return trial.suggest_categorical(name, given["choices"])
-    low, high = given["low"], given["high"]
-    log = bool(given.get("log", False))
+def _suggest(trial: optuna.Trial, name: str, search_range: dict[str, Any]) -> Any:
+    if "choices" in search_range:
+        return trial.suggest_categorical(name, search_range["choices"])
+    low, high = search_range["low"], search_range["high"]
+    log = bool(search_range.get("log", False))
     if isinstance(low, int) and isinstance(high, int):
         return trial.suggest_int(name, low, high, log=log)
     return trial.suggest_float(name, float(low), float(high), log=log)

@@ -75,15 +75,15 @@ class Stage(Protocol):
 def stages(run: Run) -> list[Stage]:
     """The stages of a run, in order: imitation, PPO with the surrogate, PPO with the host, as far as they are asked for."""
     config, experiment = run.config, (run.config, run.workloads, run.budgets)
-    found: list[Stage] = []
+    planned: list[Stage] = []
     if config.imitation.rounds:
-        found.append(ImitationStage(*experiment, run.folder / EXPERT_DATA_FOLDER))
+        planned.append(ImitationStage(*experiment, run.folder / EXPERT_DATA_FOLDER))
     if config.surrogate.total_timesteps:
         folder = run.folder / SURROGATE_FOLDER
-        found.append(PPOStage("PPO with the surrogate", *experiment, config.surrogate, SurrogateVectorEnv, folder))
+        planned.append(PPOStage("PPO with the surrogate", *experiment, config.surrogate, SurrogateVectorEnv, folder))
     if config.ppo.total_timesteps:
-        found.append(PPOStage("PPO with the host", *experiment, config.ppo, FrameRetentionVectorEnv, run.folder))
-    return found
+        planned.append(PPOStage("PPO with the host", *experiment, config.ppo, FrameRetentionVectorEnv, run.folder))
+    return planned
 
 
 def learn(run: Run) -> RetentionNetwork:

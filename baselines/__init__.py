@@ -113,10 +113,10 @@ def make(name: str, **params: object) -> RetentionPolicy:
             cannot have.
     """
     cls = _find(name)
-    known = list(_parameters(cls))
+    accepted = list(_parameters(cls))
     for key in params:
-        if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        if key not in accepted:
+            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
             raise ValueError(f"baseline {name} has no parameter {key!r}; {takes}")
     return cls(**params)
 

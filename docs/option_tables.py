@@ -160,6 +160,7 @@ def _flag(name: str) -> str:
 
 
 def docstring(obj: object) -> str:
+    """The docstring of a class without indentation; empty if there is none."""
     return inspect.cleandoc(obj.__doc__ or "")
 
 
@@ -169,9 +170,11 @@ def code(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def joined(parts: Iterable[str]) -> str:
+    """The parts that are not empty as paragraphs."""
     return "\n\n".join(part for part in parts if part)

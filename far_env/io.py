@@ -25,9 +25,9 @@ def cache_dir() -> Path:
     Raises:
         ValueError: if the variable is not set and there is no home folder.
     """
-    given = os.environ.get(CACHE_VARIABLE)
+    configured = os.environ.get(CACHE_VARIABLE)
     try:
-        return Path(given).expanduser() if given else Path.home() / ".cache" / "far_env"
+        return Path(configured).expanduser() if configured else Path.home() / ".cache" / "far_env"
     except RuntimeError as error:
         raise ValueError(f"there is no home folder for the cache; set {CACHE_VARIABLE} to a writable folder") from error
 

@@ -48,14 +48,14 @@ def benchmark(args: Sequence[str]) -> None:
     with _policy(options) as policy:
         place = {"device": options.device, "precision": options.precision, "data_dir": options.data_dir}
         workload, dry = benchmark.benchmark_workload(options.workload, options.host, **place)
-        wanted, there = benchmark.TASKS[options.workload].num_clips, workload.clips.num_clips("test")
+        task_clips, available = benchmark.TASKS[options.workload].num_clips, workload.clips.num_clips("test")
         if dry:
             remark(
                 f"a dry run: host {workload.host.name} on clips of the world {workload.clips.name}, not the benchmark's data"
             )
-        if options.clips is None and there < wanted:
-            remark(f"the benchmark plays {wanted} clips, here are {there}")
-        num_clips = min(wanted, there) if options.clips is None else options.clips
+        if options.clips is None and available < task_clips:
+            remark(f"the benchmark plays {task_clips} clips, {available} are available")
+        num_clips = min(task_clips, available) if options.clips is None else options.clips
         score = benchmark.run_benchmark(workload, max_frames, policy, num_clips)
     for name, reason in score.unavailable.items():
         remark(f"no {name}: {reason}")

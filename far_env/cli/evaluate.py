@@ -101,8 +101,8 @@ def evaluate(args: Sequence[str]) -> int:
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
-    asked = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
-    tables = [tabulate(results, name, budget, **asked) for name, budget in cells]
+    selection = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
+    tables = [tabulate(results, name, budget, **selection) for name, budget in cells]
     if options.json is None:
         print(_text(tables))
         if options.out is not None:

@@ -69,10 +69,10 @@ def extended(args: Sequence[str]) -> None:
     check_clip_id(workload.clips, options.split, options.clips - 1)
     folder = make_run_dir(options.out)
     run = ExtendedRun(workload, options.split, options.clips, options.seed, options.batch_size, options.data_dir)
-    known = load_parts(folder, run.settings())
+    saved = load_parts(folder, run.settings())
     save_facts(folder, run_facts(workload.host.device, workload.host.dtype))
     try:
-        parts = run.play(policies, facts, budgets, known, folder)
+        parts = run.play(policies, facts, budgets, saved, folder)
     except KeyboardInterrupt:
         print(f"\nthe parts finished so far are in {folder}; the same command resumes from there", file=sys.stderr)
         raise

@@ -74,8 +74,8 @@ def _dispatch(args: list[str]) -> int | None:
     if not args or args[0] in ("-h", "--help"):
         print(help_text())
         return 0
-    name, *rest = args
+    name, *arguments = args
     commands = entry_points(COMMANDS)
     if name not in commands:
         raise ValueError(unknown_name("command", name, list(commands)))
-    return load(commands[name])(rest)
+    return load(commands[name])(arguments)

@@ -95,6 +95,6 @@ def _mapped(path: Path, *, verify: bool = False) -> Tensor:
     except Exception as error:
         raise VideoError(f"{path} cannot be read as a tensor of latents: {first_line(error)}") from error
     if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
-        found = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
-        raise VideoError(f"{path} must hold one tensor of floats (T, C, h, w), got {found}")
+        actual = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise VideoError(f"{path} must hold one tensor of floats (T, C, h, w), got {actual}")
     return latents

@@ -69,12 +69,12 @@ def find_lists(folder: Path, preferred: tuple[str, ...]) -> dict[str, Path]:
     Raises:
         ValueError: if there are several of a split and none is preferred.
     """
-    found: dict[str, list[Path]] = {}
+    lists_by_split: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.json")):
         if not is_hidden(PurePath(path.name)) and (match := _LIST_NAME.fullmatch(path.stem)):
-            found.setdefault("train" if match[1] == "train" else "test", []).append(path)
+            lists_by_split.setdefault("train" if match[1] == "train" else "test", []).append(path)
     lists = {}
-    for split, paths in found.items():
+    for split, paths in lists_by_split.items():
         chosen = [path for path in paths if path.name in preferred] if len(paths) > 1 else paths
         if len(chosen) != 1:
             names = ", ".join(path.name for path in paths)

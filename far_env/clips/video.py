@@ -30,8 +30,8 @@ def count_frames(path: Path) -> int:
     if path.suffix.lower() == EPISODE_SUFFIX:
         return episode_length(path)
     with _opened(path) as container:
-        stored, shown = _header_frames(container)
-    if stored > 0 and abs(stored - shown) < 0.5:
+        stored, displayed = _header_frames(container)
+    if stored > 0 and abs(stored - displayed) < 0.5:
         return stored
     return sum(1 for _ in _decoded(path))
 
@@ -42,9 +42,9 @@ def check_frames(path: Path) -> None:
         read_episode(path)
         return
     with _opened(path) as container:
-        stored, shown = _header_frames(container)
+        stored, displayed = _header_frames(container)
     # An edit may begin and end within a frame.
-    promised = stored if shown > stored - 0.5 else int(shown) - 1
+    promised = stored if displayed > stored - 0.5 else int(displayed) - 1
     decoded = sum(1 for _ in _decoded(path))
     if decoded < promised:
         raise VideoError(f"{path} ends early: its header says {promised} frames, {decoded} can be decoded")

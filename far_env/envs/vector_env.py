@@ -113,9 +113,9 @@ class FrameRetentionVectorEnv(VectorEnv):
         """
         options = check_reset_options(options, (*RESET_OPTIONS, "reset_mask"))
         rows = np.flatnonzero(_reset_mask(options.pop("reset_mask", None), self.num_envs)).tolist()
-        given = {key: self._per_row(key, value) for key, value in options.items()}
+        requested = {key: self._per_row(key, value) for key, value in options.items()}
         self._seed_rows(seed, rows)
-        self._begin(rows, given)
+        self._begin(rows, requested)
         self.episodes.run(rows)
         self._done[rows] = False
         self._begun[rows] = True
@@ -233,10 +233,10 @@ class FrameRetentionVectorEnv(VectorEnv):
             if seeds[row] is not None:
                 self._generators[row] = gym.utils.seeding.np_random(int(seeds[row]))[0]
 
-    def _begin(self, rows: list[int], given: dict[str, list[int | None]]) -> None:
+    def _begin(self, rows: list[int], requested: dict[str, list[int | None]]) -> None:
         """Draw a clip for each row and begin its episode; does not run them."""
         drawn = [
-            self.config.draw(self._generators[row], self.episodes.workload, **{key: given[key][row] for key in given})
+            self.config.draw(self._generators[row], self.episodes.workload, **{key: requested[key][row] for key in requested})
             for row in rows
         ]
         self._elapsed_steps[rows] = 0
@@ -259,7 +259,7 @@ def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     try:
         return AutoresetMode[mode.upper()]
     except (KeyError, AttributeError):
-        names = ", ".join(known.name for known in AutoresetMode)
+        names = ", ".join(autoreset.name for autoreset in AutoresetMode)
         raise ValueError(f"unknown autoreset_mode {mode!r}; use one of {names}") from None
 
 

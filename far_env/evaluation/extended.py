@@ -157,12 +157,12 @@ def load_parts(folder: Path, settings: Mapping[str, object]) -> list[Part]:
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found, parts = content["settings"], [Part(**part) for part in content["parts"]]
+        recorded, parts = content["settings"], [Part(**part) for part in content["parts"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another folder") from error
     for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(f"{path} was made with {name} {found.get(name)}, not {value}; choose another folder")
+        if recorded.get(name) != value:
+            raise ValueError(f"{path} was made with {name} {recorded.get(name)}, not {value}; choose another folder")
     return parts
 
 

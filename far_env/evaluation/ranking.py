@@ -87,9 +87,9 @@ class Group:
                 scores, others = row.scores[metric], reference.scores[metric]
                 if isinstance(scores, str) or isinstance(others, str):
                     continue
-                clips, at, there = np.intersect1d(row.clips, reference.clips, assume_unique=True, return_indices=True)
+                clips, at, reference_at = np.intersect1d(row.clips, reference.clips, assume_unique=True, return_indices=True)
                 if len(clips):
-                    by_clips[tuple(clips)].append((i, j, scores[at] - others[there]))
+                    by_clips[tuple(clips)].append((i, j, scores[at] - others[reference_at]))
         for pairs in by_clips.values():
             intervals = mean_intervals(np.stack([values for _, _, values in pairs], axis=1))
             for (i, j, _), value in zip(pairs, intervals, strict=True):

@@ -156,13 +156,13 @@ def _clips(
             by_clip[record.workload, record.clip].append((record, path))
     clips = []
     for workload in settings.workloads:
-        shown = 0
+        num_shown = 0
         for clip in settings.clips:
             runs, truth = by_clip[workload, clip], results.truth_picture(workload, clip)
-            if not runs or not truth.is_file() or shown == show_clips:
+            if not runs or not truth.is_file() or num_shown == show_clips:
                 continue
             _check_strip(truth, results, workload, settings.num_context[workload] + settings.num_predict[workload])
-            shown += 1
+            num_shown += 1
             runs.sort(key=lambda run: (run[0].budget, number[run[0].policy]))
             rollouts = [_run(record, number, image(path)) for record, path in runs]
             clips.append({"workload": workload, "clip": clip, "truth": image(truth), "runs": rollouts})

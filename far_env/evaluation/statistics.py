@@ -47,15 +47,15 @@ def mean_intervals(values: np.ndarray, seed: int = 0) -> list[Interval]:
         ValueError: if a column has no finite value.
     """
     values = np.asarray(values, dtype=np.float64)
-    known = np.isfinite(values)
-    if not len(values) or not known.any(axis=0).all():
+    is_finite = np.isfinite(values)
+    if not len(values) or not is_finite.any(axis=0).all():
         raise ValueError("an interval needs at least one clip")
-    sums, counts = np.where(known, values, 0), known.astype(np.float64)
+    sums, counts = np.where(is_finite, values, 0), is_finite.astype(np.float64)
     draws = _draws(len(values), seed, 0)
     with np.errstate(invalid="ignore"):
         means = (draws @ sums) / (draws @ counts)
     low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
-    columns = zip(sums.sum(axis=0) / counts.sum(axis=0), low, high, known.sum(axis=0), strict=True)
+    columns = zip(sums.sum(axis=0) / counts.sum(axis=0), low, high, is_finite.sum(axis=0), strict=True)
     return [Interval(float(m), float(a), float(b), int(n)) for m, a, b, n in columns]
 
 
@@ -76,12 +76,12 @@ def _pooled(strata: Sequence[np.ndarray], seed: int, statistic: _Statistic) -> I
     for number, stratum in enumerate(strata):
         matrix = np.asarray(stratum, dtype=np.float64)
         matrix = matrix[:, None] if matrix.ndim == 1 else matrix
-        known = np.isfinite(matrix)
-        matrix, known = matrix[known.any(axis=1)], known[known.any(axis=1)]
+        is_finite = np.isfinite(matrix)
+        matrix, is_finite = matrix[is_finite.any(axis=1)], is_finite[is_finite.any(axis=1)]
         if not len(matrix):
             continue
-        values.append(matrix[known])
-        owners.append(num_clips + np.nonzero(known)[0])
+        values.append(matrix[is_finite])
+        owners.append(num_clips + np.nonzero(is_finite)[0])
         draws.append(_draws(len(matrix), seed, number))
         num_clips += len(matrix)
     if num_clips == 0:

@@ -176,9 +176,9 @@ def find_released(name: str) -> Released:
 
 def weights_dir() -> Path:
     """The folder of the environment variable FAR_WEIGHTS_DIR, else the benchmark's if it exists, else one in the cache."""
-    given = os.environ.get(DIRECTORY_VARIABLE)
-    if given:
-        return Path(given).expanduser()
+    configured = os.environ.get(DIRECTORY_VARIABLE)
+    if configured:
+        return Path(configured).expanduser()
     return BENCHMARK_DIRECTORY if BENCHMARK_DIRECTORY.is_dir() else cache_dir() / "weights"
 
 
@@ -209,10 +209,10 @@ def verify(name: str) -> Path:
             f"the released weights {name} are not at {path}; far-env weights download {name} fetches them, or set "
             f"{DIRECTORY_VARIABLE} to the folder that holds {released.file}"
         )
-    found = file_hash(path)
-    if not found.startswith(released.hash_prefix):
+    digest = file_hash(path)
+    if not digest.startswith(released.hash_prefix):
         raise WeightsError(
-            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it and "
+            f"{path} has SHA-256 {digest[:8]}…, {released.hash_prefix}… is expected: the file is damaged; delete it and "
             f"fetch it again with far-env weights download {name}"
         )
     return path

@@ -203,9 +203,9 @@ def expected_cosines(mean: Tensor, covariance: Tensor, keys: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     leading = vectors[..., -PROXY_RANK:] * (values[..., -PROXY_RANK:] > MIN_EIGENVALUE_SHARE * values[..., -1:])[..., None, :]
     mean = mean[..., None]
-    rest = mean - leading @ (leading.transpose(-1, -2) @ mean)
-    rest = rest * (rest.norm(dim=-2, keepdim=True) > MIN_EIGENVALUE_SHARE * mean.norm(dim=-2, keepdim=True))
-    basis = torch.cat([leading, F.normalize(rest, dim=-2, eps=EPS)], dim=-1)
+    residual = mean - leading @ (leading.transpose(-1, -2) @ mean)
+    residual = residual * (residual.norm(dim=-2, keepdim=True) > MIN_EIGENVALUE_SHARE * mean.norm(dim=-2, keepdim=True))
+    basis = torch.cat([leading, F.normalize(residual, dim=-2, eps=EPS)], dim=-1)
     projected = F.normalize(centred @ basis, dim=-1, eps=EPS)
     return (projected @ projected.transpose(-1, -2)).mean(dim=(0, 1))
 

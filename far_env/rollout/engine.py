@@ -136,14 +136,14 @@ class RolloutBatch:
         actions = [self.workload.actions_of(clip, num_context + num_predict) for clip in clips]
         contexts = [clip.context(num_context) for clip in clips]
         keys = [content_key(*self._origin, context.data.cast("B")) for context in contexts]
-        known = [self.memo.get(key) for key in keys]
-        missing = [i for i, latents in enumerate(known) if latents is None]
+        latents_by_row = [self.memo.get(key) for key in keys]
+        missing = [i for i, latents in enumerate(latents_by_row) if latents is None]
         if missing:
             for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_context), strict=True):
-                known[i] = latents.clone()
-                self.memo.put(keys[i], known[i])
-        recorded = self._recorder.begin(known, noise_seeds, actions if self.workload.actions else None)
-        begun = zip(rows, keys, known, noise_seeds, actions, recorded, strict=True)
+                latents_by_row[i] = latents.clone()
+                self.memo.put(keys[i], latents_by_row[i])
+        recorded = self._recorder.begin(latents_by_row, noise_seeds, actions if self.workload.actions else None)
+        begun = zip(rows, keys, latents_by_row, noise_seeds, actions, recorded, strict=True)
         for row, key, latents, seed, row_actions, row_recorded in begun:
             self._rows[row] = Rollout(
                 num_context=num_context,

@@ -55,8 +55,8 @@ class FrameMemo:
 
     def host_number(self, host: Host) -> int:
         """A number that identifies this host object in keys; a hash of weights would be missing for a host without files."""
-        for number, known in enumerate(self._hosts):
-            if known is host:
+        for number, other in enumerate(self._hosts):
+            if other is host:
                 return number
         self._hosts.append(host)
         return len(self._hosts) - 1

@@ -42,11 +42,11 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.strip()]
 
 
-def generator() -> ModuleType:
-    """docs/generate.py, which is not part of a package; it imports modules of its folder."""
+def generator(name: str = "generate") -> ModuleType:
+    """A module of docs/ by file name; the folder is not a package, and its modules import each other."""
     if str(ROOT / "docs") not in sys.path:
         sys.path.insert(0, str(ROOT / "docs"))
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -46,9 +46,9 @@ class Cuts(World):
     def _draw_blocks(rng: np.random.Generator, grid: np.ndarray, shots: np.ndarray) -> None:
         """Paint each shot's block into the scenery of its frames, in place."""
         for shot in np.unique(shots):
-            shown = np.flatnonzero(shots == shot)
+            frames_of_shot = np.flatnonzero(shots == shot)
             row, start, direction = rng.integers(0, SCENERY_ROWS - 2), rng.integers(0, CELLS), rng.choice((-1, 1))
-            left = start + 2 * direction * np.arange(len(shown))
+            left = start + 2 * direction * np.arange(len(frames_of_shot))
             for cell in range(3):
                 trailing = cell == (0 if direction > 0 else 2)
-                grid[shown, row : row + 3, (left + cell) % CELLS] = np.float32(0.05 if trailing else 1.0)
+                grid[frames_of_shot, row : row + 3, (left + cell) % CELLS] = np.float32(0.05 if trailing else 1.0)

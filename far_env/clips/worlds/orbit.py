@@ -31,11 +31,11 @@ class Orbit(World):
             moves = 2 * np.resize(ring, self.num_frames - 1) - 1
             places[1:] = np.cumsum(moves)
             # A frame shows its place and the next one.
-            context, shown = (
+            context, predicted = (
                 {int(place) % num_places for start in part for place in (start, start + 1)}
                 for part in (places[: self.num_context], places[self.num_context :])
             )
-            if shown <= context:
+            if predicted <= context:
                 break
         offsets = self.stride // GRID * (places + rng.integers(num_places))
         panorama = np.concatenate(

@@ -84,10 +84,10 @@ def check_models(config: HostTraining, source: Host | None) -> None:
         "transformer": (make_transformer, [FARLong, FAR], config.transformer.model),
     }
     for part, (build, classes, arguments) in parts.items():
-        known = [name for cls in classes for name in inspect.signature(cls).parameters]
+        parameters = [name for cls in classes for name in inspect.signature(cls).parameters]
         for key in arguments:
-            if key not in known:
-                raise ValueError(f"{part}: model: {unknown_name('key', key, known)}")
+            if key not in parameters:
+                raise ValueError(f"{part}: model: {unknown_name('key', key, parameters)}")
         try:
             with torch.device("meta"):
                 build(arguments)
