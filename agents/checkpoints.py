@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 
 def accepts(name: str) -> bool:
-    """Whether `load` takes the name: a shipped policy's (also a misspelt one's, so that the error suggests another), or the
+    """Return whether `load` accepts the name: a shipped policy (also misspelt, so that the error suggests another), or the
     path of a folder."""
     return name.startswith(PRETRAINED) or Path(name).is_dir()
 
@@ -50,7 +50,7 @@ def load(name: str) -> AgentPolicy:
 
 
 def facts(name: str) -> dict[str, str]:
-    """What results record of a policy: family, tier, source, a note on its training, and the hash of its weights.
+    """Facts about a policy that results record: family, tier, source, a note on its training, and the hash of its weights.
 
     Raises:
         ValueError: as `load`.

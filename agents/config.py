@@ -15,7 +15,7 @@ UNUSABLE_SIGNALS = ("key_proto",)
 
 @dataclass(frozen=True)
 class ImitationSettings:
-    """How the scorer learns from the expert, before PPO if there is any. See `far_env.agents.imitation`."""
+    """Imitation of the expert by the scorer, before PPO if there is any. See `far_env.agents.imitation`."""
 
     rounds: int = 0
     """Rounds of collecting decisions and learning from them; in the first the expert acts, then the scorer. 0 for none."""
@@ -112,7 +112,7 @@ class NetworkConfig:
     num_heads: int = 4
     """Attention heads per layer."""
     memory: bool = False
-    """Whether rows carry what a `far_env.agents.memory.HistoryMemory` recalls: true ages, and features at birth."""
+    """Whether rows carry true ages and features at birth, which a `far_env.agents.memory.HistoryMemory` stores."""
     attention: bool = True
     """Whether rows attend to each other; without it each row is scored alone, for comparison."""
     surroundings: bool = False
@@ -124,7 +124,7 @@ class NetworkConfig:
     signals: tuple[str, ...] = ()
     """Inputs beyond the benchmark's matrix, see `far_env.contract.SIGNALS`; a scorer with signals cannot be exported."""
     sequential_eviction: bool = False
-    """Whether frames are dropped one after the other where several have to go; such a scorer learns by imitation alone."""
+    """Whether frames are dropped sequentially where several have to go; such a scorer learns by imitation alone."""
 
     RENAMED: ClassVar[dict[str, str]] = {"one_by_one": "sequential_eviction", "statistics": "signals"}
     REMOVED: ClassVar[tuple[str, ...]] = ("independent",)
@@ -166,7 +166,7 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class AgentTraining:
-    """One training run."""
+    """Settings of one training run."""
 
     imitation: ImitationSettings = field(default_factory=ImitationSettings)
     """Imitation of an expert that knows the rest of the clip."""

@@ -66,7 +66,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class RegretOptions:
-    """Measure the regret of policies against beam searches that know the clip.
+    """Measure the regret of policies against beam searches that use the true frames of the clip.
 
     The best rollout that any of the searches found for a clip is a lower bound of what is possible; a policy's regret is the
     PSNR of that rollout minus its PSNR, clip by clip. The table is printed and written into the results file.
@@ -120,7 +120,7 @@ class LearningCurveOptions:
 
 @dataclass(frozen=True)
 class ReproduceOptions:
-    """Measure tables of RESULTS.md anew and write them into it; without a table, list them and what each costs."""
+    """Measure tables of RESULTS.md again and replace them in it; without a table, list the tables and their costs."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
     """One or more, or "all"."""

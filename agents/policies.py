@@ -22,7 +22,7 @@ _INFO_KEYS = ("clip_id", "noise_seed", "step", "total_steps", "max_frames", "cap
 
 
 class PolicyAgent:
-    """Runs a policy as a fixed agent in `FrameRetentionEnv` or its vector form; each episode gets its own copy of it.
+    """Runs a policy as a fixed agent in `FrameRetentionEnv` or its vector form; each episode gets a separate copy of it.
 
     Args:
         policy: anything with ``build_temporal_cache_plan``. It receives what the benchmark provides; signals that it declares

@@ -96,7 +96,7 @@ class PPOStage:
         return saved
 
     def _make_envs(self) -> list[FrameRetentionVectorEnv]:
-        """One vector environment per workload, with equal shares of the stage's environments."""
+        """Make one vector environment per workload, with equal shares of the stage's environments."""
         reward = self.config.reward
         return [
             self.env_class(

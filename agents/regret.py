@@ -1,4 +1,4 @@
-"""The regret of policies against upper bounds: searches that know the clip, of several widths, and their cost.
+"""The regret of policies against searches of several widths that use the true frames of the clip, and the searches' cost.
 
 The best rollout that any of the searches found for a clip is a lower bound of what is possible; a policy's regret is that PSNR
 minus the policy's, clip by clip.

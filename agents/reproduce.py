@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md, measured anew.
+"""The tables of RESULTS.md, measured again.
 
 A file (configs/results.yaml) describes what each table compares and how its learned policies are trained. Episodes are kept in
 a folder per table, so a table that was stopped is resumed; then the text between the table's two marks in RESULTS.md is
@@ -52,7 +52,7 @@ class Part:
     budgets: tuple[int, ...]
     policies: tuple[str, ...]
     clips: int = 512
-    """The first so many test clips."""
+    """Number of test clips, from the first on."""
     seeds: tuple[int, ...] = (BENCHMARK_SEED,)
     """Clip i is played with the noise seeds s + i."""
     precision: str = "float32"
@@ -61,7 +61,7 @@ class Part:
 
     @property
     def num_frames(self) -> int:
-        """How many frames are generated; full history is played once, whatever the number of budgets."""
+        """Number of frames that are generated; full history is played once, whatever the number of budgets."""
         limited = [name for name in self.policies if name != FULL_HISTORY]
         rollouts = len(self.budgets) * len(limited) + len(self.policies) - len(limited)
         predicted = sum(WORKLOADS[name].num_predict for name in self.workloads)
@@ -79,7 +79,7 @@ class Table:
 
     @property
     def policies(self) -> list[str]:
-        """Its policies, each once."""
+        """The policies of all parts, each once."""
         return list(dict.fromkeys(name for part in self.parts for name in part.policies))
 
     def limited(self, clips: int | None) -> Table:

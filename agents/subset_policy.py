@@ -96,7 +96,7 @@ class SubsetDistribution(MaskableDistribution):
 
     @property
     def subset(self) -> BudgetedSubset:
-        """The distribution under the masks, built when first asked for."""
+        """The distribution under the masks, built on first access."""
         if self._built is None:
             free, forced = self._drop_ok & self._keep_ok, self._keep_ok & ~self._drop_ok
             self._built = BudgetedSubset(self._logits, free, forced, self._max_frames)

@@ -159,7 +159,7 @@ class SurrogateRollouts(TrueHistories):
         return self.next[row] - self.num_context
 
     def finished(self, row: int) -> bool:
-        """Whether the row's clip has ended, or none has begun."""
+        """Return whether the row's clip has ended, or none has begun."""
         return self.next[row] >= self.workload.num_frames
 
     def frame_numbers(self, row: int) -> list[int]:

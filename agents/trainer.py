@@ -73,7 +73,7 @@ class Stage(Protocol):
 
 
 def stages(run: Run) -> list[Stage]:
-    """The stages of a run, in order: imitation, PPO with the surrogate, PPO with the host, as far as they are asked for."""
+    """The configured stages of a run, in order: imitation, PPO with the surrogate, PPO with the host."""
     config, experiment = run.config, (run.config, run.workloads, run.budgets)
     planned: list[Stage] = []
     if config.imitation.rounds:
@@ -87,7 +87,7 @@ def stages(run: Run) -> list[Stage]:
 
 
 def learn(run: Run) -> RetentionNetwork:
-    """Walk through the stages, each of which starts from the weights of the one before.
+    """Run the stages in order; each starts from the weights of the previous one.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; ``resume`` continues from the stages' files.
@@ -168,7 +168,7 @@ def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int
 
 
 def _scorer_facts(run: Run) -> dict[str, Any]:
-    """What policy.json says of the scorer's training."""
+    """The facts about the scorer's training in policy.json."""
     config = run.config
     worlds, budgets = ", ".join(workload.name for workload in run.workloads), ", ".join(map(str, run.budgets))
     hosts = dict.fromkeys(f"{workload.host.name} ({workload.host.weights_hash})" for workload in run.workloads)
@@ -183,7 +183,7 @@ def _scorer_facts(run: Run) -> dict[str, Any]:
 
 @contextmanager
 def _timed(run: Run) -> Iterator[None]:
-    """Record how long the training takes; after Ctrl-C, say how to resume."""
+    """Record how long the training takes; after Ctrl-C, print how to resume."""
     start = time.perf_counter()
     try:
         yield
