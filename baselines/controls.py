@@ -12,7 +12,7 @@ from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_pl
 class RandomSubset:
     """Keeps the newest frame and a random choice of the others, filling the budget.
 
-    Source: control. Tier: M, of which it uses nothing. Parameter ``seed``. `begin_clip` restarts the generator from (seed,
+    Source: control. Tier: M, whose inputs it does not use. Parameter ``seed``. `begin_clip` restarts the generator from (seed,
     noise seed of the clip), so that the choice on a clip does not depend on the clips before it.
     """
 

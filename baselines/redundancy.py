@@ -75,7 +75,7 @@ class _SequentialEviction(FillingPolicy):
 
     @abstractmethod
     def _novelty(self, history: History, row: int, others: list[int]) -> float:
-        """How much a row differs from these others."""
+        """Return how much a row differs from these others."""
 
 
 class NearestNeighbour(_SequentialEviction):

@@ -4,7 +4,7 @@ python -m benchmarks.host [--json -] [--device cpu]
 
 FAR-B on 5 context frames and FAR-B-Long on 36, budget 8; the newest frames are kept, so that every eviction re-encodes the
 whole history; decoding is not included. On a GPU batches of 1, 16 and 64 in bfloat16 with the workload's 20 ODE steps, and the
-peak of what was allocated; on a CPU smaller batches and fewer frames and steps, as the output says, and the peak of the
+peak of what was allocated; on a CPU smaller batches and fewer frames and steps, which the output states, and the peak of the
 process so far.
 """
 
@@ -48,7 +48,7 @@ LOADS = {"cuda": MeasuredLoad((1, 16, 64), 8, "bfloat16", None), "cpu": Measured
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the benchmark."""
 
     json: str | None = None
     """ "-" prints one JSON object instead of text."""

@@ -59,7 +59,7 @@ SHARE_WIDTHS = {"transformer": 9, "autoencoder": 9, "metrics": 9, "python": 8}
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the benchmark."""
 
     quick: bool = False
     """Fewer clips, and neither the FAR-B-size host nor the memo: under a minute."""

@@ -88,7 +88,7 @@ class RolloutState:
 
 @dataclass
 class ObservedRolloutState(RolloutState):
-    """What a policy with an attribute ``signals`` (names of `SIGNALS`) receives instead, where the rollout records them.
+    """The state that a policy with an attribute ``signals`` (names of `SIGNALS`) receives where the rollout records them.
 
     The benchmark passes a plain `RolloutState`, whatever a policy declares.
     """
@@ -224,7 +224,7 @@ def ask_policy(
     start = time.perf_counter()
     try:
         plan = policy.build_temporal_cache_plan(chunk_meta_list, rollout_state, dict(budget_state))
-    except PolicyError as error:  # of a policy in another process, which says what it did
+    except PolicyError as error:  # from the process of a policy file, whose message names the fault
         raise PolicyError(f"{where}: {error}") from error
     except (Exception, SystemExit) as error:
         raise PolicyError(f"{where}: raised {type(error).__name__}: {_reason(error)}") from error
@@ -284,7 +284,7 @@ def wanted_signals(policy: RetentionPolicy | None) -> tuple[str, ...]:
     try:
         return check_signals(getattr(policy, "signals", ()))
     except ValueError as error:
-        raise PolicyError(f"policy {policy_name(policy)} asks for an {error}") from error
+        raise PolicyError(f"policy {policy_name(policy)} requests an {error}") from error
 
 
 def check_signals(names: Sequence[str]) -> tuple[str, ...]:
@@ -334,7 +334,7 @@ def _short(value: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error says, of bounded length."""
+    """The first line of an error's message, of bounded length."""
     try:
         line = first_line(error)
     except Exception:

@@ -1,4 +1,4 @@
-"""Where numbers come from: commit, versions, machine and command, kept beside every result."""
+"""Provenance of results: commit, versions, machine and command, kept beside every result."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_facts(folder: Path) -> list[dict]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages that the numbers depend on."""
     names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy", "scikit-image", "av")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 

@@ -1,4 +1,4 @@
-"""What commands write to a terminal: text in any encoding, and remarks beside their output."""
+"""Output of commands on a terminal: text in any encoding, and remarks beside their output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def remark(sentence: str) -> None:
 
 @contextmanager
 def keeping_episodes(out: str | None) -> Iterator[None]:
-    """Say on Ctrl-C that the finished episodes are in the folder ``out``, if there is one."""
+    """On Ctrl-C, print that the finished episodes are in the folder ``out``, if there is one."""
     try:
         yield
     except KeyboardInterrupt:

@@ -119,7 +119,7 @@ def evaluate(args: Sequence[str]) -> int:
 
 
 def _load_policies(names: Sequence[str], budgets: Sequence[int]) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
-    """Policies by name in the order given, and the names that only "all" asks for, which are left out where they cannot run."""
+    """Policies by name in the order given, and the names that only "all" includes, which are left out where they cannot run."""
     baselines = policy_names("baselines") if ALL in names else []
     optional = set(baselines) - set(names)
     wanted = dict.fromkeys(single for name in names for single in (baselines if name == ALL else [name]))

@@ -55,7 +55,7 @@ def run_guarded(prog: str, function: Callable[[], int | None]) -> int:
 
 
 def help_text() -> str:
-    """What ``far-env --help`` prints: every command with the first line of its docstring."""
+    """The text of ``far-env --help``: every command with the first line of its docstring."""
     commands = entry_points(COMMANDS)
     width = max(map(len, commands))
     lines = []

@@ -1,4 +1,4 @@
-"""What a data folder can be used for: files, lengths, actions, clips per protocol and split, and which files are damaged."""
+"""Contents of a data folder: files, lengths, actions, clips per protocol and split, and which files are damaged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from far_env.errors import unknown_name
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` found.
+    """The result of `check_data`.
 
     Attributes:
         dataset: its name.
@@ -43,7 +43,7 @@ class DataReport:
 
     @property
     def usable(self) -> bool:
-        """Whether there is any clip."""
+        """Return whether there is any clip."""
         return any(count for splits in self.clips.values() for count in splits.values())
 
     @property

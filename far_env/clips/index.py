@@ -121,7 +121,7 @@ class Index:
 
 
 def _stamp(recording: Recording) -> list:
-    """What a file is read as, and paths, sizes and modification times of its files."""
+    """The kind of a file, and paths, sizes and modification times of its files."""
     stamp: list = [READER_VERSION, recording.latent, recording.num_actions]
     for path in (recording.path, recording.actions):
         try:

@@ -35,7 +35,7 @@ class Recording:
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Whether a relative path is, or is inside, a hidden file or folder (.name, ._name) or a folder of sidecars."""
+    """Return whether a relative path is, or is inside, a hidden file or folder (.name, ._name) or a folder of sidecars."""
     return any(part in SIDECAR_FOLDERS or (part.startswith(".") and part != "..") for part in path.parts)
 
 
@@ -118,7 +118,7 @@ def read_list(path: Path) -> list[Recording]:
 
 
 def _is_file_name(value: object) -> bool:
-    """Whether a value of a list can be the name of a file on this system."""
+    """Return whether a value of a list can be the name of a file on this system."""
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:

@@ -26,7 +26,7 @@ RESET_OPTIONS = ("clip_id", "noise_seed", "budget")
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """Which episodes an environment plays and how it scores them.
+    """The episodes that an environment plays and their scores.
 
     Attributes:
         workload: a registered name ("pan", "cuts", …) or a `far_env.workloads.Workload`.
@@ -109,7 +109,7 @@ class EpisodeConfig:
 
     @cached_property
     def scoring(self) -> Reward:
-        """How an episode is scored."""
+        """The scoring of an episode."""
         if not isinstance(self.telescoping, bool | np.bool_):
             raise ValueError(f"telescoping must be true or false, got {self.telescoping!r}")
         if not isinstance(self.reward, str | Mapping):

@@ -22,7 +22,7 @@ class FrameRetentionVectorEnv(VectorEnv):
     """A batch of `FrameRetentionEnv` that share every forward pass of the host.
 
     ## Description
-    ``num_envs`` rows, each of which plays the episodes of `FrameRetentionEnv`. Row i seeded with s equals a single environment
+    ``num_envs`` rows; each plays the episodes of `FrameRetentionEnv`. Row i seeded with s equals a single environment
     seeded with s + i.
 
     ## Action Space
@@ -127,7 +127,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         return observations, infos
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One decision in every row; ``autoreset_mode`` says what happens to rows whose episode ended."""
+        """Apply one decision in every row; ``autoreset_mode`` determines what happens to rows whose episode ended."""
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {self.action_space.shape}, got {actions.shape}")
@@ -175,7 +175,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         return observations, rewards, terminations, truncations, infos
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """One picture per row, uint8 (height, width, 3); None without a render_mode."""
+        """Return one picture per row, uint8 (height, width, 3); None without a render_mode."""
         if self.render_mode is None:
             gym.logger.warn('render() was called without a render_mode; make the environment with render_mode="rgb_array"')
             return None

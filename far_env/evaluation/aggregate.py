@@ -17,9 +17,9 @@ class Episodes:
 
     Attributes:
         records: (clip, seed) → record.
-        clips: the clips that are finished with every seed, in the order asked for.
-        seeds: the noise seeds asked for.
-        missing: how many of the episodes asked for are not finished.
+        clips: the clips that are finished with every seed, in the requested order.
+        seeds: the requested noise seeds.
+        missing: number of requested episodes that are not finished.
     """
 
     policy: str
@@ -52,7 +52,7 @@ def collect_episodes(
     """The episodes on a workload, by policy (in the order of the settings) and budget (ascending).
 
     Args:
-        clips, seeds: those asked for; all of the evaluation by default.
+        clips, seeds: the requested ones; all of the evaluation by default.
     """
     clips = results.settings.clips if clips is None else clips
     seeds = results.settings.seeds if seeds is None else seeds

@@ -20,7 +20,7 @@ class Evaluation:
     Attributes:
         scores: policy name → metric name → float64 (clips, seeds), in the order of ``clip_ids``.
         unavailable: metric name → why it was not computed.
-        provenance: the facts of the records (host, weights, versions, …) and what was asked for.
+        provenance: the facts of the records (host, weights, versions, …) and the requested clips and seeds.
         decision_ms: policy name → mean milliseconds per decision; a policy that decided nothing is left out.
     """
 

@@ -54,7 +54,7 @@ class Part:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What identifies a part; a policy whose content has changed under the same name is another part."""
+        """The identity of a part; a policy whose content has changed under the same name is another part."""
         return self.policy, self.token_budget, *sorted(self.facts.items())
 
     def scores(self) -> np.ndarray:
@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ExtendedRun:
-    """What is played: the first ``num_clips`` clips of a split of a workload, clip i with the noise seed ``seed`` + i."""
+    """One run: the first ``num_clips`` clips of a split of a workload, clip i with the noise seed ``seed`` + i."""
 
     workload: Workload
     split: str
@@ -78,7 +78,7 @@ class ExtendedRun:
     data_dir: str | None = None
 
     def settings(self) -> dict[str, object]:
-        """What must be equal for parts to be comparable."""
+        """The settings that must be equal for parts to be comparable."""
         host = self.workload.host
         return {
             "workload": self.workload.name,

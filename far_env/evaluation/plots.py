@@ -41,7 +41,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class _Style:
-    """How a policy is drawn: full history black and dashed, the highlighted ones in colour, others thin and grey."""
+    """The style of a policy's curve: full history black and dashed, the highlighted ones in colour, others thin and grey."""
 
     colour: str
     marker: str = ""

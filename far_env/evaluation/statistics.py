@@ -1,9 +1,9 @@
 """Means, interquartile means and their 95 % intervals, by the bootstrap over clips.
 
-Values are per clip (n,), or per clip and whatever a clip was repeated with, noise seeds say (n, repeats). Clips are drawn with
+Values are per clip (n,), or per clip and repetition, such as noise seeds (n, repeats). Clips are drawn with
 replacement, each with all its repeats, which is right whatever the shares of clip and noise in the variance (Davison & Hinkley
 1997, §3.8). Workload × budget cells that are pooled are strata, each drawing as many clips as it has (arXiv 2108.13264);
-budgets of one workload draw the same clips, because what a clip gives under two budgets goes together. Values that are not
+budgets of one workload draw the same clips, because the results of a clip under two budgets are correlated. Values that are not
 finite (missing episodes, the PSNR of frames equal to the truth) are left out; ``n`` counts the clips that remain.
 """
 
@@ -108,7 +108,7 @@ def _interquartile_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _draws(n: int, seed: int, stratum: int) -> np.ndarray:
-    """How often each of ``n`` clips is drawn in each resample, float64 (10,000, n)."""
+    """Number of times that each of ``n`` clips is drawn in each resample, float64 (10,000, n)."""
     rng = np.random.default_rng((seed, stratum))
     rows = n * np.arange(_CHUNK)[:, None]
     chunks = [

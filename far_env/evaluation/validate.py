@@ -51,8 +51,8 @@ def check_host(record: Record, workload: Workload) -> None:
     recorded_hash, host_hash = record.facts.get("weights"), workload.host.weights_hash
     if recorded_hash != host_hash:
         raise ValueError(
-            f"the records of {record.workload} were made with host {record.facts.get('host')} ({recorded_hash}); the host here is "
-            f"{workload.host.name} ({host_hash}), with which they cannot be validated; give theirs with --host"
+            f"the records of {record.workload} were made with host {record.facts.get('host')} ({recorded_hash}); "
+            f"the host here is {workload.host.name} ({host_hash}), with which they cannot be validated; give theirs with --host"
         )
 
 

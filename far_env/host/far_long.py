@@ -72,7 +72,7 @@ class FARLong(FAR):
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """As `FAR.velocity`, with the first ``num_coarse`` frames coarse; they never attend to the others."""
+        """Same as `FAR.velocity`, with the first ``num_coarse`` frames coarse; they never attend to the others."""
         times = frame_times(timesteps, latents)
         self._grid(latents, True)  # upstream refuses sizes that do not fit, even without coarse frames
         earlier: list[tuple[Tensor, Tensor]] | None = None

@@ -30,7 +30,7 @@ class FrameProbe(Protocol):
     """Records how one frame per row is generated, without changing it. With guidance, rows of the null class come first."""
 
     def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
-        """Called by every block in turn at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
+        """Called by every block in order at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
 
     def velocity(self, step: int, latent: Tensor, velocity: Tensor) -> None:
         """Called at ODE step 0, 1, …, with the noisy latent (B, 1, C, h, w) and its velocity, before the latent is changed."""

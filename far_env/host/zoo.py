@@ -33,7 +33,7 @@ class Released:
 
     Attributes:
         file: path in the repository, and below the weights folder.
-        data: what it was trained on.
+        data: the data set that it was trained on.
         frame_size: side of its frames in pixels.
         config: constructor arguments of the model.
         million_parameters: size of the model, rounded to one decimal.
@@ -212,8 +212,8 @@ def verify(name: str) -> Path:
     digest = file_hash(path)
     if not digest.startswith(released.hash_prefix):
         raise WeightsError(
-            f"{path} has SHA-256 {digest[:8]}…, {released.hash_prefix}… is expected: the file is damaged; delete it and "
-            f"fetch it again with far-env weights download {name}"
+            f"{path} has SHA-256 {digest[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it "
+            f"and fetch it again with far-env weights download {name}"
         )
     return path
 

@@ -6,7 +6,7 @@ What makes it fast, and exact:
   frame before them was dropped.
 - Rows share every forward pass; shorter histories are padded and masked.
 - A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these
-  returns what was computed before, for another policy, say. The same holds for its pixels.
+  returns what was computed before, for example for another policy. The same holds for its pixels.
 
 The result is that of `far_env.rollout.reference`.
 """
@@ -101,11 +101,11 @@ class RolloutBatch:
         self._recorder = SignalRecorder(signals, self._sampler)
 
     def step(self, row: int) -> int:
-        """How many frames the row has generated."""
+        """Number of frames that the row has generated."""
         return self._rows[row].steps
 
     def history_length(self, row: int) -> int:
-        """How many frames the row's history holds."""
+        """Number of frames that the row's history holds."""
         return len(self._rows[row].kept)
 
     def frame_numbers(self, row: int) -> list[int]:
@@ -221,7 +221,7 @@ class RolloutBatch:
         rollout.prefix = rollout.prefix[:unchanged]
 
     def finished(self, row: int) -> bool:
-        """Whether the row has generated all its frames (or was never begun)."""
+        """Return whether the row has generated all its frames (or was never begun)."""
         return self._rows[row].steps >= self._rows[row].num_predict
 
     def generated(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
@@ -360,7 +360,7 @@ class RolloutBatch:
                 rollout.prefix += [block.clone() for block in encoded[:, :, :, row].split(counts, dim=3)]
 
     def _context_conditions(self, rollouts: Sequence[Rollout], num_known: int) -> dict[str, Any]:
-        """What `FAR.encode_context` needs to know of the rollouts' frames after the first ``num_known`` kept ones."""
+        """Arguments of `FAR.encode_context` for the rollouts' frames after the first ``num_known`` kept ones."""
         if not self.workload.actions:
             return {"shared": self._sampler.shared_modulations}
         actions = torch.tensor([rollout.visible_actions()[num_known:-1] for rollout in rollouts], device=self._empty.device)

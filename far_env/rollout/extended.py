@@ -188,7 +188,7 @@ def denoise_extended(
     noise: Tensor,
     actions: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """One new frame per row, (B, C, h, w), after kept ones of which some are coarse.
+    """One new frame per row, (B, C, h, w), after kept ones, some of them coarse.
 
     Args:
         kept: clean latents (B, K, C, h, w) in time order, which is also their positions.

@@ -25,7 +25,7 @@ def content_key(*parts: object) -> str:
 
 @dataclass
 class MemoStatistics:
-    """Look-ups of a memo that found an entry (hits) or none (misses), and entries that were removed for lack of space."""
+    """Accesses that found an entry (hits) or none (misses), and entries that were removed for lack of space."""
 
     hits: int = 0
     misses: int = 0

@@ -19,7 +19,7 @@ from far_env.rollout.memo import content_key
 
 @dataclass(frozen=True)
 class RecordedSignals:
-    """What was recorded of one rollout so far. Never changed in place, so that copies of a rollout may share it.
+    """The signals recorded of one rollout so far. Never changed in place, so that copies of a rollout may share it.
 
     Attributes:
         newest: signals of the frame generated last, by name.

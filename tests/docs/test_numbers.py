@@ -1,4 +1,4 @@
-"""Numbers in the README, the pages and the cards agree with RESULTS.md, which alone is measured anew."""
+"""Numbers in the README, the pages and the cards agree with RESULTS.md, which alone is measured again."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def test_clips_whose_actions_do_not_fit_are_refused_before_anything_changes(make
     for actions, message in (
         (None, "clip 2 has none; use data that comes with actions"),
         (clips[2].actions[:15], r"in the shape \(15,\); its 16 frames need one each"),
-        (clips[2].actions + 1, "int64 actions from [01] to 3; the host knows the whole numbers 0 to 2"),
+        (clips[2].actions + 1, "int64 actions from [01] to 3; the host accepts the whole numbers 0 to 2"),
         (clips[2].actions - 1, "actions from -1 to"),
         (clips[2].actions / 2, "float64 actions"),
     ):

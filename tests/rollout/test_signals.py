@@ -215,7 +215,7 @@ def test_signals_that_are_not_available_are_refused(tiny_workload):
     with pytest.raises(ValueError, match="before others are dropped"):
         batch.signals([0])
     for rollout in (play, lambda *args: reference_rollout(args[0], clip, args[3], 4, 1)):
-        with pytest.raises(PolicyError, match=r"policy Asks asks for an unknown signal 'attn_mas'; did you mean 'attn_mass'"):
+        with pytest.raises(PolicyError, match=r"policy Asks requests an unknown signal 'attn_mas'; did you mean 'attn_mass'"):
             rollout(tiny_workload, [clip], [1], Asks(("attn_mas",)), 4)
 
 

@@ -8,10 +8,10 @@ from far_env.clips.worlds.base import CELLS, SCENERY_ROWS, SIZE, World, draw_sce
 
 
 class Cuts(World):
-    """Two to four shots, all shown in the first five frames, then cuts between them every 2–8 frames (3–6 with four shots).
+    """Two to four shots, all present in the first five frames, then cuts between them every 2–8 frames (3–6 with four shots).
 
-    A shot is a still background with a 12 px block that moves 8 px per shown frame (its dark side trails) and resumes where
-    its shot stopped. Actions: the shot of the frame.
+    A shot is a still background with a 12 px block that moves 8 px per frame of its shot (its dark side trails) and
+    resumes where its shot stopped. Actions: the shot of the frame.
     """
 
     name = "cuts"

@@ -10,7 +10,7 @@ from far_env.clips.worlds.base import CELLS, GRID, RING, World, draw_scenery, hu
 class Orbit(World):
     """A camera turns 32 px per frame around a circular 384 px panorama, and turns back from time to time.
 
-    Sixteen moves, 4–9 one way and 2–4 back in turn, repeat to the end; everything that frames 36 … 71 show has appeared
+    Sixteen moves, alternately 4–9 one way and 2–4 back, repeat to the end; everything that frames 36 … 71 show has appeared
     by frame 35. Actions: 0 for −32, 1 for 32 px.
     """
 

@@ -10,7 +10,7 @@ from far_env.config import require_positive
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
-    """How the autoencoder is trained."""
+    """Settings of the autoencoder's training."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of diffusers.AutoencoderDC; scaling_factor is measured after training."""
@@ -37,7 +37,7 @@ class AutoencoderTraining:
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """How the transformer is trained."""
+    """Settings of the transformer's training."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of far_env.host.far.FAR, or, with a context_patch_size, of far_env.host.far_long.FARLong."""
@@ -66,15 +66,15 @@ class TransformerTraining:
     max_older: int = 6
     """Most random older frames in front of a tail."""
     max_tail: int = 6
-    """Longest contiguous tail; the shortest is 2, of which the last frame is predicted."""
+    """Longest contiguous tail; the shortest has 2 frames, and the last frame is predicted."""
     noisy_copies: int = 2
     """Noise levels drawn per predicted frame; they share the clean history's cost."""
     noise_mean: float = 0.8
-    """Noise levels are sigmoid(N(noise_mean, 1)) …"""
+    """Noise levels are sigmoid(N(noise_mean, 1)), except for the share pure_noise_share."""
     pure_noise_share: float = 0.25
-    """… except for this share, which is 1."""
+    """Share of noise levels that are 1."""
     context_noise: float = 0.15
-    """Half of the histories carry noise of up to this sigma while their time says that they are clean, against drift."""
+    """Half of the histories carry noise of up to this sigma while their time is that of clean frames; this reduces drift."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "clips_per_world", "batch_size", "contiguous_every", "min_contiguous", "contiguous_predicted")
