@@ -32,8 +32,8 @@ class Block:
 def blocks(page: Path, *languages: str) -> list[Block]:
     """The page's blocks in these languages."""
     text = page.read_text(encoding="utf-8")
-    found = [Block(page, text[: match.start()].count("\n") + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
-    return [block for block in found if block.language in languages]
+    all_blocks = [Block(page, text[: match.start()].count("\n") + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
+    return [block for block in all_blocks if block.language in languages]
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What the package says about itself is the same in every file that says it."""
+"""The package's metadata are the same in every file that states them."""
 
 from __future__ import annotations
 

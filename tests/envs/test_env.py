@@ -230,34 +230,34 @@ KEEP_ALL = np.ones((2, 6), dtype=np.int8)
 def run_two_episodes(env, steps):
     """Terminations and reset observations' steps over the given number of vector steps; budget 4 has ten decisions."""
     env.reset(seed=0)
-    ended, shown, rewarded, clip_ids = [], [], [], []
+    ended, reset_steps, rewarded, clip_ids = [], [], [], []
     for _ in range(steps):
         _, rewards, terminations, truncations, infos = env.step(KEEP_ALL)
         assert not truncations.any()
         ended.append(terminations[0])
         rewarded.append(rewards[0] != 0)
-        shown.append(int(infos["step"][0]))
+        reset_steps.append(int(infos["step"][0]))
         clip_ids.append(int(infos["clip_id"][0]))
-    return ended, shown, rewarded, clip_ids
+    return ended, reset_steps, rewarded, clip_ids
 
 
 def test_next_step_autoreset_over_two_episodes(make_vector):
     env = make_vector(2)
     assert env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
-    ended, shown, rewarded, clips = run_two_episodes(env, 21)
+    ended, steps, rewarded, clips = run_two_episodes(env, 21)
     assert ended == [False] * 9 + [True] + [False] * 10 + [True]
     assert rewarded == ended
-    assert shown == [*range(1, 11), 0, *range(1, 11)]
+    assert steps == [*range(1, 11), 0, *range(1, 11)]
     assert len(set(clips[:10])) == len(set(clips[10:])) == 1 and clips[0] != clips[10]
 
 
 def test_same_step_autoreset_over_two_episodes(make_vector):
     env = make_vector(2, autoreset_mode=AutoresetMode.SAME_STEP)
     assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-    ended, shown, rewarded, clips = run_two_episodes(env, 20)
+    ended, steps, rewarded, clips = run_two_episodes(env, 20)
     assert ended == ([False] * 9 + [True]) * 2
     assert rewarded == ended
-    assert shown == [*range(1, 10), 0, *range(1, 10), 0]
+    assert steps == [*range(1, 10), 0, *range(1, 10), 0]
     assert len(set(clips[:9])) == 1 and clips[9] == clips[10] != clips[0]
 
 
