@@ -111,7 +111,7 @@ def test_surroundings_are_the_changes_around_a_frame_also_of_dropped_ones():
 
 
 def test_places_are_inferred_from_neighbours_the_oldest_frame_and_earlier_changes():
-    """Features by hand: two frames of one place have similarity 0.9 and drift 0.5; each pair of places has a different pair of values."""
+    """Features by hand: two frames of one place have similarity 0.9 and drift 0.5; those of each pair of places differ."""
     unlike = {(1, 2): 0.30, (1, 3): 0.20, (1, 4): 0.10, (2, 3): 0.05, (2, 4): 0.25, (3, 4): 0.15}
 
     def features_of(*places):

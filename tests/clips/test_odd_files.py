@@ -172,7 +172,7 @@ def test_metadata_that_are_not_utf8_do_not_matter(tmp_path):
 
 
 def litter(folder):
-    """The files that a Mac, a network drive and an editor leave beside each file of a folder, and a folder named like a video."""
+    """Files that a Mac, a network drive and an editor add beside each file of a folder, and a folder named like a video."""
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         (path.parent / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ")
         for hidden in (".cache", "__MACOSX", "@eaDir"):

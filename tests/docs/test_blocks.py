@@ -128,7 +128,7 @@ def test_cheap_commands_run(page, workplace):
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
 def test_yaml_is_a_configuration(block):
-    settings, _ = generator().command_options(entry_points("far_env.commands")["train"].load())
+    settings, _ = generator("option_tables").command_options(entry_points("far_env.commands")["train"].load())
     assert from_dict(settings, yaml.safe_load(block.text), str(block))
 
 

@@ -1,4 +1,4 @@
-"""The report's numbers against their definition, and its refusals; tests/evaluation/test_report_page.py tests the page in a browser."""
+"""The report's numbers against their definition, and its refusals; test_report_page.py tests the page in a browser."""
 
 from __future__ import annotations
 
