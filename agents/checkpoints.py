@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from far_env.agents.config import NetworkConfig
 from far_env.config import from_dict
 from far_env.errors import unknown_name
-from far_env.io import write_text
+from far_env.io import write_json
 
 if TYPE_CHECKING:
     from far_env.agents.network import RetentionNetwork
@@ -82,7 +82,7 @@ def save_scorer(scorer: RetentionNetwork, config: NetworkConfig, about: dict[str
     from far_env.tensor_files import save_weights
 
     save_weights(scorer.state_dict(), folder / WEIGHTS_FILE)
-    write_text(folder / CONFIG_FILE, json.dumps({"network": asdict(config), **about}, indent=2) + "\n")
+    write_json(folder / CONFIG_FILE, {"network": asdict(config), **about})
 
 
 def load_scorer(folder: Path) -> tuple[RetentionNetwork, dict[str, Any]]:

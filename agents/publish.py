@@ -164,7 +164,8 @@ def _stages(settings: AgentTraining) -> str:
     """The stages of the training, in order."""
     imitation, stages = settings.imitation, []
     if imitation.true_clips:
-        stages.append(f"imitation of an expert that knows the clip, on the true frames of {imitation.true_clips:,} clips")
+        clips = f"{imitation.true_clips:,} clips"
+        stages.append(f"imitation of an expert that uses the true rest of the clip, on the true frames of {clips}")
     if imitation.rounds:
         rounds = f"{imitation.rounds} round{'s' * (imitation.rounds > 1)}"
         stages.append(f"{rounds} of imitation of the expert in rollouts")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from far_env.agents.checkpoints import PRETRAINED, WEIGHTS_FILE
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import ReproduceOptions
 from far_env.agents.trainer import check_run_dir, train
+from far_env.cli.console import keeping_episodes
 from far_env.config import config_path, from_dict, load_yaml, parse, require_positive
 from far_env.contract import RetentionPolicy
 from far_env.errors import unknown_name
@@ -286,10 +286,8 @@ def _session(folder: Path) -> Iterator[None]:
     """Record when and for how long episodes were played, also after Ctrl-C; a session that played none is not recorded."""
     before, start = _num_lines(folder), time.perf_counter()
     try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nthe episodes finished so far are in {folder}; the same command continues from there", file=sys.stderr)
-        raise
+        with keeping_episodes(folder):
+            yield
     finally:
         if (episodes := _num_lines(folder) - before) > 0:
             seconds = round(time.perf_counter() - start, 1)

@@ -15,7 +15,7 @@ from far_env.agents.trainer import begin_run, learn
 from far_env.agents.validation import validation_scores
 from far_env.config import config_path, from_dict, load_yaml, save_yaml
 from far_env.errors import unknown_name
-from far_env.io import make_run_dir, write_text
+from far_env.io import make_run_dir, write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -111,7 +111,7 @@ def _check_same(folder: Path, options: Sweep, base: AgentTraining) -> None:
     path = folder / "sweep.json"
     if path.exists() and json.loads(path.read_text()) != about:
         raise ValueError(f"{folder} contains another sweep (see sweep.json); choose another run_dir")
-    write_text(path, json.dumps(about, indent=2) + "\n")
+    write_json(path, about)
 
 
 def _text(values: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from far_env.envs.rendering import save_comparison
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.table import results_table
-from far_env.io import make_run_dir, write_text
+from far_env.io import make_run_dir, write_json, write_text
 from far_env.policies import load_policy
 from far_env.provenance import add_to_facts, run_facts, save_facts
 from far_env.workloads import Workload, check_decides, make_workload, resolve_budgets
@@ -103,7 +102,7 @@ def compare(run: Run, policies: dict[str, Any]) -> str:
     """Evaluate the policies on test clips of every workload under every budget; save results, return the tables."""
     clips = range(run.config.test_clips)
     results = [evaluate(workload, budget, policies, clips) for workload in run.workloads for budget in run.budgets]
-    write_text(run.folder / RESULTS_FILE, json.dumps({"tables": [result.summary() for result in results]}, indent=2) + "\n")
+    write_json(run.folder / RESULTS_FILE, {"tables": [result.summary() for result in results]})
     tables = "\n\n".join(map(results_table, results))
     write_text(run.folder / "results.txt", tables + "\n")
     pictured = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}

@@ -10,14 +10,13 @@ process so far.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import tyro
 
+from benchmarks.command import run_benchmark
 from far_env.cli import run_guarded
 from far_env.clips.worlds import WORLDS
 from far_env.contract import NewestFrames
@@ -123,12 +122,7 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
 
 def run() -> None:
     """Measure and print."""
-    options = tyro.cli(Options, description=__doc__)
-    if options.json not in (None, "-"):
-        raise ValueError("--json takes only '-', the standard output")
-    result = measure(options, print if options.json is None else lambda line: None)
-    if options.json is not None:
-        print(json.dumps(result, indent=2))
+    run_benchmark(Options, measure, __doc__)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 CACHE_VARIABLE = "FAR_ENV_CACHE"
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) under a temporary name, then rename it. Raises ValueError if that cannot be done."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # of its own, should several processes write at once
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # one per process, because several may write at once
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """Write a value as indented JSON, as `write_text` does. Raises ValueError on NaN and infinity unless ``allow_nan``."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")
 
 
 def cache_dir() -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from far_env.cli.console import keeping_episodes
 from far_env.cli.options import split_list, whole_number
 from far_env.config import parse, require_positive
 from far_env.io import make_run_dir
@@ -71,11 +71,8 @@ def extended(args: Sequence[str]) -> None:
     run = ExtendedRun(workload, options.split, options.clips, options.seed, options.batch_size, options.data_dir)
     saved = load_parts(folder, run.settings())
     save_facts(folder, run_facts(workload.host.device, workload.host.dtype))
-    try:
+    with keeping_episodes(folder, "parts"):
         parts = run.play(policies, facts, budgets, saved, folder)
-    except KeyboardInterrupt:
-        print(f"\nthe parts finished so far are in {folder}; the same command resumes from there", file=sys.stderr)
-        raise
     source = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.settings().items())
     save_quality_figure(parts, folder, f"{workload.name}, {options.clips} clips, extended (not the benchmark)", source)
     print(f"{parts_table(parts)}\n\nextended, not the benchmark: {source}\n\nnumbers and figure in {Path(options.out)}")

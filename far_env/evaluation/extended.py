@@ -21,7 +21,7 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 from far_env.evaluation.statistics import mean_interval
 from far_env.evaluation.table import interval_text, signed_interval_text
-from far_env.io import write_text
+from far_env.io import write_json
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
@@ -119,7 +119,7 @@ class ExtendedRun:
                     part.tokens.extend(tokens)
                 saved[part.key] = part
                 content = {"settings": self.settings(), "parts": [asdict(item) for item in saved.values()]}
-                write_text(folder / RESULTS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+                write_json(folder / RESULTS_FILE, content, allow_nan=False)
         return [saved[part.key] for part in wanted]
 
     def _play_clips(
