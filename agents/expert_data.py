@@ -167,13 +167,13 @@ def collect(
         clip_ids: of the train split.
         budgets: one per clip.
         actor: the scorer that decides; None lets the expert decide.
-        spec: what observations contain.
+        spec: the contents of observations.
         candidates: alternatives recorded per decision.
         true_frames: use the clip's frames in place of generated ones, which is much faster, and nearly what a policy observes
             while the right frames are kept. The expert decides, sometimes at random (`EXPLORATION_PROBABILITY`). At every few
             steps (`UNCUT_EVERY`) the last frames before anything was dropped, as many as there are slots, are recorded as a
             first decision too, because large cuts are rare otherwise.
-        sequential_eviction: for a scorer that evicts one frame after the other: with true frames, large cuts are recorded as
+        sequential_eviction: for a scorer that evicts sequentially: with true frames, large cuts are recorded as
             some of the single evictions they consist of.
         slots: rows of an observation; by default as many as an environment with these budgets has.
 

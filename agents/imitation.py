@@ -93,8 +93,8 @@ def imitate(
 
     Until something has been learned the expert acts, later the scorer that has learned all before: from the true frames first,
     if there are any, and starting from it from the rollouts of all rounds. The clips of a round are shared evenly among the
-    workloads, and each is played under one of the budgets in turn. A round whose file exists is not collected again, so a
-    stopped run resumes where it stopped.
+    workloads, and each is played under one of the budgets, which alternate. A round whose file exists is not collected again,
+    so that a stopped run resumes where it stopped.
 
     Args:
         num_clips: train clips to draw from; no clip comes twice before all have come.
@@ -147,7 +147,7 @@ def fit(
     seed: int,
     start: Mapping[str, Tensor] | None = None,
 ) -> RetentionNetwork:
-    """A scorer that has learned the decisions; the same seed gives the same scorer.
+    """Train a scorer on the decisions; the same seed gives the same scorer.
 
     Args:
         start: weights to continue from, at `FINETUNE_LR_SCALE` of the learning rate; by default a new scorer learns.
@@ -206,7 +206,7 @@ def _check_index(
     seed: int,
     num_clips: int,
 ) -> None:
-    """Record what the decisions in a folder are made with. Raises ValueError if those in it were made otherwise."""
+    """Record the settings of the decisions in a folder. Raises ValueError if the folder contains decisions made with others."""
     index = {
         "workloads": [workload.name for workload in workloads],
         "hosts": [workload.host.weights_hash for workload in workloads],

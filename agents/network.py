@@ -87,7 +87,7 @@ class RetentionNetwork(nn.Module):
 
     Args:
         width, num_layers, num_heads: size of the set transformer; the defaults make 67k weights.
-        memory: rows also carry what a `HistoryMemory` recalls of them.
+        memory: rows also carry true ages and features at birth, from a `HistoryMemory`.
         attention: rows attend to each other. Without it each is scored alone: by a perceptron, or with no layers by a
             (normalised) linear rule. These are for comparison.
         surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
@@ -98,7 +98,7 @@ class RetentionNetwork(nn.Module):
             and so on (`far_env.agents.policies.choose`), so that one of several near-duplicates can stay.
 
     Attributes:
-        spec: what the scorer's observations contain.
+        spec: the contents of the scorer's observations.
 
     Raises:
         ValueError: if the heads do not share the width evenly, on an invalid observation spec, or on

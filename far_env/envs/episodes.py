@@ -50,7 +50,7 @@ class Reward:
 
     @staticmethod
     def make(reward: str | Mapping[str, float], telescoping: bool = False) -> Reward:
-        """From a metric's name (lpips counts negatively, lower being better) or a dict of weights."""
+        """Make a reward from a metric's name (lpips counts negatively, lower being better) or a dict of weights."""
         weights = {reward: -1.0 if reward == "lpips" else 1.0} if isinstance(reward, str) else dict(reward)
         return Reward(weights, telescoping)
 
@@ -63,10 +63,10 @@ class EpisodeBatch:
     """``num_rows`` episodes of one workload, each with its clip, noise seed and budget.
 
     Args:
-        workload: what is rolled out.
+        workload: clips, host and lengths of the rollouts.
         budgets: frames that an episode may be allowed to keep.
         num_rows: episodes in the batch.
-        reward: how they are scored.
+        reward: the scoring of the episodes.
         metrics: metrics reported at the end, besides those of the reward.
         memo_bytes: memory for frames that are generated again, see `far_env.rollout.memo.FrameMemo`.
         signals: names of `far_env.contract.SIGNALS` that observations contain as well.
@@ -157,11 +157,14 @@ class EpisodeBatch:
             self.rollouts.advance(active)
 
     def ended(self, row: int) -> bool:
-        """All frames generated."""
+        """Return whether the row has generated all its frames."""
         return self.rollouts.finished(row)
 
     def awaits_decision(self, row: int) -> bool:
-        """The history is over budget and a frame is still to come. A context over budget is first cut after one new frame."""
+        """Return whether the history is over budget and a frame is still to come.
+
+        A context over budget is first cut after one new frame.
+        """
         over = self.rollouts.history_length(row) > self.max_frames[row]
         return over and self.rollouts.step(row) > 0 and not self.ended(row)
 

@@ -340,7 +340,7 @@ class RolloutBatch:
         for rollout in rollouts:
             num_coarse = model.num_coarse(len(rollout.kept) + 1)
             if num_coarse != rollout.num_coarse:
-                # A frame that becomes coarse or fine is another one, and so is every finer frame that saw it.
+                # A frame that becomes coarse or fine is another one, and so is every finer frame that attends to it.
                 rollout.prefix = rollout.prefix[: min(num_coarse, rollout.num_coarse)]
                 rollout.num_coarse = num_coarse
             if len(rollout.prefix) < len(rollout.kept):
