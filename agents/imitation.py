@@ -105,8 +105,8 @@ def imitate(
     folder.mkdir(parents=True, exist_ok=True)
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     rng = np.random.default_rng((seed, 4))
-    wanted = settings.true_clips + settings.rounds * settings.clips_per_round
-    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-wanted // num_clips))]).tolist()
+    num_clips_used = settings.true_clips + settings.rounds * settings.clips_per_round
+    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-num_clips_used // num_clips))]).tolist()
     true_clips, order = order[: settings.true_clips], order[settings.true_clips :]
     collecting = {
         "spec": RetentionNetwork(**asdict(network_config)).spec,

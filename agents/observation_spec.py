@@ -22,7 +22,7 @@ class ObservationSpec:
     """The inputs of a scorer beside the benchmark's matrix.
 
     Attributes:
-        memory: what a `HistoryMemory` recalls.
+        memory: true ages and features at birth, from a `HistoryMemory`.
         surroundings: how frames changed around each one, dropped frames included.
         signals: names of `far_env.contract.SIGNALS`.
         places: which frames show the same place.
@@ -43,7 +43,7 @@ class ObservationSpec:
         object.__setattr__(self, "signals", checked)
 
     def new_memory(self) -> HistoryMemory | None:
-        """For a new clip."""
+        """Make the memory for a new clip; None if the scorer has none."""
         return HistoryMemory(self.surroundings, self.places, self.path) if self.memory else None
 
     @property

@@ -119,8 +119,8 @@ def reproduce(options: ReproduceOptions) -> None:
         put_section(read_results(path), name, "")
     trained = {}
     if options.from_scratch:
-        wanted = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
-        trained = _train({name: agents[name] for name in wanted}, options.device)
+        learned = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
+        trained = _train({name: agents[name] for name in learned}, options.device)
     trained_by = {trained.get(name, name): arguments for name, arguments in agents.items()}
     policies = _load({name: tables[name].renamed(trained) for name in names}, trained_by)
     for name in names:

@@ -46,8 +46,8 @@ def sweep(options: Sweep) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
     states = optuna.trial.TrialState
-    for left in study.get_trials(states=(states.RUNNING,)):
-        study.tell(left.number, state=states.FAIL)
+    for unfinished in study.get_trials(states=(states.RUNNING,)):
+        study.tell(unfinished.number, state=states.FAIL)
     while (number := len(study.get_trials(states=(states.COMPLETE,)))) < options.trials:
         study.sampler = optuna.samplers.TPESampler(seed=options.seed * 10_000 + number)
         trial = study.ask()

@@ -159,8 +159,8 @@ def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int
         raise ValueError(
             f"validation_clips is {config.validation_clips}, fewer than the {len(budgets)} budgets that share them"
         )
-    wanted = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
-    for split, count in wanted.items():
+    clips_by_split = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
+    for split, count in clips_by_split.items():
         available = workload.clips.num_clips(split)
         if count > available:
             raise ValueError(f"{split}_clips is {count}, but {workload.name}/{split} has {available}")

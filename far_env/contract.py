@@ -204,14 +204,14 @@ def ask_policy(
     *,
     clip: object,
     strict: bool = True,
-    most: int | None = None,
+    max_kept: int | None = None,
 ) -> Answer:
     """Call the policy and apply its plan.
 
     Args:
         clip: name of the clip, for the error message.
         strict: also require a well-formed plan (`check_plan`). False applies the benchmark's lenient rule alone.
-        most: how many frames may stay; None for the budget's max_frames. A caller whose budget is not a number of frames
+        max_kept: how many frames may stay; None for the budget's max_frames. A caller whose budget is not a number of frames
             passes the length of the history.
 
     Raises:
@@ -219,7 +219,7 @@ def ask_policy(
     """
     # Read before the call: what the policy does to its arguments must not change how its plan is checked.
     num_frames = len(chunk_meta_list)
-    most = int(budget_state["max_frames"]) if most is None else most
+    max_kept = int(budget_state["max_frames"]) if max_kept is None else max_kept
     where = f"policy {policy_name(policy)} on clip {clip}, step {rollout_state.step}"
     start = time.perf_counter()
     try:
@@ -237,7 +237,7 @@ def ask_policy(
         plan = TemporalCachePlan(decisions)
         if strict:
             check_plan(plan, num_frames)
-        kept = apply_plan(plan, num_frames, most)
+        kept = apply_plan(plan, num_frames, max_kept)
         demoting = {decision.chunk_id for decision in decisions if decision.action == DEMOTE}
         return Answer(kept, [chunk_id for chunk_id in kept if chunk_id in demoting], seconds)
     except ValueError as error:
@@ -313,8 +313,8 @@ def policy_name(policy: RetentionPolicy) -> str:
     return getattr(policy, "name", None) or type(policy).__name__
 
 
-def _decisions(plan: Any, most: int) -> list[Any]:
-    """The first decisions of a plan, at most so many. Raises ValueError if it has none to iterate over."""
+def _decisions(plan: Any, limit: int) -> list[Any]:
+    """The first decisions of a plan, at most ``limit``. Raises ValueError if it has none to iterate over."""
     if not hasattr(plan, "chunk_decisions"):
         raise ValueError(f"returned {type(plan).__name__}, not a TemporalCachePlan with chunk_decisions")
     decisions = plan.chunk_decisions
@@ -322,7 +322,7 @@ def _decisions(plan: Any, most: int) -> list[Any]:
         iterator = iter(decisions)
     except TypeError:
         raise ValueError(f"returned a plan whose chunk_decisions is {type(decisions).__name__}, not a list") from None
-    return list(islice(iterator, most))
+    return list(islice(iterator, limit))
 
 
 def _short(value: Any) -> str:

@@ -178,8 +178,8 @@ def _check_strip(path: Path, results: Results, workload: str, num_frames: int) -
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}; evaluate into a new folder") from error
     if kind != "PNG" or (width, height) != (size * num_frames, size):
-        wanted = f"a PNG of {num_frames} frames, {size * num_frames}×{size} pixels"
-        raise ValueError(f"{path} should be {wanted}; it is a {kind} of {width}×{height}; evaluate into a new folder")
+        expected = f"a PNG of {num_frames} frames, {size * num_frames}×{size} pixels"
+        raise ValueError(f"{path} should be {expected}; it is a {kind} of {width}×{height}; evaluate into a new folder")
 
 
 def _run(record: Record, number: dict[str, int], image: int) -> dict[str, Any]:
