@@ -299,8 +299,8 @@ def _eviction_chain(
     """Evict the frames of a history sequentially, the one with the lowest cost first.
 
     Yields:
-        At each of ``sizes``: the rows that are left, and the best alternatives: the cost of each, and the positions, among the rows
-        left, of those that it keeps.
+        At each of ``sizes``: the rows that are left, and the best alternatives: the cost of each, and the positions among
+        these rows that it keeps.
     """
     rows_left = list(range(len(cover.distance)))
     while len(rows_left) > budget:
