@@ -30,7 +30,7 @@ class PublishOptions:
     run: tyro.conf.Positional[str]
     """Run folder of far-env train."""
     name: tyro.conf.Positional[str]
-    """Lower-case letters, digits and hyphens."""
+    """Name of the policy: lower-case letters, digits and hyphens."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sweep:
     trials: int = 20
     """Training runs in total, those of earlier sessions included."""
     seed: int = 0
-    """Of the search (a tree-structured Parzen estimator)."""
+    """Seed of the search (a tree-structured Parzen estimator)."""
     search: dict = field(default_factory=dict)
     """Setting, such as ppo.learning_rate → {low, high, log} or {choices}; whole numbers where low and high are."""
 
@@ -77,7 +77,7 @@ class RegretOptions:
     budget: int = 4
     """Frames that may be kept."""
     clips: int = 64
-    """The first so many test clips."""
+    """Number of test clips, from the first on."""
     searches: tuple[str, ...] = ("1x1", "3x3")
     """Width × branches of each search, see `far_env.agents.oracle.search`; 1x1 is the hindsight expert alone."""
     policies: tuple[str, ...] = ("recent_fill", "uniform", "nearest_neighbour", "pretrained/pan-tight", "full_history")
@@ -115,7 +115,7 @@ class LearningCurveOptions:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders of far-env train."""
     out: str = "curves.png"
-    """A .png or .svg file."""
+    """File to write, .png or .svg."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,17 @@ class ReproduceOptions:
     """Measure tables of RESULTS.md again and replace them in it; without a table, list the tables and their costs."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """One or more, or "all"."""
+    """Names of tables, or "all"."""
     from_scratch: bool = False
     """First train the tables' learned policies, in run folders, and compare those instead of the shipped ones."""
     clips: int | None = None
-    """At most so many clips, for a quick look; the table states how many it has."""
+    """At most this many clips, for a quick estimate; the table states its number of clips."""
     file: str = "results"
     """File that describes the tables, a path or the name of a shipped one."""
     out: str = "RESULTS.md"
     """File whose sections for these tables are replaced, or added."""
     episodes: str = "runs/reproduce"
-    """Keeps the episodes, in a folder per table; the same command resumes where it stopped."""
+    """Folder of the episodes, with a subfolder per table; the same command resumes where it stopped."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64

@@ -25,17 +25,17 @@ class BenchmarkOptions:
     budget: str = "tight_history_budget"
     """One of the benchmark's names of budgets, or a number of frames."""
     host: str | None = None
-    """By default the released one; a shipped one, such as embedded, makes a dry run on generated clips if no data is given."""
+    """Host; by default the released one; a shipped one, such as embedded, makes a dry run on generated clips if no data is given."""
     clips: int | None = None
-    """By default as many as the benchmark plays, or all if there are fewer."""
+    """Number of clips; by default as many as the benchmark plays, or all if there are fewer."""
     data_dir: str | None = None
     """Folder of the benchmark's videos."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str | None = None
-    """By default bfloat16 on a GPU, float32 elsewhere."""
+    """float32, bfloat16 or auto; by default bfloat16 on a GPU, float32 elsewhere."""
     policy_seconds: float = 10.0
-    """How long one call of a policy file may take."""
+    """Largest duration of one call of a policy file, in seconds."""
 
 
 def benchmark(args: Sequence[str]) -> None:

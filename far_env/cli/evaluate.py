@@ -32,7 +32,7 @@ class EvaluateOptions:
     """Comma-separated: baselines, "all" of them, .py files with a policy class, run folders, pretrained/NAME, policies of
     plugins, full_history. A path that holds a comma is put in double quotes: --policies 'recent_fill,"runs/a,b"'."""
     workload: str = "pan"
-    """One or more, separated by commas."""
+    """One or more workloads, separated by commas."""
     budget: str = "4"
     """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget; one or more."""
     seeds: str = "42"
@@ -40,7 +40,7 @@ class EvaluateOptions:
     split: str = "test"
     """train, validation or test."""
     clips: int = 256
-    """How many of the first clips of the split."""
+    """Number of clips, from the first of the split on."""
     metrics: str = "psnr,ssim,lpips"
     """Comma-separated: psnr, ssim, lpips."""
     host: str | None = None
@@ -55,11 +55,11 @@ class EvaluateOptions:
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
-    """How those videos become clips: benchmark or far."""
+    """Protocol by which those videos become clips: benchmark or far."""
     out: str | None = None
     """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
     show_clips: int = 8
-    """How many of the first clips have pictures there."""
+    """Number of clips, from the first on, whose pictures are stored there."""
     json: str | None = None
     """Write one JSON object to this file, or to the standard output if "-", instead of tables; several are under "tables"."""
 

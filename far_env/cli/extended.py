@@ -28,7 +28,7 @@ class ExtendedOptions:
     run folders, pretrained/NAME, policies of plugins, or full_history: the host's default, with its window fine and all older
     frames coarse. A path that holds a comma is put in double quotes."""
     clips: int = 16
-    """How many of the first clips of the split."""
+    """Number of clips, from the first of the split on."""
     seed: int = 42
     """Noise seed; clip i is played with it plus i."""
     split: str = "test"

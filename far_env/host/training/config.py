@@ -48,9 +48,9 @@ class TransformerTraining:
     batch_size: int = 16
     """Histories per step."""
     muon_learning_rate: float = 0.02
-    """For the attention and MLP matrices."""
+    """Learning rate of the attention and MLP matrices."""
     adamw_learning_rate: float = 2e-3
-    """For all other parameters."""
+    """Learning rate of all other parameters."""
     weight_decay: float = 0.01
     """Weight decay of both optimisers."""
     warmup: int = 100
@@ -62,9 +62,9 @@ class TransformerTraining:
     min_contiguous: int = 16
     """Shortest contiguous history of such a batch; the longest is the whole clip."""
     contiguous_predicted: int = 4
-    """Frames predicted in it, drawn again for every batch; predicting all would cost more than it improves."""
+    """Frames predicted in such a batch, drawn again for every batch; predicting all would cost more than it improves."""
     max_older: int = 6
-    """Most random older frames in front of a tail."""
+    """Largest number of random older frames in front of a tail."""
     max_tail: int = 6
     """Longest contiguous tail; the shortest has 2 frames, and the last frame is predicted."""
     noisy_copies: int = 2
@@ -100,9 +100,9 @@ class HostTraining:
     seed: int = 0
     """Seed of all random numbers of the run."""
     run_dir: str = "runs/host"
-    """Checkpoints, encoded clips and TensorBoard logs; the same command resumes from here."""
+    """Folder of checkpoints, encoded clips and TensorBoard logs; the same command resumes from here."""
     output_dir: str = "runs/host/host"
-    """The finished host: weights, config.json and model card."""
+    """Folder of the finished host: weights, config.json and model card."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "auto"
