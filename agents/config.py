@@ -23,7 +23,7 @@ class ImitationSettings:
     """Clips on whose true frames decisions are collected before the first round. No rollout is needed, so this is much faster.
     A scorer that has learned from them then acts in the first round already."""
     true_frame_replay_ratio: float = 0.0
-    """Decisions about true frames that are replayed together with those of the rounds, as a multiple of the latter; this reduces
+    """Decisions about true frames that are replayed together with those of the rounds, as a multiple of the latter; reduces
     forgetting."""
     clips_per_round: int = 256
     """Clips on which decisions are collected in each round."""
@@ -35,7 +35,7 @@ class ImitationSettings:
     """Weight, beside the cross-entropy, of the expected cost of the scorer's choice among the alternatives, in units of the
     temperature: it makes costly mistakes count more."""
     epochs: int = 30
-    """Passes over all decisions so far, in every round. Each round starts from a new scorer, or from that of the true frames."""
+    """Passes over all decisions so far, in every round. Each starts from a new scorer, or from that of the true frames."""
     batch_size: int = 256
     """Decisions per optimiser step."""
     learning_rate: float = 2e-3

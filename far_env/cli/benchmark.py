@@ -25,7 +25,7 @@ class BenchmarkOptions:
     budget: str = "tight_history_budget"
     """One of the benchmark's names of budgets, or a number of frames."""
     host: str | None = None
-    """Host; by default the released one; a shipped one, such as embedded, makes a dry run on generated clips if no data is given."""
+    """By default the released host; a shipped one, such as embedded, makes a dry run on generated clips if no data is given."""
     clips: int | None = None
     """Number of clips; by default as many as the benchmark plays, or all if there are fewer."""
     data_dir: str | None = None
