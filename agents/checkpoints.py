@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from far_env.agents.config import NetworkConfig
 from far_env.config import from_dict
 from far_env.errors import unknown_name
-from far_env.io import write_text
+from far_env.io import write_json
 
 if TYPE_CHECKING:
     from far_env.agents.network import RetentionNetwork
@@ -37,7 +37,7 @@ def names() -> list[str]:
 
 
 def accepts(name: str) -> bool:
-    """Whether `load` takes the name: a shipped policy's (also a misspelt one's, so that the error suggests another), or the
+    """Return whether `load` accepts the name: a shipped policy (also misspelt, so that the error suggests another), or the
     path of a folder."""
     return name.startswith(PRETRAINED) or Path(name).is_dir()
 
@@ -50,7 +50,7 @@ def load(name: str) -> AgentPolicy:
 
 
 def facts(name: str) -> dict[str, str]:
-    """What results record of a policy: family, tier, source, a note on its training, and the hash of its weights.
+    """Facts about a policy that results record: family, tier, source, a note on its training, and the hash of its weights.
 
     Raises:
         ValueError: as `load`.
@@ -82,7 +82,7 @@ def save_scorer(scorer: RetentionNetwork, config: NetworkConfig, about: dict[str
     from far_env.tensor_files import save_weights
 
     save_weights(scorer.state_dict(), folder / WEIGHTS_FILE)
-    write_text(folder / CONFIG_FILE, json.dumps({"network": asdict(config), **about}, indent=2) + "\n")
+    write_json(folder / CONFIG_FILE, {"network": asdict(config), **about})
 
 
 def load_scorer(folder: Path) -> tuple[RetentionNetwork, dict[str, Any]]:

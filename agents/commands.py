@@ -84,7 +84,7 @@ def learning_curves(args: Sequence[str]) -> None:
 
 
 def reproduce(args: Sequence[str]) -> None:
-    """Measure the tables of RESULTS.md anew."""
+    """Measure the tables of RESULTS.md again."""
     options = _parse(ReproduceOptions, args, "reproduce")
     from far_env.agents.reproduce import reproduce as reproduce_tables
 

@@ -15,7 +15,7 @@ UNUSABLE_SIGNALS = ("key_proto",)
 
 @dataclass(frozen=True)
 class ImitationSettings:
-    """How the scorer learns from the expert, before PPO if there is any. See `far_env.agents.imitation`."""
+    """Imitation of the expert by the scorer, before PPO if there is any. See `far_env.agents.imitation`."""
 
     rounds: int = 0
     """Rounds of collecting decisions and learning from them; in the first the expert acts, then the scorer. 0 for none."""
@@ -23,21 +23,23 @@ class ImitationSettings:
     """Clips on whose true frames decisions are collected before the first round. No rollout is needed, so this is much faster.
     A scorer that has learned from them then acts in the first round already."""
     true_frame_replay_ratio: float = 0.0
-    """Decisions about true frames that are learned again together with those of the rounds, as a multiple of the latter; at 0
-    some of what was learned from true frames is forgotten."""
+    """Decisions about true frames that are replayed together with those of the rounds, as a multiple of the latter; reduces
+    forgetting."""
     clips_per_round: int = 256
+    """Clips on which decisions are collected in each round."""
     candidates: int = 8
     """Alternatives per decision whose costs are recorded."""
     temperature: float = 1e-3
-    """Of the target softmax(-cost / temperature), in units of mean squared pixel error per predicted frame."""
+    """Temperature of the target softmax(-cost / temperature), in units of mean squared pixel error per predicted frame."""
     expected_cost_weight: float = 0.0
     """Weight, beside the cross-entropy, of the expected cost of the scorer's choice among the alternatives, in units of the
     temperature: it makes costly mistakes count more."""
     epochs: int = 30
-    """Over all decisions so far, in every round from a new scorer, or from the one that has learned from true frames."""
+    """Passes over all decisions so far, in every round. Each starts from a new scorer, or from that of the true frames."""
     batch_size: int = 256
+    """Decisions per optimiser step."""
     learning_rate: float = 2e-3
-    """At the start; falls by a cosine to zero."""
+    """Initial learning rate; it falls to zero along a cosine."""
 
     RENAMED: ClassVar[dict[str, str]] = {"rehearsal": "true_frame_replay_ratio", "regret": "expected_cost_weight"}
     REMOVED: ClassVar[tuple[str, ...]] = ("label",)
@@ -64,18 +66,27 @@ class PPOSettings:
     total_timesteps: int = 80_000
     """Decisions to learn from, over all environments; 0 skips this stage."""
     num_envs: int = 64
+    """Episodes that are played together."""
     n_steps: int = 20
     """Decisions per environment between updates."""
     batch_size: int = 256
+    """Decisions per optimiser step."""
     n_epochs: int = 4
+    """Passes over the collected decisions per update."""
     learning_rate: float = 1e-3
-    """At the start; falls linearly to zero."""
+    """Initial learning rate; it falls linearly to zero."""
     gamma: float = 1.0
+    """Discount factor."""
     gae_lambda: float = 0.95
+    """Parameter of generalized advantage estimation (arXiv 1506.02438)."""
     clip_range: float = 0.2
+    """Clipping of the probability ratio."""
     ent_coef: float = 0.003
+    """Weight of the entropy bonus."""
     vf_coef: float = 0.5
+    """Weight of the critic's loss."""
     max_grad_norm: float = 0.5
+    """Gradients are clipped to this norm."""
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
 
@@ -95,10 +106,13 @@ class NetworkConfig:
     """The scorer, a set transformer over the frames of the history. See `far_env.agents.network.RetentionNetwork`."""
 
     width: int = 64
+    """Features per frame inside the network."""
     num_layers: int = 2
+    """Transformer layers; 0 for a linear scorer."""
     num_heads: int = 4
+    """Attention heads per layer."""
     memory: bool = False
-    """Whether rows carry what a `far_env.agents.memory.HistoryMemory` recalls: true ages, and features at birth."""
+    """Whether rows carry true ages and features at birth, which a `far_env.agents.memory.HistoryMemory` stores."""
     attention: bool = True
     """Whether rows attend to each other; without it each row is scored alone, for comparison."""
     surroundings: bool = False
@@ -110,7 +124,7 @@ class NetworkConfig:
     signals: tuple[str, ...] = ()
     """Inputs beyond the benchmark's matrix, see `far_env.contract.SIGNALS`; a scorer with signals cannot be exported."""
     sequential_eviction: bool = False
-    """Whether frames are dropped one after the other where several have to go; such a scorer learns by imitation alone."""
+    """Whether frames are dropped sequentially where several have to go; such a scorer learns by imitation alone."""
 
     RENAMED: ClassVar[dict[str, str]] = {"one_by_one": "sequential_eviction", "statistics": "signals"}
     REMOVED: ClassVar[tuple[str, ...]] = ("independent",)
@@ -131,6 +145,7 @@ class RewardSettings:
     """The reward of an episode. See `far_env.envs.retention_env.FrameRetentionEnv`."""
 
     metric: str = "psnr"
+    """psnr, ssim or lpips."""
     scale: float = 0.1
     """Factor on the metric, so that returns are of order one. LPIPS, for which lower is better, gets a negative sign."""
     telescoping: bool = False
@@ -151,43 +166,49 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class AgentTraining:
-    """One training run."""
+    """Settings of one training run."""
 
     imitation: ImitationSettings = field(default_factory=ImitationSettings)
+    """Imitation of an expert that uses the true rest of the clip."""
     surrogate: PPOSettings = field(default_factory=lambda: PPOSettings(total_timesteps=0))
     """PPO with a surrogate in place of the host, which is much faster; before PPO with the host. See
     `far_env.agents.surrogate`."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """PPO with the host."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    """The scorer."""
     reward: RewardSettings = field(default_factory=RewardSettings)
+    """The reward of an episode."""
     workload: str = "pan"
-    """One or more, separated by commas: episodes come from all of them in equal parts."""
+    """One or more workloads, separated by commas; each has an equal share of the episodes."""
     budget: int | str = 4
-    """One or more, separated by commas: each episode draws one."""
+    """One or more budgets in frames, separated by commas; each episode draws one."""
     host: str | None = None
     """"embedded", a released transformer or a host folder; by default the workload's."""
     device: str = "auto"
-    """Of the host; the scorer is small and stays on the CPU."""
+    """Device of the host: auto, cpu, cuda or cuda:N; the scorer is small and stays on the CPU."""
     precision: str = "float32"
-    """Of the host: float32, bfloat16 or auto."""
+    """Precision of the host: float32, bfloat16 or auto."""
     seed: int = 0
+    """Seed of all random numbers of the run."""
     run_dir: str = "runs/agent"
+    """Folder of the run: checkpoints, logs and the trained policy."""
     resume: bool = False
     """Resume the run in run_dir if there is one."""
     train_clips: int = 4096
-    """Episodes draw from the first so many clips of the train split."""
+    """Number of train clips, from the first on, from which episodes draw."""
     validation_clips: int = 64
+    """Clips of the validation split on which scorers are compared; per workload, shared by the budgets."""
     validate_every: int = 5
     """Updates between validations; the scorer with the best mean of the reward's metric on validation clips is kept."""
     test_clips: int = 256
-    """Clips of the final table."""
+    """Number of test clips of the final table, per workload and budget."""
     table: tuple[str, ...] = ("recent_fill", "recent_window", "random", "full_history")
-    """Policies that the learned one is compared with in the final table."""
+    """Policies in the final table beside the learned one."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
-    """How those videos become clips: benchmark or far."""
+    """Protocol by which those videos become clips: benchmark or far."""
 
     RENAMED: ClassVar[dict[str, str]] = {"stand_in": "surrogate"}
 
@@ -215,8 +236,8 @@ class AgentTraining:
     @property
     def clip_options(self) -> dict[str, str]:
         """Arguments of the workloads' clip sources."""
-        given = {"data_dir": self.data_dir, "protocol": self.protocol}
-        return {key: value for key, value in given.items() if value is not None}
+        options = {"data_dir": self.data_dir, "protocol": self.protocol}
+        return {key: value for key, value in options.items() if value is not None}
 
 
 def check_inputs(memory: bool, surroundings: bool, places: bool, path: bool, signals: Sequence[str]) -> tuple[str, ...]:

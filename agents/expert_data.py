@@ -130,11 +130,11 @@ class TrueHistories:
 
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """lat_cos and column_gap of each row's history."""
-        found = []
+        per_history = []
         for row in rows:
             history = self.latents[row, self.kept[row]][None]
-            found.append({"lat_cos": latent_cosines(history)[0], "column_gap": column_gaps(history)[0]})
-        return [{name: value.float().cpu().numpy() for name, value in signals.items()} for signals in found]
+            per_history.append({"lat_cos": latent_cosines(history)[0], "column_gap": column_gaps(history)[0]})
+        return [{name: value.float().cpu().numpy() for name, value in signals.items()} for signals in per_history]
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep these positions of the row's history."""
@@ -167,13 +167,13 @@ def collect(
         clip_ids: of the train split.
         budgets: one per clip.
         actor: the scorer that decides; None lets the expert decide.
-        spec: what observations contain.
+        spec: the contents of observations.
         candidates: alternatives recorded per decision.
         true_frames: use the clip's frames in place of generated ones, which is much faster, and nearly what a policy observes
             while the right frames are kept. The expert decides, sometimes at random (`EXPLORATION_PROBABILITY`). At every few
             steps (`UNCUT_EVERY`) the last frames before anything was dropped, as many as there are slots, are recorded as a
             first decision too, because large cuts are rare otherwise.
-        sequential_eviction: for a scorer that evicts one frame after the other: with true frames, large cuts are recorded as
+        sequential_eviction: for a scorer that evicts sequentially: with true frames, large cuts are recorded as
             some of the single evictions they consist of.
         slots: rows of an observation; by default as many as an environment with these budgets has.
 
@@ -248,10 +248,10 @@ def _play(task: _Task, clip_ids: Sequence[int], budgets: Sequence[int]) -> list[
                 choose(actor, rows, memories[row], budgets[row], progress) for row, rows in zip(full, observed, strict=True)
             ]
         else:
-            masks = _acted(recorded, actor)
+            masks = _chosen_masks(recorded, actor)
             if task.true_frames:
                 ids = [clip_ids[row] for row in full]
-                masks = [_explored(*decision, step) for decision in zip(recorded, masks, ids, strict=True)]
+                masks = [_with_exploration(*decision, step) for decision in zip(recorded, masks, ids, strict=True)]
             starts = [task.slots - len(rows) for rows in observed]
             kept = [(np.flatnonzero(mask) - start).tolist() for mask, start in zip(masks, starts, strict=True)]
         for row, ids in zip(full, kept, strict=True):
@@ -283,9 +283,9 @@ def _uncut(task: _Task, latents: Tensor, clip_id: int, budget: int, scale: float
         if task.sequential_eviction:
             rng = np.random.default_rng((clip_id, step, 1))
             sizes = set(rng.integers(budget + 1, length + 1, CHAIN_SIZES).tolist())
-            for left, alternatives in _eviction_chain(coverage(*future), scale, budget, sizes, task.candidates):
-                remaining = remaining_rows(rows, left, memory)
-                records.append(_record(task, remaining, {}, step, budget, alternatives, len(left) - 1))
+            for rows_left, alternatives in _eviction_chain(coverage(*future), scale, budget, sizes, task.candidates):
+                remaining = remaining_rows(rows, rows_left, memory)
+                records.append(_record(task, remaining, {}, step, budget, alternatives, len(rows_left) - 1))
         else:
             signals = uncut.signals([0])[0] if spec.signals else {}
             alternatives = _best_sets(*future, scale, budget, task.candidates)
@@ -296,22 +296,22 @@ def _uncut(task: _Task, latents: Tensor, clip_id: int, budget: int, scale: float
 def _eviction_chain(
     cover: Coverage, scale: float, budget: int, sizes: Collection[int], candidates: int
 ) -> Iterator[tuple[list[int], list[tuple[float, list[int]]]]]:
-    """Evict the frames of a history one by one, the one with the lowest cost first.
+    """Evict the frames of a history sequentially, the one with the lowest cost first.
 
     Yields:
-        At each of ``sizes``: the rows that are left, and the best alternatives, each the cost and the positions among the rows
-        left that stay.
+        At each of ``sizes``: the rows that are left, and the best alternatives: the cost of each, and the positions among
+        these rows that it keeps.
     """
-    left = list(range(len(cover.distance)))
-    while len(left) > budget:
-        costs = sorted((cost, position) for position, cost in enumerate(cover.costs_without(left)[:-1].tolist()))
-        if len(left) in sizes:
-            positions = range(len(left))
+    rows_left = list(range(len(cover.distance)))
+    while len(rows_left) > budget:
+        costs = sorted((cost, position) for position, cost in enumerate(cover.costs_without(rows_left)[:-1].tolist()))
+        if len(rows_left) in sizes:
+            positions = range(len(rows_left))
             yield (
-                list(left),
+                list(rows_left),
                 [(scale * cost, [i for i in positions if i != evicted]) for cost, evicted in costs[:candidates]],
             )
-        left.pop(costs[0][1])
+        rows_left.pop(costs[0][1])
 
 
 def _squashed(features: np.ndarray) -> np.ndarray:
@@ -364,7 +364,7 @@ def _record(
     return record
 
 
-def _explored(record: tuple, best: np.ndarray, clip_id: int, step: int) -> np.ndarray:
+def _with_exploration(record: tuple, best: np.ndarray, clip_id: int, step: int) -> np.ndarray:
     """The best set, or one of the alternatives; which one is a function of clip and step."""
     rng = np.random.default_rng((clip_id, step))
     sets = record[4][np.isfinite(record[5])]
@@ -385,7 +385,7 @@ def _empty_record(slots: int, width: int, candidates: int) -> tuple[np.ndarray, 
     )
 
 
-def _acted(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
+def _chosen_masks(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
     """Keep masks (D, slots), bool: the expert's best sets, or the actor's most probable ones."""
     if actor is None:
         return np.stack([sets[0] for _, _, _, _, sets, _ in records])

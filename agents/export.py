@@ -157,7 +157,7 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
     Args:
         network: the trained scorer.
         path: the file to write.
-        provenance: lines for the file's docstring: what it was trained on, by which commit.
+        provenance: lines for the file's docstring: training data and commit.
 
     Raises:
         ValueError: if the scorer needs inputs that the benchmark does not provide.

@@ -22,7 +22,7 @@ from torch import Tensor
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
 from far_env.agents.expert_data import ExpertData, collect, subset_distribution
 from far_env.agents.network import RetentionNetwork, network_with_weights
-from far_env.io import write_text
+from far_env.io import write_json
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors, save_weights
 from far_env.workloads import Workload
@@ -93,8 +93,8 @@ def imitate(
 
     Until something has been learned the expert acts, later the scorer that has learned all before: from the true frames first,
     if there are any, and starting from it from the rollouts of all rounds. The clips of a round are shared evenly among the
-    workloads, and each is played under one of the budgets in turn. A round whose file exists is not collected again, so a
-    stopped run resumes where it stopped.
+    workloads, and each is played under one of the budgets, which alternate. A round whose file exists is not collected again,
+    so that a stopped run resumes where it stopped.
 
     Args:
         num_clips: train clips to draw from; no clip comes twice before all have come.
@@ -105,8 +105,8 @@ def imitate(
     folder.mkdir(parents=True, exist_ok=True)
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     rng = np.random.default_rng((seed, 4))
-    wanted = settings.true_clips + settings.rounds * settings.clips_per_round
-    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-wanted // num_clips))]).tolist()
+    num_clips_used = settings.true_clips + settings.rounds * settings.clips_per_round
+    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-num_clips_used // num_clips))]).tolist()
     true_clips, order = order[: settings.true_clips], order[settings.true_clips :]
     collecting = {
         "spec": RetentionNetwork(**asdict(network_config)).spec,
@@ -147,7 +147,7 @@ def fit(
     seed: int,
     start: Mapping[str, Tensor] | None = None,
 ) -> RetentionNetwork:
-    """A scorer that has learned the decisions; the same seed gives the same scorer.
+    """Train a scorer on the decisions; the same seed gives the same scorer.
 
     Args:
         start: weights to continue from, at `FINETUNE_LR_SCALE` of the learning rate; by default a new scorer learns.
@@ -186,14 +186,14 @@ def _collected(
     """The decisions in a file, which is collected and written first if it does not exist; workloads share the clips evenly."""
     if not path.exists():
         shares = [(workload, clips[index :: len(workloads)]) for index, workload in enumerate(workloads)]
-        found = ExpertData.join(
+        collected = ExpertData.join(
             [
                 collect(workload, ids, [budgets[i % len(budgets)] for i in range(len(ids))], **collecting)
                 for workload, ids in shares
                 if ids
             ]
         )
-        save_weights({name: getattr(found, name) for name in ExpertData.__dataclass_fields__}, path)
+        save_weights({name: getattr(collected, name) for name in ExpertData.__dataclass_fields__}, path)
     return _load(path)
 
 
@@ -206,7 +206,7 @@ def _check_index(
     seed: int,
     num_clips: int,
 ) -> None:
-    """Record what the decisions in a folder are made with. Raises ValueError if those in it were made otherwise."""
+    """Record the settings of the decisions in a folder. Raises ValueError if the folder contains decisions made with others."""
     index = {
         "workloads": [workload.name for workload in workloads],
         "hosts": [workload.host.weights_hash for workload in workloads],
@@ -219,7 +219,7 @@ def _check_index(
     path = folder / INDEX_FILE
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != index:
         raise ValueError(f"{folder} contains decisions made with other settings (see {INDEX_FILE}); choose another run folder")
-    write_text(path, json.dumps(index, indent=2) + "\n")
+    write_json(path, index)
 
 
 def _load(path: Path) -> ExpertData:

@@ -87,7 +87,7 @@ class RetentionNetwork(nn.Module):
 
     Args:
         width, num_layers, num_heads: size of the set transformer; the defaults make 67k weights.
-        memory: rows also carry what a `HistoryMemory` recalls of them.
+        memory: rows also carry true ages and features at birth, from a `HistoryMemory`.
         attention: rows attend to each other. Without it each is scored alone: by a perceptron, or with no layers by a
             (normalised) linear rule. These are for comparison.
         surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
@@ -98,7 +98,7 @@ class RetentionNetwork(nn.Module):
             and so on (`far_env.agents.policies.choose`), so that one of several near-duplicates can stay.
 
     Attributes:
-        spec: what the scorer's observations contain.
+        spec: the contents of the scorer's observations.
 
     Raises:
         ValueError: if the heads do not share the width evenly, on an invalid observation spec, or on
@@ -151,13 +151,13 @@ class RetentionNetwork(nn.Module):
         """Row representations (B, N, width)."""
         bias = ((1 - mask) * _MASKED)[:, None, None, :]
         num_columns = self.spec.num_row_columns
-        inputs, found = network_inputs(frames[..., :num_columns], budget), []
+        inputs, extra_inputs = network_inputs(frames[..., :num_columns], budget), []
         if self.spec.surroundings:
-            found.append(compare(torch, frames[..., len(ROW_FEATURES) : num_columns]))
+            extra_inputs.append(compare(torch, frames[..., len(ROW_FEATURES) : num_columns]))
         if self.spec.signals:
-            found.append(observation_spec.rows_and_edges(frames[..., num_columns:], mask, self.spec.signals))
-        x = self.embed(torch.cat([inputs, *(rows for rows, _ in found)], dim=-1))
-        edges = None if self.embed_edges is None else self.embed_edges(torch.cat([edges for _, edges in found], dim=-1))
+            extra_inputs.append(observation_spec.rows_and_edges(frames[..., num_columns:], mask, self.spec.signals))
+        x = self.embed(torch.cat([inputs, *(rows for rows, _ in extra_inputs)], dim=-1))
+        edges = None if self.embed_edges is None else self.embed_edges(torch.cat([edges for _, edges in extra_inputs], dim=-1))
         for block in self.blocks:
             x = block(x, bias, edges)
         return self.norm(x)

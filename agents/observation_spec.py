@@ -1,4 +1,4 @@
-"""What a scorer's observations contain, and how signals are encoded: as columns of its rows, and as edges between rows."""
+"""The contents of a scorer's observations, and how signals are encoded: as columns of its rows, and as edges between rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ GAP = "column_gap"
 
 @dataclass(frozen=True)
 class ObservationSpec:
-    """What a scorer's observations contain beside the benchmark's matrix.
+    """The inputs of a scorer beside the benchmark's matrix.
 
     Attributes:
-        memory: what a `HistoryMemory` recalls.
+        memory: true ages and features at birth, from a `HistoryMemory`.
         surroundings: how frames changed around each one, dropped frames included.
         signals: names of `far_env.contract.SIGNALS`.
         places: which frames show the same place.
@@ -43,7 +43,7 @@ class ObservationSpec:
         object.__setattr__(self, "signals", checked)
 
     def new_memory(self) -> HistoryMemory | None:
-        """For a new clip."""
+        """Make the memory for a new clip; None if the scorer has none."""
         return HistoryMemory(self.surroundings, self.places, self.path) if self.memory else None
 
     @property
@@ -82,7 +82,7 @@ def columns(signals: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarr
 
 
 def num_columns(shapes: Mapping[str, Sequence[int]]) -> int:
-    """How many columns signals of these shapes (N, …) become."""
+    """Number of columns that signals of these shapes (N, …) become."""
     return sum(int(np.prod(shape[1:])) for shape in shapes.values())
 
 

@@ -92,8 +92,8 @@ class AgentVecEnv(VecEnvWrapper):
             parts.append(recalled)
         if self.spec.signals:
             parts.append(observation_spec.columns(observations, self.spec.signals))
-        rest = {key: value for key, value in observations.items() if key not in self.spec.signals}
-        return {**rest, "frames": np.concatenate(parts, axis=2)}
+        benchmark_inputs = {key: value for key, value in observations.items() if key not in self.spec.signals}
+        return {**benchmark_inputs, "frames": np.concatenate(parts, axis=2)}
 
     def _recall(self, observations: dict[str, np.ndarray]) -> np.ndarray:
         """The memories' columns (num_envs, slots, columns), float32."""

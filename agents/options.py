@@ -20,6 +20,7 @@ class ExportOptions:
     run: tyro.conf.Positional[str]
     """Run folder of far-env train, or pretrained/NAME for a shipped policy."""
     out: str = "policy.py"
+    """File to write."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PublishOptions:
     run: tyro.conf.Positional[str]
     """Run folder of far-env train."""
     name: tyro.conf.Positional[str]
-    """Lower-case letters, digits and hyphens."""
+    """Name of the policy: lower-case letters, digits and hyphens."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Sweep:
     base: str = "pan_tight"
     """Configuration of far-env train, a path or a shipped name; settings that are not searched keep its values."""
     run_dir: str = "runs/sweep"
+    """Folder of the sweep."""
     trials: int = 20
+    """Training runs in total, those of earlier sessions included."""
     seed: int = 0
-    """Of the search (a tree-structured Parzen estimator)."""
+    """Seed of the search (a tree-structured Parzen estimator)."""
     search: dict = field(default_factory=dict)
     """Setting, such as ppo.learning_rate → {low, high, log} or {choices}; whole numbers where low and high are."""
 
@@ -53,34 +56,40 @@ class Sweep:
         require_positive(self, "trials")
         if not self.search:
             raise ValueError("a sweep needs something to search: give settings and their ranges under search")
-        for name, given in self.search.items():
-            if not isinstance(given, dict) or not ("choices" in given) ^ {"low", "high"}.issubset(given):
-                raise ValueError(f"search: {name} needs either low and high, or choices; got {given!r}")
-            for key in given:
+        for name, search_range in self.search.items():
+            if not isinstance(search_range, dict) or not ("choices" in search_range) ^ {"low", "high"}.issubset(search_range):
+                raise ValueError(f"search: {name} needs either low and high, or choices; got {search_range!r}")
+            for key in search_range:
                 if key not in RANGE_KEYS:
                     raise ValueError(f"search: {name}: {unknown_name('key', key, RANGE_KEYS)}")
 
 
 @dataclass(frozen=True)
 class RegretOptions:
-    """Measure the regret of policies against beam searches that know the clip.
+    """Measure the regret of policies against beam searches that use the true frames of the clip.
 
     The best rollout that any of the searches found for a clip is a lower bound of what is possible; a policy's regret is the
     PSNR of that rollout minus its PSNR, clip by clip. The table is printed and written into the results file.
     """
 
     workload: str = "pan"
+    """A registered workload."""
     budget: int = 4
+    """Frames that may be kept."""
     clips: int = 64
-    """The first so many test clips."""
+    """Number of test clips, from the first on."""
     searches: tuple[str, ...] = ("1x1", "3x3")
     """Width × branches of each search, see `far_env.agents.oracle.search`; 1x1 is the hindsight expert alone."""
     policies: tuple[str, ...] = ("recent_fill", "uniform", "nearest_neighbour", "pretrained/pan-tight", "full_history")
+    """Policies whose regret is measured."""
     out: str = "RESULTS.md"
     """File whose section for this table is replaced, or added."""
     host: str | None = None
+    """A host by name or folder; by default the workload's."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
+    """float32, bfloat16 or auto."""
     batch_size: int = 16
     """Clips searched together."""
 
@@ -90,13 +99,13 @@ class RegretOptions:
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """Search → width and branches. Raises ValueError on one that is not WIDTHxBRANCHES."""
-        found = {}
+        parsed = {}
         for name in self.searches:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
                 raise ValueError(f"a search is WIDTHxBRANCHES, such as 3x3, got {name!r}")
             width, branches = map(int, name.split("x"))
-            found[name] = (width, branches)
-        return found
+            parsed[name] = (width, branches)
+        return parsed
 
 
 @dataclass(frozen=True)
@@ -106,24 +115,26 @@ class LearningCurveOptions:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders of far-env train."""
     out: str = "curves.png"
-    """A .png or .svg file."""
+    """File to write, .png or .svg."""
 
 
 @dataclass(frozen=True)
 class ReproduceOptions:
-    """Measure tables of RESULTS.md anew and write them into it; without a table, list them and what each costs."""
+    """Measure tables of RESULTS.md again and replace them in it; without a table, list the tables and their costs."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """One or more, or "all"."""
+    """Names of tables, or "all"."""
     from_scratch: bool = False
     """First train the tables' learned policies, in run folders, and compare those instead of the shipped ones."""
     clips: int | None = None
-    """At most so many clips, for a quick look; the table states how many it has."""
+    """At most this many clips, for a quick estimate; the table states its number of clips."""
     file: str = "results"
     """File that describes the tables, a path or the name of a shipped one."""
     out: str = "RESULTS.md"
     """File whose sections for these tables are replaced, or added."""
     episodes: str = "runs/reproduce"
-    """Keeps the episodes, in a folder per table; the same command resumes where it stopped."""
+    """Folder of the episodes, with a subfolder per table; the same command resumes where it stopped."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64
+    """Clips that are played together."""

@@ -1,4 +1,4 @@
-"""Upper bounds and labels: an expert that knows the rest of the clip, and a search on the true reward. Neither is a policy.
+"""Upper bounds and labels: an expert that uses the true rest of the clip, and a search on the true reward. Neither is a policy.
 
 The expert keeps the frames whose content the rest of the clip will need most; the search rolls alternatives out, continues the
 most promising ones, and returns the best finished rollout.
@@ -26,7 +26,7 @@ from far_env.workloads import Workload, check_decides
 
 @dataclass(frozen=True)
 class Coverage:
-    """How well every frame of a history covers the content of the frames to come.
+    """The degree to which every frame of a history covers the content of the frames to come.
 
     Attributes:
         missing: float32 (cells,), the squared distance of each latent cell of a coming frame to the nearest cell of the same
@@ -42,7 +42,7 @@ class Coverage:
         return float(np.minimum(self.missing, self.distance[list(kept)].min(axis=0)).sum())
 
     def costs_without(self, kept: Sequence[int]) -> np.ndarray:
-        """`cost` of these frames, two at least, without each of them in turn: float64 (kept,)."""
+        """`cost` of these frames, two at least, without the first, without the second, and so on: float64 (kept,)."""
         distance = np.minimum(self.missing, self.distance[list(kept)])
         nearest = distance.argmin(axis=0)
         first, second = np.partition(distance, 1, axis=0)[:2].astype(np.float64)

@@ -22,7 +22,7 @@ _INFO_KEYS = ("clip_id", "noise_seed", "step", "total_steps", "max_frames", "cap
 
 
 class PolicyAgent:
-    """Runs a policy as a fixed agent in `FrameRetentionEnv` or its vector form; each episode gets its own copy of it.
+    """Runs a policy as a fixed agent in `FrameRetentionEnv` or its vector form; each episode gets a separate copy of it.
 
     Args:
         policy: anything with ``build_temporal_cache_plan``. It receives what the benchmark provides; signals that it declares
@@ -60,9 +60,9 @@ class PolicyAgent:
 
     def _copy_for(self, row: int, clip: tuple, step: int) -> RetentionPolicy:
         """The row's copy of the policy, a new one when another episode has begun in the row."""
-        known = self._copies.get(row)
-        is_new = known is None or known[0] != clip or step <= known[1]
-        policy = copy_for_clip(self.policy, clip[1]) if is_new else known[2]
+        entry = self._copies.get(row)
+        is_new = entry is None or entry[0] != clip or step <= entry[1]
+        policy = copy_for_clip(self.policy, clip[1]) if is_new else entry[2]
         self._copies[row] = (clip, step, policy)
         return policy
 
@@ -120,30 +120,30 @@ def choose(
         progress: the step as a share of the rollout.
         signals: columns (N, C) of `far_env.agents.observation_spec.columns`.
     """
-    left = list(range(len(rows)))
+    remaining = list(range(len(rows)))
     while True:
-        frames = torch.tensor([remaining_rows(rows, left, memory)])
+        frames = torch.tensor([remaining_rows(rows, remaining, memory)])
         if signals is not None:
             frames = torch.cat([frames, signals[None]], dim=-1)
-        count = len(left)
+        count = len(remaining)
         mask = torch.ones(1, count)
         logits = network(frames, mask, torch.tensor([(max_frames / count, progress, 1.0)]))
         if not network.sequential_eviction or count <= max_frames + 1:
             break
-        left.pop(int(logits[0, :-1].argmin()))
+        remaining.pop(int(logits[0, :-1].argmin()))
     mode = BudgetedSubset.of_histories(logits, mask, torch.tensor([max_frames])).mode()[0]
-    return [left[position] for position in mode.nonzero().flatten().tolist()]
+    return [remaining[position] for position in mode.nonzero().flatten().tolist()]
 
 
 def remaining_rows(
-    rows: Sequence[Sequence[float]], left: Sequence[int], memory: HistoryMemory | None
+    rows: Sequence[Sequence[float]], remaining: Sequence[int], memory: HistoryMemory | None
 ) -> list[tuple[float, ...]]:
     """`observed_rows` of the frames ``left``, with ages and gaps as if all others were dropped; other columns are unchanged."""
-    ages = [(age / len(left), 1 / (1 + age)) for age in range(len(left) - 1, -1, -1)]
+    ages = [(age / len(remaining), 1 / (1 + age)) for age in range(len(remaining) - 1, -1, -1)]
     if memory is None:
-        return [(*age, *rows[i][2:]) for age, i in zip(ages, left, strict=True)]
+        return [(*age, *rows[i][2:]) for age, i in zip(ages, remaining, strict=True)]
     gap_column = len(ROW_FEATURES) + 2
-    changed = zip(ages, left, memory.gaps(left), strict=True)
+    changed = zip(ages, remaining, memory.gaps(remaining), strict=True)
     return [(*age, *rows[i][2:gap_column], gap, *rows[i][gap_column + 1 :]) for age, i, gap in changed]
 
 

@@ -96,7 +96,7 @@ class PPOStage:
         return saved
 
     def _make_envs(self) -> list[FrameRetentionVectorEnv]:
-        """One vector environment per workload, with equal shares of the stage's environments."""
+        """Make one vector environment per workload, with equal shares of the stage's environments."""
         reward = self.config.reward
         return [
             self.env_class(
@@ -117,8 +117,8 @@ class PPOStage:
         network = asdict(self.config.network)
         options = asdict(self.settings)
         learning_rate = options.pop("learning_rate")
-        for not_of_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates"):
-            options.pop(not_of_sb3)
+        for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates"):
+            options.pop(not_in_sb3)
         env = AgentVecEnv(
             VecMonitor(JoinedVecEnv([SB3VecEnv(env) for env in envs])),
             [workload.num_predict for workload in self.workloads for _ in range(envs[0].num_envs)],

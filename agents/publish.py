@@ -44,7 +44,7 @@ def publish_run(run: Path, name: str, directory: Path = PRETRAINED_DIR) -> Path:
     settings = load_yaml(AgentTraining, run / SETTINGS_FILE)
     results, sessions = _results(run, facts), load_facts(run)
     if not sessions:
-        raise ValueError(f"{run} does not say how it was made (run.json is missing); train it again")
+        raise ValueError(f"{run} has no record of how it was made (run.json is missing); train it again")
     folder = make_run_dir(directory / name)
     save_scorer(network, settings.network, {key: value for key, value in facts.items() if key != "network"}, folder)
     save_yaml(settings, folder / SETTINGS_FILE)
@@ -74,14 +74,14 @@ def _results(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; only a finished run can be published") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); run far-env train again to measure its table anew") from error
+        raise ValueError(f"{path} is damaged ({error}); run far-env train again to measure its table again") from error
     if (host := ", ".join(hosts)) != facts.get("host"):
         raise ValueError(f"{path} was made with host {host}, the policy with {facts.get('host')}; train it again")
     return tables
 
 
 def sessions_summary(sessions: list[dict[str, Any]]) -> dict[str, str]:
-    """What a card says of a run's sessions; a run that was resumed has several."""
+    """The card's facts from a run's sessions; a run that was resumed has several."""
 
     def all_of(key: str, separator: str = ", then ") -> str:
         return separator.join(dict.fromkeys(str(session[key]) for session in sessions))
@@ -123,7 +123,7 @@ def model_card(
 
 
 def card_text(name: str, settings: AgentTraining, about: dict[str, str], measured: str) -> str:
-    """The card in Markdown from what it says: the template.
+    """The Markdown template of a card, filled.
 
     Args:
         about: trained_on, tested, host, place, command, time, commit, torch, parameters and sha256.
@@ -164,7 +164,8 @@ def _stages(settings: AgentTraining) -> str:
     """The stages of the training, in order."""
     imitation, stages = settings.imitation, []
     if imitation.true_clips:
-        stages.append(f"imitation of an expert that knows the clip, on the true frames of {imitation.true_clips:,} clips")
+        clips = f"{imitation.true_clips:,} clips"
+        stages.append(f"imitation of an expert that uses the true rest of the clip, on the true frames of {clips}")
     if imitation.rounds:
         rounds = f"{imitation.rounds} round{'s' * (imitation.rounds > 1)}"
         stages.append(f"{rounds} of imitation of the expert in rollouts")
@@ -197,15 +198,15 @@ def _inputs(network: NetworkConfig) -> str:
     if network.path:
         sentences.append("From the changes it infers how far apart frames are along the camera's path.")
     if network.sequential_eviction:
-        sentences.append("Where several frames have to go, it drops one after the other and scores the remaining ones again.")
+        sentences.append("Where several frames have to go, it drops them sequentially and rescores the remaining ones.")
     return " ".join(sentences)
 
 
 def _training_time(run: Path, sessions: list[dict[str, Any]]) -> str:
-    """How long the training took; for runs whose sessions do not record it, the time of PPO's updates from their logs."""
-    known = [session.get("training_seconds") for session in sessions]
-    if None not in known:
-        return f"{sum(known) / 60:.1f} minutes"
+    """The duration of the training; for runs whose sessions do not record it, the time of PPO's updates from their logs."""
+    seconds = [session.get("training_seconds") for session in sessions]
+    if None not in seconds:
+        return f"{sum(seconds) / 60:.1f} minutes"
     logs = [csv.DictReader(path.read_text().splitlines()) for path in sorted(run.glob("progress_*.csv"))]
     elapsed = [max((float(row["time/time_elapsed"] or 0) for row in log), default=0) for log in logs]
     return f"{sum(elapsed) / 60:.1f} minutes of PPO; imitation was not timed"

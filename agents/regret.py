@@ -1,4 +1,4 @@
-"""The regret of policies against upper bounds: searches that know the clip, of several widths, and their cost.
+"""The regret of policies against searches of several widths that use the true frames of the clip, and the searches' cost.
 
 The best rollout that any of the searches found for a clip is a lower bound of what is possible; a policy's regret is that PSNR
 minus the policy's, clip by clip.
@@ -59,15 +59,15 @@ def measure_regret(options: RegretOptions) -> None:
 
 def bound(workload: Workload, options: RegretOptions, width: int, branches: int) -> Bound:
     """Search all clips."""
-    start, found = time.perf_counter(), []
+    start, rollouts = time.perf_counter(), []
     for first in range(0, options.clips, options.batch_size):
         ids = range(first, min(first + options.batch_size, options.clips))
         clips = [workload.clips.clip("test", i) for i in ids]
         seeds = [BENCHMARK_SEED + i for i in ids]
-        found += search(workload, clips, seeds, options.budget, width=width, branches=branches)
-    cost = sum(rollout.frames_generated for rollout in found) / (len(found) * workload.num_predict)
-    seconds = (time.perf_counter() - start) / len(found)
-    return Bound(np.array([rollout.psnr for rollout in found]), cost, seconds)
+        rollouts += search(workload, clips, seeds, options.budget, width=width, branches=branches)
+    cost = sum(rollout.frames_generated for rollout in rollouts) / (len(rollouts) * workload.num_predict)
+    seconds = (time.perf_counter() - start) / len(rollouts)
+    return Bound(np.array([rollout.psnr for rollout in rollouts]), cost, seconds)
 
 
 def regret_table(bounds: Mapping[str, Bound], scores: Mapping[str, np.ndarray]) -> str:
@@ -77,12 +77,12 @@ def regret_table(bounds: Mapping[str, Bound], scores: Mapping[str, np.ndarray]) 
         bounds: by search.
         scores: policy → PSNR per clip, the same clips.
     """
-    best = np.max([found.psnr for found in bounds.values()], axis=0)
+    best = np.max([search_result.psnr for search_result in bounds.values()], axis=0)
     lines = [["policy", "PSNR dB [95 %]", "regret dB [95 %]", "frames generated", "s per clip"], ["---"] * 5]
     lines.append(["best found", _interval(best), "", "", ""])
-    for name, found in sorted(bounds.items(), key=lambda item: -item[1].psnr.mean()):
-        cost = [f"{found.cost:.1f}×", f"{found.seconds:.2f}"]
-        lines.append([f"search {name}", _interval(found.psnr), _interval(best - found.psnr), *cost])
+    for name, search_result in sorted(bounds.items(), key=lambda item: -item[1].psnr.mean()):
+        cost = [f"{search_result.cost:.1f}×", f"{search_result.seconds:.2f}"]
+        lines.append([f"search {name}", _interval(search_result.psnr), _interval(best - search_result.psnr), *cost])
     for name, psnr in sorted(scores.items(), key=lambda item: -item[1].mean()):
         lines.append([name, _interval(psnr), _interval(best - psnr), "1×", ""])
     return markdown_lines(lines)

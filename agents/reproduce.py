@@ -1,4 +1,4 @@
-"""The tables of RESULTS.md, measured anew.
+"""The tables of RESULTS.md, measured again.
 
 A file (configs/results.yaml) describes what each table compares and how its learned policies are trained. Episodes are kept in
 a folder per table, so a table that was stopped is resumed; then the text between the table's two marks in RESULTS.md is
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from far_env.agents.checkpoints import PRETRAINED, WEIGHTS_FILE
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import ReproduceOptions
 from far_env.agents.trainer import check_run_dir, train
+from far_env.cli.console import keeping_episodes
 from far_env.config import config_path, from_dict, load_yaml, parse, require_positive
 from far_env.contract import RetentionPolicy
 from far_env.errors import unknown_name
@@ -52,7 +52,7 @@ class Part:
     budgets: tuple[int, ...]
     policies: tuple[str, ...]
     clips: int = 512
-    """The first so many test clips."""
+    """Number of test clips, from the first on."""
     seeds: tuple[int, ...] = (BENCHMARK_SEED,)
     """Clip i is played with the noise seeds s + i."""
     precision: str = "float32"
@@ -61,7 +61,7 @@ class Part:
 
     @property
     def num_frames(self) -> int:
-        """How many frames are generated; full history is played once, whatever the number of budgets."""
+        """Number of frames that are generated; full history is played once, whatever the number of budgets."""
         limited = [name for name in self.policies if name != FULL_HISTORY]
         rollouts = len(self.budgets) * len(limited) + len(self.policies) - len(limited)
         predicted = sum(WORKLOADS[name].num_predict for name in self.workloads)
@@ -79,7 +79,7 @@ class Table:
 
     @property
     def policies(self) -> list[str]:
-        """Its policies, each once."""
+        """The policies of all parts, each once."""
         return list(dict.fromkeys(name for part in self.parts for name in part.policies))
 
     def limited(self, clips: int | None) -> Table:
@@ -105,8 +105,8 @@ class ResultsFile:
 def reproduce(options: ReproduceOptions) -> None:
     """Measure tables and write them into the results file; without a table, print the list of them."""
     require_positive(options, "batch_size", *(["clips"] if options.clips is not None else []))
-    known, agents = load_tables(config_path(options.file))
-    tables = {name: table.limited(options.clips) for name, table in known.items()}
+    all_tables, agents = load_tables(config_path(options.file))
+    tables = {name: table.limited(options.clips) for name, table in all_tables.items()}
     if not options.tables:
         print(listing(tables))
         return
@@ -119,8 +119,8 @@ def reproduce(options: ReproduceOptions) -> None:
         put_section(read_results(path), name, "")
     trained = {}
     if options.from_scratch:
-        wanted = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
-        trained = _train({name: agents[name] for name in wanted}, options.device)
+        learned = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
+        trained = _train({name: agents[name] for name in learned}, options.device)
     trained_by = {trained.get(name, name): arguments for name, arguments in agents.items()}
     policies = _load({name: tables[name].renamed(trained) for name in names}, trained_by)
     for name in names:
@@ -185,8 +185,8 @@ def put_section(content: str, name: str, text: str) -> str:
         raise ValueError(
             f"the results file needs {marks[0]} once and {marks[1]} once after it; repair the marks or remove both"
         )
-    before, rest = content.split(marks[0])
-    return before + section + rest.split(marks[1])[1]
+    before, following = content.split(marks[0])
+    return before + section + following.split(marks[1])[1]
 
 
 def _check(part: Part, reference: str, where: str) -> None:
@@ -254,9 +254,9 @@ def _measure(
                 out=folder / f"{workload.host.weights_hash}_{dtype}",
                 policy_facts={policy: policy_facts(policy) for policy in part.policies},
             )
-            asked = {"clip_ids": range(part.clips), "seeds": part.seeds}
+            selection = {"clip_ids": range(part.clips), "seeds": part.seeds}
             selected = select_policies(results, part.policies)
-            summaries += [tabulate(selected, name, budget, **asked).summary(table.reference) for budget in part.budgets]
+            summaries += [tabulate(selected, name, budget, **selection).summary(table.reference) for budget in part.budgets]
     return summaries
 
 
@@ -286,10 +286,8 @@ def _session(folder: Path) -> Iterator[None]:
     """Record when and for how long episodes were played, also after Ctrl-C; a session that played none is not recorded."""
     before, start = _num_lines(folder), time.perf_counter()
     try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nthe episodes finished so far are in {folder}; the same command continues from there", file=sys.stderr)
-        raise
+        with keeping_episodes(folder):
+            yield
     finally:
         if (episodes := _num_lines(folder) - before) > 0:
             seconds = round(time.perf_counter() - start, 1)

@@ -59,15 +59,15 @@ class BudgetedSubset:
     def sample(self) -> Tensor:
         """Keep masks (B, N), float, drawn exactly: the size first, then frame by frame from the last."""
         table = self._table
-        left = torch.distributions.Categorical(logits=self._within_capacity(table[:, -1])).sample()
+        capacity = torch.distributions.Categorical(logits=self._within_capacity(table[:, -1])).sample()
         chosen = self.forced.clone()
         rows = torch.arange(len(table), device=table.device)
         for i in range(self.logits.shape[1] - 1, -1, -1):
-            with_i = table[rows, i, (left - 1).clamp(min=0)] + self.logits[:, i]
-            inclusion = (with_i - table[rows, i + 1, left]).exp() * (left > 0) * self.free[:, i]
+            with_i = table[rows, i, (capacity - 1).clamp(min=0)] + self.logits[:, i]
+            inclusion = (with_i - table[rows, i + 1, capacity]).exp() * (capacity > 0) * self.free[:, i]
             take = torch.rand(len(rows), device=table.device) < inclusion
             chosen[:, i] |= take
-            left = left - take.long()
+            capacity = capacity - take.long()
         return chosen.float()
 
     def mode(self) -> Tensor:

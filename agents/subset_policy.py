@@ -74,7 +74,7 @@ class SubsetDistribution(MaskableDistribution):
         self._built: BudgetedSubset | None = None
 
     def proba_distribution_net(self, latent_dim: int) -> nn.Module:
-        """No parameters: the latent already consists of the distribution's."""
+        """Return an identity: the latent already consists of the distribution's parameters."""
         return nn.Identity()
 
     def proba_distribution(self, action_logits: Tensor) -> SubsetDistribution:
@@ -96,18 +96,18 @@ class SubsetDistribution(MaskableDistribution):
 
     @property
     def subset(self) -> BudgetedSubset:
-        """The distribution under the masks, built when first asked for."""
+        """The distribution under the masks, built on first access."""
         if self._built is None:
             free, forced = self._drop_ok & self._keep_ok, self._keep_ok & ~self._drop_ok
             self._built = BudgetedSubset(self._logits, free, forced, self._max_frames)
         return self._built
 
     def log_prob(self, actions: Tensor) -> Tensor:
-        """(B,) of keep masks (B, N)."""
+        """Log-probabilities (B,) of keep masks (B, N)."""
         return self.subset.log_prob(actions.reshape(-1, self.num_slots))
 
     def entropy(self) -> Tensor:
-        """(B,) in nats."""
+        """Entropies (B,) in nats."""
         return self.subset.entropy()
 
     def sample(self) -> Tensor:

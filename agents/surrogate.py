@@ -118,16 +118,16 @@ class SurrogateRollouts(TrueHistories):
 
     def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
         """Start rollouts of these clips; noise seeds have no effect."""
-        self.look_up(rows, clips)
+        self.assign_clips(rows, clips)
         for row in rows:
             self.kept[row] = list(range(self.num_context))
             self.next[row] = self.num_context
             self.errors[row] = 0
 
-    def look_up(self, rows: Sequence[int], clips: Sequence[Clip]) -> None:
+    def assign_clips(self, rows: Sequence[int], clips: Sequence[Clip]) -> None:
         """Assign clips to rows: their latents and the comparisons of their frames."""
         for row, clip in zip(rows, clips, strict=True):
-            self.latents[row], self._distances[row] = self._looked_up(clip)
+            self.latents[row], self._distances[row] = self._comparisons(clip)
 
     def advance(self, rows: Sequence[int]) -> None:
         """Append the next true frame of each row, with the error expected from the history."""
@@ -140,17 +140,17 @@ class SurrogateRollouts(TrueHistories):
         super().advance(rows)
 
     def features(self, rows: Sequence[int]) -> np.ndarray:
-        """`frame_features` of the kept histories, float32 (R, K, 4), looked up."""
-        found = np.zeros((len(rows), max(len(self.kept[row]) for row in rows), len(FEATURES)), dtype=np.float32)
+        """`frame_features` of the kept histories, float32 (R, K, 4), from the comparisons of frames."""
+        values = np.zeros((len(rows), max(len(self.kept[row]) for row in rows), len(FEATURES)), dtype=np.float32)
         for index, row in enumerate(rows):
             kept, pairs = self.kept[row], self._distances[row].features
-            found[index, 0, SIMILARITY] = 1
-            found[index, 1 : len(kept)] = pairs[kept[1:], kept[:-1]]
-            found[index, 1 : len(kept), DRIFT] = pairs[kept[1:], kept[0], DRIFT]
-        return found
+            values[index, 0, SIMILARITY] = 1
+            values[index, 1 : len(kept)] = pairs[kept[1:], kept[:-1]]
+            values[index, 1 : len(kept), DRIFT] = pairs[kept[1:], kept[0], DRIFT]
+        return values
 
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """lat_cos and column_gap of each row's history, looked up."""
+        """lat_cos and column_gap of each row's history, from the comparisons of frames."""
         chosen = [(self._distances[row], np.ix_(self.kept[row], self.kept[row])) for row in rows]
         return [{"lat_cos": distances.lat_cos[kept], "column_gap": distances.column_gap[kept]} for distances, kept in chosen]
 
@@ -159,7 +159,7 @@ class SurrogateRollouts(TrueHistories):
         return self.next[row] - self.num_context
 
     def finished(self, row: int) -> bool:
-        """Whether the row's clip has ended, or none has begun."""
+        """Return whether the row's clip has ended, or none has begun."""
         return self.next[row] >= self.workload.num_frames
 
     def frame_numbers(self, row: int) -> list[int]:
@@ -175,12 +175,12 @@ class SurrogateRollouts(TrueHistories):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore rows saved by `state_dict`; afterwards call `look_up` with their clips."""
+        """Restore rows saved by `state_dict`; afterwards call `assign_clips` with their clips."""
         self.kept, self.next = [list(kept) for kept in state["kept"]], list(state["next"])
         self.errors = state["errors"].numpy().copy()
 
     @torch.no_grad()
-    def _looked_up(self, clip: Clip) -> tuple[Tensor, FrameDistances]:
+    def _comparisons(self, clip: Clip) -> tuple[Tensor, FrameDistances]:
         """A clip's latents (T, C, h, w), and the comparisons of its frames."""
         names = [content_key(clip.clip_id, part) for part in range(6)]  # the clips of an environment are of one split
         parts = [self.memo.get(name) for name in names]
@@ -206,7 +206,7 @@ class SurrogateEpisodes(EpisodeBatch):
         super().__init__(workload, budgets, num_rows, reward, *options)
 
     def new_rollouts(self, num_rows: int) -> SurrogateRollouts:
-        """True frames in place of generated ones."""
+        """Make rollouts of true frames in place of generated ones."""
         if unknown := sorted({*self.signals} - {*SurrogateRollouts.SIGNALS}):
             raise ValueError(f"the surrogate has no {', '.join(unknown)}: set surrogate.total_timesteps to 0")
         self.calibration = SurrogateCalibration.of(self.workload)
@@ -235,7 +235,7 @@ class SurrogateEpisodes(EpisodeBatch):
         """Restore rows saved by `state_dict`."""
         super().load_state_dict(state)
         begun = [row for row, clip in enumerate(self.clips) if clip is not None]
-        self.rollouts.look_up(begun, [self.clips[row] for row in begun])
+        self.rollouts.assign_clips(begun, [self.clips[row] for row in begun])
 
 
 class SurrogateVectorEnv(FrameRetentionVectorEnv):

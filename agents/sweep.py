@@ -15,7 +15,7 @@ from far_env.agents.trainer import begin_run, learn
 from far_env.agents.validation import validation_scores
 from far_env.config import config_path, from_dict, load_yaml, save_yaml
 from far_env.errors import unknown_name
-from far_env.io import make_run_dir, write_text
+from far_env.io import make_run_dir, write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -46,12 +46,12 @@ def sweep(options: Sweep) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
     states = optuna.trial.TrialState
-    for left in study.get_trials(states=(states.RUNNING,)):
-        study.tell(left.number, state=states.FAIL)
+    for unfinished in study.get_trials(states=(states.RUNNING,)):
+        study.tell(unfinished.number, state=states.FAIL)
     while (number := len(study.get_trials(states=(states.COMPLETE,)))) < options.trials:
         study.sampler = optuna.samplers.TPESampler(seed=options.seed * 10_000 + number)
         trial = study.ask()
-        chosen = {name: _suggest(trial, name, given) for name, given in options.search.items()}
+        chosen = {name: _suggest(trial, name, search_range) for name, search_range in options.search.items()}
         digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
         config = changed(base, {**chosen, "run_dir": str(folder / digest), "resume": True})
         print(f"trial {number + 1} of {options.trials}: {_text(chosen)}")
@@ -69,8 +69,8 @@ def setting(config: AgentTraining, name: str) -> Any:
     value: Any = asdict(config)
     for key in name.split("."):
         if not isinstance(value, dict) or key not in value:
-            known = list(value) if isinstance(value, dict) else []
-            raise ValueError(f"search: {name}: {unknown_name('setting', key, known)}")
+            keys = list(value) if isinstance(value, dict) else []
+            raise ValueError(f"search: {name}: {unknown_name('setting', key, keys)}")
         value = value[key]
     return value
 
@@ -95,11 +95,11 @@ def _score(config: AgentTraining) -> float:
     return config.reward.sign * sum(scores.values()) / len(scores)
 
 
-def _suggest(trial: optuna.Trial, name: str, given: dict[str, Any]) -> Any:
-    if "choices" in given:
-        return trial.suggest_categorical(name, given["choices"])
-    low, high = given["low"], given["high"]
-    log = bool(given.get("log", False))
+def _suggest(trial: optuna.Trial, name: str, search_range: dict[str, Any]) -> Any:
+    if "choices" in search_range:
+        return trial.suggest_categorical(name, search_range["choices"])
+    low, high = search_range["low"], search_range["high"]
+    log = bool(search_range.get("log", False))
     if isinstance(low, int) and isinstance(high, int):
         return trial.suggest_int(name, low, high, log=log)
     return trial.suggest_float(name, float(low), float(high), log=log)
@@ -111,7 +111,7 @@ def _check_same(folder: Path, options: Sweep, base: AgentTraining) -> None:
     path = folder / "sweep.json"
     if path.exists() and json.loads(path.read_text()) != about:
         raise ValueError(f"{folder} contains another sweep (see sweep.json); choose another run_dir")
-    write_text(path, json.dumps(about, indent=2) + "\n")
+    write_json(path, about)
 
 
 def _text(values: Mapping[str, Any]) -> str:

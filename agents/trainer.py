@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from far_env.envs.rendering import save_comparison
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.table import results_table
-from far_env.io import make_run_dir, write_text
+from far_env.io import make_run_dir, write_json, write_text
 from far_env.policies import load_policy
 from far_env.provenance import add_to_facts, run_facts, save_facts
 from far_env.workloads import Workload, check_decides, make_workload, resolve_budgets
@@ -73,21 +72,21 @@ class Stage(Protocol):
 
 
 def stages(run: Run) -> list[Stage]:
-    """The stages of a run, in order: imitation, PPO with the surrogate, PPO with the host, as far as they are asked for."""
+    """The configured stages of a run, in order: imitation, PPO with the surrogate, PPO with the host."""
     config, experiment = run.config, (run.config, run.workloads, run.budgets)
-    found: list[Stage] = []
+    planned: list[Stage] = []
     if config.imitation.rounds:
-        found.append(ImitationStage(*experiment, run.folder / EXPERT_DATA_FOLDER))
+        planned.append(ImitationStage(*experiment, run.folder / EXPERT_DATA_FOLDER))
     if config.surrogate.total_timesteps:
         folder = run.folder / SURROGATE_FOLDER
-        found.append(PPOStage("PPO with the surrogate", *experiment, config.surrogate, SurrogateVectorEnv, folder))
+        planned.append(PPOStage("PPO with the surrogate", *experiment, config.surrogate, SurrogateVectorEnv, folder))
     if config.ppo.total_timesteps:
-        found.append(PPOStage("PPO with the host", *experiment, config.ppo, FrameRetentionVectorEnv, run.folder))
-    return found
+        planned.append(PPOStage("PPO with the host", *experiment, config.ppo, FrameRetentionVectorEnv, run.folder))
+    return planned
 
 
 def learn(run: Run) -> RetentionNetwork:
-    """Walk through the stages, each of which starts from the weights of the one before.
+    """Run the stages in order; each starts from the weights of the previous one.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C; ``resume`` continues from the stages' files.
@@ -103,7 +102,7 @@ def compare(run: Run, policies: dict[str, Any]) -> str:
     """Evaluate the policies on test clips of every workload under every budget; save results, return the tables."""
     clips = range(run.config.test_clips)
     results = [evaluate(workload, budget, policies, clips) for workload in run.workloads for budget in run.budgets]
-    write_text(run.folder / RESULTS_FILE, json.dumps({"tables": [result.summary() for result in results]}, indent=2) + "\n")
+    write_json(run.folder / RESULTS_FILE, {"tables": [result.summary() for result in results]})
     tables = "\n\n".join(map(results_table, results))
     write_text(run.folder / "results.txt", tables + "\n")
     pictured = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
@@ -160,15 +159,15 @@ def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int
         raise ValueError(
             f"validation_clips is {config.validation_clips}, fewer than the {len(budgets)} budgets that share them"
         )
-    wanted = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
-    for split, count in wanted.items():
+    clips_by_split = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
+    for split, count in clips_by_split.items():
         available = workload.clips.num_clips(split)
         if count > available:
             raise ValueError(f"{split}_clips is {count}, but {workload.name}/{split} has {available}")
 
 
 def _scorer_facts(run: Run) -> dict[str, Any]:
-    """What policy.json says of the scorer's training."""
+    """The facts about the scorer's training in policy.json."""
     config = run.config
     worlds, budgets = ", ".join(workload.name for workload in run.workloads), ", ".join(map(str, run.budgets))
     hosts = dict.fromkeys(f"{workload.host.name} ({workload.host.weights_hash})" for workload in run.workloads)
@@ -183,7 +182,7 @@ def _scorer_facts(run: Run) -> dict[str, Any]:
 
 @contextmanager
 def _timed(run: Run) -> Iterator[None]:
-    """Record how long the training takes; after Ctrl-C, say how to resume."""
+    """Record how long the training takes; after Ctrl-C, print how to resume."""
     start = time.perf_counter()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What happens between PPO's updates: validation, the checkpoint from which a stopped training resumes, and progress."""
+"""Callbacks between PPO's updates: validation, the checkpoint from which a stopped training resumes, and progress."""
 
 from __future__ import annotations
 

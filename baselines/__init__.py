@@ -75,7 +75,7 @@ def names() -> list[str]:
 
 
 def accepts(name: str) -> bool:
-    """Whether `load` takes the name: that of a baseline, or of a policy for token budgets, which is not listed."""
+    """Return whether `load` accepts the name: that of a baseline, or of a policy for token budgets, which is not listed."""
     return name in _BASELINES or name in extended.EXTENDED
 
 
@@ -85,7 +85,7 @@ def load(name: str) -> RetentionPolicy:
 
 
 def facts(name: str) -> dict[str, str]:
-    """What results record of a policy that `load` takes: family, tier, source and the first line of its description."""
+    """Facts about a policy that results record: family, tier, source and the first line of its description."""
     if name not in _BASELINES:
         policy = type(extended.make(name))
         return {"family": "token budget", "tier": "M", "source": policy.source, "note": _description(policy).split("\n")[0]}
@@ -113,10 +113,10 @@ def make(name: str, **params: object) -> RetentionPolicy:
             cannot have.
     """
     cls = _find(name)
-    known = list(_parameters(cls))
+    accepted = list(_parameters(cls))
     for key in params:
-        if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        if key not in accepted:
+            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
             raise ValueError(f"baseline {name} has no parameter {key!r}; {takes}")
     return cls(**params)
 

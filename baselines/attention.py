@@ -16,7 +16,7 @@ class H2O(PartitionPolicy):
 
     Faithful: sums without decay; the sum of a dropped frame is forgotten. Adapted: frames instead of tokens, and one choice for
     all layers and heads; sums begin at the first call of the policy for a clip, and a new frame starts at zero, whatever
-    attention it paid to itself. The recent share of half the budget stands for the equal shares of recent and heavy tokens in
+    attention it paid to itself. The recent share of half the budget replaces the equal shares of recent and heavy tokens in
     the original. ``norm="last"`` with ``f_recent=0`` is TOVA (arXiv 2401.06104).
 
     Source: H2O, arXiv 2306.14048 and its code. Tier: A (attn_mass). Parameters ``f_recent``, a share of the budget, rounded
@@ -60,7 +60,7 @@ class SnapKV(PartitionPolicy):
     """SnapKV: keeps the last frames, and those that received most attention from them, smoothed over neighbours.
 
     Faithful: the attention of a window of last queries on everything before it, summed and average-pooled, without sinks.
-    Adapted: frames instead of tokens, and a window of frames, each with the queries of its own denoising, as far as the policy
+    Adapted: frames instead of tokens, and a window of frames, each with the queries of its denoising, as far as the policy
     was called for it; one choice for all heads; the choice is made again at every call instead of once.
 
     Source: SnapKV, arXiv 2404.14469 and its code. Tier: A (attn_mass). Parameters ``window``, at most budget − 1; ``pool``, the

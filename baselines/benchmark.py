@@ -20,7 +20,7 @@ class _FrameRule(ABC):
     def build_temporal_cache_plan(
         self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
     ) -> TemporalCachePlan:
-        """One decision per frame, by the class's rule."""
+        """Return one decision per frame, by the class's rule."""
         decisions = [ChunkDecision(m.chunk_id, self._action(m), self._priority(m)) for m in chunk_meta_list]
         return TemporalCachePlan(chunk_decisions=decisions, **self.tags)
 

@@ -40,8 +40,8 @@ class FlowCachePaper(FillingPolicy):
         candidates, protected = rows[:-protect], rows[-protect:]
         places = history.max_frames - protect
         while len(candidates) > places:
-            left = len(candidates) - 1 if self.iterative else places
-            candidates = best(candidates, self._scores(history, candidates), left)
+            num_kept = len(candidates) - 1 if self.iterative else places
+            candidates = best(candidates, self._scores(history, candidates), num_kept)
         return [], [*candidates, *protected]
 
     def _scores(self, history: History, candidates: list[int]) -> np.ndarray:

@@ -16,7 +16,7 @@ class BaselinesOptions:
     """List the hand-written policies: source, tier and parameters."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Only these, with what is faithful to the source and what is adapted."""
+    """Baselines to describe: what is faithful to the source and what is adapted; all are listed by default."""
 
 
 def baselines(args: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_pl
 class RandomSubset:
     """Keeps the newest frame and a random choice of the others, filling the budget.
 
-    Source: control. Tier: M, of which it uses nothing. Parameter ``seed``. `begin_clip` restarts the generator from (seed,
+    Source: control. Tier: M, whose inputs it does not use. Parameter ``seed``. `begin_clip` restarts the generator from (seed,
     noise seed of the clip), so that the choice on a clip does not depend on the clips before it.
     """
 
@@ -55,13 +55,13 @@ class Uniform(PartitionPolicy):
 
     def _choose_middle(self, history: History, parts: Parts) -> list[int]:
         births = history.births
-        left = [*parts.sink, *parts.middle, *parts.recent]
-        evictable = range(len(parts.sink), len(left) - len(parts.recent))
+        remaining = [*parts.sink, *parts.middle, *parts.recent]
+        evictable = range(len(parts.sink), len(remaining) - len(parts.recent))
         while len(evictable) > parts.places:
-            _, place = min((births[left[i + 1]] - births[left[i - 1]], i) for i in evictable)
-            del left[place]
+            _, place = min((births[remaining[i + 1]] - births[remaining[i - 1]], i) for i in evictable)
+            del remaining[place]
             evictable = evictable[:-1]
-        return left[len(parts.sink) : -len(parts.recent)]
+        return remaining[len(parts.sink) : -len(parts.recent)]
 
 
 class RandomMid(PartitionPolicy):

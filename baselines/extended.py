@@ -98,7 +98,7 @@ class FarCoarse(TokenPartition):
 class PackForcingCoarse(TokenPartition):
     """PackForcing's sinks, compressed middle and newest frames, with the host's coarse tokens for the middle.
 
-    Faithful: the three parts, the middle compressed and a queue: its oldest frame goes when there is no room. Adapted: the
+    Faithful: the three parts, the middle compressed and a queue: its oldest frame is dropped when it is full. Adapted: the
     host's coarse tokens for those of a compressor with 32 times fewer; frames for 4-frame blocks; no choice among the
     compressed frames for each new one: all are in the context. The host was trained without fine frames before coarse ones.
 

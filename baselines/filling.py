@@ -161,10 +161,10 @@ def best(rows: Sequence[int], scores: Sequence[float], count: int) -> list[int]:
     return sorted(row for _, row in ranked[:count])
 
 
-def require(condition: bool, policy: str, parameter: str, value: object, wanted: str) -> None:
+def require(condition: bool, policy: str, parameter: str, value: object, expected: str) -> None:
     """Raise ValueError about a parameter unless the condition holds."""
     if not condition:
-        raise ValueError(f"baseline {policy}: {parameter} must be {wanted}, got {value!r}")
+        raise ValueError(f"baseline {policy}: {parameter} must be {expected}, got {value!r}")
 
 
 def count(policy: str, parameter: str, value: int, least: int = 0) -> int:

@@ -124,10 +124,10 @@ class RelaxForcing(PartitionPolicy):
         midpoint = (births[parts.sink[-1]] + births[parts.recent[0]]) / 2
         eligible = [row for row in parts.middle if births[row] >= midpoint]
         others = [row for row in parts.middle if births[row] < midpoint]
-        most = self.n_cand * parts.places
-        if len(eligible) > most:
+        max_candidates = self.n_cand * parts.places
+        if len(eligible) > max_candidates:
             # As in the original: evenly spaced from the oldest, without the newest.
-            eligible = [eligible[k * (len(eligible) - 1) // most] for k in range(most)]
+            eligible = [eligible[k * (len(eligible) - 1) // max_candidates] for k in range(max_candidates)]
         scores = dict(zip(parts.middle, self.mid_score(history, parts), strict=True))
         chosen = best(eligible, [scores[row] for row in eligible], parts.places)
         filling = best(others, [scores[row] for row in others], parts.places - len(chosen))
@@ -177,14 +177,14 @@ class FutureForcing(PartitionPolicy):
     def _choose_middle(self, history: History, parts: Parts) -> list[int]:
         scores = dict(zip(parts.middle, comparable(self.mid_score(history, parts)), strict=True))
         cosines = history.signals["expected_cos"]
-        left = list(parts.middle)
-        while len(left) > parts.places:
-            pairs = [(float(cosines[a, b]), a, b) for place, b in enumerate(left) for a in left[:place]]
+        remaining = list(parts.middle)
+        while len(remaining) > parts.places:
+            pairs = [(float(cosines[a, b]), a, b) for place, b in enumerate(remaining) for a in remaining[:place]]
             closest, *pair = max(pairs, default=(-1.0,))
             if closest < self.tau:
                 break
-            left.remove(min(pair, key=lambda row: (scores[row], row)))
-        return best(left, [scores[row] for row in left], parts.places)
+            remaining.remove(min(pair, key=lambda row: (scores[row], row)))
+        return best(remaining, [scores[row] for row in remaining], parts.places)
 
     @staticmethod
     def _expected_mass(history: History, parts: Parts) -> Sequence[float]:

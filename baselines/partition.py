@@ -34,8 +34,8 @@ def slots(max_frames: int, sink: int | float, recent: int | float) -> tuple[int,
         sink, recent: a whole number of rows, or a float: that share of the budget. The newest rows come first (at least one),
             then the sinks (at least one, unless none are wanted), then the middle.
     """
-    wanted = math.floor(recent * max_frames + 0.5) if isinstance(recent, float) else recent
-    num_recent = min(max(1, wanted), max_frames)
+    num_wanted = math.floor(recent * max_frames + 0.5) if isinstance(recent, float) else recent
+    num_recent = min(max(1, num_wanted), max_frames)
     num_sink = max(1, math.floor(sink * max_frames)) if isinstance(sink, float) else sink
     num_sink = 0 if max_frames == 1 or sink == 0 else min(max_frames - num_recent, num_sink)
     return num_sink, max_frames - num_recent - num_sink, num_recent

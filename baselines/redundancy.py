@@ -67,15 +67,15 @@ class _SequentialEviction(FillingPolicy):
         super().__init__()
 
     def _choose(self, history: History) -> tuple[Sequence[int], Sequence[int]]:
-        left = list(range(len(history)))
-        while len(left) > history.max_frames:
-            scores = comparable([self._novelty(history, row, [i for i in left if i != row]) for row in left[:-1]])
-            left.remove(min(zip(scores, left[:-1], strict=True))[1])
-        return [], left
+        remaining = list(range(len(history)))
+        while len(remaining) > history.max_frames:
+            scores = comparable([self._novelty(history, row, [i for i in remaining if i != row]) for row in remaining[:-1]])
+            remaining.remove(min(zip(scores, remaining[:-1], strict=True))[1])
+        return [], remaining
 
     @abstractmethod
     def _novelty(self, history: History, row: int, others: list[int]) -> float:
-        """How much a row differs from these others."""
+        """Return how much a row differs from these others."""
 
 
 class NearestNeighbour(_SequentialEviction):

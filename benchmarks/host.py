@@ -4,20 +4,19 @@ python -m benchmarks.host [--json -] [--device cpu]
 
 FAR-B on 5 context frames and FAR-B-Long on 36, budget 8; the newest frames are kept, so that every eviction re-encodes the
 whole history; decoding is not included. On a GPU batches of 1, 16 and 64 in bfloat16 with the workload's 20 ODE steps, and the
-peak of what was allocated; on a CPU smaller batches and fewer frames and steps, as the output says, and the peak of the
+peak of what was allocated; on a CPU smaller batches and fewer frames and steps, which the output states, and the peak of the
 process so far.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import tyro
 
+from benchmarks.command import run_benchmark
 from far_env.cli import run_guarded
 from far_env.clips.worlds import WORLDS
 from far_env.contract import NewestFrames
@@ -48,7 +47,7 @@ LOADS = {"cuda": MeasuredLoad((1, 16, 64), 8, "bfloat16", None), "cpu": Measured
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the benchmark."""
 
     json: str | None = None
     """ "-" prints one JSON object instead of text."""
@@ -123,12 +122,7 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
 
 def run() -> None:
     """Measure and print."""
-    options = tyro.cli(Options, description=__doc__)
-    if options.json not in (None, "-"):
-        raise ValueError("--json takes only '-', the standard output")
-    result = measure(options, print if options.json is None else lambda line: None)
-    if options.json is not None:
-        print(json.dumps(result, indent=2))
+    run_benchmark(Options, measure, __doc__)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ REFERENCE_POLICY = "recent_window"
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the benchmark."""
 
     policies: str = "recent_fill,least_change_prev,random"
     """Comma-separated, as in far-env evaluate."""

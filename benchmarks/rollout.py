@@ -9,7 +9,6 @@ second over those of the float32 reference loop with the same ODE steps, both me
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-import tyro
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.command import run_benchmark
 from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.contract import RetentionPolicy
@@ -59,7 +58,7 @@ SHARE_WIDTHS = {"transformer": 9, "autoencoder": 9, "metrics": 9, "python": 8}
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the benchmark."""
 
     quick: bool = False
     """Fewer clips, and neither the FAR-B-size host nor the memo: under a minute."""
@@ -353,12 +352,7 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
 
 def run() -> None:
     """Measure and print."""
-    options = tyro.cli(Options, description=__doc__)
-    if options.json not in (None, "-"):
-        raise ValueError("--json takes only '-', the standard output")
-    result = measure(options, print if options.json is None else lambda line: None)
-    if options.json is not None:
-        print(json.dumps(result, indent=2))
+    run_benchmark(Options, measure, __doc__)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ MARGIN = 8
 CAPTION = 16
 COLOURS = 64
 MAX_CONTEXT, MAX_PREDICTED = 5, 16
-"""Frames that are shown: the last of the context and the first of the prediction, so that files stay small."""
+"""Frames in the animations: the last of the context and the first of the prediction, so that files stay small."""
 MILLISECONDS = 450
 BACKGROUND = (24, 24, 28)
 CONTEXT = (110, 160, 245)

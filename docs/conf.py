@@ -44,7 +44,7 @@ add_module_names = False
 toc_object_entries = False
 
 MARKDOWN_DOCSTRINGS = ("FrameRetentionEnv", "FrameRetentionVectorEnv")
-"""Classes whose docstrings are Markdown, as Gymnasium's are, and are shown on the page of the environments."""
+"""Classes whose docstrings are Markdown, as Gymnasium's are, and are included in the page on environments."""
 
 
 def _shorten(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

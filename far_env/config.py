@@ -1,6 +1,7 @@
 """Configurations: a frozen dataclass, filled from a YAML file, overridden from the command line, saved beside the results.
 
-A dataclass says which of its keys were renamed or removed, so that an old file or command line gives an error that says so:
+A dataclass declares which of its keys were renamed or removed, so that the error about an old file or command line
+names the new key:
 
     RENAMED: ClassVar[dict[str, str]] = {"old_key": "new_key"}
     REMOVED: ClassVar[tuple[str, ...]] = ("old_key",)

@@ -88,7 +88,7 @@ class RolloutState:
 
 @dataclass
 class ObservedRolloutState(RolloutState):
-    """What a policy with an attribute ``signals`` (names of `SIGNALS`) receives instead, where the rollout records them.
+    """The state that a policy with an attribute ``signals`` (names of `SIGNALS`) receives where the rollout records them.
 
     The benchmark passes a plain `RolloutState`, whatever a policy declares.
     """
@@ -204,14 +204,14 @@ def ask_policy(
     *,
     clip: object,
     strict: bool = True,
-    most: int | None = None,
+    max_kept: int | None = None,
 ) -> Answer:
     """Call the policy and apply its plan.
 
     Args:
         clip: name of the clip, for the error message.
         strict: also require a well-formed plan (`check_plan`). False applies the benchmark's lenient rule alone.
-        most: how many frames may stay; None for the budget's max_frames. A caller whose budget is not a number of frames
+        max_kept: how many frames may stay; None for the budget's max_frames. A caller whose budget is not a number of frames
             passes the length of the history.
 
     Raises:
@@ -219,12 +219,12 @@ def ask_policy(
     """
     # Read before the call: what the policy does to its arguments must not change how its plan is checked.
     num_frames = len(chunk_meta_list)
-    most = int(budget_state["max_frames"]) if most is None else most
+    max_kept = int(budget_state["max_frames"]) if max_kept is None else max_kept
     where = f"policy {policy_name(policy)} on clip {clip}, step {rollout_state.step}"
     start = time.perf_counter()
     try:
         plan = policy.build_temporal_cache_plan(chunk_meta_list, rollout_state, dict(budget_state))
-    except PolicyError as error:  # of a policy in another process, which says what it did
+    except PolicyError as error:  # from the process of a policy file, whose message names the fault
         raise PolicyError(f"{where}: {error}") from error
     except (Exception, SystemExit) as error:
         raise PolicyError(f"{where}: raised {type(error).__name__}: {_reason(error)}") from error
@@ -237,7 +237,7 @@ def ask_policy(
         plan = TemporalCachePlan(decisions)
         if strict:
             check_plan(plan, num_frames)
-        kept = apply_plan(plan, num_frames, most)
+        kept = apply_plan(plan, num_frames, max_kept)
         demoting = {decision.chunk_id for decision in decisions if decision.action == DEMOTE}
         return Answer(kept, [chunk_id for chunk_id in kept if chunk_id in demoting], seconds)
     except ValueError as error:
@@ -284,7 +284,7 @@ def wanted_signals(policy: RetentionPolicy | None) -> tuple[str, ...]:
     try:
         return check_signals(getattr(policy, "signals", ()))
     except ValueError as error:
-        raise PolicyError(f"policy {policy_name(policy)} asks for an {error}") from error
+        raise PolicyError(f"policy {policy_name(policy)} requests an {error}") from error
 
 
 def check_signals(names: Sequence[str]) -> tuple[str, ...]:
@@ -313,8 +313,8 @@ def policy_name(policy: RetentionPolicy) -> str:
     return getattr(policy, "name", None) or type(policy).__name__
 
 
-def _decisions(plan: Any, most: int) -> list[Any]:
-    """The first decisions of a plan, at most so many. Raises ValueError if it has none to iterate over."""
+def _decisions(plan: Any, limit: int) -> list[Any]:
+    """The first decisions of a plan, at most ``limit``. Raises ValueError if it has none to iterate over."""
     if not hasattr(plan, "chunk_decisions"):
         raise ValueError(f"returned {type(plan).__name__}, not a TemporalCachePlan with chunk_decisions")
     decisions = plan.chunk_decisions
@@ -322,7 +322,7 @@ def _decisions(plan: Any, most: int) -> list[Any]:
         iterator = iter(decisions)
     except TypeError:
         raise ValueError(f"returned a plan whose chunk_decisions is {type(decisions).__name__}, not a list") from None
-    return list(islice(iterator, most))
+    return list(islice(iterator, limit))
 
 
 def _short(value: Any) -> str:
@@ -334,7 +334,7 @@ def _short(value: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error says, of bounded length."""
+    """The first line of an error's message, of bounded length."""
     try:
         line = first_line(error)
     except Exception:

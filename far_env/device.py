@@ -21,7 +21,7 @@ def resolve_device(device: str) -> torch.device:
     """``"auto"`` is CUDA where there is one, else the CPU; a GPU comes with its number.
 
     Raises:
-        ValueError: on anything but the CPU and a GPU that torch sees, or on a GPU in a process that was forked from one that
+        ValueError: on anything but the CPU and a GPU that torch finds, or on a GPU in a process that was forked from one that
             used it.
     """
     available = torch.cuda.is_available()
@@ -40,7 +40,7 @@ def resolve_device(device: str) -> torch.device:
     if index is None and count:
         index = torch.cuda.current_device()
     if index is None or index >= count:
-        raise ValueError(f"device {device!r} was asked for, but torch sees {count} CUDA devices here; use auto or cpu")
+        raise ValueError(f"device {device!r} is not available: torch finds {count} CUDA devices here; use auto or cpu")
     if torch.cuda._is_in_bad_fork():
         raise ValueError(
             f"device {device!r} cannot be used in a process forked from one that used the GPU; start processes with "
@@ -54,7 +54,7 @@ def use_one_thread_in_child_process() -> None:
 
     Vectorised environments run one process per environment. With torch's default, as many threads as cores in each, the
     threads wait for one another: two such environments on two cores are about a hundred times slower than with one thread each.
-    And in a forked process, more than one would wait for ever for the parent's.
+    And in a forked process, more than one would wait indefinitely for the parent's.
     """
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
@@ -85,7 +85,7 @@ def torch_defaults() -> Iterator[None]:
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """``"auto"`` is bfloat16 where matrix products are clearly faster in it, else float32. Raises ValueError if unknown.
 
-    On a CPU that is measured, which takes a few hundredths of a second: features that a CPU claims do not tell it.
+    On a CPU the speed is measured, which takes a few hundredths of a second; its advertised features do not determine it.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -113,7 +113,7 @@ def peak_memory_mib(device: torch.device) -> float:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Write down how long the block takes, on the device too."""
+    """Record the duration of the block, work on the device included."""
     synchronize(device)
     start = time.perf_counter()
     yield
@@ -133,7 +133,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
 
 
 def _use_one_thread_after_fork() -> None:
-    """The threads of OpenMP do not survive a fork: a child that relies on them waits for ever."""
+    """The threads of OpenMP do not survive a fork: a child that relies on them waits indefinitely."""
     torch.set_num_threads(1)
 
 

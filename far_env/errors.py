@@ -23,20 +23,20 @@ class MetricUnavailable(RuntimeError):
 
 
 class WeightsError(ValueError):
-    """A weight file is missing, damaged, or does not fit its configuration; the message says which and what to do."""
+    """A weight file is missing, damaged, or does not fit its configuration; the message names it and the remedy."""
 
 
 class TrainingStopped(Exception):
-    """Raised after Ctrl-C, once the checkpoint is written; the message says how to go on."""
+    """Raised after Ctrl-C, once the checkpoint is written; the message gives the command that continues."""
 
 
 def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
-    """The sentence for a name that is none: with the nearest known one, or all of them."""
+    """The sentence for an unknown name: with the nearest known one, or all of them."""
     near = get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return f"unknown {kind} {name!r}; {hint}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or its type where the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]

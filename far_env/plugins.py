@@ -33,15 +33,15 @@ def entry_points(group: str) -> dict[str, EntryPoint]:
     Raises:
         ValueError: if the installed metadata of far-env declare nothing for this group.
     """
-    found: dict[str, EntryPoint] = {}
+    entries: dict[str, EntryPoint] = {}
     for entry in sorted(_all_entry_points().select(group=group), key=_order):
-        found.setdefault(entry.name, entry)
-    if not any(distribution_name(entry) == DISTRIBUTION for entry in found.values()):
+        entries.setdefault(entry.name, entry)
+    if not any(distribution_name(entry) == DISTRIBUTION for entry in entries.values()):
         raise ValueError(
             f"the installed metadata of far-env declare no {group}: the package is not installed in this environment, or was "
             "installed before its entry points changed; run pip install again (pip install -e . for a checkout)"
         )
-    return found
+    return entries
 
 
 def load(entry: EntryPoint) -> Any:

@@ -44,7 +44,7 @@ def load_policy(name: str) -> RetentionPolicy | None:
 
 
 def policy_facts(name: str) -> dict[str, str]:
-    """What results record of a policy that `load_policy` accepts: family, tier, source and note, and the SHA-256 of its file.
+    """Facts about a policy that results record: family, tier, source and note, and the SHA-256 of its file.
 
     Raises:
         ValueError: as `load_policy`.

@@ -38,7 +38,7 @@ def policy_from_file(path: Path) -> RetentionPolicy:
     """
     spec = importlib.util.spec_from_file_location(f"policy_file_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses search for their module there
     try:
         vars(module).update(_benchmark_names(ast.parse(path.read_bytes())))
         spec.loader.exec_module(module)

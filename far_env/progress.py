@@ -88,7 +88,7 @@ class ProgressLines:
         self.postfix = postfix
 
     def write(self, text: str, file: TextIO | None = None) -> None:
-        """Write a remark on a line of its own, by default to the progress' file."""
+        """Write a remark on a separate line, by default to the progress' file."""
         print(text, file=self.file if file is None else file, flush=True)
 
     def refresh(self) -> None:
@@ -131,7 +131,7 @@ Progress = tqdm | ProgressLines
 
 
 def _duration(seconds: float) -> str:
-    """Such as 0.4 s, 17 s, 12:05 or 1:02:30."""
+    """Format a duration, such as 0.4 s, 17 s, 12:05 or 1:02:30."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"

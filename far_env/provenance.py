@@ -1,4 +1,4 @@
-"""Where numbers come from: commit, versions, machine and command, kept beside every result."""
+"""Provenance of results: commit, versions, machine and command, kept beside every result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from far_env.io import write_text
+from far_env.io import write_json
 
 FILE = "run.json"
 
@@ -31,13 +31,13 @@ def run_facts(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
 
 def save_facts(folder: Path, facts: dict[str, object]) -> None:
     """Add a session's facts to the run folder; earlier sessions of the run stay."""
-    write_text(folder / FILE, json.dumps([*load_facts(folder), facts], indent=2) + "\n")
+    write_json(folder / FILE, [*load_facts(folder), facts])
 
 
 def add_to_facts(folder: Path, more: dict[str, object]) -> None:
     """Add what is known only at the end of a session to the facts of the run folder's last session."""
     *before, last = load_facts(folder)
-    write_text(folder / FILE, json.dumps([*before, last | more], indent=2) + "\n")
+    write_json(folder / FILE, [*before, last | more])
 
 
 def load_facts(folder: Path) -> list[dict]:
@@ -52,7 +52,7 @@ def load_facts(folder: Path) -> list[dict]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages that the numbers depend on."""
     names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy", "scikit-image", "av")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 

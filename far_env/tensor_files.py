@@ -37,13 +37,13 @@ def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
             raise WeightsError(f"{path} lacks the key {key!r}; it was made for another configuration")
         if key not in expected:
             raise WeightsError(f"{path} has the unexpected key {key!r}; it was made for another configuration")
-        found, wanted = state[key], expected[key]
-        if found.shape != wanted.shape:
-            shapes = tuple(found.shape), tuple(wanted.shape)
+        tensor, template = state[key], expected[key]
+        if tensor.shape != template.shape:
+            shapes = tuple(tensor.shape), tuple(template.shape)
             raise WeightsError(f"{path}: {key!r} has shape {shapes[0]}, the configuration needs {shapes[1]}")
-        if found.is_floating_point() != wanted.is_floating_point() or found.is_complex():
-            raise WeightsError(f"{path}: {key!r} has the type {found.dtype}, the configuration needs {wanted.dtype}")
-        if not found.to(wanted.dtype).isfinite().all():
+        if tensor.is_floating_point() != template.is_floating_point() or tensor.is_complex():
+            raise WeightsError(f"{path}: {key!r} has the type {tensor.dtype}, the configuration needs {template.dtype}")
+        if not tensor.to(template.dtype).isfinite().all():
             raise WeightsError(f"{path}: {key!r} holds values that are not finite; restore the file or train it again")
 
 

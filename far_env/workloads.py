@@ -87,7 +87,7 @@ class Workload:
         """Actions of the clip's first ``num_frames`` frames; empty if the workload does without.
 
         Raises:
-            ValueError: if the workload needs actions and the clip has none, too few, or some that the host does not know.
+            ValueError: if the workload needs actions and the clip has none, too few, or some that the host does not accept.
         """
         if not self.actions:
             return ()
@@ -100,8 +100,8 @@ class Workload:
             raise ValueError(f"{who} has them in the shape {np.shape(clip.actions)}; its {num_frames} frames need one each")
         if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() >= num_classes:
             raise ValueError(
-                f"{who} has {actions.dtype} actions from {actions.min()} to {actions.max()}; the host knows the whole numbers "
-                f"0 to {num_classes - 1}"
+                f"{who} has {actions.dtype} actions from {actions.min()} to {actions.max()}; the host accepts "
+                f"the whole numbers 0 to {num_classes - 1}"
             )
         return tuple(actions.tolist())
 
@@ -112,7 +112,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class WorkloadSpec:
-    """How a registered workload is built.
+    """The parts from which a registered workload is built.
 
     Attributes:
         clips: makes the clip source.
@@ -220,7 +220,7 @@ def make_workload(
             the host of the workload.
         device: "auto", "cpu", "cuda", ….
         precision: "float32", "bfloat16" (as the released models were trained and the benchmark runs them), or "auto".
-        clip_options: passed to the clip source (a data folder, say).
+        clip_options: passed to the clip source (for example a data folder).
 
     Raises:
         ValueError: on an unknown name (the nearest one is suggested), options the source does not take, or a host for frames
@@ -252,7 +252,7 @@ def resolve_budget(budget: int | str) -> int:
     """
     if isinstance(budget, str) and not budget.lstrip("-").isdigit():
         if budget not in BUDGETS:
-            raise ValueError(unknown_name("budget", budget, list(BUDGETS)) + " A number of frames works too")
+            raise ValueError(unknown_name("budget", budget, list(BUDGETS)) + "; a number of frames works too")
         return BUDGETS[budget]
     if isinstance(budget, bool | float):
         raise ValueError(f"the budget must be a whole number of frames, got {budget}")

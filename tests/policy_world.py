@@ -38,12 +38,12 @@ class World:
         return frame_meta_list(frame_features(self.latents[kept][None])[0], step, 0.01)
 
     def signals(self, kept):
-        """As of the newest frame; nothing is known yet of its keys."""
+        """As for the newest frame, whose keys do not exist yet."""
         newest = kept[-1]
         mass = self.values[newest, kept] / self.values[newest, kept].sum()
         square = np.ix_(kept, kept)
         products = self.vectors @ self.vectors.T
-        found = {
+        signals = {
             "lat_cos": self.cosines[square],
             "column_gap": self.gaps[square],
             "key_proto": self.vectors[kept],
@@ -55,10 +55,10 @@ class World:
             "denoise_gap": self.values[kept, 0],
         }
         for name in ("key_cos", "expected_mass", "expected_cos"):
-            found[name][-1] = np.nan
-            found[name].T[-1] = np.nan
-        assert set(found) == set(SIGNALS)
-        return found
+            signals[name][-1] = np.nan
+            signals[name].T[-1] = np.nan
+        assert set(signals) == set(SIGNALS)
+        return signals
 
 
 def ask(policy, metas, step, budget, signals=None):
@@ -77,8 +77,8 @@ def rollout(policy, world, num_context, num_predict, budget, clip=None, calls=1)
     for step in range(num_predict):
         kept.append(num_context + step)
         if len(kept) > budget:
-            given = world.metas(kept, step), step, budget, world.signals(kept)
-            plans = [ask(policy, *given) for _ in range(calls)]
+            arguments = world.metas(kept, step), step, budget, world.signals(kept)
+            plans = [ask(policy, *arguments) for _ in range(calls)]
             assert all(plan == plans[0] for plan in plans), "asked again, it answers the same"
             stay = [kept[i] for i in apply_plan(plans[0], len(kept), budget)]
             decisions.append((step, kept, stay))

@@ -18,7 +18,7 @@ GAINS = {"recent_fill": 0.0, "learned": 6.0, "uniform": 3.0, NASTY: -2.0}
 
 @dataclass
 class MadeUp:
-    """What the folder holds; ``policies`` name → gain in dB over the mean of 20."""
+    """The content of the folder; ``policies`` name → gain in dB over the mean of 20."""
 
     workloads: dict[str, tuple[int, int]] = field(default_factory=lambda: {"pan": (3, 6), "cuts": (2, 4)})
     budgets: tuple[int, ...] = (2, 4)
@@ -34,14 +34,14 @@ class MadeUp:
 def make_results(folder: Path, made: MadeUp | None = None) -> Results:
     """Write such a folder; policies in ``unseen`` have no pictures."""
     made = made or MadeUp()
-    known = {
+    facts_of_policies = {
         name: {"family": made.families[i % len(made.families)], "tier": "MLA"[i % 3], "source": f"arXiv 2500.{i:05}"}
         for i, name in enumerate(made.policies)
     }
     settings = Settings(
         workloads=list(made.workloads),
         budgets=[*made.budgets, UNLIMITED_FRAMES],
-        policies={**known, "full_history": {"family": "reference"}},
+        policies={**facts_of_policies, "full_history": {"family": "reference"}},
         seeds=list(made.seeds),
         split="test",
         clips=list(range(made.clips)),

@@ -35,8 +35,8 @@ def test_transformer_operations_are_counted_without_the_autoencoders(tiny_worklo
 
     def linear_flops(tokens):
         dim, layers = 32, 2
-        embed, key_value, rest = 2 * tokens * 16 * dim, 4 * tokens * dim**2, 2 * tokens * (2 + 8) * dim**2
-        return embed + layers * key_value + (layers - 1) * rest
+        embed, key_value, after_attention = 2 * tokens * 16 * dim, 4 * tokens * dim**2, 2 * tokens * (2 + 8) * dim**2
+        return embed + layers * key_value + (layers - 1) * after_attention
 
     def work():
         model.encode_context(frames)

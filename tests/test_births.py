@@ -10,7 +10,7 @@ from far_env.births import FrameBirths
 def test_numbers_are_those_of_the_frames_whatever_is_kept_and_however_rarely_the_policy_is_called():
     rng = np.random.default_rng(0)
     births = FrameBirths()
-    for _ in range(50):  # clips, one after the other
+    for _ in range(50):  # clips in sequence
         num_context = int(rng.integers(1, 7))
         frames, step, begins = list(range(num_context)), -1, True
         for _ in range(12):

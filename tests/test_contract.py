@@ -52,15 +52,15 @@ def test_apply_plan_against_a_plain_restatement_of_the_rule():
         n, budget = int(rng.integers(1, 12)), int(rng.integers(1, 9))
         decided = rng.permutation(n)[: rng.integers(0, n + 1)]
         actions = rng.choice(["keep", "drop", "demote_to_long_term", "other"], size=len(decided))
-        given = TemporalCachePlan([ChunkDecision(int(i), str(a)) for i, a in zip(decided, actions, strict=True)])
+        plan = TemporalCachePlan([ChunkDecision(int(i), str(a)) for i, a in zip(decided, actions, strict=True)])
         expected = []
         for i in range(n):
-            fate = next((d.action for d in given.chunk_decisions if d.chunk_id == i), "drop")
+            fate = next((d.action for d in plan.chunk_decisions if d.chunk_id == i), "drop")
             if i == n - 1 or fate in ("keep", "demote_to_long_term"):
                 expected.append(i)
         while len(expected) > budget:
             expected.pop(0)
-        assert apply_plan(given, n, budget) == expected
+        assert apply_plan(plan, n, budget) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_apply_plan_against_a_plain_restatement_of_the_rule():
     ],
 )
 def test_the_keep_rule_on_masks(wanted, max_frames, kept):
-    given = np.array(wanted, dtype=bool)
-    assert newest_within_budget(given, max_frames).tolist() == [bool(bit) for bit in kept]
-    assert given.tolist() == [bool(bit) for bit in wanted], "the argument is left alone"
+    mask = np.array(wanted, dtype=bool)
+    assert newest_within_budget(mask, max_frames).tolist() == [bool(bit) for bit in kept]
+    assert mask.tolist() == [bool(bit) for bit in wanted], "the argument is left alone"
 
 
 def test_plan_defaults_are_the_benchmarks():
@@ -180,9 +180,9 @@ def test_an_answer_tells_what_was_demoted_and_how_long_it_took():
 
 
 def test_numpy_ids_are_as_good_as_pythons():
-    given = TemporalCachePlan([ChunkDecision(i, "keep") for i in np.array([0, 2])])
-    check_plan(given, 4)
-    kept = apply_plan(given, 4, 3)
+    plan = TemporalCachePlan([ChunkDecision(i, "keep") for i in np.array([0, 2])])
+    check_plan(plan, 4)
+    kept = apply_plan(plan, 4, 3)
     assert kept == [0, 2, 3] and all(type(i) is int for i in kept)
 
 

@@ -15,7 +15,7 @@ def test_auto_is_the_gpu_where_there_is_one():
         device.resolve_device("toaster")
     with pytest.raises(ValueError, match="device 'mps' is not supported"):
         device.resolve_device("mps")
-    with pytest.raises(ValueError, match=r"device 'cuda:77' was asked for, but torch sees \d+ CUDA devices"):
+    with pytest.raises(ValueError, match=r"device 'cuda:77' is not available: torch finds \d+ CUDA devices"):
         device.resolve_device("cuda:77")
 
 

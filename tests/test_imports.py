@@ -1,4 +1,4 @@
-"""Imports run downwards only: every module may import its own package and what is below it."""
+"""Imports run downwards only: every module may import its package and those below it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def imported(source: str) -> set[str]:
 
     ``from far_env import x`` counts as far_env.x, ``from far_env.x import y`` as far_env.x.
     """
-    found: set[str] = set()
+    names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -38,31 +38,31 @@ def imported(source: str) -> set[str]:
                 visit(child)
             return
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found.update({f"far_env.{alias.name}" for alias in node.names} if node.module == "far_env" else {node.module})
+            names.update({f"far_env.{alias.name}" for alias in node.names} if node.module == "far_env" else {node.module})
         for child in ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(source))
-    return found
+    return names
 
 
 def violations(module: str, source: str) -> list[str]:
     """The imports that a module of this name may not have, in words."""
     names = imported(source)
     wrong = [f"{module} imports the bare name {name}" for name in names if name.split(".")[0] in BARE]
-    package, *rest = module.split(".")
+    package, *parts = module.split(".")
     if package != "far_env":
         return wrong
     ours = {name for name in names if name.split(".")[0] == "far_env"}
-    if rest[:1] == ["agents"]:
+    if parts[:1] == ["agents"]:
         return wrong
-    if rest[:1] == ["baselines"]:
-        allowed = OF_BASELINES | ({"far_env.config", "far_env.text"} if rest[1:] == ["command"] else set())
+    if parts[:1] == ["baselines"]:
+        allowed = OF_BASELINES | ({"far_env.config", "far_env.text"} if parts[1:] == ["command"] else set())
         return wrong + [f"{module} imports {name}" for name in ours if ".".join(name.split(".")[:2]) not in allowed]
-    level = LEVEL[rest[0]] if rest else LEVEL["plugins"]
+    level = LEVEL[parts[0]] if parts else LEVEL["plugins"]
     for name in ours:
         part = [*name.split("."), ""][1]
         if part in ("agents", "baselines", "configs"):
@@ -74,14 +74,14 @@ def violations(module: str, source: str) -> list[str]:
 
 def modules() -> dict[str, str]:
     """Name → source of every Python file of the repository; agents and baselines by their installed names."""
-    found = {}
+    sources = {}
     for folder, name in (("far_env", "far_env"), ("agents", "far_env.agents"), ("baselines", "far_env.baselines")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = [name, *path.relative_to(ROOT / folder).with_suffix("").parts]
-            found[".".join(part for part in parts if part != "__init__")] = path.read_text(encoding="utf-8")
+            sources[".".join(part for part in parts if part != "__init__")] = path.read_text(encoding="utf-8")
     for path in [ROOT / "train_agent.py", *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
-        found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path.read_text(encoding="utf-8")
-    return found
+        sources[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path.read_text(encoding="utf-8")
+    return sources
 
 
 def test_every_module_has_its_place():

@@ -31,7 +31,7 @@ def test_ssim_agrees_with_torchmetrics(pair):
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     for predicted, truth in zip(*pair, strict=True):
-        # torchmetrics crops the mirrored border away again unless it is asked for the full image
+        # torchmetrics crops the mirrored border away again unless the full image is requested
         _, image = structural_similarity_index_measure(
             predicted, truth, gaussian_kernel=True, sigma=1.5, kernel_size=11, data_range=1.0, return_full_image=True
         )

@@ -1,4 +1,4 @@
-"""Another distribution's policy, host, workload and command are found; a broken one harms no command but its own."""
+"""Another distribution's policy, host, workload and command are found; a broken one affects no other command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(json.dumps({"steps": 1, "terminated": bool(terminated), "status": status})
 
 
 def install(package: Path, target: Path) -> None:
-    """What pip writes for a pure Python package, without pip: the modules, the metadata and the entry points."""
+    """Write what pip writes for a pure Python package, without pip: the modules, the metadata and the entry points."""
     project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
     shutil.copytree(package, target, ignore=shutil.ignore_patterns("pyproject.toml", "__pycache__"), dirs_exist_ok=True)
     info = target / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
@@ -109,9 +109,9 @@ def test_a_policy_or_workload_that_cannot_be_imported_is_one_sentence(installed)
 
 
 def entry(group, name, value, distribution):
-    found = EntryPoint(name, value, group)
-    vars(found)["dist"] = type("Distribution", (), {"name": distribution, "version": "1"})
-    return found
+    declared = EntryPoint(name, value, group)
+    vars(declared)["dist"] = type("Distribution", (), {"name": distribution, "version": "1"})
+    return declared
 
 
 def test_a_name_that_two_distributions_declare_belongs_to_far_env(monkeypatch):
@@ -120,8 +120,11 @@ def test_a_name_that_two_distributions_declare_belongs_to_far_env(monkeypatch):
     ]
     declared += [entry(plugins.WORKLOADS, "other", "x:y", owner) for owner in ("zzz", "bbb")]
     monkeypatch.setattr(plugins, "_all_entry_points", lambda: EntryPoints(declared))
-    found = plugins.entry_points(plugins.WORKLOADS)
-    assert {name: plugins.distribution_name(own) for name, own in found.items()} == {"pan": "far-env", "other": "bbb"}
+    entries = plugins.entry_points(plugins.WORKLOADS)
+    assert {name: plugins.distribution_name(point) for name, point in entries.items()} == {
+        "pan": "far-env",
+        "other": "bbb",
+    }
 
 
 def test_missing_metadata_are_one_sentence(monkeypatch, capsys):
@@ -139,9 +142,9 @@ def test_missing_metadata_are_one_sentence(monkeypatch, capsys):
 
 def test_what_is_declared_can_be_imported():
     for group in (plugins.POLICIES, plugins.HOSTS, plugins.WORKLOADS, plugins.COMMANDS):
-        for found in plugins.entry_points(group).values():
-            if plugins.distribution_name(found) == "far-env":
-                plugins.load(found)
+        for declared in plugins.entry_points(group).values():
+            if plugins.distribution_name(declared) == "far-env":
+                plugins.load(declared)
 
 
 def test_a_workload_that_is_none_is_one_sentence(monkeypatch):
@@ -158,9 +161,9 @@ def test_environment_names_follow_from_workload_names():
     names = ["Pan", "Cuts", "Orbit", "UCF101Short", "DMLabLong", "UCF101C4P12", "BAIRC2P14", "BAIRC2P28", "DMLabC144P156"]
     names += ["DMLabC36P264", "MinecraftC144P156", "MinecraftC36P264"]
     built_in = [
-        found.name
-        for found in plugins.entry_points(plugins.WORKLOADS).values()
-        if plugins.distribution_name(found) == "far-env"
+        declared.name
+        for declared in plugins.entry_points(plugins.WORKLOADS).values()
+        if plugins.distribution_name(declared) == "far-env"
     ]
     assert {far_env.environment_id(name) for name in built_in} == {f"far_env/{name}-v0" for name in names}
 

@@ -1,4 +1,4 @@
-"""Progress: lines in a log at an interval, what they say, and a bar on a terminal."""
+"""Progress: lines in a log at an interval, their content, and a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from far_env.progress import ProgressLines, show_progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that is moved by hand."""
+    """A clock that the test advances."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 

@@ -53,7 +53,7 @@ class ToyRetentionEnv(gym.Env):
 
 
 class ToyVecEnv(DummyVecEnv):
-    """SB3's own loop over toy environments."""
+    """SB3's loop over toy environments."""
 
     def __init__(self, num_envs: int, seed: int) -> None:
         super().__init__([ToyRetentionEnv for _ in range(num_envs)])

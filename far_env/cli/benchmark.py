@@ -21,17 +21,21 @@ class BenchmarkOptions:
     """A .py file (which runs in a separate process), a baseline, a run folder, pretrained/NAME, a plugin's policy or
     full_history."""
     workload: str = "ucf101_short_prediction"
+    """A workload of the benchmark."""
     budget: str = "tight_history_budget"
+    """One of the benchmark's names of budgets, or a number of frames."""
     host: str | None = None
-    """By default the released one; a shipped one, such as embedded, makes a dry run on generated clips if no data is given."""
+    """By default the released host; a shipped one, such as embedded, makes a dry run on generated clips if no data is given."""
     clips: int | None = None
-    """By default as many as the benchmark plays, or all if there are fewer."""
+    """Number of clips; by default as many as the benchmark plays, or all if there are fewer."""
     data_dir: str | None = None
+    """Folder of the benchmark's videos."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str | None = None
-    """By default bfloat16 on a GPU, float32 elsewhere."""
+    """float32, bfloat16 or auto; by default bfloat16 on a GPU, float32 elsewhere."""
     policy_seconds: float = 10.0
-    """How long one call of a policy file may take."""
+    """Largest duration of one call of a policy file, in seconds."""
 
 
 def benchmark(args: Sequence[str]) -> None:
@@ -44,14 +48,14 @@ def benchmark(args: Sequence[str]) -> None:
     with _policy(options) as policy:
         place = {"device": options.device, "precision": options.precision, "data_dir": options.data_dir}
         workload, dry = benchmark.benchmark_workload(options.workload, options.host, **place)
-        wanted, there = benchmark.TASKS[options.workload].num_clips, workload.clips.num_clips("test")
+        task_clips, available = benchmark.TASKS[options.workload].num_clips, workload.clips.num_clips("test")
         if dry:
             remark(
                 f"a dry run: host {workload.host.name} on clips of the world {workload.clips.name}, not the benchmark's data"
             )
-        if options.clips is None and there < wanted:
-            remark(f"the benchmark plays {wanted} clips, here are {there}")
-        num_clips = min(wanted, there) if options.clips is None else options.clips
+        if options.clips is None and available < task_clips:
+            remark(f"the benchmark plays {task_clips} clips, {available} are available")
+        num_clips = min(task_clips, available) if options.clips is None else options.clips
         score = benchmark.run_benchmark(workload, max_frames, policy, num_clips)
     for name, reason in score.unavailable.items():
         remark(f"no {name}: {reason}")

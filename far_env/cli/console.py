@@ -1,8 +1,9 @@
-"""What commands write to a terminal: text in any encoding, and remarks beside their output."""
+"""Output of commands on a terminal: text in any encoding, and remarks beside their output."""
 
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,13 +46,13 @@ def remark(sentence: str) -> None:
 
 
 @contextmanager
-def keeping_episodes(out: str | None) -> Iterator[None]:
-    """Say on Ctrl-C that the finished episodes are in the folder ``out``, if there is one."""
+def keeping_episodes(out: str | os.PathLike | None, kind: str = "episodes") -> Iterator[None]:
+    """On Ctrl-C, print that the finished episodes (or another ``kind``) are in the folder ``out``, if there is one."""
     try:
         yield
     except KeyboardInterrupt:
         if out is not None:
-            print(f"\nthe episodes finished so far are in {out}; the same command resumes from there", file=sys.stderr)
+            print(f"\nthe {kind} finished so far are in {out}; the same command resumes from there", file=sys.stderr)
         raise
 
 

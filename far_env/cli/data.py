@@ -17,7 +17,9 @@ class DataOptions:
     """Count the clips of a folder of videos and find its damaged files; the exit status is 2 if there are any."""
 
     action: tyro.conf.Positional[Literal["check"]]
+    """What to do; there is one action."""
     folder: tyro.conf.Positional[str]
+    """Folder of videos; subfolders are searched."""
     dataset: str | None = None
     """ucf101, dmlab, bair or minecraft; by default guessed from the files."""
     frames: int | None = None

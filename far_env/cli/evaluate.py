@@ -32,30 +32,34 @@ class EvaluateOptions:
     """Comma-separated: baselines, "all" of them, .py files with a policy class, run folders, pretrained/NAME, policies of
     plugins, full_history. A path that holds a comma is put in double quotes: --policies 'recent_fill,"runs/a,b"'."""
     workload: str = "pan"
-    """One or more, separated by commas."""
+    """One or more workloads, separated by commas."""
     budget: str = "4"
     """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget; one or more."""
     seeds: str = "42"
     """Noise seeds; clip i is played with each of them plus i."""
     split: str = "test"
+    """train, validation or test."""
     clips: int = 256
-    """How many of the first clips of the split."""
+    """Number of clips, from the first of the split on."""
     metrics: str = "psnr,ssim,lpips"
+    """Comma-separated: psnr, ssim, lpips."""
     host: str | None = None
     """A shipped host, a released transformer (see far-env weights list), a plugin's host or a host folder; by default the
     host of the workload."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
     """float32, bfloat16 (as the benchmark computes) or auto."""
     batch_size: int = 64
+    """Clips that are played together."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
-    """How those videos become clips: benchmark or far."""
+    """Protocol by which those videos become clips: benchmark or far."""
     out: str | None = None
     """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
     show_clips: int = 8
-    """How many of the first clips have pictures there."""
+    """Number of clips, from the first on, whose pictures are stored there."""
     json: str | None = None
     """Write one JSON object to this file, or to the standard output if "-", instead of tables; several are under "tables"."""
 
@@ -97,8 +101,8 @@ def evaluate(args: Sequence[str]) -> int:
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
-    asked = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
-    tables = [tabulate(results, name, budget, **asked) for name, budget in cells]
+    selection = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
+    tables = [tabulate(results, name, budget, **selection) for name, budget in cells]
     if options.json is None:
         print(_text(tables))
         if options.out is not None:
@@ -115,7 +119,7 @@ def evaluate(args: Sequence[str]) -> int:
 
 
 def _load_policies(names: Sequence[str], budgets: Sequence[int]) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
-    """Policies by name in the order given, and the names that only "all" asks for, which are left out where they cannot run."""
+    """Policies by name in the order given, and the names that only "all" includes, which are left out where they cannot run."""
     baselines = policy_names("baselines") if ALL in names else []
     optional = set(baselines) - set(names)
     wanted = dict.fromkeys(single for name in names for single in (baselines if name == ALL else [name]))

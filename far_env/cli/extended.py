@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from far_env.cli.console import keeping_episodes
 from far_env.cli.options import split_list, whole_number
 from far_env.config import parse, require_positive
 from far_env.io import make_run_dir
@@ -20,6 +20,7 @@ class ExtendedOptions:
     out: str
     """Folder for the figure and the numbers; the same command resumes where it stopped."""
     workload: str = "orbit"
+    """A registered workload."""
     tokens: str = "64,128,192,256"
     """Tokens of the history that each generated frame may attend to; one or more."""
     policies: str = f"recent_fill,sink_recent_fine,far_coarse,packforcing_coarse,{FULL_HISTORY}"
@@ -27,16 +28,19 @@ class ExtendedOptions:
     run folders, pretrained/NAME, policies of plugins, or full_history: the host's default, with its window fine and all older
     frames coarse. A path that holds a comma is put in double quotes."""
     clips: int = 16
-    """How many of the first clips of the split."""
+    """Number of clips, from the first of the split on."""
     seed: int = 42
     """Noise seed; clip i is played with it plus i."""
     split: str = "test"
+    """train, validation or test."""
     host: str | None = None
     """A FAR-Long: shipped, released or a host folder; by default the host of the workload."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
     """float32, bfloat16 or auto."""
     batch_size: int = 16
+    """Clips that are played together."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
 
@@ -65,13 +69,10 @@ def extended(args: Sequence[str]) -> None:
     check_clip_id(workload.clips, options.split, options.clips - 1)
     folder = make_run_dir(options.out)
     run = ExtendedRun(workload, options.split, options.clips, options.seed, options.batch_size, options.data_dir)
-    known = load_parts(folder, run.settings())
+    saved = load_parts(folder, run.settings())
     save_facts(folder, run_facts(workload.host.device, workload.host.dtype))
-    try:
-        parts = run.play(policies, facts, budgets, known, folder)
-    except KeyboardInterrupt:
-        print(f"\nthe parts finished so far are in {folder}; the same command resumes from there", file=sys.stderr)
-        raise
+    with keeping_episodes(folder, "parts"):
+        parts = run.play(policies, facts, budgets, saved, folder)
     source = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.settings().items())
     save_quality_figure(parts, folder, f"{workload.name}, {options.clips} clips, extended (not the benchmark)", source)
     print(f"{parts_table(parts)}\n\nextended, not the benchmark: {source}\n\nnumbers and figure in {Path(options.out)}")

@@ -55,7 +55,7 @@ def run_guarded(prog: str, function: Callable[[], int | None]) -> int:
 
 
 def help_text() -> str:
-    """What ``far-env --help`` prints: every command with the first line of its docstring."""
+    """The text of ``far-env --help``: every command with the first line of its docstring."""
     commands = entry_points(COMMANDS)
     width = max(map(len, commands))
     lines = []
@@ -74,8 +74,8 @@ def _dispatch(args: list[str]) -> int | None:
     if not args or args[0] in ("-h", "--help"):
         print(help_text())
         return 0
-    name, *rest = args
+    name, *arguments = args
     commands = entry_points(COMMANDS)
     if name not in commands:
         raise ValueError(unknown_name("command", name, list(commands)))
-    return load(commands[name])(rest)
+    return load(commands[name])(arguments)

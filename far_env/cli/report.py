@@ -20,6 +20,7 @@ class ReportOptions:
     results: tyro.conf.Positional[str]
     """Folder that far-env evaluate --out wrote."""
     out: str = "report.html"
+    """File to write."""
     plots: str | None = None
     """Write plots into this folder too, as PNG and SVG."""
     policies: str | None = None

@@ -19,6 +19,7 @@ class SelfTestOptions:
     workload: str = "ucf101_short_prediction"
     """A workload whose host is a released model."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str | None = None
     """float32, bfloat16 or auto; by default bfloat16 on a GPU, float32 on a CPU."""
     frames: int = 3

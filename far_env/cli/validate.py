@@ -19,19 +19,21 @@ class ValidateOptions:
     """Play the records of a results folder again and compare; the exit status is 1 if any differs."""
 
     folder: tyro.conf.Positional[str]
-    """Written by far-env evaluate --out."""
+    """Results folder of far-env evaluate --out."""
     sample: int | None = None
-    """How many records to draw at random; all by default."""
+    """Number of records to draw at random; all by default."""
     seed: int = 0
-    """Of the sample."""
+    """Seed of the sample."""
     tolerance: float = 1e-3
-    """By how much metrics may differ, in dB for PSNR."""
+    """Largest difference of a metric that counts as equal, in dB for PSNR."""
     host: str | None = None
-    """Where the host is, if it has moved."""
+    """The host, if it has moved."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64
+    """Clips that are played together."""
     data_dir: str | None = None
-    """Where the videos are, if they have moved."""
+    """Folder of the videos, if they have moved."""
 
 
 def validate(args: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ class WeightsOptions:
     """List, download or verify the released FAR models."""
 
     action: tyro.conf.Positional[Literal["list", "download", "verify"]]
+    """What to do."""
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names from the list; a transformer brings its autoencoder. Without names, verify checks all files that are present."""
 

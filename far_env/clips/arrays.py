@@ -34,7 +34,7 @@ def num_actions(path: Path) -> int:
 
 
 def holds_actions(path: Path) -> bool:
-    """Whether an .npz file has an array ``actions``. Raises VideoError if it is damaged."""
+    """Return whether an .npz file has an array ``actions``. Raises VideoError if it is damaged."""
     with _opened(path) as file:
         return f"{ACTIONS}.npy" in file.namelist()
 

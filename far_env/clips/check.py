@@ -1,4 +1,4 @@
-"""What a data folder can be used for: files, lengths, actions, clips per protocol and split, and which files are damaged."""
+"""Contents of a data folder: files, lengths, actions, clips per protocol and split, and which files are damaged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from far_env.errors import unknown_name
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` found.
+    """The result of `check_data`.
 
     Attributes:
         dataset: its name.
@@ -43,7 +43,7 @@ class DataReport:
 
     @property
     def usable(self) -> bool:
-        """Whether there is any clip."""
+        """Return whether there is any clip."""
         return any(count for splits in self.clips.values() for count in splits.values())
 
     @property
@@ -104,16 +104,16 @@ def check_data(folder: Path, dataset: str | None = None, num_frames: int | None 
     kind = DATASETS[dataset] if dataset else _guess(folder)
     num_frames = num_frames or CLIP_FRAMES[kind.name]
     lists = find_lists(folder, kind.preferred_lists)
-    listed = [recording for path in lists.values() for recording in read_list(path)]
+    in_lists = [recording for path in lists.values() for recording in read_list(path)]
     try:
-        found = find_recordings(folder)
+        in_folder = find_recordings(folder)
     except ValueError:
-        if not listed:
+        if not in_lists:
             raise
-        found = []
+        in_folder = []
     # A list decides which actions belong to a file, not the names of other files.
-    named = {recording.path for recording in listed} | {recording.actions for recording in listed}
-    recordings = [*dict.fromkeys(listed), *(recording for recording in found if recording.path not in named)]
+    named = {recording.path for recording in in_lists} | {recording.actions for recording in in_lists}
+    recordings = [*dict.fromkeys(in_lists), *(recording for recording in in_folder if recording.path not in named)]
     recordings = [kind.as_read(recording) for recording in recordings]
     found_info = dict(zip(recordings, Index(folder).info(recordings, whole=whole), strict=True))
     damaged = {recording.path for recording, info in found_info.items() if info.error or info.damage}

@@ -42,7 +42,7 @@ class ClipSource(Protocol):
     """Side of its square frames in pixels."""
 
     def num_clips(self, split: str) -> int:
-        """How many clips ``split`` holds; their ids are 0 … n-1."""
+        """Number of clips that ``split`` holds; their ids are 0 … n-1."""
 
     def clip(self, split: str, clip_id: int) -> Clip:
         """One clip. Raises ValueError on an unknown split and ClipIdError on an id out of range."""

@@ -75,7 +75,7 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self._name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".json"
-        self._known = self._load()
+        self._entries = self._load()
 
     def info(self, recordings: Sequence[Recording], *, whole: bool = False) -> list[RecordingInfo]:
         """Information on each recording, with a progress bar if it takes a while. After Ctrl-C, what was read is stored.
@@ -83,24 +83,24 @@ class Index:
         Args:
             whole: also decode every file completely, once, to fill in ``damage``.
         """
-        found, before = [], dict(self._known)
+        infos, before = [], dict(self._entries)
         try:
             task = "decode files" if whole else "read headers"
             for recording in show_progress(recordings, description=task, unit="files", delay=1):
-                found.append(self._info(recording, whole))
+                infos.append(self._info(recording, whole))
         finally:
-            if self._known != before:
+            if self._entries != before:
                 self._save()
-        return found
+        return infos
 
     def _info(self, recording: Recording, whole: bool) -> RecordingInfo:
         key, stamp = os.path.abspath(recording.path), _stamp(recording)
-        known_stamp, info = self._known.get(key, (None, RecordingInfo()))
-        if stamp != known_stamp:
+        saved_stamp, info = self._entries.get(key, (None, RecordingInfo()))
+        if stamp != saved_stamp:
             info = examine(recording)
         if whole and info.error is None and info.damage is None:
             info = replace(info, damage=decode_completely(recording, info))
-        self._known[key] = (stamp, info)
+        self._entries[key] = (stamp, info)
         return info
 
     def _load(self) -> dict[str, tuple[list, RecordingInfo]]:
@@ -111,7 +111,7 @@ class Index:
             return {}  # it does not exist, or is of another version: it is written again
 
     def _save(self) -> None:
-        stored = {path: (stamp, asdict(info)) for path, (stamp, info) in self._known.items()}
+        stored = {path: (stamp, asdict(info)) for path, (stamp, info) in self._entries.items()}
         try:
             folder = cache_dir() / "index"
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class Index:
 
 
 def _stamp(recording: Recording) -> list:
-    """What a file is read as, and paths, sizes and modification times of its files."""
+    """The kind of a file, and paths, sizes and modification times of its files."""
     stamp: list = [READER_VERSION, recording.latent, recording.num_actions]
     for path in (recording.path, recording.actions):
         try:

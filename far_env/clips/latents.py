@@ -41,7 +41,7 @@ class LatentHost(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the autoencoder computes."""
+        """The device on which the autoencoder computes."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +68,7 @@ def read_latents(path: Path, start: int, count: int) -> Tensor:
     latents = _mapped(path, verify=True)
     if start + count > len(latents):
         last = start + count - 1
-        raise VideoError(f"{path} ends early: latents {start} to {last} were asked for, {len(latents)} are there")
+        raise VideoError(f"{path} ends early: latents {start} to {last} were requested, {len(latents)} are there")
     latents = latents[start : start + count].float().clone()
     if not latents.isfinite().all():
         raise VideoError(f"{path} holds latents that are not finite")
@@ -95,6 +95,6 @@ def _mapped(path: Path, *, verify: bool = False) -> Tensor:
     except Exception as error:
         raise VideoError(f"{path} cannot be read as a tensor of latents: {first_line(error)}") from error
     if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
-        found = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
-        raise VideoError(f"{path} must hold one tensor of floats (T, C, h, w), got {found}")
+        actual = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise VideoError(f"{path} must hold one tensor of floats (T, C, h, w), got {actual}")
     return latents

@@ -35,7 +35,7 @@ class Recording:
 
 
 def is_hidden(path: PurePath) -> bool:
-    """Whether a relative path is, or is inside, a hidden file or folder (.name, ._name) or a folder of sidecars."""
+    """Return whether a relative path is, or is inside, a hidden file or folder (.name, ._name) or a folder of sidecars."""
     return any(part in SIDECAR_FOLDERS or (part.startswith(".") and part != "..") for part in path.parts)
 
 
@@ -69,12 +69,12 @@ def find_lists(folder: Path, preferred: tuple[str, ...]) -> dict[str, Path]:
     Raises:
         ValueError: if there are several of a split and none is preferred.
     """
-    found: dict[str, list[Path]] = {}
+    lists_by_split: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.json")):
         if not is_hidden(PurePath(path.name)) and (match := _LIST_NAME.fullmatch(path.stem)):
-            found.setdefault("train" if match[1] == "train" else "test", []).append(path)
+            lists_by_split.setdefault("train" if match[1] == "train" else "test", []).append(path)
     lists = {}
-    for split, paths in found.items():
+    for split, paths in lists_by_split.items():
         chosen = [path for path in paths if path.name in preferred] if len(paths) > 1 else paths
         if len(chosen) != 1:
             names = ", ".join(path.name for path in paths)
@@ -118,7 +118,7 @@ def read_list(path: Path) -> list[Recording]:
 
 
 def _is_file_name(value: object) -> bool:
-    """Whether a value of a list can be the name of a file on this system."""
+    """Return whether a value of a list can be the name of a file on this system."""
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
     except UnicodeEncodeError:

@@ -22,7 +22,7 @@ _OPEN_OPTIONS = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0
 
 
 def count_frames(path: Path) -> int:
-    """Number of frames that are shown: from the file's header, or by decoding where the header does not say.
+    """Number of frames that a player displays: from the file's header, or by decoding where the header has no count.
 
     Raises:
         VideoError: if the file is missing, empty, not a video, or damaged.
@@ -30,24 +30,24 @@ def count_frames(path: Path) -> int:
     if path.suffix.lower() == EPISODE_SUFFIX:
         return episode_length(path)
     with _opened(path) as container:
-        stored, shown = _header_frames(container)
-    if stored > 0 and abs(stored - shown) < 0.5:
+        stored, displayed = _header_frames(container)
+    if stored > 0 and abs(stored - displayed) < 0.5:
         return stored
     return sum(1 for _ in _decoded(path))
 
 
 def check_frames(path: Path) -> None:
-    """Decode a whole file. Raises VideoError if any of it is damaged, or if it holds fewer frames than its header says."""
+    """Decode a whole file. Raises VideoError if any of it is damaged, or if it holds fewer frames than its header declares."""
     if path.suffix.lower() == EPISODE_SUFFIX:
         read_episode(path)
         return
     with _opened(path) as container:
-        stored, shown = _header_frames(container)
+        stored, displayed = _header_frames(container)
     # An edit may begin and end within a frame.
-    promised = stored if shown > stored - 0.5 else int(shown) - 1
+    promised = stored if displayed > stored - 0.5 else int(displayed) - 1
     decoded = sum(1 for _ in _decoded(path))
     if decoded < promised:
-        raise VideoError(f"{path} ends early: its header says {promised} frames, {decoded} can be decoded")
+        raise VideoError(f"{path} ends early: its header declares {promised} frames, {decoded} can be decoded")
 
 
 def read_frames(path: Path, start: int, count: int) -> list[np.ndarray]:
@@ -60,7 +60,7 @@ def read_frames(path: Path, start: int, count: int) -> list[np.ndarray]:
     if path.suffix.lower() == EPISODE_SUFFIX:
         episode = read_episode(path)
         if last >= len(episode):
-            raise VideoError(f"{path} ends early: frames {start} to {last} were asked for, {len(episode)} are there")
+            raise VideoError(f"{path} ends early: frames {start} to {last} were requested, {len(episode)} are there")
         return list(episode[start : start + count])
     frames: list[np.ndarray] = []
     decoded = 0
@@ -70,7 +70,7 @@ def read_frames(path: Path, start: int, count: int) -> list[np.ndarray]:
         decoded += 1
         if len(frames) == count:
             return frames
-    raise VideoError(f"{path} ends early: frames {start} to {last} were asked for, {decoded} could be decoded")
+    raise VideoError(f"{path} ends early: frames {start} to {last} were requested, {decoded} could be decoded")
 
 
 def squeeze(frames: Sequence[np.ndarray], size: int) -> np.ndarray:

@@ -81,10 +81,10 @@ class VideoFolder:
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
-        given = data_dir or os.environ.get(self.variable)
-        if not given:
+        path = data_dir or os.environ.get(self.variable)
+        if not path:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}")
-        self.folder, self.protocol, self.num_frames = Path(given), protocol, num_frames
+        self.folder, self.protocol, self.num_frames = Path(path), protocol, num_frames
         self.size = self.default_size if size is None else size
         self.host: LatentHost | None = None
         self.skipped: dict[Path, str] = {}
@@ -173,8 +173,8 @@ class VideoFolder:
             raise ValueError(f"{path} holds latents, which only a host can decode; build the workload with make_workload")
         latents = read_latents(path, start, self.num_frames)
         if latents.shape[1:] != self.host.latent_shape:
-            found, wanted = tuple(latents.shape[1:]), self.host.latent_shape
-            raise VideoError(f"{path} holds latents {found}, the host {self.host.name} has {wanted}")
+            shape, latent_shape = tuple(latents.shape[1:]), self.host.latent_shape
+            raise VideoError(f"{path} holds latents {shape}, the host {self.host.name} has {latent_shape}")
         return decode_latents(latents, self.host)
 
 

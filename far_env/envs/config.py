@@ -26,7 +26,7 @@ RESET_OPTIONS = ("clip_id", "noise_seed", "budget")
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """Which episodes an environment plays and how it scores them.
+    """The episodes that an environment plays and their scores.
 
     Attributes:
         workload: a registered name ("pan", "cuts", …) or a `far_env.workloads.Workload`.
@@ -89,10 +89,10 @@ class EpisodeConfig:
         Raises:
             TypeError: on an argument that is not a field; the nearest name is suggested.
         """
-        known = [field.name for field in fields(EpisodeConfig)]
+        field_names = [field.name for field in fields(EpisodeConfig)]
         for name in arguments:
-            if name not in known:
-                raise TypeError(unknown_name("argument", name, known))
+            if name not in field_names:
+                raise TypeError(unknown_name("argument", name, field_names))
         if arguments.get("clip_options", {}) is None:
             arguments = {**arguments, "clip_options": {}}
         return EpisodeConfig(**arguments)
@@ -109,7 +109,7 @@ class EpisodeConfig:
 
     @cached_property
     def scoring(self) -> Reward:
-        """How an episode is scored."""
+        """The scoring of an episode."""
         if not isinstance(self.telescoping, bool | np.bool_):
             raise ValueError(f"telescoping must be true or false, got {self.telescoping!r}")
         if not isinstance(self.reward, str | Mapping):
@@ -160,8 +160,8 @@ class EpisodeConfig:
             # A single budget draws no random number, so that clips are the same whatever the budget is.
             budget = self.budgets[0] if len(self.budgets) == 1 else int(rng.choice(self.budgets))
         elif budget not in self.budgets:
-            known = ", ".join(map(str, self.budgets))
-            raise ValueError(f"budget {budget} is none of those that the environment was made with: {known}")
+            allowed = ", ".join(map(str, self.budgets))
+            raise ValueError(f"budget {budget} is none of those that the environment was made with: {allowed}")
         return clip_id, BENCHMARK_SEED + clip_id if noise_seed is None else operator.index(noise_seed), operator.index(budget)
 
     def _names(self, name: str) -> Sequence[str]:

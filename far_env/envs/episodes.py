@@ -1,7 +1,7 @@
 """Episodes: rollouts that pause at every decision that can influence a frame; behind the single and the vector environment.
 
 Each row of a batch is begun with a clip, run to its next decision, given a keep mask, run again, and scored at the end.
-Observations hold exactly what the benchmark gives a policy, and the signals of the rollout that were asked for.
+Observations hold exactly what the benchmark gives a policy, and the signals of the rollout that were requested.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MUST_DROP, MUST_KEEP, FREE = 0, 1, 2
 
 @dataclass(frozen=True)
 class Reward:
-    """How an episode is scored.
+    """The scoring of an episode.
 
     Attributes:
         weights: metric name to factor; the score is the weighted sum of a clip's metrics.
@@ -50,7 +50,7 @@ class Reward:
 
     @staticmethod
     def make(reward: str | Mapping[str, float], telescoping: bool = False) -> Reward:
-        """From a metric's name (lpips counts negatively, lower being better) or a dict of weights."""
+        """Make a reward from a metric's name (lpips counts negatively, lower being better) or a dict of weights."""
         weights = {reward: -1.0 if reward == "lpips" else 1.0} if isinstance(reward, str) else dict(reward)
         return Reward(weights, telescoping)
 
@@ -63,10 +63,10 @@ class EpisodeBatch:
     """``num_rows`` episodes of one workload, each with its clip, noise seed and budget.
 
     Args:
-        workload: what is rolled out.
+        workload: clips, host and lengths of the rollouts.
         budgets: frames that an episode may be allowed to keep.
         num_rows: episodes in the batch.
-        reward: how they are scored.
+        reward: the scoring of the episodes.
         metrics: metrics reported at the end, besides those of the reward.
         memo_bytes: memory for frames that are generated again, see `far_env.rollout.memo.FrameMemo`.
         signals: names of `far_env.contract.SIGNALS` that observations contain as well.
@@ -114,7 +114,7 @@ class EpisodeBatch:
         self._features = np.zeros((num_rows, self.num_slots, len(FEATURES)), dtype=np.float32)
 
     def new_rollouts(self, num_rows: int) -> RolloutBatch:
-        """What generates the frames."""
+        """The object that generates the frames."""
         return RolloutBatch(self.workload, num_rows, self.memo, self.signals)
 
     @torch_defaults()
@@ -157,16 +157,19 @@ class EpisodeBatch:
             self.rollouts.advance(active)
 
     def ended(self, row: int) -> bool:
-        """All frames generated."""
+        """Return whether the row has generated all its frames."""
         return self.rollouts.finished(row)
 
     def awaits_decision(self, row: int) -> bool:
-        """The history is over budget and a frame is still to come. A context over budget is first cut after one new frame."""
+        """Return whether the history is over budget and a frame is still to come.
+
+        A context over budget is first cut after one new frame.
+        """
         over = self.rollouts.history_length(row) > self.max_frames[row]
         return over and self.rollouts.step(row) > 0 and not self.ended(row)
 
     def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:
-        """What each row earned since the last call, and the final metrics of rows that ended (else None)."""
+        """The reward of each row since the last call, and the final metrics of rows that ended (else None)."""
         earned = np.zeros(len(rows))
         finals: list[dict[str, float] | None] = [None] * len(rows)
         by_step: dict[int, list[int]] = {}
@@ -237,12 +240,12 @@ class EpisodeBatch:
 
     @property
     def action_space(self) -> spaces.MultiBinary:
-        """Of one row: a bit per slot."""
+        """The mask of one row: a bit per slot."""
         return spaces.MultiBinary(self.num_slots)
 
     @property
     def observation_space(self) -> spaces.Dict:
-        """Of one row, see `observe`."""
+        """The observation of one row, see `observe`."""
         slots = self.num_slots
         signals = {name: spaces.Box(-np.inf, np.inf, self.signal_shape(name), np.float32) for name in self.signals}
         return spaces.Dict(

@@ -39,7 +39,7 @@ def frame_row(frames: np.ndarray, num_columns: int) -> np.ndarray:
 
 
 def decision_rows(decisions: Decisions, num_context: int, num_columns: int, size: int, num_rows: int) -> np.ndarray:
-    """One line of marks per decision: green under frames that stayed, grey under frames that existed and did not.
+    """Draw one line of marks per decision: green under frames that stayed, grey under frames that existed and did not.
 
     Returns:
         uint8 (num_rows · DECISION_HEIGHT, width, 3); lines without a decision are empty.
@@ -89,7 +89,7 @@ def render_workload_episode(workload: Workload, clip: np.ndarray, predicted: np.
 
 
 def frame_side(num_columns: int) -> int:
-    """The largest even side of a frame of which ``num_columns`` fit into MAX_WIDTH; encoders need even sizes."""
+    """The largest even side with which ``num_columns`` frames fit into MAX_WIDTH; encoders need even sizes."""
     return max(2, (MAX_WIDTH // num_columns - GAP) // 2 * 2)
 
 

@@ -121,8 +121,8 @@ class FrameRetentionEnv(gym.Env):
         """Begin an episode. Options: ``clip_id``, ``noise_seed``, ``budget``. Raises ClipIdError on a clip id out of range."""
         super().reset(seed=seed)
         options = check_reset_options(options)
-        given = {key: options.get(key) for key in RESET_OPTIONS}
-        clip_id, noise_seed, budget = self.config.draw(self.np_random, self.episodes.workload, **given)
+        requested = {key: options.get(key) for key in RESET_OPTIONS}
+        clip_id, noise_seed, budget = self.config.draw(self.np_random, self.episodes.workload, **requested)
         self.episodes.begin([0], [self.config.split], [clip_id], [noise_seed], [budget])
         self.episodes.run([0])
         return self._observation(), self.episodes.info(0)

@@ -84,7 +84,7 @@ class SB3VecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """One picture per row, uint8 (height, width, 3); None per row without a render_mode."""
+        """Return one picture per row, uint8 (height, width, 3); None per row without a render_mode."""
         return [None] * self.num_envs if self.render_mode is None else list(self.env.render())
 
 
@@ -163,7 +163,7 @@ def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
-    """One row's part of Gymnasium's dict of arrays."""
+    """Return one row's part of Gymnasium's dict of arrays."""
     row_info = {}
     for key, values in infos.items():
         if key.startswith("_") or key in ("final_obs", "final_info") or not infos[f"_{key}"][row]:

@@ -22,7 +22,7 @@ class FrameRetentionVectorEnv(VectorEnv):
     """A batch of `FrameRetentionEnv` that share every forward pass of the host.
 
     ## Description
-    ``num_envs`` rows, each of which plays the episodes of `FrameRetentionEnv`. Row i seeded with s equals a single environment
+    ``num_envs`` rows; each plays the episodes of `FrameRetentionEnv`. Row i seeded with s equals a single environment
     seeded with s + i.
 
     ## Action Space
@@ -113,9 +113,9 @@ class FrameRetentionVectorEnv(VectorEnv):
         """
         options = check_reset_options(options, (*RESET_OPTIONS, "reset_mask"))
         rows = np.flatnonzero(_reset_mask(options.pop("reset_mask", None), self.num_envs)).tolist()
-        given = {key: self._per_row(key, value) for key, value in options.items()}
+        requested = {key: self._per_row(key, value) for key, value in options.items()}
         self._seed_rows(seed, rows)
-        self._begin(rows, given)
+        self._begin(rows, requested)
         self.episodes.run(rows)
         self._done[rows] = False
         self._begun[rows] = True
@@ -127,7 +127,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         return observations, infos
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One decision in every row; ``autoreset_mode`` says what happens to rows whose episode ended."""
+        """Apply one decision in every row; ``autoreset_mode`` determines what happens to rows whose episode ended."""
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {self.action_space.shape}, got {actions.shape}")
@@ -175,7 +175,7 @@ class FrameRetentionVectorEnv(VectorEnv):
         return observations, rewards, terminations, truncations, infos
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """One picture per row, uint8 (height, width, 3); None without a render_mode."""
+        """Return one picture per row, uint8 (height, width, 3); None without a render_mode."""
         if self.render_mode is None:
             gym.logger.warn('render() was called without a render_mode; make the environment with render_mode="rgb_array"')
             return None
@@ -233,10 +233,10 @@ class FrameRetentionVectorEnv(VectorEnv):
             if seeds[row] is not None:
                 self._generators[row] = gym.utils.seeding.np_random(int(seeds[row]))[0]
 
-    def _begin(self, rows: list[int], given: dict[str, list[int | None]]) -> None:
+    def _begin(self, rows: list[int], requested: dict[str, list[int | None]]) -> None:
         """Draw a clip for each row and begin its episode; does not run them."""
         drawn = [
-            self.config.draw(self._generators[row], self.episodes.workload, **{key: given[key][row] for key in given})
+            self.config.draw(self._generators[row], self.episodes.workload, **{key: requested[key][row] for key in requested})
             for row in rows
         ]
         self._elapsed_steps[rows] = 0
@@ -259,7 +259,7 @@ def _autoreset_mode(mode: AutoresetMode | str) -> AutoresetMode:
     try:
         return AutoresetMode[mode.upper()]
     except (KeyError, AttributeError):
-        names = ", ".join(known.name for known in AutoresetMode)
+        names = ", ".join(autoreset.name for autoreset in AutoresetMode)
         raise ValueError(f"unknown autoreset_mode {mode!r}; use one of {names}") from None
 
 

@@ -17,9 +17,9 @@ class Episodes:
 
     Attributes:
         records: (clip, seed) → record.
-        clips: the clips that are finished with every seed, in the order asked for.
-        seeds: the noise seeds asked for.
-        missing: how many of the episodes asked for are not finished.
+        clips: the clips that are finished with every seed, in the requested order.
+        seeds: the requested noise seeds.
+        missing: number of requested episodes that are not finished.
     """
 
     policy: str
@@ -52,15 +52,15 @@ def collect_episodes(
     """The episodes on a workload, by policy (in the order of the settings) and budget (ascending).
 
     Args:
-        clips, seeds: those asked for; all of the evaluation by default.
+        clips, seeds: the requested ones; all of the evaluation by default.
     """
     clips = results.settings.clips if clips is None else clips
     seeds = results.settings.seeds if seeds is None else seeds
-    asked = {(clip, seed) for clip in clips for seed in seeds}
-    found: dict[tuple[str, int], dict[tuple[int, int], Record]] = defaultdict(dict)
+    wanted = {(clip, seed) for clip in clips for seed in seeds}
+    by_policy: dict[tuple[str, int], dict[tuple[int, int], Record]] = defaultdict(dict)
     for record in results.records:
-        if record.workload == workload and (record.clip, record.seed) in asked:
-            found[record.policy, record.budget][record.clip, record.seed] = record
+        if record.workload == workload and (record.clip, record.seed) in wanted:
+            by_policy[record.policy, record.budget][record.clip, record.seed] = record
     order = {policy: place for place, policy in enumerate(results.settings.policies)}
     return [
         Episodes(
@@ -69,7 +69,7 @@ def collect_episodes(
             records,
             tuple(clip for clip in clips if all((clip, seed) in records for seed in seeds)),
             tuple(seeds),
-            len(asked) - len(records),
+            len(wanted) - len(records),
         )
-        for (policy, budget), records in sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1]))
+        for (policy, budget), records in sorted(by_policy.items(), key=lambda item: (order[item[0][0]], item[0][1]))
     ]

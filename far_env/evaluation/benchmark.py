@@ -60,7 +60,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """What the benchmark prints of a run.
+    """The numbers that the benchmark prints about a run.
 
     Attributes:
         values: key → value, in the order of the line; metrics that could not be computed are left out.
@@ -108,7 +108,7 @@ def run_benchmark(
     metrics: Sequence[str] = METRICS,
     progress: bool = True,
 ) -> BenchmarkScore:
-    """Play the first test clips one after the other and score them as the benchmark does.
+    """Play the first test clips sequentially and score them as the benchmark does.
 
     Args:
         policy: None keeps everything.

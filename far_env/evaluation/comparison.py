@@ -20,7 +20,7 @@ class Evaluation:
     Attributes:
         scores: policy name → metric name → float64 (clips, seeds), in the order of ``clip_ids``.
         unavailable: metric name → why it was not computed.
-        provenance: the facts of the records (host, weights, versions, …) and what was asked for.
+        provenance: the facts of the records (host, weights, versions, …) and the requested clips and seeds.
         decision_ms: policy name → mean milliseconds per decision; a policy that decided nothing is left out.
     """
 
@@ -69,9 +69,9 @@ def tabulate(
         ValueError: if no policy has played them all.
     """
     settings = results.settings
-    asked = settings.clips if clip_ids is None else [int(i) for i in clip_ids]
-    left_out = [i for i in asked if (workload, i) in results.unreadable]
-    clip_ids = [i for i in asked if i not in left_out]
+    requested = settings.clips if clip_ids is None else [int(i) for i in clip_ids]
+    left_out = [i for i in requested if (workload, i) in results.unreadable]
+    clip_ids = [i for i in requested if i not in left_out]
     seeds = settings.seeds if seeds is None else list(seeds)
     budget = min(budget, UNLIMITED_FRAMES)
     complete = {

@@ -21,7 +21,7 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 from far_env.evaluation.statistics import mean_interval
 from far_env.evaluation.table import interval_text, signed_interval_text
-from far_env.io import write_text
+from far_env.io import write_json
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
@@ -54,7 +54,7 @@ class Part:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What identifies a part; a policy whose content has changed under the same name is another part."""
+        """The identity of a part; a policy whose content has changed under the same name is another part."""
         return self.policy, self.token_budget, *sorted(self.facts.items())
 
     def scores(self) -> np.ndarray:
@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ExtendedRun:
-    """What is played: the first ``num_clips`` clips of a split of a workload, clip i with the noise seed ``seed`` + i."""
+    """One run: the first ``num_clips`` clips of a split of a workload, clip i with the noise seed ``seed`` + i."""
 
     workload: Workload
     split: str
@@ -78,7 +78,7 @@ class ExtendedRun:
     data_dir: str | None = None
 
     def settings(self) -> dict[str, object]:
-        """What must be equal for parts to be comparable."""
+        """The settings that must be equal for parts to be comparable."""
         host = self.workload.host
         return {
             "workload": self.workload.name,
@@ -119,7 +119,7 @@ class ExtendedRun:
                     part.tokens.extend(tokens)
                 saved[part.key] = part
                 content = {"settings": self.settings(), "parts": [asdict(item) for item in saved.values()]}
-                write_text(folder / RESULTS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+                write_json(folder / RESULTS_FILE, content, allow_nan=False)
         return [saved[part.key] for part in wanted]
 
     def _play_clips(
@@ -157,12 +157,12 @@ def load_parts(folder: Path, settings: Mapping[str, object]) -> list[Part]:
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found, parts = content["settings"], [Part(**part) for part in content["parts"]]
+        recorded, parts = content["settings"], [Part(**part) for part in content["parts"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another folder") from error
     for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(f"{path} was made with {name} {found.get(name)}, not {value}; choose another folder")
+        if recorded.get(name) != value:
+            raise ValueError(f"{path} was made with {name} {recorded.get(name)}, not {value}; choose another folder")
     return parts
 
 

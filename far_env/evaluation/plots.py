@@ -41,7 +41,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class _Style:
-    """How a policy is drawn: full history black and dashed, the highlighted ones in colour, others thin and grey."""
+    """The style of a policy's curve: full history black and dashed, the highlighted ones in colour, others thin and grey."""
 
     colour: str
     marker: str = ""
@@ -219,9 +219,9 @@ def _title(group: Group, rows: Sequence[Row]) -> str:
 
 def _source(results: Results, workload: str) -> str:
     counts = facts(results).get(workload, {})
-    known = [f"{name.replace('_', ' ')} {' and '.join(counts[name])}" for name in counts if name != "versions"]
+    facts_text = ", ".join(f"{name.replace('_', ' ')} {' and '.join(counts[name])}" for name in counts if name != "versions")
     seeds = ", ".join(map(str, results.settings.seeds))
-    return f"{workload}: {len(results.settings.clips)} {results.settings.split} clips, noise seeds {seeds}, {', '.join(known)}"
+    return f"{workload}: {len(results.settings.clips)} {results.settings.split} clips, noise seeds {seeds}, {facts_text}"
 
 
 def _file_name(name: str) -> str:

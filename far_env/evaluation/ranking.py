@@ -21,7 +21,7 @@ _FORMATS = {"psnr": ("PSNR", "dB", 2), "ssim": ("SSIM", "", 3), "lpips": ("LPIPS
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is written, and which way is better."""
+    """A metric: its label, its unit, its digits and whether lower is better."""
 
     name: str
     label: str
@@ -43,7 +43,7 @@ class Row:
     Attributes:
         budget: that of the policy; full history has the same row in the groups of every budget.
         clips: those that are finished with every noise seed. The value of a clip is the mean over its seeds.
-        missing: episodes that were asked for and are not finished.
+        missing: episodes that were requested and are not finished.
         scores: metric → float64 (clips,), or why there is none.
         intervals: metric → mean over clips with its interval, or why there is none.
         per_frame: PSNR of every predicted frame, or why there is none.
@@ -87,9 +87,9 @@ class Group:
                 scores, others = row.scores[metric], reference.scores[metric]
                 if isinstance(scores, str) or isinstance(others, str):
                     continue
-                clips, at, there = np.intersect1d(row.clips, reference.clips, assume_unique=True, return_indices=True)
+                clips, at, reference_at = np.intersect1d(row.clips, reference.clips, assume_unique=True, return_indices=True)
                 if len(clips):
-                    by_clips[tuple(clips)].append((i, j, scores[at] - others[there]))
+                    by_clips[tuple(clips)].append((i, j, scores[at] - others[reference_at]))
         for pairs in by_clips.values():
             intervals = mean_intervals(np.stack([values for _, _, values in pairs], axis=1))
             for (i, j, _), value in zip(pairs, intervals, strict=True):
@@ -182,10 +182,10 @@ def highlighted(groups: Sequence[Group], metric: str, reference: str, count: int
 
 
 def choose_reference(policies: Sequence[str], reference: str | None) -> str:
-    """The policy that others are compared with: as asked for, else ``recent_fill``, else the first.
+    """The policy that others are compared with: the requested one, else ``recent_fill``, else the first.
 
     Raises:
-        ValueError: if the one asked for was not evaluated.
+        ValueError: if the requested one was not evaluated.
     """
     if reference is None:
         return NewestFrames.name if NewestFrames.name in policies else policies[0]

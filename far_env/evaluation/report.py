@@ -156,13 +156,13 @@ def _clips(
             by_clip[record.workload, record.clip].append((record, path))
     clips = []
     for workload in settings.workloads:
-        shown = 0
+        num_shown = 0
         for clip in settings.clips:
             runs, truth = by_clip[workload, clip], results.truth_picture(workload, clip)
-            if not runs or not truth.is_file() or shown == show_clips:
+            if not runs or not truth.is_file() or num_shown == show_clips:
                 continue
             _check_strip(truth, results, workload, settings.num_context[workload] + settings.num_predict[workload])
-            shown += 1
+            num_shown += 1
             runs.sort(key=lambda run: (run[0].budget, number[run[0].policy]))
             rollouts = [_run(record, number, image(path)) for record, path in runs]
             clips.append({"workload": workload, "clip": clip, "truth": image(truth), "runs": rollouts})
@@ -178,8 +178,8 @@ def _check_strip(path: Path, results: Results, workload: str, num_frames: int) -
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}; evaluate into a new folder") from error
     if kind != "PNG" or (width, height) != (size * num_frames, size):
-        wanted = f"a PNG of {num_frames} frames, {size * num_frames}×{size} pixels"
-        raise ValueError(f"{path} should be {wanted}; it is a {kind} of {width}×{height}; evaluate into a new folder")
+        expected = f"a PNG of {num_frames} frames, {size * num_frames}×{size} pixels"
+        raise ValueError(f"{path} should be {expected}; it is a {kind} of {width}×{height}; evaluate into a new folder")
 
 
 def _run(record: Record, number: dict[str, int], image: int) -> dict[str, Any]:

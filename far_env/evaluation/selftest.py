@@ -207,7 +207,7 @@ def _checks(
     """See `self_test`."""
     host, num_frames = workload.host, workload.num_predict
     shapes = tuple(latents.shape), tuple(frames.shape)
-    wanted = (num_frames, *host.latent_shape), (num_frames, 3, host.frame_size, host.frame_size)
+    expected_shapes = (num_frames, *host.latent_shape), (num_frames, 3, host.frame_size, host.frame_size)
     finite = all(bool(values.isfinite().all()) for values in (latents, frames, reference.latents))
     low, high = float(frames.min()), float(frames.max())
     noise = rollout_noise(noise_seed, num_frames, host.latent_shape).to(latents)
@@ -219,7 +219,7 @@ def _checks(
     decided = f"engine {_describe(kept)}, reference loop {_describe(expected)}"
     agreement = f"their latents differ by {difference:.1e} of the norm, {tolerance:.0e} is allowed"
     return [
-        Check("shapes", shapes == wanted, f"latents {shapes[0]}, frames {shapes[1]}"),
+        Check("shapes", shapes == expected_shapes, f"latents {shapes[0]}, frames {shapes[1]}"),
         Check("values", finite and 0 <= low <= high <= 1, f"{'' if finite else 'not '}finite, pixels {low:.3g} to {high:.3g}"),
         Check("movement", change > 0.1, f"latents are {change:.3g} away from their noise"),
         Check("decisions", kept == expected, decided),

@@ -1,9 +1,9 @@
 """Means, interquartile means and their 95 % intervals, by the bootstrap over clips.
 
-Values are per clip (n,), or per clip and whatever a clip was repeated with, noise seeds say (n, repeats). Clips are drawn with
+Values are per clip (n,), or per clip and repetition, such as noise seeds (n, repeats). Clips are drawn with
 replacement, each with all its repeats, which is right whatever the shares of clip and noise in the variance (Davison & Hinkley
 1997, §3.8). Workload × budget cells that are pooled are strata, each drawing as many clips as it has (arXiv 2108.13264);
-budgets of one workload draw the same clips, because what a clip gives under two budgets goes together. Values that are not
+budgets of one workload draw the same clips, because the results of a clip under two budgets are correlated. Values that are not
 finite (missing episodes, the PSNR of frames equal to the truth) are left out; ``n`` counts the clips that remain.
 """
 
@@ -47,15 +47,15 @@ def mean_intervals(values: np.ndarray, seed: int = 0) -> list[Interval]:
         ValueError: if a column has no finite value.
     """
     values = np.asarray(values, dtype=np.float64)
-    known = np.isfinite(values)
-    if not len(values) or not known.any(axis=0).all():
+    is_finite = np.isfinite(values)
+    if not len(values) or not is_finite.any(axis=0).all():
         raise ValueError("an interval needs at least one clip")
-    sums, counts = np.where(known, values, 0), known.astype(np.float64)
+    sums, counts = np.where(is_finite, values, 0), is_finite.astype(np.float64)
     draws = _draws(len(values), seed, 0)
     with np.errstate(invalid="ignore"):
         means = (draws @ sums) / (draws @ counts)
     low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
-    columns = zip(sums.sum(axis=0) / counts.sum(axis=0), low, high, known.sum(axis=0), strict=True)
+    columns = zip(sums.sum(axis=0) / counts.sum(axis=0), low, high, is_finite.sum(axis=0), strict=True)
     return [Interval(float(m), float(a), float(b), int(n)) for m, a, b, n in columns]
 
 
@@ -76,12 +76,12 @@ def _pooled(strata: Sequence[np.ndarray], seed: int, statistic: _Statistic) -> I
     for number, stratum in enumerate(strata):
         matrix = np.asarray(stratum, dtype=np.float64)
         matrix = matrix[:, None] if matrix.ndim == 1 else matrix
-        known = np.isfinite(matrix)
-        matrix, known = matrix[known.any(axis=1)], known[known.any(axis=1)]
+        is_finite = np.isfinite(matrix)
+        matrix, is_finite = matrix[is_finite.any(axis=1)], is_finite[is_finite.any(axis=1)]
         if not len(matrix):
             continue
-        values.append(matrix[known])
-        owners.append(num_clips + np.nonzero(known)[0])
+        values.append(matrix[is_finite])
+        owners.append(num_clips + np.nonzero(is_finite)[0])
         draws.append(_draws(len(matrix), seed, number))
         num_clips += len(matrix)
     if num_clips == 0:
@@ -108,7 +108,7 @@ def _interquartile_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _draws(n: int, seed: int, stratum: int) -> np.ndarray:
-    """How often each of ``n`` clips is drawn in each resample, float64 (10,000, n)."""
+    """Number of times that each of ``n`` clips is drawn in each resample, float64 (10,000, n)."""
     rng = np.random.default_rng((seed, stratum))
     rows = n * np.arange(_CHUNK)[:, None]
     chunks = [

@@ -40,7 +40,7 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
 
 
 def source_line(facts: Mapping[str, object]) -> str:
-    """What an evaluation's numbers were made with, from its provenance; all values where its episodes differ."""
+    """The sources of an evaluation's numbers, from its provenance; all values where its episodes differ."""
     texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
     return (
         "{clips} {split} clips, noise seed {noise_seed}, {ode_steps} ODE steps; host {host} ({weights}), {dtype} on {device}, "
@@ -68,7 +68,7 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
 
 
 def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the numbers of several summaries were made with; workloads and budgets that have it in common share a line."""
+    """The sources of the numbers of several summaries; workloads and budgets that have it in common share a line."""
     cells: dict[str, list[str]] = {}
     for summary in summaries:
         machines = summary["machine"] if isinstance(summary["machine"], list) else [summary["machine"]]

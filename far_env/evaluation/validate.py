@@ -48,11 +48,11 @@ def choose(records: Sequence[Record], sample: int | None, seed: int = 0) -> list
 
 def check_host(record: Record, workload: Workload) -> None:
     """Raise ValueError unless the workload's host is the one that the record was made with."""
-    made, here = record.facts.get("weights"), workload.host.weights_hash
-    if made != here:
+    recorded_hash, host_hash = record.facts.get("weights"), workload.host.weights_hash
+    if recorded_hash != host_hash:
         raise ValueError(
-            f"the records of {record.workload} were made with host {record.facts.get('host')} ({made}); the host here is "
-            f"{workload.host.name} ({here}), with which they cannot be validated; give theirs with --host"
+            f"the records of {record.workload} were made with host {record.facts.get('host')} ({recorded_hash}); "
+            f"the host here is {workload.host.name} ({host_hash}), with which they cannot be validated; give theirs with --host"
         )
 
 
@@ -142,10 +142,10 @@ def _play_again(
 def _difference(record: Record, scores: dict[str, float], by_frame: list[float], tolerance: float) -> str | None:
     """The first metric that differs from the record, in one sentence; None if all agree."""
     recorded = {**record.metrics, **{f"PSNR of frame {i}": value for i, value in enumerate(record.psnr_per_frame)}}
-    found = {**scores, **{f"PSNR of frame {i}": value for i, value in enumerate(by_frame)}}
+    replayed = {**scores, **{f"PSNR of frame {i}": value for i, value in enumerate(by_frame)}}
     for name, value in recorded.items():
-        if not (value == found[name] or abs(value - found[name]) <= tolerance):
-            return f"its {name} is {value:.4f}, and {found[name]:.4f} when played again"
+        if not (value == replayed[name] or abs(value - replayed[name]) <= tolerance):
+            return f"its {name} is {value:.4f}, and {replayed[name]:.4f} when played again"
     return None
 
 

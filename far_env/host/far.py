@@ -145,7 +145,7 @@ class FAR(nn.Module):
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """As `forward`, with time positions (F,) and a boolean attention mask of frames ``visible`` (F, F) given."""
+        """Same as `forward`, with time positions (F,) and a boolean attention mask of frames ``visible`` (F, F) given."""
         modulations = self.modulate(frame_times(timesteps, latents), label=label, action=action, dtype=latents.dtype)
         tokens = self.tokens_per_frame(latents)
         per_token = positions.repeat_interleave(tokens)[None]
@@ -268,7 +268,7 @@ class FAR(nn.Module):
     ) -> Tensor:
         """Velocity (B, 1, C, h, w) of one noisy frame per row, (B, 1, C, h, w), that follows clean ones.
 
-        ``on_attention`` is called by every block in turn.
+        ``on_attention`` is called by every block in order.
         """
         x = self._embed(noisy)
         for block, modulation, layer in zip(self.transformer_blocks, modulations.blocks, frame.memory, strict=True):

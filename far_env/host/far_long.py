@@ -72,10 +72,10 @@ class FARLong(FAR):
         label: Tensor | None = None,
         action: Tensor | None = None,
     ) -> Tensor:
-        """As `FAR.velocity`, with the first ``num_coarse`` frames coarse; they never attend to the others."""
+        """Same as `FAR.velocity`, with the first ``num_coarse`` frames coarse; they never attend to the others."""
         times = frame_times(timesteps, latents)
         self._grid(latents, True)  # upstream refuses sizes that do not fit, even without coarse frames
-        known: list[tuple[Tensor, Tensor]] | None = None
+        earlier: list[tuple[Tensor, Tensor]] | None = None
         counts = torch.full((latents.shape[1],), self.tokens_per_frame(latents), device=latents.device)
         counts[:num_coarse] = self.tokens_per_frame(latents, True)
         velocities = []
@@ -97,11 +97,11 @@ class FARLong(FAR):
                 # New tensors for every layer and pass, because autograd needs what was written unchanged.
                 new = [x.new_empty(self.layer_shape(len(x), len(queries))) for _ in range(2)]
                 memory = tuple(
-                    new if known is None else (torch.cat(pair, dim=1) for pair in zip(known[index], new, strict=True))
+                    new if earlier is None else (torch.cat(pair, dim=1) for pair in zip(earlier[index], new, strict=True))
                 )
                 x = block(x, modulations.blocks[index], table, mask, memory, coarse)
                 memories.append(memory)
-            known = memories
+            earlier = memories
             velocities.append(self._project(x, modulations, frames, coarse))
         return torch.cat(velocities, dim=1)
 
@@ -133,21 +133,21 @@ def initialise_from(model: FAR, source: FAR) -> None:
     Raises:
         ValueError: if a weight is of another shape.
     """
-    known, state = source.state_dict(), model.state_dict()
+    weights, state = source.state_dict(), model.state_dict()
     if isinstance(model, FARLong):
         for key in state:
             coarse = next((part for part in COARSE_COPIES if f".{part}." in key), None)
             if coarse is not None:
-                known[key] = known[key.replace(coarse, COARSE_COPIES[coarse])]
-        known["context_embedder.weight"] = _blurred(source.x_embedder.weight, source.patch_size, model.context_patch_size)
-        known["context_embedder.bias"] = source.x_embedder.bias
+                weights[key] = weights[key.replace(coarse, COARSE_COPIES[coarse])]
+        weights["context_embedder.weight"] = _blurred(source.x_embedder.weight, source.patch_size, model.context_patch_size)
+        weights["context_embedder.bias"] = source.x_embedder.bias
     for key, value in state.items():
         if key.startswith("context_proj_out"):
             continue
-        if key not in known or known[key].shape != value.shape:
-            found = tuple(known[key].shape) if key in known else "none"
-            raise ValueError(f"{key} has shape {tuple(value.shape)}, in the transformer to start from {found}")
-        state[key] = known[key]
+        if key not in weights or weights[key].shape != value.shape:
+            source_shape = tuple(weights[key].shape) if key in weights else "none"
+            raise ValueError(f"{key} has shape {tuple(value.shape)}, in the transformer to start from {source_shape}")
+        state[key] = weights[key]
     model.load_state_dict(state)
 
 

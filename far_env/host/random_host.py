@@ -24,8 +24,8 @@ def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         modules = [
-            _without_zeros(own.model_class(**own.config)).eval().requires_grad_(False).to(device, dtype)
-            for own in (released, find_released(released.autoencoder))
+            _without_zeros(part.model_class(**part.config)).eval().requires_grad_(False).to(device, dtype)
+            for part in (released, find_released(released.autoencoder))
         ]
     transformer, autoencoder = modules
     side = released.frame_size // autoencoder.compression

@@ -30,7 +30,7 @@ class FrameProbe(Protocol):
     """Records how one frame per row is generated, without changing it. With guidance, rows of the null class come first."""
 
     def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:
-        """Called by every block in turn at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
+        """Called by every block in order at every ODE step, see `far_env.host.blocks.AttentionCallback`."""
 
     def velocity(self, step: int, latent: Tensor, velocity: Tensor) -> None:
         """Called at ODE step 0, 1, …, with the noisy latent (B, 1, C, h, w) and its velocity, before the latent is changed."""
@@ -85,7 +85,7 @@ class FrameSampler:
             The clean latent (B, 1, C, h, w).
         """
         if self.guided:
-            label, action = (with_null_class(self.model, given) for given in (label, action))
+            label, action = (with_null_class(self.model, condition) for condition in (label, action))
             lengths = [*lengths, *lengths]
         frame = self.model.next_frame(memory, noise, lengths)
         latent = noise
@@ -175,8 +175,8 @@ def sample_next_frame(
         )
     sampler = FrameSampler(model, num_steps, guidance_scale)
     # Checked here, because the sampler takes a missing class for the null class.
-    for kind, given in (("label", label), ("action", action)):
-        if model.condition == kind and given is None:
+    for kind, condition in (("label", label), ("action", action)):
+        if model.condition == kind and condition is None:
             raise ValueError(f"this model is conditioned on {kind}s: pass {kind}")
     if sampler.guided:
         context = None if context is None else torch.cat([context, context])
@@ -185,7 +185,7 @@ def sample_next_frame(
     if num_context:
         context_label, context_action = label, None if action is None else action[:, :-1]
         if sampler.guided:
-            context_label, context_action = (with_null_class(model, given) for given in (context_label, context_action))
+            context_label, context_action = (with_null_class(model, condition) for condition in (context_label, context_action))
         memory[:, :, :, :num_tokens] = model.encode_context(context, label=context_label, action=context_action)
     frame_action = None if action is None else action[:, -1:]
     return sampler(memory, noise, [num_context] * len(noise), label=label, action=frame_action)

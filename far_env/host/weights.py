@@ -19,7 +19,7 @@ from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
 from far_env.host.zoo import RELEASED, load_released
-from far_env.io import write_text
+from far_env.io import write_json
 from far_env.plugins import HOSTS, distribution_name, entry_points, load
 from far_env.tensor_files import file_hash, load_weights, save_weights
 
@@ -200,7 +200,7 @@ def save_host(
     }
     if autoencoder_of is not None:
         config["autoencoder_of"] = autoencoder_of
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
 
 
 def _read_config(folder: Path) -> str:

@@ -33,7 +33,7 @@ class Released:
 
     Attributes:
         file: path in the repository, and below the weights folder.
-        data: what it was trained on.
+        data: the data set that it was trained on.
         frame_size: side of its frames in pixels.
         config: constructor arguments of the model.
         million_parameters: size of the model, rounded to one decimal.
@@ -176,9 +176,9 @@ def find_released(name: str) -> Released:
 
 def weights_dir() -> Path:
     """The folder of the environment variable FAR_WEIGHTS_DIR, else the benchmark's if it exists, else one in the cache."""
-    given = os.environ.get(DIRECTORY_VARIABLE)
-    if given:
-        return Path(given).expanduser()
+    configured = os.environ.get(DIRECTORY_VARIABLE)
+    if configured:
+        return Path(configured).expanduser()
     return BENCHMARK_DIRECTORY if BENCHMARK_DIRECTORY.is_dir() else cache_dir() / "weights"
 
 
@@ -209,11 +209,11 @@ def verify(name: str) -> Path:
             f"the released weights {name} are not at {path}; far-env weights download {name} fetches them, or set "
             f"{DIRECTORY_VARIABLE} to the folder that holds {released.file}"
         )
-    found = file_hash(path)
-    if not found.startswith(released.hash_prefix):
+    digest = file_hash(path)
+    if not digest.startswith(released.hash_prefix):
         raise WeightsError(
-            f"{path} has SHA-256 {found[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it and "
-            f"fetch it again with far-env weights download {name}"
+            f"{path} has SHA-256 {digest[:8]}…, {released.hash_prefix}… is expected: it is damaged or incomplete; delete it "
+            f"and fetch it again with far-env weights download {name}"
         )
     return path
 

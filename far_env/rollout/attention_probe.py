@@ -63,7 +63,7 @@ class AttentionProbe:
     """Records one new frame per row while its ODE is solved; see `far_env.host.sampler.FrameProbe`.
 
     Args:
-        wanted: names of the signals to record.
+        signal_names: names of the signals to record.
         token_counts: of each row, the tokens of its clean frames.
         num_tokens: slots for clean tokens in front of the new frame's, and the number of the new frame's tokens.
         estimate_at: the ODE step at which the clean frame is estimated, and its sigma.
@@ -72,13 +72,13 @@ class AttentionProbe:
 
     def __init__(
         self,
-        wanted: Sequence[str],
+        signal_names: Sequence[str],
         token_counts: Sequence[Sequence[int]],
         num_tokens: tuple[int, int],
         estimate_at: tuple[int, float],
         device: torch.device,
     ) -> None:
-        self.wanted = wanted
+        self.signal_names = signal_names
         self.token_counts = token_counts
         self.estimate_step, self.sigma = estimate_at
         num_clean, num_new = num_tokens
@@ -102,19 +102,19 @@ class AttentionProbe:
         """Record one block's queries and keys."""
         rows = len(self.member)
         query, key, table = query[-rows:].float(), key[-rows:].float(), table[-rows:]
-        if "attn_mass" in self.wanted:
+        if "attn_mass" in self.signal_names:
             self.mass.append(self._mass(query, key, None if mask is None else mask[-rows:]))
         if self.step > 0:
             return
-        if "qk_first" in self.wanted:
+        if "qk_first" in self.signal_names:
             # The mean of all products is the product of the means.
             frames = torch.einsum("rtk,rthd->rkhd", self.shares, key)
             products = torch.einsum("rhd,rkhd->rk", query.mean(dim=1), frames)
             self.first_step["qk_first"].append(products / (key.shape[2] * key.shape[3] ** 0.5))
-        if "key_cos" in self.wanted:
+        if "key_cos" in self.signal_names:
             frames = torch.einsum("rtk,rthd->rkhd", self.shares, F.normalize(key, dim=-1, eps=EPS))
             self.first_step["key_cos"].append(torch.einsum("rkhd,rjhd->rkj", frames, frames) / key.shape[2])
-        if any(name in self.wanted for name in EXPECTED):
+        if any(name in self.signal_names for name in EXPECTED):
             self.queries.append(rotate(query, table.conj()))
             self.table = table
 
@@ -140,7 +140,7 @@ class AttentionProbe:
         return signals
 
     def expected_signals(self, row: int, memory: Tensor, before: QueryMoments | None) -> tuple[dict[str, Tensor], QueryMoments]:
-        """The wanted ones of EXPECTED for a row's history, and the moments of all its queries so far.
+        """The requested ones of EXPECTED for a row's history, and the moments of all its queries so far.
 
         Args:
             memory: keys and values (layers, 2, tokens, heads, d) of the row's clean frames.
@@ -161,7 +161,7 @@ class AttentionProbe:
             "expected_mass": F.pad(mass @ shares, (0, 1), value=float("nan")),
             "expected_cos": F.pad(cosines, (0, 1, 0, 1), value=float("nan")),
         }
-        return {name: signals[name] for name in EXPECTED if name in self.wanted}, moments
+        return {name: signals[name] for name in EXPECTED if name in self.signal_names}, moments
 
     def denoise_gaps(self, latents: Tensor) -> Tensor:
         """Mean squared difference (R,) between the estimates and the finished frames (R, 1, C, h, w)."""
@@ -203,9 +203,9 @@ def expected_cosines(mean: Tensor, covariance: Tensor, keys: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     leading = vectors[..., -PROXY_RANK:] * (values[..., -PROXY_RANK:] > MIN_EIGENVALUE_SHARE * values[..., -1:])[..., None, :]
     mean = mean[..., None]
-    rest = mean - leading @ (leading.transpose(-1, -2) @ mean)
-    rest = rest * (rest.norm(dim=-2, keepdim=True) > MIN_EIGENVALUE_SHARE * mean.norm(dim=-2, keepdim=True))
-    basis = torch.cat([leading, F.normalize(rest, dim=-2, eps=EPS)], dim=-1)
+    residual = mean - leading @ (leading.transpose(-1, -2) @ mean)
+    residual = residual * (residual.norm(dim=-2, keepdim=True) > MIN_EIGENVALUE_SHARE * mean.norm(dim=-2, keepdim=True))
+    basis = torch.cat([leading, F.normalize(residual, dim=-2, eps=EPS)], dim=-1)
     projected = F.normalize(centred @ basis, dim=-1, eps=EPS)
     return (projected @ projected.transpose(-1, -2)).mean(dim=(0, 1))
 

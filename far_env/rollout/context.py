@@ -16,5 +16,5 @@ from far_env.host.weights import Host
 @torch_defaults()
 def context_latents(host: Host, clips: Sequence[Clip], num_context: int) -> Tensor:
     """Scaled latents (B, num_context, C, h, w) of the first frames of clips of one source; encoded unless given as latents."""
-    given = torch.from_numpy(np.stack([clip.context(num_context) for clip in clips])).to(host.device, host.dtype)
-    return host.autoencoder.encode(given) if clips[0].latents is None else given
+    context = torch.from_numpy(np.stack([clip.context(num_context) for clip in clips])).to(host.device, host.dtype)
+    return host.autoencoder.encode(context) if clips[0].latents is None else context

@@ -6,7 +6,7 @@ What makes it fast, and exact:
   frame before them was dropped.
 - Rows share every forward pass; shorter histories are padded and masked.
 - A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these
-  returns what was computed before, for another policy, say. The same holds for its pixels.
+  returns what was computed before, for example for another policy. The same holds for its pixels.
 
 The result is that of `far_env.rollout.reference`.
 """
@@ -101,11 +101,11 @@ class RolloutBatch:
         self._recorder = SignalRecorder(signals, self._sampler)
 
     def step(self, row: int) -> int:
-        """How many frames the row has generated."""
+        """Number of frames that the row has generated."""
         return self._rows[row].steps
 
     def history_length(self, row: int) -> int:
-        """How many frames the row's history holds."""
+        """Number of frames that the row's history holds."""
         return len(self._rows[row].kept)
 
     def frame_numbers(self, row: int) -> list[int]:
@@ -136,14 +136,14 @@ class RolloutBatch:
         actions = [self.workload.actions_of(clip, num_context + num_predict) for clip in clips]
         contexts = [clip.context(num_context) for clip in clips]
         keys = [content_key(*self._origin, context.data.cast("B")) for context in contexts]
-        known = [self.memo.get(key) for key in keys]
-        missing = [i for i, latents in enumerate(known) if latents is None]
+        latents_by_row = [self.memo.get(key) for key in keys]
+        missing = [i for i, latents in enumerate(latents_by_row) if latents is None]
         if missing:
             for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_context), strict=True):
-                known[i] = latents.clone()
-                self.memo.put(keys[i], known[i])
-        recorded = self._recorder.begin(known, noise_seeds, actions if self.workload.actions else None)
-        begun = zip(rows, keys, known, noise_seeds, actions, recorded, strict=True)
+                latents_by_row[i] = latents.clone()
+                self.memo.put(keys[i], latents_by_row[i])
+        recorded = self._recorder.begin(latents_by_row, noise_seeds, actions if self.workload.actions else None)
+        begun = zip(rows, keys, latents_by_row, noise_seeds, actions, recorded, strict=True)
         for row, key, latents, seed, row_actions, row_recorded in begun:
             self._rows[row] = Rollout(
                 num_context=num_context,
@@ -221,7 +221,7 @@ class RolloutBatch:
         rollout.prefix = rollout.prefix[:unchanged]
 
     def finished(self, row: int) -> bool:
-        """Whether the row has generated all its frames (or was never begun)."""
+        """Return whether the row has generated all its frames (or was never begun)."""
         return self._rows[row].steps >= self._rows[row].num_predict
 
     def generated(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
@@ -340,7 +340,7 @@ class RolloutBatch:
         for rollout in rollouts:
             num_coarse = model.num_coarse(len(rollout.kept) + 1)
             if num_coarse != rollout.num_coarse:
-                # A frame that becomes coarse or fine is another one, and so is every finer frame that saw it.
+                # A frame that becomes coarse or fine is another one, and so is every finer frame that attends to it.
                 rollout.prefix = rollout.prefix[: min(num_coarse, rollout.num_coarse)]
                 rollout.num_coarse = num_coarse
             if len(rollout.prefix) < len(rollout.kept):
@@ -360,7 +360,7 @@ class RolloutBatch:
                 rollout.prefix += [block.clone() for block in encoded[:, :, :, row].split(counts, dim=3)]
 
     def _context_conditions(self, rollouts: Sequence[Rollout], num_known: int) -> dict[str, Any]:
-        """What `FAR.encode_context` needs to know of the rollouts' frames after the first ``num_known`` kept ones."""
+        """Arguments of `FAR.encode_context` for the rollouts' frames after the first ``num_known`` kept ones."""
         if not self.workload.actions:
             return {"shared": self._sampler.shared_modulations}
         actions = torch.tensor([rollout.visible_actions()[num_known:-1] for rollout in rollouts], device=self._empty.device)

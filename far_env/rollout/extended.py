@@ -188,7 +188,7 @@ def denoise_extended(
     noise: Tensor,
     actions: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """One new frame per row, (B, C, h, w), after kept ones of which some are coarse.
+    """One new frame per row, (B, C, h, w), after kept ones, some of them coarse.
 
     Args:
         kept: clean latents (B, K, C, h, w) in time order, which is also their positions.
@@ -246,7 +246,7 @@ def _decide(workload: Workload, row: _Row, clip: Clip, step: int, counts: TokenC
         "tokens_per_coarse_frame": counts.coarse,
     }
     state = RolloutState(step, capacity, workload.num_predict)
-    answer = ask_policy(row.policy, metas, state, budget, clip=clip.clip_id, most=len(metas))
+    answer = ask_policy(row.policy, metas, state, budget, clip=clip.clip_id, max_kept=len(metas))
     newest, demoted = len(metas) - 1, set(answer.demoted)
     coarse = {i: row.coarse[i] or (i in demoted and i != newest) for i in answer.kept}
     kept = list(answer.kept)

@@ -25,7 +25,7 @@ def content_key(*parts: object) -> str:
 
 @dataclass
 class MemoStatistics:
-    """Look-ups of a memo that found an entry (hits) or none (misses), and entries that were removed for lack of space."""
+    """Accesses that found an entry (hits) or none (misses), and entries that were removed for lack of space."""
 
     hits: int = 0
     misses: int = 0
@@ -55,8 +55,8 @@ class FrameMemo:
 
     def host_number(self, host: Host) -> int:
         """A number that identifies this host object in keys; a hash of weights would be missing for a host without files."""
-        for number, known in enumerate(self._hosts):
-            if known is host:
+        for number, other in enumerate(self._hosts):
+            if other is host:
                 return number
         self._hosts.append(host)
         return len(self._hosts) - 1

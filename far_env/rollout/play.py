@@ -69,7 +69,7 @@ def play(
         The finished rollouts, one row per clip, and each row's decisions.
 
     Raises:
-        PolicyError: if the policy raises, answers an invalid plan or asks for an unknown signal.
+        PolicyError: if the policy raises, answers an invalid plan or requests an unknown signal.
     """
     budgets = [int(max_frames)] * len(clips) if isinstance(max_frames, Integral) else list(max_frames)
     if not len(clips) == len(noise_seeds) == len(budgets):

@@ -19,7 +19,7 @@ from far_env.rollout.memo import content_key
 
 @dataclass(frozen=True)
 class RecordedSignals:
-    """What was recorded of one rollout so far. Never changed in place, so that copies of a rollout may share it.
+    """The signals recorded of one rollout so far. Never changed in place, so that copies of a rollout may share it.
 
     Attributes:
         newest: signals of the frame generated last, by name.
@@ -84,19 +84,19 @@ def halfway(times: Sequence[float]) -> tuple[int, float]:
 
 
 class SignalRecorder:
-    """Records the wanted signals for a batch of rollouts.
+    """Records the requested signals for a batch of rollouts.
 
     Args:
-        wanted: names of `far_env.contract.SIGNALS`.
+        signal_names: names of `far_env.contract.SIGNALS`.
         sampler: generates the frames.
 
     Attributes:
-        needs_probe: whether a wanted signal is recorded while frames are generated, so that none may come from a memo.
+        needs_probe: whether a requested signal is recorded while frames are generated, so that none may come from a memo.
     """
 
-    def __init__(self, wanted: Sequence[str], sampler: FrameSampler) -> None:
-        self.wanted = tuple(wanted)
-        self.needs_probe = any(name not in OF_LATENTS for name in wanted)
+    def __init__(self, signal_names: Sequence[str], sampler: FrameSampler) -> None:
+        self.signal_names = tuple(signal_names)
+        self.needs_probe = any(name not in OF_LATENTS for name in signal_names)
         self._sampler = sampler
         self._estimate_at = halfway(sampler.times)
 
@@ -111,13 +111,13 @@ class SignalRecorder:
             noise_seeds: of each.
             actions: of their frames, where the host is conditioned on them.
         """
-        if "denoise_gap" not in self.wanted or not contexts:
+        if "denoise_gap" not in self.signal_names or not contexts:
             return [RecordedSignals() for _ in contexts]
         gaps = self._context_gaps(torch.stack(list(contexts)), noise_seeds, actions)
         return [RecordedSignals(gaps=tuple(row_gaps)) for row_gaps in gaps]
 
     def probe(self, token_counts: Sequence[Sequence[int]], num_clean_tokens: int, latents: Tensor) -> AttentionProbe | None:
-        """A probe for the next frame of each row, or None if no wanted signal needs one.
+        """A probe for the next frame of each row, or None if no requested signal needs one.
 
         Args:
             token_counts: per row, the tokens of each clean frame.
@@ -127,7 +127,7 @@ class SignalRecorder:
         if not self.needs_probe:
             return None
         num_tokens = (num_clean_tokens, self._sampler.model.tokens_per_frame(latents))
-        return AttentionProbe(self.wanted, token_counts, num_tokens, self._estimate_at, latents.device)
+        return AttentionProbe(self.signal_names, token_counts, num_tokens, self._estimate_at, latents.device)
 
     def record(
         self, probe: AttentionProbe, before: Sequence[RecordedSignals], memory: Tensor, latents: Tensor
@@ -142,7 +142,7 @@ class SignalRecorder:
             latents: the frames (R, 1, C, h, w).
         """
         memory = memory[:, :, -len(before) :]
-        new_gaps = probe.denoise_gaps(latents) if "denoise_gap" in self.wanted else None
+        new_gaps = probe.denoise_gaps(latents) if "denoise_gap" in self.signal_names else None
         after = []
         for row, earlier in enumerate(before):
             newest, moments = probe.frame_signals(row), earlier.moments
@@ -162,7 +162,7 @@ class SignalRecorder:
         latents: Tensor,
         actions: Sequence[Sequence[int]] | None = None,
     ) -> list[dict[str, np.ndarray]]:
-        """The wanted signals of each row, float32, in the shapes of `far_env.contract.SIGNALS`.
+        """The requested signals of each row, float32, in the shapes of `far_env.contract.SIGNALS`.
 
         Args:
             recorded: of each row.
@@ -174,11 +174,11 @@ class SignalRecorder:
             ValueError: if a row's history is no longer the one its newest frame was generated from.
         """
         padded = {}
-        if "lat_cos" in self.wanted:
+        if "lat_cos" in self.signal_names:
             padded["lat_cos"] = latent_cosines(latents).cpu()
-        if "column_gap" in self.wanted:
+        if "column_gap" in self.signal_names:
             padded["column_gap"] = column_gaps(latents).cpu()
-        if "key_proto" in self.wanted:
+        if "key_proto" in self.signal_names:
             padded["key_proto"] = self._key_prototypes(latents, actions).cpu()
         rows = []
         for row, (row_recorded, numbers) in enumerate(zip(recorded, kept, strict=True)):
@@ -190,12 +190,12 @@ class SignalRecorder:
             signals |= row_recorded.newest
             if row_recorded.gaps:
                 signals["denoise_gap"] = torch.stack([row_recorded.gaps[number] for number in numbers])
-            if any(name not in signals or len(signals[name]) != count for name in self.wanted):
+            if any(name not in signals or len(signals[name]) != count for name in self.signal_names):
                 raise ValueError(
                     "signals describe the frame generated last and the history it was generated from: request them after a "
                     "frame was generated and before others are dropped"
                 )
-            rows.append({name: signals[name].float().cpu().numpy() for name in self.wanted})
+            rows.append({name: signals[name].float().cpu().numpy() for name in self.signal_names})
         return rows
 
     def _key_prototypes(self, latents: Tensor, actions: Sequence[Sequence[int]] | None) -> Tensor:

@@ -42,9 +42,9 @@ def weights_of(config: AgentTraining) -> dict[str, torch.Tensor]:
 def test_two_runs_with_one_seed_agree_and_another_seed_differs(config, tmp_path, capsys):
     runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        own = dataclasses.replace(config, run_dir=str(tmp_path / name), seed=seed)
-        train(own)
-        runs.append(weights_of(own))
+        run_config = dataclasses.replace(config, run_dir=str(tmp_path / name), seed=seed)
+        train(run_config)
+        runs.append(weights_of(run_config))
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
     assert not all(torch.equal(runs[0][key], runs[2][key]) for key in runs[0])
     printed = capsys.readouterr().out
@@ -146,16 +146,16 @@ def test_settings_that_would_fail_later_are_refused_before_anything_is_written(c
 
 
 def test_ppo_begins_with_what_imitation_learned_and_a_cold_critic_leaves_it_alone(config, tmp_path):
-    own = dataclasses.replace(
+    run_config = dataclasses.replace(
         config,
         network=NetworkConfig(memory=True),
         imitation=ImitationSettings(rounds=1, clips_per_round=4, epochs=1),
         ppo=dataclasses.replace(config.ppo, critic_warmup_updates=3),
     )
-    train(own)
-    alone = dataclasses.replace(own, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
+    train(run_config)
+    alone = dataclasses.replace(run_config, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
     train(alone)
-    imitated, trained = load_scorer(tmp_path / "alone")[0].state_dict(), weights_of(own)
+    imitated, trained = load_scorer(tmp_path / "alone")[0].state_dict(), weights_of(run_config)
     for key, value in imitated.items():
         torch.testing.assert_close(trained[f"mlp_extractor.actor.{key}"], value)
     with pytest.raises(ValueError, match="nothing would be learned"):

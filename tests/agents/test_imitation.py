@@ -44,10 +44,10 @@ def test_every_decision_that_matters_is_recorded_with_legal_alternatives(collect
 
 def test_the_expert_acts_as_the_search_of_width_one(tiny_workload, collected):
     clips = [tiny_workload.clips.clip("train", i) for i in (0, 1)]
-    found = search(tiny_workload, clips, [BENCHMARK_SEED, BENCHMARK_SEED + 1], 4, width=1, branches=1, progress=False)
-    first = found[0].decisions[0].kept
-    shown = collected.sets[0, 0].nonzero().flatten().tolist()
-    assert tuple(shown) == first, "six frames in six slots: places are true numbers"
+    rollouts = search(tiny_workload, clips, [BENCHMARK_SEED, BENCHMARK_SEED + 1], 4, width=1, branches=1, progress=False)
+    first = rollouts[0].decisions[0].kept
+    kept_first = collected.sets[0, 0].nonzero().flatten().tolist()
+    assert tuple(kept_first) == first, "six frames in six slots: places are true numbers"
 
 
 def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
@@ -61,13 +61,13 @@ def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
     for row in range(5):
         budget, places = int(part.max_frames[row]), part.mask[row].nonzero().flatten().tolist()
         every = [set(chosen) | {5} for size in range(budget) for chosen in itertools.combinations(places[:-1], size)]
-        scores = torch.stack([logits[row, sorted(own - {5})].sum() for own in every]).log_softmax(dim=0)
+        scores = torch.stack([logits[row, sorted(choice - {5})].sum() for choice in every]).log_softmax(dim=0)
         costs = part.costs[row]
         weights = torch.exp(-(costs - costs[0]) / 0.01)
         weights /= weights.sum()
         chosen = [set(kept.nonzero().flatten().tolist()) for kept in part.sets[row]]
         pairs = zip(weights, chosen, costs, strict=True)
-        expected.append(-sum(weight * scores[every.index(own)] for weight, own, cost in pairs if not cost.isinf()))
+        expected.append(-sum(weight * scores[every.index(choice)] for weight, choice, cost in pairs if not cost.isinf()))
     torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
 
 
@@ -83,9 +83,9 @@ def test_a_rule_on_the_inputs_is_learned():
     budget = torch.tensor([0.5, 0.0, 1.0]).expand(count, 3)
     decisions = ExpertData(frames, ones, budget, torch.full((count,), 3), best, torch.zeros(count, 1))
     held_out = decisions.rows(torch.arange(300, count))
-    known = decisions.rows(torch.arange(300))
+    training_rows = decisions.rows(torch.arange(300))
     settings = ImitationSettings(epochs=40, batch_size=50, learning_rate=5e-3)
-    network = fit(known, NetworkConfig(width=32), settings, seed=0)
+    network = fit(training_rows, NetworkConfig(width=32), settings, seed=0)
     agreement = (subset_distribution(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
     assert agreement.float().mean() > 0.9
 
@@ -123,7 +123,7 @@ def test_a_finished_stage_returns_its_weights_without_learning_again(tiny_worklo
 
 
 def test_the_weighted_cost_is_what_the_choice_among_the_alternatives_is_expected_to_cost():
-    """By enumeration: four frames, two of the three older ones kept, so three alternatives, of which one is not recorded."""
+    """By enumeration: four frames, two of the three older ones kept, so three alternatives; one of them is not recorded."""
     generator = torch.Generator().manual_seed(0)
     frames, ones = torch.rand(1, 4, 6, generator=generator), torch.ones(1, 4)
     sets = torch.tensor([[[1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0]]], dtype=torch.bool)
@@ -151,12 +151,12 @@ def test_histories_of_true_frames_are_rollouts_of_a_perfect_host(tiny_workload):
         for row in (0, 1):
             rolled._rows[row].frames[-1] = latents[row, 5 + step]
             assert true.kept[row] == rolled.frame_numbers(row) and true.history_length(row) == rolled.history_length(row)
-        for own, other in zip(true.history([0, 1]), rolled.history([0, 1]), strict=True):
-            torch.testing.assert_close(own, other)
+        for from_true, other in zip(true.history([0, 1]), rolled.history([0, 1]), strict=True):
+            torch.testing.assert_close(from_true, other)
         np.testing.assert_allclose(true.features([0, 1]), rolled.features([0, 1]), atol=1e-6)
-        for own, other in zip(true.signals([1, 0]), rolled.signals([1, 0]), strict=True):
-            for name in own:
-                np.testing.assert_allclose(own[name], other[name], atol=1e-5)
+        for from_true, other in zip(true.signals([1, 0]), rolled.signals([1, 0]), strict=True):
+            for name in from_true:
+                np.testing.assert_allclose(from_true[name], other[name], atol=1e-5)
         for histories in (true, rolled):
             histories.retain(0, [0, 2, 3])
             histories.retain(1, [0, 2] if step else [1, 2, 4, 5])
@@ -165,20 +165,20 @@ def test_histories_of_true_frames_are_rollouts_of_a_perfect_host(tiny_workload):
 def test_replay_adds_decisions_about_true_clips_to_those_of_the_rounds(tiny_workload, tmp_path, monkeypatch):
     lessons, original = [], imitation.fit
 
-    def recorded(decisions, *rest):
+    def recorded(decisions, *arguments):
         lessons.append(decisions)
-        return original(decisions, *rest)
+        return original(decisions, *arguments)
 
     monkeypatch.setattr(imitation, "fit", recorded)
     settings = dataclasses.replace(SETTINGS, true_clips=4, true_frame_replay_ratio=0.5)
     imitate(settings, NETWORK, [tiny_workload], [4], tmp_path, seed=0, num_clips=20)
     prepared, first, both = lessons
     assert [len(lesson) for lesson in lessons] == [52, 30 + 15, 60 + 30]
-    known = {row.numpy().tobytes() for row in prepared.frames}
+    prepared_rows = {row.numpy().tobytes() for row in prepared.frames}
     for lesson, count in ((first, 30), (both, 60)):
         rehearsed = [row.numpy().tobytes() for row in lesson.frames[count:]]
-        assert set(rehearsed) <= known and len(set(rehearsed)) > len(rehearsed) / 2
-        assert not {row.numpy().tobytes() for row in lesson.frames[:count]} & known
+        assert set(rehearsed) <= prepared_rows and len(set(rehearsed)) > len(rehearsed) / 2
+        assert not {row.numpy().tobytes() for row in lesson.frames[:count]} & prepared_rows
     torch.testing.assert_close(both.frames[:30], first.frames[:30])
     with pytest.raises(ValueError, match="true_frame_replay_ratio must be 0 or more, and above 0 only with true_clips above 0"):
         dataclasses.replace(SETTINGS, true_frame_replay_ratio=1.0)

@@ -17,14 +17,14 @@ from tests.agents.test_agents import config  # noqa: F401  (a fixture)
 
 
 def test_a_resumed_run_has_one_curve_and_its_last_point_is_the_last_validation(config, tmp_path, monkeypatch):  # noqa: F811
-    original, seen, stops = training_callbacks.validation_scores, [], [2]
+    original, validations, stops = training_callbacks.validation_scores, [], [2]
 
     def noted(*args):
-        if len(seen) in stops:
+        if len(validations) in stops:
             stops.clear()
             raise KeyboardInterrupt
-        seen.append(original(*args))
-        return seen[-1]
+        validations.append(original(*args))
+        return validations[-1]
 
     monkeypatch.setattr(training_callbacks, "validation_scores", noted)
     with pytest.raises(KeyboardInterrupt):
@@ -33,7 +33,7 @@ def test_a_resumed_run_has_one_curve_and_its_last_point_is_the_last_validation(c
     metric, points = curve(tmp_path / "run")
     assert metric == "psnr" and [decisions for decisions, _ in points] == [0, 32, 64, 96]
     # validated before each update of 32 decisions, once more by the resumed session, and at the end
-    scores = [next(iter(own.values())) for own in seen]
+    scores = [next(iter(scores_by_name.values())) for scores_by_name in validations]
     assert len(scores) == 5 and [score for _, score in points] == pytest.approx([scores[0], *scores[-3:]])
     draw(LearningCurveOptions((str(tmp_path / "run"),), str(tmp_path / "curves.svg")))
     text = (tmp_path / "curves.svg").read_text()

@@ -69,9 +69,9 @@ def test_environment_and_policy_remember_the_same(tiny_workload, further):
         for row, policy in enumerate(policies):
             num_frames = int(observations["mask"][row].sum())
             step = round(float(observations["budget"][row, 1]) * 11)
-            shown = observations["frames"][row, venv.num_slots - num_frames :]
-            recalled = policy.memory.recall(shown[:, 2:6].tolist(), step)
-            np.testing.assert_allclose(shown[:, 6:], recalled, atol=1e-6)
+            rows = observations["frames"][row, venv.num_slots - num_frames :]
+            recalled = policy.memory.recall(rows[:, 2:6].tolist(), step)
+            np.testing.assert_allclose(rows[:, 6:], recalled, atol=1e-6)
             kept = [*sorted(rng.choice(num_frames - 1, int(rng.integers(0, 4)), replace=False).tolist()), num_frames - 1]
             policy.memory.keep(kept)
             actions[row, venv.num_slots - num_frames + np.array(kept)] = 1
@@ -84,29 +84,34 @@ def test_surroundings_are_the_changes_around_a_frame_also_of_dropped_ones():
     def features_of(*names):
         return [(1.0, 0.0, name / 100, name / 10) for name in names]
 
-    def known(*names):
+    def neighbours(*names):
         return [value for name in names for value in ((name / 100, name / 10, 1.0) if name else (0.0, 0.0, 0.0))]
 
     memory = HistoryMemory(surroundings=True)
     first = memory.recall(features_of(9, 1, 2, 3, 4, 5), 0)  # the first frame has no change before it
     assert [len(row) for row in first] == [19] * 6
     assert [list(row[7:]) for row in first] == [
-        known(0, 0, 1, 2),
-        known(0, 1, 2, 3),
-        known(1, 2, 3, 4),
-        known(2, 3, 4, 5),
-        known(3, 4, 5, 0),
-        known(4, 5, 0, 0),
+        neighbours(0, 0, 1, 2),
+        neighbours(0, 1, 2, 3),
+        neighbours(1, 2, 3, 4),
+        neighbours(2, 3, 4, 5),
+        neighbours(3, 4, 5, 0),
+        neighbours(4, 5, 0, 0),
     ]
     memory.keep([0, 3, 5])
     later = memory.recall(features_of(9, 70, 80, 6), 1)  # changes from other neighbours are not remembered
-    assert [list(row[7:]) for row in later] == [known(0, 0, 1, 2), known(2, 3, 4, 5), known(4, 5, 6, 0), known(5, 6, 0, 0)]
+    assert [list(row[7:]) for row in later] == [
+        neighbours(0, 0, 1, 2),
+        neighbours(2, 3, 4, 5),
+        neighbours(4, 5, 6, 0),
+        neighbours(5, 6, 0, 0),
+    ]
     memory.keep([1, 2, 3])
     assert memory.recall(features_of(9, 1, 2, 3, 4, 5), 0) == first, "another clip"
 
 
 def test_places_are_inferred_from_neighbours_the_oldest_frame_and_earlier_changes():
-    """Features by hand: two frames of one place have similarity 0.9 and drift 0.5; each pair of places has its own."""
+    """Features by hand: two frames of one place have similarity 0.9 and drift 0.5; those of each pair of places differ."""
     unlike = {(1, 2): 0.30, (1, 3): 0.20, (1, 4): 0.10, (2, 3): 0.05, (2, 4): 0.25, (3, 4): 0.15}
 
     def features_of(*places):
@@ -151,9 +156,9 @@ def test_shots_are_distinguished_on_real_latents():
         for row, (clip, memory) in enumerate(zip(clips, memories, strict=True)):
             features = histories.features([row])[0]
             features[:, 3] /= 1 + features[:, 3]
-            found = [recalled[19] for recalled in memory.recall(features.tolist(), step)]
+            places = [recalled[19] for recalled in memory.recall(features.tolist(), step)]
             shots = clip.actions[histories.kept[row]]
-            right.append((np.equal.outer(found, found) == np.equal.outer(shots, shots)).all())
+            right.append((np.equal.outer(places, places) == np.equal.outer(shots, shots)).all())
             newest_of_shots = [int(np.flatnonzero(shots == shot)[-1]) for shot in dict.fromkeys(shots.tolist())]
             spare = rng.permutation([i for i in range(len(shots)) if i not in newest_of_shots])
             kept = sorted([*newest_of_shots, *spare[: 4 - len(newest_of_shots)].tolist()])
@@ -165,11 +170,11 @@ def test_shots_are_distinguished_on_real_latents():
 def along(points, stretches, ring=0):
     """Features of frames at these points of a path, from the similarity of each stretch; without motion frames are similar."""
     rows = [(0.0, 0.0, 1.0, 0.0)]
-    for before, own in itertools.pairwise(points):
-        if own == before:
+    for before, after in itertools.pairwise(points):
+        if after == before:
             rows.append((0.1, 0.5, 0.8, 0.1))
             continue
-        stretch = min(own, before) % ring if ring else min(own, before)
+        stretch = min(after, before) % ring if ring else min(after, before)
         rows.append((1.0, 1.0, stretches[stretch], 0.5 - stretches[stretch] / 3))
     return rows
 
@@ -177,28 +182,28 @@ def along(points, stretches, ring=0):
 def test_a_path_is_followed_forth_and_back_and_through_frames_that_were_dropped():
     stretches = {0: 0.10, 1: 0.20, 2: 0.30, 3: 0.40, -1: 0.15}
     points = [0, 1, 2, 3, 3, 3, 2, 1, 0, -1, -1, 0, 1]
-    shown = along(points, stretches)
+    features = along(points, stretches)
     memory = HistoryMemory(surroundings=True, path=True)
-    memory.recall(shown[:6], 0)
-    assert [row[-3:] for row in memory.recall(shown[:6], 0)] == [(own / 8, 0.0, 1.0) for own in (-3, -2, -1, 0, 0, 0)]
+    memory.recall(features[:6], 0)
+    assert [row[-3:] for row in memory.recall(features[:6], 0)] == [(point / 8, 0.0, 1.0) for point in (-3, -2, -1, 0, 0, 0)]
     kept = list(range(6))
     for newest in range(6, len(points)):
         kept = [kept[0], kept[2], kept[-2], kept[-1], newest]
         memory.keep([0, 2, -2, -1][: len(memory.births)])
-        told = [row[-3:] for row in memory.recall([shown[frame] for frame in kept], newest - 5)]
+        recalled = [row[-3:] for row in memory.recall([features[frame] for frame in kept], newest - 5)]
         moves = [later - before for before, later in itertools.pairwise(points[: newest + 1]) if later != before]
-        assert told == [(moves[-1] * (points[frame] - points[newest]) / 8, 0.0, 1.0) for frame in kept], newest
-    assert memory.recall(shown[:6], 0) == HistoryMemory(surroundings=True, path=True).recall(shown[:6], 0), "another clip"
+        assert recalled == [(moves[-1] * (points[frame] - points[newest]) / 8, 0.0, 1.0) for frame in kept], newest
+    assert memory.recall(features[:6], 0) == HistoryMemory(surroundings=True, path=True).recall(features[:6], 0), "another clip"
 
 
 def test_a_path_that_meets_itself_is_a_ring():
     stretches = {number: similarity / 20 for number, similarity in enumerate((3, 7, 1, 9, 5, 2, 8))}
     points = [*range(5), *range(3, 12)]  # 0 to 4, back to 3, and on to 11, which is 4 again
     memory = HistoryMemory(surroundings=True, path=True)
-    told = memory.recall(along(points, stretches, ring=7), 0)
+    recalled = memory.recall(along(points, stretches, ring=7), 0)
     here = points[-1]
-    expected = [min(((own - here) % 7, (own - here) % 7 - 7), key=abs) / 8 for own in points]
-    assert [row[-3:] for row in told] == [(ahead, 7 / 16, 1.0) for ahead in expected]
+    expected = [min(((point - here) % 7, (point - here) % 7 - 7), key=abs) / 8 for point in points]
+    assert [row[-3:] for row in recalled] == [(ahead, 7 / 16, 1.0) for ahead in expected]
 
 
 @pytest.mark.parametrize(("name", "share"), [("orbit", 0.9), ("pan", 0.6)])
@@ -212,11 +217,11 @@ def test_a_camera_is_followed_on_real_latents(name, share):
         latents = workload.host.autoencoder.encode(torch.from_numpy(clip.frames)[None])
         features = frame_features(latents.float())[0].numpy()
         features[:, 3] /= 1 + features[:, 3]
-        told = HistoryMemory(surroundings=True, path=True).recall(features.tolist(), workload.num_predict - 1)
-        ahead, ring = np.array([row[-3] for row in told]) * 8, round(told[0][-2] * 16)
+        recalled = HistoryMemory(surroundings=True, path=True).recall(features.tolist(), workload.num_predict - 1)
+        ahead, ring = np.array([row[-3] for row in recalled]) * 8, round(recalled[0][-2] * 16)
         moves = 2 * clip.actions[1:] - 1 if name == "orbit" else clip.actions[1:] - 2
         places = np.concatenate([[0], np.cumsum(moves)])
         same = np.equal.outer(places, places) if name == "pan" else np.subtract.outer(places, places) % 12 == 0
-        found = np.subtract.outer(ahead, ahead).round()
-        right.append(((found % ring if ring else found) == 0).tolist() == same.tolist())
+        distances = np.subtract.outer(ahead, ahead).round()
+        right.append(((distances % ring if ring else distances) == 0).tolist() == same.tolist())
     assert np.mean(right) > share

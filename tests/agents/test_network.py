@@ -14,9 +14,9 @@ def observation(rows: int, slots: int | None = None, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     ages = torch.arange(rows - 1, -1, -1.0)
     content = torch.rand((4, rows, 4), generator=generator)
-    own = torch.cat([(ages / slots).expand(4, -1)[..., None], (1 / (1 + ages)).expand(4, -1)[..., None], content], dim=-1)
+    inputs = torch.cat([(ages / slots).expand(4, -1)[..., None], (1 / (1 + ages)).expand(4, -1)[..., None], content], dim=-1)
     frames, mask = torch.zeros(4, slots, 6), torch.zeros(4, slots)
-    frames[:, slots - rows :], mask[:, slots - rows :] = own, 1
+    frames[:, slots - rows :], mask[:, slots - rows :] = inputs, 1
     return frames, mask, torch.tensor([4 / slots, 0.3, rows / slots]).expand(4, -1)
 
 
@@ -36,7 +36,7 @@ def test_the_default_size_stays_below_100k_weights():
 @torch.no_grad()
 def test_permuting_older_rows_permutes_their_logits(network):
     frames, mask, budget = observation(9)
-    order = torch.cat([torch.randperm(8), torch.tensor([8])])  # which row is the newest is told by its place
+    order = torch.cat([torch.randperm(8), torch.tensor([8])])  # the position determines which row is the newest
     torch.testing.assert_close(
         network(frames[:, order], mask, budget), network(frames, mask, budget)[:, order], atol=1e-5, rtol=1e-5
     )

@@ -135,11 +135,11 @@ def network():
 def observation(kept, slots):
     """A random observation of these frames of a world, in so many slots, with columns of memory and signals."""
     world, n = World(2), len(kept)
-    own = torch.rand(len(kept), 13, generator=torch.Generator().manual_seed(0))
-    own[:, 0] = torch.arange(n - 1, -1, -1.0) / slots
+    inputs = torch.rand(len(kept), 13, generator=torch.Generator().manual_seed(0))
+    inputs[:, 0] = torch.arange(n - 1, -1, -1.0) / slots
     signals = world.signals(kept)
     packed = observation_spec.columns({name: right_aligned(name, signals[name], slots) for name in CHOSEN}, CHOSEN)
-    frames = torch.cat([torch.cat([torch.zeros(slots - n, 13), own]), torch.from_numpy(packed)], dim=1)[None]
+    frames = torch.cat([torch.cat([torch.zeros(slots - n, 13), inputs]), torch.from_numpy(packed)], dim=1)[None]
     mask = torch.zeros(1, slots)
     mask[:, slots - n :] = 1
     return frames, mask, torch.tensor([[4 / slots, 0.3, n / slots]])
@@ -199,8 +199,8 @@ def test_the_scorer_has_the_same_inputs_in_environment_policy_and_collection(tin
     for number in range(10):
         frames, mask, budget = (torch.from_numpy(obs[key]) for key in ("frames", "mask", "budget"))
         for row in range(2):
-            own = noted.frames[number * 2 + row]
-            torch.testing.assert_close(own, frames[row], atol=1e-4, rtol=1e-4)
+            recorded_frames = noted.frames[number * 2 + row]
+            torch.testing.assert_close(recorded_frames, frames[row], atol=1e-4, rtol=1e-4)
         logits = network(frames, mask, budget)
         actions = np.zeros((2, 6), dtype=np.int8)
         for row in range(2):

@@ -58,7 +58,7 @@ def test_a_long_history_is_cut_down_row_by_row():
 
 
 class Replay:
-    """Keeps the true frames that it was told to keep."""
+    """Keeps the given true frames."""
 
     def __init__(self, decisions, num_context):
         self.kept = {decision.step: decision.kept for decision in decisions}
@@ -77,8 +77,8 @@ def test_the_promised_score_is_what_the_plain_rollout_gives(tiny_workload):
     clips = [tiny_workload.clips.clip("train", i) for i in range(3)]
     narrow = search(tiny_workload, clips, [7, 8, 9], 4, width=1, branches=1, progress=False)
     wide = search(tiny_workload, clips, [7, 8, 9], 4, width=3, branches=3, progress=False)
-    for clip, seed, *found in zip(clips, [7, 8, 9], narrow, wide, strict=True):
-        for oracle in found:
+    for clip, seed, *rollouts in zip(clips, [7, 8, 9], narrow, wide, strict=True):
+        for oracle in rollouts:
             rollout = reference_rollout(tiny_workload, clip, Replay(oracle.decisions, 5), 4, seed)
             truth = torch.from_numpy(clip.frames[5:16])
             assert oracle.psnr == pytest.approx(float(psnr(rollout.frames, truth)), abs=1e-3)

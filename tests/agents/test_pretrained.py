@@ -116,10 +116,10 @@ def test_the_exported_file_decides_as_the_policy(name, tmp_path):
     workload = dataclasses.replace(workload, num_predict=min(workload.num_predict, 11))
     clips = [workload.clips.clip("test", i) for i in (0, 1)]
     policies = [load_policy(name), load_policy(str(tmp_path / "policy.py"))]
-    (own, decisions), (exported, others) = (play(workload, clips, [42, 43], policy, 4) for policy in policies)
+    (original, decisions), (exported, others) = (play(workload, clips, [42, 43], policy, 4) for policy in policies)
     kept = [[(d.step, d.kept) for d in row] for row in decisions]
     assert kept == [[(d.step, d.kept) for d in row] for row in others] and kept[0]
-    assert torch.equal(own.generated(range(2)), exported.generated(range(2)))
+    assert torch.equal(original.generated(range(2)), exported.generated(range(2)))
 
 
 def test_a_published_run_is_the_run(finished, directory, tiny_workload):

@@ -96,8 +96,8 @@ def test_a_table_is_its_records_and_a_second_run_plays_nothing(reproduce, tmp_pa
     assert len(table) == 2 * 3 and len(records) == 3 * 2 * (2 * 2 + 1)
 
     def scores(budget, name):
-        own = {(r.clip, r.seed): r.metrics["psnr"] for r in records if r.policy == name and r.budget in (budget, 9999)}
-        return np.array([[own[clip, seed] for seed in (42, 7)] for clip in range(3)])
+        values = {(r.clip, r.seed): r.metrics["psnr"] for r in records if r.policy == name and r.budget in (budget, 9999)}
+        return np.array([[values[clip, seed] for seed in (42, 7)] for clip in range(3)])
 
     for workload, budget, name, psnr, _, difference in table:
         expected = mean_interval(scores(int(budget), name))
@@ -159,8 +159,8 @@ def test_from_scratch_trains_once_and_compares_the_run_folder(reproduce, tables,
     )
     mine = {"caption": "Learned.", "reference": "pretrained/pan-tight", "parts": tables["small"]["parts"]}
     mine["parts"] = [mine["parts"][0] | {"policies": ["pretrained/pan-tight", "recent_fill"], "clips": 1}]
-    known = {"tables": {"learned": mine, **tables}, "agents": {"pretrained/pan-tight": arguments}}
-    assert reproduce("learned", **known)[0] == 0
+    content = {"tables": {"learned": mine, **tables}, "agents": {"pretrained/pan-tight": arguments}}
+    assert reproduce("learned", **content)[0] == 0
     shipped = (tmp_path / "RESULTS.md").read_text()
     assert {row[2] for row in rows(shipped)} == {"pretrained/pan-tight", "recent_fill"}
     assert (
@@ -168,16 +168,16 @@ def test_from_scratch_trains_once_and_compares_the_run_folder(reproduce, tables,
         in (shipped)
     )
 
-    status, out, _ = reproduce("learned", "--from-scratch", **known)
+    status, out, _ = reproduce("learned", "--from-scratch", **content)
     assert status == 0 and f"python train_agent.py {arguments}" in out
     text = (tmp_path / "RESULTS.md").read_text()
     assert {row[2] for row in rows(text)} == {"runs/again", "recent_fill"} and "PSNR − runs/again" in text
     assert "`far-env reproduce learned --from-scratch`" in text and "first 4 train clips" in text
     monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained again"))
-    assert reproduce("learned", "--from-scratch", **known)[0] == 0
+    assert reproduce("learned", "--from-scratch", **content)[0] == 0
     assert (tmp_path / "RESULTS.md").read_text() == text
-    known["agents"] = {"pretrained/pan-tight": f"{arguments} --seed 1"}
-    refused(reproduce("learned", "--from-scratch", **known), "runs/again holds a run with other settings (seed)")
+    content["agents"] = {"pretrained/pan-tight": f"{arguments} --seed 1"}
+    refused(reproduce("learned", "--from-scratch", **content), "runs/again holds a run with other settings (seed)")
 
 
 def test_other_tables_and_other_text_stay(reproduce, tmp_path):

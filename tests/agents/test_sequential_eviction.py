@@ -37,18 +37,18 @@ def random_features(count, seed=0):
 def test_remaining_rows_are_those_of_a_memory_that_kept_them():
     """All columns but those that compare a frame with the one kept before it now, which is not known."""
     memory, rows = HistoryMemory(surroundings=True), random_features(9)
-    shown = observed_rows(rows, 4, memory)
+    observed = observed_rows(rows, 4, memory)
     left = [0, 2, 3, 7, 8]
-    found = remaining_rows(shown, left, memory)
+    remaining = remaining_rows(observed, left, memory)
     births = [memory.births[i] for i in left]
-    assert [row[0] for row in found] == [4 / 5, 3 / 5, 2 / 5, 1 / 5, 0] and [row[1] for row in found] == [
+    assert [row[0] for row in remaining] == [4 / 5, 3 / 5, 2 / 5, 1 / 5, 0] and [row[1] for row in remaining] == [
         1 / 5, 1 / 4, 1 / 3, 1 / 2, 1,
     ]  # fmt: skip
-    assert [row[8] for row in found] == pytest.approx(np.log1p(np.diff(births, prepend=births[0])) / 3)
-    for own, i in zip(found, left, strict=True):
-        assert own[2:8] == shown[i][2:8] and own[9:] == shown[i][9:]
-    assert remaining_rows(shown, range(9), memory) == shown
-    assert [row[2:] for row in remaining_rows(shown, left, None)] == [shown[i][2:] for i in left]
+    assert [row[8] for row in remaining] == pytest.approx(np.log1p(np.diff(births, prepend=births[0])) / 3)
+    for new_row, i in zip(remaining, left, strict=True):
+        assert new_row[2:8] == observed[i][2:8] and new_row[9:] == observed[i][9:]
+    assert remaining_rows(observed, range(9), memory) == observed
+    assert [row[2:] for row in remaining_rows(observed, left, None)] == [observed[i][2:] for i in left]
 
 
 @torch.no_grad()
@@ -60,8 +60,8 @@ def test_the_lowest_goes_until_one_too_many_is_left(network):
         rows = observed_rows(random_features(20, seed), 15, memory)
         left = list(range(20))
         while len(left) > 4:
-            shown = torch.tensor([remaining_rows(rows, left, memory)])
-            logits = network(shown, torch.ones(1, len(left)), torch.tensor([(4 / len(left), 0.3, 1.0)]))[0]
+            inputs = torch.tensor([remaining_rows(rows, left, memory)])
+            logits = network(inputs, torch.ones(1, len(left)), torch.tensor([(4 / len(left), 0.3, 1.0)]))[0]
             left.remove(left[min(range(len(left) - 1), key=lambda place, own=logits: float(own[place]))])
         assert choose(network, rows, memory, 4, 0.3) == left
         network.sequential_eviction = False
@@ -75,12 +75,12 @@ def test_the_chain_evicts_the_frame_with_the_lowest_cost():
     rng = np.random.default_rng(0)
     cover = Coverage(np.full(80, 9, dtype=np.float32), rng.random((7, 80)).astype(np.float32))
     expected = list(range(7))
-    found = {len(left): (left, drops) for left, drops in _eviction_chain(cover, 2.0, 3, {7, 5, 4}, 3)}
-    assert list(found) == [7, 5, 4]
+    steps = {len(left): (left, drops) for left, drops in _eviction_chain(cover, 2.0, 3, {7, 5, 4}, 3)}
+    assert list(steps) == [7, 5, 4]
     for size in (7, 6, 5, 4):
         every = sorted((2 * cover.cost(list(kept)), kept) for kept in itertools.combinations(expected, size - 1) if 6 in kept)
-        if size in found:
-            left, drops = found[size]
+        if size in steps:
+            left, drops = steps[size]
             assert left == expected and [tuple(left[i] for i in kept) for _, kept in drops] == [kept for _, kept in every[:3]]
             assert [cost for cost, _ in drops] == pytest.approx([cost for cost, _ in every[:3]])
         expected = list(every[0][1])
@@ -93,7 +93,7 @@ def test_collecting_acts_as_the_policy_and_records_single_evictions(tiny_workloa
     )
     _, (decisions,) = play(tiny_workload, [tiny_workload.clips.clip("train", 3)], [BENCHMARK_SEED + 3], AgentPolicy(network), 2)
     assert len(noted) == len(decisions) == 10
-    # a history of six is cut to two at first; then one frame goes at a time, and births tell which stayed
+    # a history of six is cut to two at first; then one frame is dropped at a time, and births identify those that stayed
     births = np.round(-np.expm1(4 * noted.frames[1, -3:, 6].numpy())) + 6
     assert tuple(births[:2].astype(int)) == decisions[0].kept
     spec = ObservationSpec(memory=True, surroundings=True)

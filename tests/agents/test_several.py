@@ -46,7 +46,7 @@ def test_each_episode_draws_a_budget(tiny_workload):
         obs, _, _, _, info = env.step(np.ones(9, dtype=np.int8))
         assert info["max_frames"] == budget and obs["mask"].sum() == budget + 1
     assert set(drawn) == {2, 4, 8} and min(drawn.values()) > 3
-    # one budget leaves the draws of clips as they are
+    # one budget does not change the draws of clips
     assert FrameRetentionEnv(tiny_workload, 4).reset(seed=3)[1]["clip_id"] == env.reset(seed=3)[1]["clip_id"]
     assert env.reset(options={"budget": 8})[1]["max_frames"] == 8
     with pytest.raises(ValueError, match="budget 5 is none of those that the environment was made with: 2, 4, 8"):
@@ -89,8 +89,8 @@ def joined(tiny_workload, tiny_host):
     cuts = Workload("tiny_cuts", WORLDS["cuts"], tiny_host, num_context=5, num_predict=11, num_steps=3)
 
     def make():
-        given = ((2, tiny_workload), (3, cuts))
-        return [SB3VecEnv(FrameRetentionVectorEnv(n, world, [3, 4], autoreset_mode="SAME_STEP")) for n, world in given]
+        parts_of_batch = ((2, tiny_workload), (3, cuts))
+        return [SB3VecEnv(FrameRetentionVectorEnv(n, world, [3, 4], autoreset_mode="SAME_STEP")) for n, world in parts_of_batch]
 
     return make
 
@@ -100,18 +100,18 @@ def test_joined_environments_are_their_parts(joined):
     for index, part in enumerate(parts):
         part.seed(7 + 2 * index)
     whole.seed(7)
-    seen = [part.reset() for part in parts]
+    results_of_parts = [part.reset() for part in parts]
     both = whole.reset()
     assert [info["clip_id"] for info in whole.reset_infos] == [i["clip_id"] for part in parts for i in part.reset_infos]
     rng = np.random.default_rng(0)
     for _ in range(13):
         for key in both:
-            np.testing.assert_array_equal(both[key], np.concatenate([own[key] for own in seen]))
+            np.testing.assert_array_equal(both[key], np.concatenate([part_result[key] for part_result in results_of_parts]))
         masks = whole.env_method("action_masks")
         assert len(masks) == 5 and whole.env_method("action_masks", indices=[4])[0].tolist() == masks[4].tolist()
         actions = rng.integers(0, 2, (5, 6)).astype(np.int8)
-        results = [part.step(own) for part, own in zip(parts, (actions[:2], actions[2:]), strict=True)]
-        seen = [result[0] for result in results]
+        results = [part.step(part_actions) for part, part_actions in zip(parts, (actions[:2], actions[2:]), strict=True)]
+        results_of_parts = [result[0] for result in results]
         both, rewards, dones, infos = whole.step(actions)
         np.testing.assert_array_equal(rewards, np.concatenate([result[1] for result in results]))
         np.testing.assert_array_equal(dones, np.concatenate([result[2] for result in results]))
@@ -151,10 +151,10 @@ def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, t
     whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
     train(whole)
     results = json.loads((tmp_path / "whole" / "results.json").read_text())["tables"]
-    assert [(own["workload"], own["budget"]) for own in results] == [("pan", 2), ("pan", 6), ("cuts", 2), ("cuts", 6)]
+    assert [(result["workload"], result["budget"]) for result in results] == [("pan", 2), ("pan", 6), ("cuts", 2), ("cuts", 6)]
     header = (tmp_path / "whole" / "progress_00000000.csv").read_text().split("\n")[0]
     assert all(f"validation/psnr_{world}_{budget}" in header for world in ("pan", "cuts") for budget in (2, 6))
-    known = torch.load(tmp_path / "whole" / "checkpoint.ckpt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "whole" / "checkpoint.ckpt", weights_only=True)
 
     original = ValidationCheckpoint._save
     saves = []
@@ -171,7 +171,7 @@ def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, t
     monkeypatch.setattr(ValidationCheckpoint, "_save", original)
     train(dataclasses.replace(config, resume=True))
     resumed = torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)
-    for key, value in known["policy"].items():
+    for key, value in checkpoint["policy"].items():
         torch.testing.assert_close(resumed["policy"][key], value, atol=1e-4, rtol=1e-3)
     assert load_scorer(tmp_path / "run")[1]["trained_on"] == "pan, cuts, budget 2, 6, first 8 train clips, seed 0"
 

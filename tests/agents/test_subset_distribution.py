@@ -74,8 +74,8 @@ def test_illegal_masks_have_no_probability(rows):
 
 
 def test_gradients_are_right(rows):
-    logits, *rest = rows
+    logits, *budgets_and_masks = rows
     logits = logits.requires_grad_()
-    masks = BudgetedSubset(logits.detach(), *rest).mode()
-    assert torch.autograd.gradcheck(lambda x: BudgetedSubset(x, *rest).log_prob(masks), logits)
-    assert torch.autograd.gradcheck(lambda x: BudgetedSubset(x, *rest).entropy(), logits)
+    masks = BudgetedSubset(logits.detach(), *budgets_and_masks).mode()
+    assert torch.autograd.gradcheck(lambda x: BudgetedSubset(x, *budgets_and_masks).log_prob(masks), logits)
+    assert torch.autograd.gradcheck(lambda x: BudgetedSubset(x, *budgets_and_masks).entropy(), logits)

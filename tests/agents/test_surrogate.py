@@ -51,14 +51,14 @@ def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(t
             def squares(source, row=row, cell=cell, frame=frame):
                 return [float((latents[source, :, row, k] - latents[frame, :, row, cell]).square().sum()) for k in range(width)]
 
-            sources = [(min(own := squares(source)), errors[source, row, int(np.argmin(own))]) for source in kept]
+            sources = [(min(distances := squares(source)), errors[source, row, int(np.argmin(distances))]) for source in kept]
             whole = min(min(squares(source)) for source in range(frame))
             errors[frame, row, cell] = max(0.0, min(map(sum, sources)) - whole - 0.01)
         rollouts.advance([1])
         kept.append(frame)
         assert rollouts.frame_numbers(1) == kept and rollouts.step(1) == frame - 4
-        shown = frame_features(latents[None, kept].float()).numpy()
-        np.testing.assert_allclose(rollouts.features([1]), shown, atol=1e-6)
+        expected_features = frame_features(latents[None, kept].float()).numpy()
+        np.testing.assert_allclose(rollouts.features([1]), expected_features, atol=1e-6)
         for name, value in TrueHistories.signals(rollouts, [1])[0].items():
             np.testing.assert_allclose(rollouts.signals([1])[0][name], value, atol=1e-5)
         if len(kept) > 3:
@@ -89,7 +89,7 @@ def test_an_episode_observes_true_frames_and_is_rewarded_with_the_estimate(tiny_
 
 
 def test_telescoping_rewards_add_up_and_restored_rows_continue(tiny_workload):
-    whole, split, again = (make_env(tiny_workload, telescoping=own) for own in (False, True, True))
+    whole, split, again = (make_env(tiny_workload, telescoping=telescoping_of) for telescoping_of in (False, True, True))
     rewards = {}
     for env in (whole, split):
         env.reset(options={"clip_id": [4, 7]})

@@ -22,7 +22,7 @@ from far_env.agents.surroundings import (
 
 
 def recalled(similarities, motions, kept):
-    """What is remembered of the kept frames of a clip whose frames changed so; the first change leads to frame 1."""
+    """The memory of the kept frames of a clip whose frames changed so; the first change leads to frame 1."""
     memory = HistoryMemory(surroundings=True)
     count = len(similarities) + 1
     looks = [(1.0, 1.0, 1.0, 0.0), *((1.0, 1.0, s, m) for s, m in zip(similarities, motions, strict=True))]
@@ -44,13 +44,13 @@ def test_agreements_are_those_of_plain_loops_in_torch_and_numpy():
     remembered = recalled(similarities, motions, kept)
     rows, edges = compare(np, remembered)
     assert rows.shape == (6, NUM_ROWS) and edges.shape == (6, 6, NUM_EDGES)
-    for found, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    for actual, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
+        np.testing.assert_allclose(actual.numpy(), expected, atol=1e-6)
     changes = {i + 1: change for i, change in enumerate(zip(similarities, motions, strict=True))}
     changes[12] = (0.0, 0.0)  # to the new frame of the last call
     best = np.zeros((6, 6))
-    for i, own in enumerate(kept):
-        before, after = ((changes.get(own), changes.get(own - 1)), (changes.get(own + 1), changes.get(own + 2)))
+    for i, number in enumerate(kept):
+        before, after = ((changes.get(number), changes.get(number - 1)), (changes.get(number + 1), changes.get(number + 2)))
         for j, other in enumerate(kept):
             past, next_ = ((changes.get(other), changes.get(other - 1)), (changes.get(other + 1), changes.get(other + 2)))
             expected, both = [], {0.004: [], 0.03: []}
@@ -60,7 +60,7 @@ def test_agreements_are_those_of_plain_loops_in_torch_and_numpy():
                     pair = [agreement(one[k], two[k], scale) for k in range(2)]
                     both[scale].append(min(pair))
                     expected.append(min(pair))
-            gap = own - other
+            gap = number - other
             expected += [max(both[0.004]), max(both[0.03]), np.clip(gap, -1, 1), math.log1p(abs(gap)) / 3, float(i == j)]
             np.testing.assert_allclose(edges[i, j], expected, atol=2e-3)
             best[i, j] = max(both[0.03]) * (i != j)
@@ -77,9 +77,9 @@ def test_a_camera_that_comes_back_is_recognised():
     passed = [ring[place if move > 0 else (place - 1) % 10] for place, move in zip(places, moves, strict=False)]
     kept = list(range(2, len(places) - 2))
     _, edges = compare(np, recalled([0.5] * len(passed), passed, kept))
-    found = edges[..., 16] > 0.5
+    same_place = edges[..., 16] > 0.5
     expected = places[kept][:, None] == places[kept][None]
-    np.testing.assert_array_equal(found | np.eye(len(kept), dtype=bool), expected)
+    np.testing.assert_array_equal(same_place | np.eye(len(kept), dtype=bool), expected)
 
 
 def test_what_shows_the_same_place_is_told_alike_in_torch_and_numpy():
@@ -89,8 +89,8 @@ def test_what_shows_the_same_place_is_told_alike_in_torch_and_numpy():
     remembered[:, 19] = np.array(places) / 16
     rows, edges = compare(np, remembered)
     assert rows.shape == (6, NUM_ROWS + NUM_PLACE_ROWS) and edges.shape == (6, 6, NUM_EDGES + NUM_PLACE_EDGES)
-    for found, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    for actual, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
+        np.testing.assert_allclose(actual.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(edges[..., -1], np.equal.outer(places, places), atol=1e-6)
     newer, older, newest = rows[:, NUM_ROWS:].T
     np.testing.assert_allclose(newer, [1, 1, 1, 0, 0, 0], atol=1e-5)
@@ -105,22 +105,22 @@ def test_distances_along_a_path_and_around_a_ring_are_told_alike_in_torch_and_nu
     remembered[1:, 19:] = [(point / 8, ring / 16, 1) for point in points]
     rows, edges = compare(np, remembered)
     assert rows.shape == (7, NUM_ROWS + NUM_PATH_ROWS) and edges.shape == (7, 7, NUM_EDGES + NUM_PATH_EDGES)
-    for found, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
-    apart = np.array([[(own - other + 5) % ring - 5 for other in points] for own in points])
+    for actual, expected in zip(compare(torch, torch.from_numpy(remembered)), (rows, edges), strict=True):
+        np.testing.assert_allclose(actual.numpy(), expected, atol=1e-5)
+    apart = np.array([[(point - other + 5) % ring - 5 for other in points] for point in points])
     same, ahead, behind, distance = np.moveaxis(edges[1:, 1:, NUM_EDGES:], -1, 0)
-    for found, expected in ((same, 0), (ahead, 1), (behind, -1)):
-        np.testing.assert_allclose(found, apart == expected, atol=1e-6)
+    for values, expected in ((same, 0), (ahead, 1), (behind, -1)):
+        np.testing.assert_allclose(values, apart == expected, atol=1e-6)
     np.testing.assert_allclose(distance, apart / 8, atol=1e-5)
     assert not edges[0, 1:, NUM_EDGES:].any() and not edges[1:, 0, NUM_EDGES:].any()
     newer, older, newest, next_ahead, next_behind = rows[1:, NUM_ROWS:].T
     np.testing.assert_allclose(newer, [1, 0, 0, 1, 0, 0], atol=1e-5)
     np.testing.assert_allclose(older, [0, 0, 0, 1, 1, 0], atol=1e-5)
     np.testing.assert_allclose(newest, [0, 0, 0, 0, 0, 1], atol=1e-5)
-    for found, side in ((next_ahead, -apart), (next_behind, apart)):
+    for actual, side in ((next_ahead, -apart), (next_behind, apart)):
         nearest = [min((other for other in row if other > 0), default=8) for row in side]
-        np.testing.assert_allclose(found, 1 - np.array(nearest) / 8, atol=1e-5)
-    # Without a ring, a path goes on and on.
+        np.testing.assert_allclose(actual, 1 - np.array(nearest) / 8, atol=1e-5)
+    # Without a ring, a path does not end.
     remembered[:, 20] = 0
     np.testing.assert_allclose(compare(np, remembered)[1][1:, 1:, -1], np.subtract.outer(points, points).clip(-8, 8) / 8)
 

@@ -39,11 +39,11 @@ def test_a_stopped_sweep_ends_as_the_whole_one_and_names_the_best(options, tmp_p
     assert "best of 3" in capsys.readouterr().out
     original, calls = module._score, []
 
-    def stop_in_the_second(own):
-        calls.append(own)
+    def stop_in_the_second(trial_config):
+        calls.append(trial_config)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(own)
+        return original(trial_config)
 
     monkeypatch.setattr(module, "_score", stop_in_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -82,7 +82,7 @@ def test_what_cannot_be_searched_is_refused(options, monkeypatch):
 
 
 def test_the_shipped_configuration_can_be_read():
-    own = load_yaml(Sweep, "configs/sweep.yaml")
-    for name, given in own.search.items():
-        value = given["choices"][0] if "choices" in given else given["low"]
-        changed(load_yaml(AgentTraining, own.base), {name: value})
+    settings = load_yaml(Sweep, "configs/sweep.yaml")
+    for name, search_range in settings.search.items():
+        value = search_range["choices"][0] if "choices" in search_range else search_range["low"]
+        changed(load_yaml(AgentTraining, settings.base), {name: value})

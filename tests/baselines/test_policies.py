@@ -124,7 +124,7 @@ def test_first_calls_of_the_benchmarks_workloads():
     assert rollout(make("packcache_paper"), world, 36, 1, 8)[0][2] == [0, 30, *tail]
     # the anchor is frame 35 then, frame 30 the first whole one, and frame 29 right behind it has the life 1 − 1
     assert rollout(make("packcache_paper", anchors="last_context"), world, 36, 1, 8)[0][2] == [29, 30, *tail]
-    # frame 3 stands before 4 = 2², which makes it stay
+    # frame 3 precedes 4 = 2², and therefore stays
     assert rollout(make("packcache_paper"), world, 5, 1, 4)[0][2] == [0, 3, 4, 5]
     assert rollout(make("uniform"), world, 5, 1, 4)[0][2] == [0, 2, 4, 5]
     assert rollout(make("rolling_forcing"), world, 5, 1, 4)[0][2] == [0, 1, 4, 5]
@@ -207,8 +207,8 @@ class Forbidden(dict):
 def test_a_policy_reads_what_its_tier_declares_and_nothing_else(name, tier):
     kept, world, policy = list(range(12)), World(9), make(name, tier)
     assert policy.signals == MADE[name].needs[tier] and (tier == "M") == (policy.signals == ())
-    given = Forbidden(policy.signals, world.signals(kept))
-    plan = ask(policy, world.metas(kept, 3), 3, 8, given)
+    signals = Forbidden(policy.signals, world.signals(kept))
+    plan = ask(policy, world.metas(kept, 3), 3, 8, signals)
     if tier == "M":
         assert plan == ask(make(name, tier), world.metas(kept, 3), 3, 8)
 

@@ -1,4 +1,4 @@
-"""Each published rule against its pseudo-code written out over true frame numbers, which a policy is never told."""
+"""Each published rule against its pseudo-code written out over true frame numbers, which a policy does not receive."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def halves(births, sink, recent):
 
 
 class Spec:
-    """Pseudo-code over true frame numbers, which a policy is never told. One object per clip."""
+    """Pseudo-code over true frame numbers, which a policy does not receive. One object per clip."""
 
     def __init__(self, world, budget):
         self.world, self.budget = world, budget
@@ -32,9 +32,9 @@ class Spec:
         return dict(zip(before, self.world.signals(before)["attn_mass"].astype(float), strict=True))
 
     def packcache_paper(self, step, before):
-        anchors, rest = before[:1], before[1:]
-        full = rest[-(self.budget - 2) :] if self.budget > 2 else rest[-1:]
-        tail = [b for b in rest if b not in full]
+        anchors, others = before[:1], before[1:]
+        full = others[-(self.budget - 2) :] if self.budget > 2 else others[-1:]
+        tail = [b for b in others if b not in full]
         places = self.budget - 1 - len(full)
 
         def life(b):
@@ -68,8 +68,8 @@ class Spec:
         if len(eligible) > 4 * places:
             eligible = [eligible[int(x)] for x in np.linspace(0, len(eligible) - 1, 4 * places + 1)[:-1] + 1e-9]
         chosen = top(eligible, score, min(places, len(eligible)))
-        rest = [b for b in middle if b < (sink[-1] + recent[0]) / 2]
-        return sink + sorted(chosen + top(rest, score, places - len(chosen))) + recent
+        older_half = [b for b in middle if b < (sink[-1] + recent[0]) / 2]
+        return sink + sorted(chosen + top(older_half, score, places - len(chosen))) + recent
 
     def relax_forcing_latents(self, step, before):
         flat = self.world.latents.flatten(1).numpy().astype(float)
@@ -208,11 +208,11 @@ SPECIFIED = [
 
 @pytest.mark.parametrize(("name", "params", "how"), SPECIFIED)
 def test_rules_equal_their_pseudo_code_over_true_frame_numbers(name, params, how):
-    """37 → 8 and 6 → 4 at once, then one eviction per call: chunk ids there say nothing about time."""
+    """37 → 8 and 6 → 4 at once, then one eviction per call: chunk ids there do not determine time."""
     for seed, (num_context, num_predict, budget) in enumerate((DMLAB, UCF8, UCF4, (36, 20, 4))):
         world = World(10 + seed)
         spec = Spec(world, budget)
-        rule = how if callable(how) else lambda own, *call: getattr(own, how or name)(*call)
+        rule = how if callable(how) else lambda rule_object, *call: getattr(rule_object, how or name)(*call)
         decisions = rollout(baselines.make(name, **params), world, num_context, num_predict, budget)
         assert [len(before) for _, before, _ in decisions[:2]] == [max(num_context + 1, budget + 1), budget + 1]
         for step, before, kept in decisions:

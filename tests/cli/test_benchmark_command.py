@@ -49,7 +49,7 @@ def policy_file(folder, body, name="policy.py"):
 
 
 def restated(workload, policy, max_frames, num_clips):
-    """The benchmark's loop in its own order, without cache or batch: mean PSNR, mean SSIM and what each call kept."""
+    """The benchmark's loop in its order, without cache or batch: mean PSNR, mean SSIM and what each call kept."""
     host, scores, kept_numbers = workload.host, [], []
     capacity, size = workload.capacity_mb(max_frames), frame_size_mb(host.latent_shape)
     for clip_index in range(num_clips):
@@ -81,8 +81,8 @@ def restated(workload, policy, max_frames, num_clips):
 QUIRKY = """
 # State across clips and in the benchmark's own state object; ids that repeat, count from the end, are missing or unknown.
 self.calls += 1
-rollout_state.seen = getattr(rollout_state, "seen", 0) + 1
-ids = [np.int64((self.calls * 5) % n), (self.calls + rollout_state.seen) % n, -2, -2, True]
+rollout_state.num_calls = getattr(rollout_state, "num_calls", 0) + 1
+ids = [np.int64((self.calls * 5) % n), (self.calls + rollout_state.num_calls) % n, -2, -2, True]
 plan = [ChunkDecision(i, "demote_to_long_term" if i == 1 else "keep") for i in ids]
 plan += [ChunkDecision(ids[0], "drop"), ChunkDecision("nobody", "discard"), ChunkDecision(10**6, None)]
 return TemporalCachePlan(plan if rollout_state.step != 6 else [])
@@ -183,7 +183,7 @@ return TemporalCachePlan([ChunkDecision(draw, "keep") for draw in draws])
     for _ in range(2):
         with PolicyProcess(path) as policy:
             runs.append([[d.chunk_id for d in ask(policy, step).chunk_decisions] for step in (3, 4, 3)])
-    assert runs[0] == runs[1] and len({tuple(draws) for draws in runs[0]}) == 3, "every clip draws anew"
+    assert runs[0] == runs[1] and len({tuple(draws) for draws in runs[0]}) == 3, "every clip draws again"
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_failing_policies_and_bad_arguments_end_in_one_sentence(capsys, tmp_path
 
 
 def test_the_worker_needs_no_torch_and_no_pickle():
-    """So that it starts at once, and nothing it reads or writes is executed."""
+    """Starts at once, and nothing that it reads or writes is executed."""
     code = (
         "import sys; import far_env.evaluation.policy_worker as worker; "
         "sys.exit('torch' in sys.modules or hasattr(worker, 'pickle') or 'pickle' in open(worker.__file__).read())"

@@ -62,16 +62,16 @@ def test_numbers_are_the_rollouts_and_a_stopped_run_goes_on(capsys, host, tmp_pa
         assert status == 0 and played == [40] * 2 + [64] * 2 + [40] + [40] * 2 + [64] * 2, "finished parts are not played again"
 
     content = json.loads((tmp_path / RESULTS_FILE).read_text())
-    parts = {(part.policy, part.token_budget): part for part in (Part(**own) for own in content["parts"])}
+    parts = {(part.policy, part.token_budget): part for part in (Part(**values) for values in content["parts"])}
     assert len(parts) == 5 and content["settings"]["weights"] == load_host(host, "cpu").weights_hash
     workload = make_workload("pan", host=host, device="cpu")
     clip = workload.clips.clip("test", 2)
     truth = torch.from_numpy(clip.frames[5:])
     (rollout,) = play_extended(workload, [clip], [44], load_policy("packforcing_coarse"), 64)
     frames = workload.host.autoencoder.decode(rollout.latents[None])[0]
-    found = parts["packforcing_coarse", 64]
-    assert found.psnr[2] == pytest.approx(psnr(frames, truth).item(), abs=1e-3)
-    assert found.tokens[2] == pytest.approx(sum(rollout.tokens) / 11)
+    part = parts["packforcing_coarse", 64]
+    assert part.psnr[2] == pytest.approx(psnr(frames, truth).item(), abs=1e-3)
+    assert part.tokens[2] == pytest.approx(sum(rollout.tokens) / 11)
     full = parts["full_history", None]
     expected = reference_rollout(workload, clip, None, 9999, 44).frames
     assert full.psnr[2] == pytest.approx(psnr(expected, truth).item(), abs=1e-3)
@@ -80,9 +80,9 @@ def test_numbers_are_the_rollouts_and_a_stopped_run_goes_on(capsys, host, tmp_pa
 
     rows = [line.split() for line in captured.out.splitlines()]
     row = next(row for row in rows if row[:2] == ["packforcing_coarse", "64"])
-    interval = mean_interval(found.scores())
-    assert row[2:6] == [f"{found.mean_tokens():.1f}", f"{interval.mean:.2f}", f"[{interval.low:.2f},", f"{interval.high:.2f}]"]
-    difference = mean_interval(found.scores() - parts["recent_fill", 64].scores())
+    interval = mean_interval(part.scores())
+    assert row[2:6] == [f"{part.mean_tokens():.1f}", f"{interval.mean:.2f}", f"[{interval.low:.2f},", f"{interval.high:.2f}]"]
+    difference = mean_interval(part.scores() - parts["recent_fill", 64].scores())
     assert row[6] == f"{difference.mean:+.2f}"
     assert "not the benchmark" in captured.out
     assert (tmp_path / "extended.png").stat().st_size > 1000 and "<svg" in (tmp_path / "extended.svg").read_text()
@@ -95,7 +95,7 @@ def test_the_figure_shows_means_and_intervals_where_the_tokens_are():
     (axes,) = quality_figure(parts, "title").axes
     (line,) = (container[0] for container in axes.containers)
     assert line.get_xydata().tolist() == [[30, 18], [52, 21]]
-    (level,) = (own for own in axes.lines if own.get_label() == "full_history")
+    (level,) = (curve for curve in axes.lines if curve.get_label() == "full_history")
     assert set(level.get_ydata()) == {25}
 
 

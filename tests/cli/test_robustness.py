@@ -182,11 +182,11 @@ def test_numbers_without_a_damaged_clip_are_those_of_the_other_clips(videos, tin
     workload = make_workload("ucf101_short_prediction", host=tiny_host_folder, device="cpu", data_dir=str(folder))
     policies = {name: baselines.make(name) for name in ("recent_fill", "random")}
     options = {"metrics": ["psnr"], "progress": False}
-    found = evaluate(workload, 4, policies, [0, 1, 2], **options)
+    evaluation = evaluate(workload, 4, policies, [0, 1, 2], **options)
     expected = evaluate(workload, 4, policies, [0, 2], **options)
-    assert found.clip_ids == [0, 2] and found.provenance["damaged_clips"] == [1]
+    assert evaluation.clip_ids == [0, 2] and evaluation.provenance["damaged_clips"] == [1]
     for name in policies:
-        np.testing.assert_allclose(found.scores[name]["psnr"], expected.scores[name]["psnr"], atol=1e-4)
+        np.testing.assert_allclose(evaluation.scores[name]["psnr"], expected.scores[name]["psnr"], atol=1e-4)
     assert list(evaluate_grid([workload], [4], policies, [0, 1], **options).unreadable) == [("ucf101_short_prediction", 1)]
     with pytest.raises(VideoError, match=damaged.name):
         evaluate(workload, 4, policies, [1], **options)

@@ -10,7 +10,7 @@ import pytest
 from far_env.plugins import COMMANDS, distribution_name, entry_points
 
 CALLS = [["--help"], ["baselines"], ["weights", "list"]]
-CALLS += [[name, "--help"] for name, found in entry_points(COMMANDS).items() if distribution_name(found) == "far-env"]
+CALLS += [[name, "--help"] for name, entry in entry_points(COMMANDS).items() if distribution_name(entry) == "far-env"]
 SCRIPT = """
 import sys
 from far_env.cli import main

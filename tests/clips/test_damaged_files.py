@@ -69,10 +69,10 @@ def test_a_hundred_damaged_episodes(originals, tmp_path, name):
         path.write_bytes(damaged(content, np.random.default_rng(seed)))
         refused(path, count_frames)
         for function, args, expected in ((read_frames, (0, 16), video), (read_actions, (4,), actions)):
-            found = refused(path, function, *args)
-            refusals += found is None
-            if found is not None:
-                np.testing.assert_array_equal(np.stack(found), expected)
+            frames = refused(path, function, *args)
+            refusals += frames is None
+            if frames is not None:
+                np.testing.assert_array_equal(np.stack(frames), expected)
     assert refusals > 50
 
 

@@ -397,6 +397,6 @@ def test_data_check_fails_where_nothing_is_usable(tmp_path, capsys):
 
 
 def test_an_archive_beside_a_video_of_its_name_is_no_episode(minecraft):
-    found = find_recordings(minecraft)
-    assert [recording.path.name for recording in found] == [f"{i}.mp4" for i in range(4)]
-    assert all(recording.actions == recording.path.with_suffix(".npz") for recording in found)
+    recordings = find_recordings(minecraft)
+    assert [recording.path.name for recording in recordings] == [f"{i}.mp4" for i in range(4)]
+    assert all(recording.actions == recording.path.with_suffix(".npz") for recording in recordings)

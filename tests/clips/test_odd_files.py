@@ -135,7 +135,7 @@ def test_every_frame_is_resized_from_its_size(tmp_path, suffix, protocol):
 
 
 def test_joined_videos_of_different_sizes_are_read(tmp_path):
-    """H.264 streams one after the other in one file, each with its parameter sets."""
+    """H.264 streams concatenated in one file, each with its parameter sets."""
     parts = []
     for width, height in ((96, 64), (128, 96)):
         with av.open(str(tmp_path / "part.h264"), "w", format="h264") as container:
@@ -172,7 +172,7 @@ def test_metadata_that_are_not_utf8_do_not_matter(tmp_path):
 
 
 def litter(folder):
-    """What a Mac, a network drive and an editor leave beside each file of a folder, and a folder named like a video."""
+    """Files that a Mac, a network drive and an editor add beside each file of a folder, and a folder named like a video."""
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         (path.parent / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ")
         for hidden in (".cache", "__MACOSX", "@eaDir"):

@@ -168,7 +168,7 @@ def test_npz_episodes_are_read_like_videos(tmp_path):
     path = write_episode(tmp_path / "episode_1.npz", 80)
     assert count_frames(path) == 80
     np.testing.assert_array_equal(np.stack(read_frames(path, 4, 3))[:, 0, 0, 0], [4, 5, 6])
-    with pytest.raises(VideoError, match="frames 79 to 80 were asked for, 80 are there"):
+    with pytest.raises(VideoError, match="frames 79 to 80 were requested, 80 are there"):
         read_frames(path, 79, 2)
     clip = DMLab(tmp_path, "far", num_frames=72).clip("test", 0)
     np.testing.assert_allclose(clip.frames[:, 1, 3, 3] * 255, np.arange(72), atol=1e-3)

@@ -46,11 +46,11 @@ def test_panning_moves_the_scenery_by_the_action_and_shows_nothing_new_after_the
                     np.testing.assert_array_equal(before[:, :, shift:], now[:, :, : 64 - shift])
                 else:
                     np.testing.assert_array_equal(before[:, :, :shift], now[:, :, -shift:])
-            shown = {frame[:, :56, x].tobytes() for x in range(0, 64, 4)}
+            visible = {frame[:, :56, x].tobytes() for x in range(0, 64, 4)}
             if t < 5:
-                columns |= shown
+                columns |= visible
             else:
-                assert shown <= columns
+                assert visible <= columns
 
 
 def test_pan_uses_every_action():
@@ -66,7 +66,7 @@ def test_orbit_turns_around_a_closed_panorama_and_back_and_shows_nothing_new_aft
         for t, (place, frame) in enumerate(zip(places, clip.frames, strict=True)):
             halves = {int(place): frame[:, :56, :32], int(place + 1) % 12: frame[:, :56, 32:]}
             for half, content in halves.items():
-                assert t < 36 or half in picture, "all that is shown later was shown in the context"
+                assert t < 36 or half in picture, "everything visible later was visible in the context"
                 np.testing.assert_array_equal(picture.setdefault(half, content), content)
         turns += int((np.diff(clip.actions[1:]) != 0).sum())
         around += len(picture) == 12

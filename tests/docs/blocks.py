@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +32,8 @@ class Block:
 def blocks(page: Path, *languages: str) -> list[Block]:
     """The page's blocks in these languages."""
     text = page.read_text(encoding="utf-8")
-    found = [Block(page, text[: match.start()].count("\n") + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
-    return [block for block in found if block.language in languages]
+    all_blocks = [Block(page, text[: match.start()].count("\n") + 1, match[1], match[2]) for match in BLOCK.finditer(text)]
+    return [block for block in all_blocks if block.language in languages]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -41,9 +42,11 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.strip()]
 
 
-def generator() -> ModuleType:
-    """docs/generate.py, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+def generator(name: str = "generate") -> ModuleType:
+    """A module of docs/ by file name; the folder is not a package, and its modules import each other."""
+    if str(ROOT / "docs") not in sys.path:
+        sys.path.insert(0, str(ROOT / "docs"))
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

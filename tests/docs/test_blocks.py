@@ -82,7 +82,7 @@ def test_commands_are_understood(page, workplace, parse_only):
 
 
 def check(command: list[str]) -> None:
-    """Have the program that a command names parse its arguments; SystemExit or an assertion says what is wrong."""
+    """Have the program that a command names parse its arguments; SystemExit or an assertion names the mistake."""
     program, *args = command
     if program == "far-env" and args != ["--help"]:
         with pytest.raises(Parsed):
@@ -128,13 +128,13 @@ def test_cheap_commands_run(page, workplace):
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
 def test_yaml_is_a_configuration(block):
-    settings, _ = generator().command_options(entry_points("far_env.commands")["train"].load())
+    settings, _ = generator("option_tables").command_options(entry_points("far_env.commands")["train"].load())
     assert from_dict(settings, yaml.safe_load(block.text), str(block))
 
 
 @pytest.fixture(scope="session")
 def installed_example(tmp_path_factory) -> Path:
-    """A folder for PYTHONPATH in which the example package looks installed: its modules and its metadata."""
+    """A folder for PYTHONPATH in which the example package counts as installed: its modules and its metadata."""
     folder = tmp_path_factory.mktemp("site")
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     for package in tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]:
@@ -143,7 +143,8 @@ def installed_example(tmp_path_factory) -> Path:
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     groups = [
-        f"[{group}]\n" + "".join(f"{key} = {own[key]}\n" for key in own) for group, own in project["entry-points"].items()
+        f"[{group}]\n" + "".join(f"{key} = {values[key]}\n" for key in values)
+        for group, values in project["entry-points"].items()
     ]
     (metadata / "entry_points.txt").write_text("\n".join(groups))
     return folder

@@ -1,4 +1,4 @@
-"""What the package says about itself is the same in every file that says it."""
+"""The package's metadata are the same in every file that states them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_classifiers_name_the_versions_of_python_that_are_supported():
 
 def test_the_changelog_names_every_key_that_was_renamed_or_removed():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    settings, _ = generator().command_options(entry_points("far_env.commands")["train"].load())
+    settings, _ = generator("option_tables").command_options(entry_points("far_env.commands")["train"].load())
     sections = {"": settings} | {field.name: type(getattr(settings(), field.name)) for field in dataclasses.fields(settings)}
     renamed = 0
     for section, cls in sections.items():

@@ -1,4 +1,4 @@
-"""Numbers in the README, the pages and the cards agree with RESULTS.md, which alone is measured anew."""
+"""Numbers in the README, the pages and the cards agree with RESULTS.md, which alone is measured again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import re
 
 import pytest
+import yaml
 
 from tests.docs.blocks import CARDS, PAGES, ROOT
 
@@ -24,11 +25,11 @@ def rows(markdown: str) -> list[list[str]]:
 
 def measured(markdown: str) -> dict[tuple[str, str, str], list[str]]:
     """(workload, budget, policy) → the PSNR cells of the tables that `markdown_table` has written."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    cells: dict[tuple[str, str, str], list[str]] = {}
     for row in rows(markdown):
         if len(row) >= 5 and row[1].isdigit():
-            found.setdefault((row[0], row[1], row[2]), []).append(row[3])
-    return found
+            cells.setdefault((row[0], row[1], row[2]), []).append(row[3])
+    return cells
 
 
 def interval(cell: str) -> tuple[float, float, float]:
@@ -65,8 +66,8 @@ def test_the_best_rules_of_the_readme_are_the_best():
         ):
             rules = {
                 policy: max(interval(cell)[0] for cell in cells)
-                for (own, size, policy), cells in results.items()
-                if (own, size) == (workload, budget)
+                for (name, size, policy), cells in results.items()
+                if (name, size) == (workload, budget)
                 and "/" not in policy
                 and policy != "full_history"
                 and policy not in reads_attention
@@ -87,11 +88,11 @@ def test_the_training_table_of_the_readme_is_that_of_the_card():
 @pytest.mark.parametrize("card", POLICY_CARDS, ids=lambda card: card.parent.name)
 def test_a_policy_card_agrees_with_the_results(card):
     """Cards are measured in bfloat16 on fewer clips, so their intervals overlap with those of RESULTS.md."""
-    results, own = measured(RESULTS), measured(card.read_text(encoding="utf-8"))
-    shared = own.keys() & results.keys()
+    results, card_cells = measured(RESULTS), measured(card.read_text(encoding="utf-8"))
+    shared = card_cells.keys() & results.keys()
     assert any(policy == f"pretrained/{card.parent.name}" for _, _, policy in shared)
     for key in shared:
-        assert all(overlap(cell, other) for cell in own[key] for other in results[key]), key
+        assert all(overlap(cell, other) for cell in card_cells[key] for other in results[key]), key
 
 
 @pytest.mark.parametrize("card", POLICY_CARDS, ids=lambda card: card.parent.name)
@@ -100,6 +101,17 @@ def test_a_policy_card_and_the_results_name_the_weights_that_ship(card):
     assert digest in card.read_text(encoding="utf-8")
     named = set(re.findall(rf"^- pretrained/{card.parent.name}: .*weights (\w+)\.$", RESULTS, re.MULTILINE))
     assert named == {digest[:8]}
+
+
+def test_the_results_have_the_captions_policies_and_commands_of_the_configuration():
+    config = yaml.safe_load((ROOT / "configs/results.yaml").read_text(encoding="utf-8"))
+    for name, table in config["tables"].items():
+        section = RESULTS.partition(f"<!-- begin {name} -->\n")[2].partition(f"\n<!-- end {name} -->")[0]
+        assert section.startswith(f"## {name}\n\n{table['caption'].strip()}\n\n|"), name
+        assert {row[2] for row in rows(section)[1:]} == {policy for part in table["parts"] for policy in part["policies"]}
+        commands = dict(re.findall(r"^- (\S+): trained on .* by `python train_agent.py (.*)`; weights \w+\.$", section, re.M))
+        assert commands == {policy: config["agents"][policy] for policy in commands}
+        assert commands.keys() == {row[2] for row in rows(section)[1:]} & config["agents"].keys(), name
 
 
 @pytest.mark.parametrize("card", HOST_CARDS, ids=lambda card: card.parent.name)
@@ -114,9 +126,9 @@ def test_a_host_card_agrees_with_the_results(card):
         for policy, value in (("full_history", full_history), ("recent_fill", recent_fill)):
             cells = [
                 cell
-                for (own, size, name), own_cells in results.items()
-                for cell in own_cells
-                if (own, name) == (world, policy) and (size == budget or name == "full_history")
+                for (workload, size, name), measured_cells in results.items()
+                for cell in measured_cells
+                if (workload, name) == (world, policy) and (size == budget or name == "full_history")
             ]
             assert any(interval(cell)[1] <= float(value) <= interval(cell)[2] for cell in cells), (world, policy)
 
@@ -125,9 +137,9 @@ def test_a_host_card_agrees_with_the_results(card):
 def test_decibels_in_prose_are_in_the_results(page):
     """A number of dB in a sentence is a number of RESULTS.md or of a card, rounded; those of the task are named here."""
     sources = RESULTS + "".join(card.read_text(encoding="utf-8") for card in CARDS)
-    known = [abs(float(number)) for number in re.findall(r"[+-]?\d+\.\d+", sources)]
+    measured_values = [abs(float(number)) for number in re.findall(r"[+-]?\d+\.\d+", sources)]
     of_the_task = {"40"}
     prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for number in re.findall(r"(\d+(?:\.\d+)?) dB", prose):
         decimals = len(number.partition(".")[2])
-        assert number in of_the_task or any(f"{value:.{decimals}f}" == number for value in known), number
+        assert number in of_the_task or any(f"{value:.{decimals}f}" == number for value in measured_values), number

@@ -1,4 +1,4 @@
-"""Episodes: the environment's transition is the benchmark's, rewards are what their names say."""
+"""Episodes: the environment's transition is the benchmark's, rewards agree with their definitions."""
 
 from __future__ import annotations
 
@@ -123,9 +123,9 @@ def test_observations_hold_what_the_benchmark_hands_a_policy(tiny_workload):
     np.testing.assert_array_equal(observed["mask"][0], [0] * (9 - n) + [1] * n)
     step = episodes.last_step(0)
     np.testing.assert_allclose(observed["budget"][0], [8 / 9, step / 11, n / 9], rtol=1e-6)
-    shown = episodes.info(0)["frame_features"]
-    np.testing.assert_allclose(shown[9 - n :], features, rtol=1e-6)
-    assert shown[: 9 - n].max(initial=0) == 0
+    given_features = episodes.info(0)["frame_features"]
+    np.testing.assert_allclose(given_features[9 - n :], features, rtol=1e-6)
+    assert given_features[: 9 - n].max(initial=0) == 0
     np.testing.assert_array_equal(episodes.action_mask(0), [0] * (9 - n) + [2] * (n - 1) + [1])
 
 

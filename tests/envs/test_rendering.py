@@ -134,8 +134,8 @@ def test_the_human_mode_shows_every_step_in_a_window(make, tiny_host_folder, no_
         each.reset(seed=0)
         each.step(np.array([0, 1, 0, 1, 0, 1]))
         each.step(np.array([1, 1, 0, 1, 0, 1]))
-    shown = pygame.surfarray.array3d(pygame.display.get_surface()).transpose(1, 0, 2)
-    np.testing.assert_array_equal(shown, reference.render())
+    pixels = pygame.surfarray.array3d(pygame.display.get_surface()).transpose(1, 0, 2)
+    np.testing.assert_array_equal(pixels, reference.render())
     env.close()
     window = HumanRendering(make())
     window.metadata["render_fps"] = 1000
@@ -151,7 +151,7 @@ def test_the_human_mode_without_pygame_says_what_to_install(tiny_host_folder, mo
 
 
 def test_gymnasiums_checker_passes_on_a_registered_environment(tiny_host_folder):
-    """With its specification, by which the checker makes the environment anew in every render mode."""
+    """With its specification, by which the checker makes the environment again in every render mode."""
     env = gym.make("far_env/Pan-v0", render_mode="rgb_array", host=str(tiny_host_folder), device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""The results folder: what a record tells, and that a stopped evaluation goes on where it was."""
+"""The results folder: the content of a record, and a stopped evaluation resumes."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def by_key(folder):
     return {(r["workload"], r["budget"], r["policy"], r["clip"], r["seed"]): r for r in lines(folder)}
 
 
-def check_same(found, expected):
+def check_same(actual, expected):
     """Equal to the last bit of the latents; pixels are decoded in batches of other sizes, and may differ in the last digit."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for key, record in expected.items():
-        differing = {name for name, value in record.items() if found[key][name] != value}
+        differing = {name for name, value in record.items() if actual[key][name] != value}
         assert differing <= {"metrics", "psnr_per_frame"}
-        assert found[key]["psnr_per_frame"] == pytest.approx(record["psnr_per_frame"], abs=1e-4)
-        assert found[key]["metrics"] == pytest.approx(record["metrics"], abs=1e-4)
+        assert actual[key]["psnr_per_frame"] == pytest.approx(record["psnr_per_frame"], abs=1e-4)
+        assert actual[key]["metrics"] == pytest.approx(record["metrics"], abs=1e-4)
 
 
 @pytest.fixture
@@ -238,9 +238,9 @@ def test_pictures_show_the_frames(finished, workloads):
         picture = np.asarray(Image.open(path)) / 255
         assert picture.shape == (64, 64 * len(frames), 3)
         np.testing.assert_allclose(picture, np.concatenate(list(frames.transpose(0, 2, 3, 1)), axis=1), atol=0.5 / 255 + 1e-6)
-    shown = {path.relative_to(finished.folder / "frames").as_posix() for path in finished.folder.rglob("*.png")}
-    assert "pan/b9999/full_history/s50_c0.png" in shown and "cuts/b4/random/s42_c0.png" in shown
-    assert len(shown) == 2 * (1 + 2 * (1 + 2 * len(NAMES))) and not any("_c1" in name for name in shown)
+    pictures = {path.relative_to(finished.folder / "frames").as_posix() for path in finished.folder.rglob("*.png")}
+    assert "pan/b9999/full_history/s50_c0.png" in pictures and "cuts/b4/random/s42_c0.png" in pictures
+    assert len(pictures) == 2 * (1 + 2 * (1 + 2 * len(NAMES))) and not any("_c1" in name for name in pictures)
 
 
 @pytest.mark.parametrize("name", ["../../policy.py", "..", ".", "runs/my run"])
@@ -255,8 +255,8 @@ def test_what_was_written_is_read_back(finished):
     loaded = load(finished.folder)
     assert loaded.settings == finished.settings and loaded.folder == finished.folder
     assert [r.key for r in loaded.records] == [r.key for r in finished.records]
-    for own, other in zip(loaded.records, finished.records, strict=True):
-        assert dataclasses.asdict(own) == dataclasses.asdict(other)
+    for reloaded, other in zip(loaded.records, finished.records, strict=True):
+        assert dataclasses.asdict(reloaded) == dataclasses.asdict(other)
 
 
 def test_an_infinite_psnr_survives(finished, tmp_path):
@@ -324,8 +324,8 @@ def test_an_optional_policy_is_left_out_where_it_cannot_run(workloads, capsys):
     common = {"metrics": ["psnr"], "progress": False}
     results = evaluate_grid(workloads[:1], [2, 4], everyone, range(2), optional={"refuses"}, **common)
     assert {(r.policy, r.budget) for r in results.records} == {("recent_fill", 2), ("recent_fill", 4), ("refuses", 4)}
-    told = capsys.readouterr().err
-    assert "left out refuses on pan under budget 2" in told and "needs 4 frames" in told
+    stderr = capsys.readouterr().err
+    assert "left out refuses on pan under budget 2" in stderr and "needs 4 frames" in stderr
     with pytest.raises(PolicyError, match="needs 4 frames"):
         evaluate_grid(workloads[:1], [2, 4], everyone, range(2), **common)
 

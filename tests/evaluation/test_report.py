@@ -1,4 +1,4 @@
-"""The report's numbers against their definition, and its refusals; tests/test_report_page.py looks at the page in a browser."""
+"""The report's numbers against their definition, and its refusals; test_report_page.py tests the page in a browser."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def embedded(page):
 
 def clip_means(results, workload, budget, policy, value):
     """Mean over seeds of a value of the records, for every clip."""
-    own = {
+    values = {
         (r.clip, r.seed): value(r) for r in results.records if (r.workload, r.budget, r.policy) == (workload, budget, policy)
     }
-    return np.array([np.mean([own[clip, seed] for seed in results.settings.seeds]) for clip in results.settings.clips])
+    return np.array([np.mean([values[clip, seed] for seed in results.settings.seeds]) for clip in results.settings.clips])
 
 
 def own_budget(group, policy):
@@ -84,16 +84,16 @@ def test_the_pages_differences_are_paired(results, page):
     data = embedded(page)
     for group in data["groups"]:
         names = [data["policies"][row["policy"]]["name"] for row in group["rows"]]
-        for (i, own), (j, other) in product(enumerate(names), repeat=2):
-            shown = group["differences"]["psnr"][i][j]
-            if own == other:
-                assert shown is None
+        for (i, name_a), (j, name_b) in product(enumerate(names), repeat=2):
+            difference = group["differences"]["psnr"][i][j]
+            if name_a == name_b:
+                assert difference is None
                 continue
             means = [
                 clip_means(results, group["workload"], own_budget(group, name), name, lambda record: record.metrics["psnr"])
-                for name in (own, other)
+                for name in (name_a, name_b)
             ]
-            assert shown[:3] == triple(mean_interval(means[0] - means[1])) and shown[3] == 5
+            assert difference[:3] == triple(mean_interval(means[0] - means[1])) and difference[3] == 5
 
 
 def test_names_cannot_end_the_data_or_become_markup(page):

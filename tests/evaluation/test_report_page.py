@@ -100,7 +100,7 @@ def frame_of(path, index):
 
 def record(results, policy, budget, clip=0, seed=42, workload="pan"):
     key = (workload, budget, policy, clip, seed)
-    return next(own for own in results.records if own.key == key)
+    return next(candidate for candidate in results.records if candidate.key == key)
 
 
 def frame(page):
@@ -167,16 +167,16 @@ def test_it_steps_by_keys_and_shows_the_true_pixels(open_page, results):
     page = open_page()
     to_player(page)
     truth = results.truth_picture("pan", 0)
-    own = [results.picture(record(results, name, 2)) for name in ("recent_fill", "learned")]
+    pictures = [results.picture(record(results, name, 2)) for name in ("recent_fill", "learned")]
     assert frame(page) == 0 and not pixels(page, 0, 2)[..., 1:].max(initial=0) > 4
     for _ in range(4):
         page.keyboard.press("ArrowRight")
     assert frame(page) == 4
     for side in (0, 1):
-        shown, made = frame_of(truth, 4), frame_of(own[side], 4 - 3)
-        np.testing.assert_array_equal(pixels(page, side, 0), shown)
-        np.testing.assert_array_equal(pixels(page, side, 1), made)
-        error = np.abs(shown.astype(int) - made).mean(axis=2).ravel()
+        true_frame, generated_frame = frame_of(truth, 4), frame_of(pictures[side], 4 - 3)
+        np.testing.assert_array_equal(pixels(page, side, 0), true_frame)
+        np.testing.assert_array_equal(pixels(page, side, 1), generated_frame)
+        error = np.abs(true_frame.astype(int) - generated_frame).mean(axis=2).ravel()
         lightness = pixels(page, side, 2).sum(axis=2).ravel()[np.argsort(error)].astype(int)
         assert (np.diff(lightness) >= -6).all() and lightness[-1] - lightness[0] > 100
     page.keyboard.press("ArrowLeft")
@@ -207,8 +207,8 @@ def test_it_plays_loops_stops_and_scrubs(open_page):
     assert page.locator("#play").get_attribute("aria-label") == "Pause"
     page.locator("#loop").uncheck()
     until(page, "document.getElementById('play').getAttribute('aria-label') == 'Play'")
-    seen = "".join(page.evaluate("seen"))
-    assert frame(page) == 8 and ("012345678" * len(seen))[1:].startswith(seen)
+    visited = "".join(page.evaluate("seen"))
+    assert frame(page) == 8 and ("012345678" * len(visited))[1:].startswith(visited)
     page.evaluate("() => { document.activeElement.blur(); seen.length = 0 }")
     to_player(page)
     page.keyboard.press("Space")
@@ -232,9 +232,9 @@ def test_two_policies_stand_side_by_side(open_page, results):
     page.wait_for_timeout(50)
     for side, strip in enumerate(strips):
         np.testing.assert_array_equal(pixels(page, side, 1), frame_of(strip, 5))
-    own = record(results, "uniform", 4)
+    episode = record(results, "uniform", 4)
     scores = page.locator(".panel .score")
-    assert scores.first.inner_text() == f"PSNR {own.metrics['psnr']:.2f} dB · SSIM {own.metrics['ssim']:.3f}"
+    assert scores.first.inner_text() == f"PSNR {episode.metrics['psnr']:.2f} dB · SSIM {episode.metrics['ssim']:.3f}"
     page.keyboard.press("s")
     page.wait_for_timeout(50)
     np.testing.assert_array_equal(pixels(page, 1, 1), frame_of(strips[0], 5))
@@ -253,18 +253,18 @@ def test_the_timeline_tells_the_plan_and_follows(open_page, results):
     to_player(page)
     panel = page.locator(".panel").first
     plan = {entry["step"]: entry for entry in record(results, "recent_fill", 2).plan}
-    seen = set()
+    positions = set()
     for number in range(9):
         step = number - 3
         cursor = panel.locator(".cursor").first
         assert cursor.get_attribute("data-step") == str(max(step, -1))
-        seen.add(cursor.get_attribute("x"))
+        positions.add(cursor.get_attribute("x"))
         if step in plan:
-            told = panel.locator(".readout").inner_text()
-            kept, demoted = (re.search(rf"{word} ([\d, –]+)\.", told)[1] for word in ("kept", "Demoted"))
+            readout = panel.locator(".readout").inner_text()
+            kept, demoted = (re.search(rf"{word} ([\d, –]+)\.", readout)[1] for word in ("kept", "Demoted"))
             assert [kept, demoted] == [", ".join(map(str, plan[step][key])) for key in ("kept", "demoted")]
         page.keyboard.press("ArrowRight")
-    assert len(seen) == 7  # one column for what is given, and six steps
+    assert len(positions) == 7  # one column for what is given, and six steps
     counts = {kind: panel.locator(f".timeline path.{kind}").get_attribute("d").count("M") for kind in ("demoted", "dropped")}
     assert counts["dropped"] == 2 * (3 + 6 - 2 - 1)  # strokes: all frames but two, and the last frame is never decided about
     assert counts["demoted"] == 2 * len(plan)  # a frame and its hole, once per decision

@@ -54,12 +54,12 @@ def test_the_interval_of_one_clip_is_its_value_and_of_none_an_error():
 
 def test_the_interval_is_scipys():
     values = np.random.default_rng(3).gamma(2, 3, size=80)
-    own = mean_interval(values)
+    ours = mean_interval(values)
     theirs = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", random_state=0).confidence_interval
-    assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
-    own = iqm_interval(values)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
+    ours = iqm_interval(values)
     theirs = bootstrap((values,), lambda x, axis: trim_mean(x, 0.25, axis=axis), method="percentile", random_state=0)
-    assert (own.low, own.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.05)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.05)
 
 
 def test_the_interquartile_mean_is_the_trimmed_mean():
@@ -101,21 +101,21 @@ def test_missing_values_are_left_out():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(30, 3))
     values[4], values[7, 1], values[9, 2] = np.nan, np.inf, np.nan
-    known = values[np.isfinite(values)]
-    assert mean_interval(values).mean == pytest.approx(known.mean()) and mean_interval(values).n == 29
-    assert iqm_interval(values).mean == pytest.approx(trim_mean(known, 0.25))
+    finite = values[np.isfinite(values)]
+    assert mean_interval(values).mean == pytest.approx(finite.mean()) and mean_interval(values).n == 29
+    assert iqm_interval(values).mean == pytest.approx(trim_mean(finite, 0.25))
     columns = mean_intervals(values)
     assert [column.n for column in columns] == [29, 28, 28]
-    for column, own in zip(columns, values.T, strict=True):
-        alone = mean_interval(own)
+    for column, column_values in zip(columns, values.T, strict=True):
+        alone = mean_interval(column_values)
         assert column.mean == pytest.approx(alone.mean)
         assert (column.low, column.high) == pytest.approx((alone.low, alone.high), abs=0.03)
 
 
 def test_columns_are_intervals_of_their_own():
     values = np.random.default_rng(5).normal(size=(50, 4))
-    for column, own in zip(mean_intervals(values), values.T, strict=True):
-        alone = mean_interval(own)
+    for column, column_values in zip(mean_intervals(values), values.T, strict=True):
+        alone = mean_interval(column_values)
         assert (column.mean, column.low, column.high) == pytest.approx((alone.mean, alone.low, alone.high))
 
 

@@ -48,10 +48,10 @@ def run(capsys, folder, *args):
 
 def test_records_are_played_again_to_the_last_bit(capsys, recorded):
     status, out, _ = run(capsys, recorded)
-    told = (
+    expected_output = (
         "15 of 15 records played again: 15 match (15 to the last bit of the latents, 0 within 0.001 in every metric), 0 differ"
     )
-    assert (status, out.strip()) == (0, told)
+    assert (status, out.strip()) == (0, expected_output)
 
 
 def test_a_sample_is_drawn_by_its_seed(capsys, recorded):
@@ -111,7 +111,7 @@ def test_elsewhere_the_metrics_decide(capsys, folder):
 
 
 def test_plans_decide_what_is_generated(folder):
-    """A changed plan is another rollout, also where only metrics can tell."""
+    """A changed plan is another rollout, also where only metrics differ."""
     change(folder, swap_plan)
     results = load(folder)
     record = next(r for r in results.records if (r.policy, r.budget) == ("random", 3))
@@ -139,7 +139,7 @@ def test_bad_arguments_are_one_sentence(capsys, folder):
 
 
 def test_steps_of_the_records_are_used(tiny_workload, tmp_path):
-    """A record tells its own number of ODE steps, whatever the workload's is here."""
+    """A record contains its number of ODE steps; that of the workload here does not matter."""
     longer = replace(tiny_workload, num_steps=5)
     results = evaluate_grid([longer], [4], {"random": baselines.make("random")}, [0], metrics=["psnr"], progress=False)
     (finding,) = validate(results, results.records, lambda name: tiny_workload, progress=False)

@@ -27,11 +27,11 @@ def far_training_loss(
     Returns:
         Per clip the mean over unmasked frames among the last ``short_term_ctx_winsize``, then the mean over clips.
     """
-    given = context_mask.bool()
-    sigma = (times / 1000).masked_fill(given, 0.0)[..., None, None, None]
+    is_context = context_mask.bool()
+    sigma = (times / 1000).masked_fill(is_context, 0.0)[..., None, None, None]
     noisy = sigma * noise + (1 - sigma) * latents
-    velocity = model(noisy, times.masked_fill(given, CLEAN_TIME), **conditions)
+    velocity = model(noisy, times.masked_fill(is_context, CLEAN_TIME), **conditions)
     error = (velocity - (noise - latents)).square().mean(dim=(2, 3, 4))
     window = slice(-model.short_term_ctx_winsize, None)
-    counted = (~given[:, window]).float()
+    counted = (~is_context[:, window]).float()
     return ((error[:, window] * counted).sum(dim=1) / (counted.sum(dim=1) + 1e-9)).mean()

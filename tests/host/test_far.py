@@ -1,4 +1,4 @@
-"""FAR against the published model's own numbers, with and without the context cache."""
+"""FAR against the published model's numbers, with and without the context cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ATOL = 2e-5
 
 
 def conditions(fixture, frames: slice = slice(None)) -> dict[str, torch.Tensor]:
-    given = {}
+    arguments = {}
     if "in.label" in fixture:
-        given["label"] = fixture["in.label"]
+        arguments["label"] = fixture["in.label"]
     if "in.action" in fixture:
-        given["action"] = fixture["in.action"][:, frames]
-    return given
+        arguments["action"] = fixture["in.action"][:, frames]
+    return arguments
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -54,8 +54,8 @@ def test_cached_and_uncached_frames_agree_with_both_paths_of_the_published_model
         noisy, time = fixture[f"in.noise_{call}"][:, k : k + 1], fixture[f"in.t_{call}"][:, k : k + 1]
         times = torch.cat([torch.full((len(latents), k), -1.0), time], dim=1)
         uncached = model(torch.cat([latents[:, :k], noisy], dim=1), times, **conditions(fixture, slice(k + 1)))[:, -1]
-        given, own = conditions(fixture, slice(k)), conditions(fixture, slice(k, k + 1))
-        cached = cached_velocity(model, latents[:, :k], noisy, time, given, own)[:, 0]
+        context_conditions, frame_conditions = conditions(fixture, slice(k)), conditions(fixture, slice(k, k + 1))
+        cached = cached_velocity(model, latents[:, :k], noisy, time, context_conditions, frame_conditions)[:, 0]
         for path in ("cached", "nocache"):
             expected = fixture[f"out.incr_{path}_{call}"][:, k]
             torch.testing.assert_close(uncached, expected, atol=ATOL, rtol=0)
@@ -69,8 +69,8 @@ def test_context_encoded_piece_by_piece_is_the_context_encoded_at_once(golden):
         model, frames = fixture.far(), fixture["in.latents"][:, :3]
         whole = model.encode_context(frames)
         one = model.encode_context(frames[:, :1])
-        rest = model.encode_context(frames[:, 1:], one, 1)
-        torch.testing.assert_close(torch.cat([one, rest], dim=3), whole, atol=ATOL, rtol=0)
+        later = model.encode_context(frames[:, 1:], one, 1)
+        torch.testing.assert_close(torch.cat([one, later], dim=3), whole, atol=ATOL, rtol=0)
 
 
 @torch.no_grad()

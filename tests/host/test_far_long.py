@@ -1,4 +1,4 @@
-"""FAR-Long against the published model's own numbers, below and above its window, with and without the cache."""
+"""FAR-Long against the published model's numbers, below and above its window, with and without the cache."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_cached_and_uncached_frames_agree_with_both_paths_of_the_published_model
         time = fixture[f"in.{window}.t_{call}"][:, k : k + 1]
         times = torch.cat([torch.full((len(latents), k), -1.0), time], dim=1)
         uncached = model(torch.cat([latents[:, :k], noisy], dim=1), times, action=action[:, : k + 1])[:, -1]
-        given, own = {"action": action[:, :k]}, {"action": action[:, k : k + 1]}
-        cached = cached_velocity(model, latents[:, :k], noisy, time, given, own)[:, 0]
+        context_conditions, frame_conditions = {"action": action[:, :k]}, {"action": action[:, k : k + 1]}
+        cached = cached_velocity(model, latents[:, :k], noisy, time, context_conditions, frame_conditions)[:, 0]
         for path in ("cached", "nocache"):
             expected = fixture[f"out.{window}.incr_{path}_{call}"][:, k]
             torch.testing.assert_close(uncached, expected, atol=ATOL, rtol=0)
@@ -50,8 +50,8 @@ def test_cached_and_uncached_frames_agree_with_both_paths_of_the_published_model
 
 
 def sampled(fixture, steps: int = 20, **changes) -> torch.Tensor:
-    given = {"context": fixture["in.context"], "noise": fixture["in.noise"], "action": fixture["in.action"]}
-    return sample_next_frame(fixture.far(), num_steps=steps, **(given | changes))
+    arguments = {"context": fixture["in.context"], "noise": fixture["in.noise"], "action": fixture["in.action"]}
+    return sample_next_frame(fixture.far(), num_steps=steps, **(arguments | changes))
 
 
 @pytest.mark.parametrize("steps", [4, 8, 20, 50])
@@ -89,9 +89,9 @@ def test_context_encoded_piece_by_piece_is_the_context_encoded_at_once(golden):
     model, frames = fixture.far(), fixture["in.above.latents"]
     action = fixture["in.above.action"]
     whole = model.encode_context(frames, action=action)
-    known = model.encode_context(frames[:, :6], action=action[:, :6])[:, :, :, : sum(model.token_counts(6, frames)[:3])]
-    rest = model.encode_context(frames[:, 3:], known, 3, action=action[:, 3:])
-    torch.testing.assert_close(torch.cat([known, rest], dim=3), whole, atol=ATOL, rtol=0)
+    first = model.encode_context(frames[:, :6], action=action[:, :6])[:, :, :, : sum(model.token_counts(6, frames)[:3])]
+    later = model.encode_context(frames[:, 3:], first, 3, action=action[:, 3:])
+    torch.testing.assert_close(torch.cat([first, later], dim=3), whole, atol=ATOL, rtol=0)
 
 
 def test_what_does_not_fit_is_refused(golden):

@@ -11,10 +11,10 @@ ATOL = 5e-5
 
 
 def sampled(fixture, steps: int = 20, **changes) -> torch.Tensor:
-    given = {"context": fixture["in.context"], "noise": fixture["in.noise"]}
+    arguments = {"context": fixture["in.context"], "noise": fixture["in.noise"]}
     if "in.action" in fixture:
-        given["action"] = fixture["in.action"]
-    return sample_next_frame(fixture.far(), num_steps=steps, **(given | changes))
+        arguments["action"] = fixture["in.action"]
+    return sample_next_frame(fixture.far(), num_steps=steps, **(arguments | changes))
 
 
 @pytest.mark.parametrize("steps", [4, 8, 20, 50])

@@ -100,20 +100,20 @@ def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_wi
     randomise(model, 5)
     config = TransformerTraining(noisy_copies=1, context_noise=0.0)
     frames = torch.randn(2, 7, 4, 8, 8)
-    seen = {}
+    captured = {}
     velocity = model.velocity
 
-    def recorder(latents, times, *rest, **options):
-        seen.update(latents=latents, times=times, **options)
-        return velocity(latents, times, *rest, **options)
+    def recorder(latents, times, *arguments, **options):
+        captured.update(latents=latents, times=times, **options)
+        return velocity(latents, times, *arguments, **options)
 
     model.velocity = recorder
     loss = tt.teacher_forcing_loss(model, tt.TeacherForcingBatch(frames, torch.tensor([6])), config, step_generator(0, 1))
     del model.velocity
-    assert seen["num_coarse"] == 3, "of seven frames, a window of four leaves three coarse"
-    alone = model(seen["latents"], seen["times"])[:, -1]
-    sigma = (seen["times"][:, -1] / 1000)[:, None, None, None]
-    target = (seen["latents"][:, -1] - frames[:, -1]) / sigma
+    assert captured["num_coarse"] == 3, "of seven frames, a window of four leaves three coarse"
+    alone = model(captured["latents"], captured["times"])[:, -1]
+    sigma = (captured["times"][:, -1] / 1000)[:, None, None, None]
+    target = (captured["latents"][:, -1] - frames[:, -1]) / sigma
     torch.testing.assert_close(loss, (alone - target).square().mean(), rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Rollouts whose host is conditioned on every frame's own action, with and without guidance, and FAR's own evaluations."""
+"""Rollouts whose host is conditioned on every frame's action, with and without guidance, and FAR's evaluations."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ def test_other_actions_or_guidance_make_another_frame_in_the_same_memo(make, cli
     later[10] = (later[10] + 1) % NUM_CLASSES
     played = []
     for guidance, actions in ((1.0, clip.actions), (1.0, later), (2.0, clip.actions)):
-        own = replace(clip, actions=actions)
-        batch, _ = play(make(guidance), [own], [1], None, 9999, memo=memo)
-        alone, _ = play(make(guidance), [own], [1], None, 9999)
+        clip_with_actions = replace(clip, actions=actions)
+        batch, _ = play(make(guidance), [clip_with_actions], [1], None, 9999, memo=memo)
+        alone, _ = play(make(guidance), [clip_with_actions], [1], None, 9999)
         torch.testing.assert_close(batch.generated([0]), alone.generated([0]), atol=ATOL, rtol=0)
         played.append((memo.statistics.hits, batch.generated([0])))
     # the context and the five frames before the one with another action are shared; nothing is under other guidance
@@ -172,7 +172,9 @@ def test_other_actions_or_guidance_make_another_frame_in_the_same_memo(make, cli
 def test_only_rows_with_the_same_actions_are_computed_once(make, clips, monkeypatch):
     workload, computed = make(1.5), []
     original = FAR.denoise
-    monkeypatch.setattr(FAR, "denoise", lambda self, noisy, *rest: computed.append(len(noisy)) or original(self, noisy, *rest))
+    monkeypatch.setattr(
+        FAR, "denoise", lambda self, noisy, *arguments: computed.append(len(noisy)) or original(self, noisy, *arguments)
+    )
     other = replace(clips[0], actions=(clips[0].actions + 1) % NUM_CLASSES)
     batch, _ = play(workload, [clips[0], clips[0], other], [7, 7, 7], Sloppy(), 4)
     assert set(computed) == {4}, "two rows, each with the null class and with its action"
@@ -213,7 +215,7 @@ def test_clips_whose_actions_do_not_fit_are_refused_before_anything_changes(make
     for actions, message in (
         (None, "clip 2 has none; use data that comes with actions"),
         (clips[2].actions[:15], r"in the shape \(15,\); its 16 frames need one each"),
-        (clips[2].actions + 1, "int64 actions from [01] to 3; the host knows the whole numbers 0 to 2"),
+        (clips[2].actions + 1, "int64 actions from [01] to 3; the host accepts the whole numbers 0 to 2"),
         (clips[2].actions - 1, "actions from -1 to"),
         (clips[2].actions / 2, "float64 actions"),
     ):
@@ -275,14 +277,16 @@ def test_a_gpu_computes_what_the_cpu_does(make, clips):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     workload = make(1.5)
     parts = {name: copy.deepcopy(getattr(workload.host, name)).to("cuda") for name in ("transformer", "autoencoder")}
-    there = replace(workload, host=replace(workload.host, **parts))
-    exact, latents = (play(own, clips[:3], [1, 2, 3], Sloppy(), [1, 4, 9999])[0] for own in (workload, there))
+    other_workload = replace(workload, host=replace(workload.host, **parts))
+    exact, latents = (
+        play(one_workload, clips[:3], [1, 2, 3], Sloppy(), [1, 4, 9999])[0] for one_workload in (workload, other_workload)
+    )
     assert (latents.generated(range(3)).cpu() - exact.generated(range(3))).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["dmlab_c144p156", "dmlab_c36p264"])
 def test_spaces_fit_the_long_histories(action_hosts, name):
-    """The published contexts, of which few frames are predicted here."""
+    """The published contexts; few frames are predicted here."""
     spec = WORKLOADS[name]
     conditions = {"guidance": spec.guidance, "actions": spec.actions}
     source = Steered(spec.num_context + 3)

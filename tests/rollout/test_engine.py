@@ -81,15 +81,15 @@ def test_rows_of_different_lengths_and_budgets_share_a_batch(tiny_workload, tiny
         clips = [workload.clips.clip("test", i) for i in range(3)]
         lengths = [(5, 11), (2, 6), (9, 4)]
         batch = RolloutBatch(workload, 3)
-        for row, (clip, (given, predicted)) in enumerate(zip(clips, lengths, strict=True)):
-            batch.begin([row], [clip], [row], num_context=given, num_predict=predicted)
+        for row, (clip, (num_given, predicted)) in enumerate(zip(clips, lengths, strict=True)):
+            batch.begin([row], [clip], [row], num_context=num_given, num_predict=predicted)
         while active := [row for row in range(3) if not batch.finished(row)]:
             batch.advance(active)
         latents = batch.generated([0, 1, 2])
         assert latents.shape[1] == 11
-        for row, (clip, (given, predicted)) in enumerate(zip(clips, lengths, strict=True)):
-            own = replace(workload, num_context=given, num_predict=predicted)
-            expected = reference_rollout(own, clip, None, 9999, row).latents
+        for row, (clip, (num_given, predicted)) in enumerate(zip(clips, lengths, strict=True)):
+            row_workload = replace(workload, num_context=num_given, num_predict=predicted)
+            expected = reference_rollout(row_workload, clip, None, 9999, row).latents
             torch.testing.assert_close(latents[row, :predicted], expected, atol=ATOL, rtol=0)
             assert not latents[row, predicted:].any()
         budgets = [1, 4, 9999]
@@ -126,14 +126,14 @@ def test_pixels_are_remembered_like_latents(tiny_workload, monkeypatch):
         type(autoencoder), "decode", lambda self, latents: decoded.append(latents.shape[:2].numel()) or original(self, latents)
     )
     memo, lengths = FrameMemo(), {"num_context": 5, "num_predict": 4}
-    batches = [RolloutBatch(tiny_workload, 2, own) for own in (None, memo, memo)]
+    batches = [RolloutBatch(tiny_workload, 2, one_memo) for one_memo in (None, memo, memo)]
     for batch in batches:
         batch.begin([0], clips[:1], [1], num_context=5, num_predict=7)
         batch.begin([1], clips[1:], [2], **lengths)
         for _ in range(4):
             batch.advance([0, 1])
     plain, first, second = (batch.decode([0, 1]) for batch in batches)
-    assert decoded == [14, 9], "eight frames and one that stands for all that are not there; then none"
+    assert decoded == [14, 9], "eight frames and one that represents all missing ones; then none"
     torch.testing.assert_close(first, plain, atol=1e-5, rtol=0)
     assert torch.equal(first, second)
     torch.testing.assert_close(batches[2].decode([1, 0], 1, 3), plain[[1, 0], 1:3], atol=1e-5, rtol=0)
@@ -180,9 +180,9 @@ def test_states_are_restored_mid_rollout_and_only_where_they_belong(tiny_workloa
         other = RolloutBatch(workload, 3)
         other.load_state_dict(batch.state_dict())
         assert other.finished(1) and other.frame_numbers(0) == [1, 4, 7] and other.step(2) == 3
-        for own in (batch, other):
+        for one_batch in (batch, other):
             for _ in range(3):
-                own.advance([0, 2])
+                one_batch.advance([0, 2])
         torch.testing.assert_close(other.generated([0, 2]), batch.generated([0, 2]), atol=ATOL, rtol=0)
         with pytest.raises(ValueError, match=r"3 rows of host .*, this batch 2 of"):
             RolloutBatch(workload, 2).load_state_dict(batch.state_dict())

@@ -1,4 +1,4 @@
-"""Extended rollouts: coarse frames under a budget of tokens, against the specification and the host's own full history."""
+"""Extended rollouts: coarse frames under a budget of tokens, against the specification and the host's full history."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Window:
 
 
 class Scripted:
-    """Answers with the next of some lists of letters, k, d (demote) or x (drop), and notes what it was told."""
+    """Answers with the next of some lists of letters, k, d (demote) or x (drop), and records its arguments."""
 
     def __init__(self, *answers: str):
         self.answers, self.calls = list(answers), []
@@ -56,13 +56,13 @@ def played(workload, policy, tokens, num_clips=1, ids=None):
 
 @pytest.fixture(scope="module")
 def short(tiny_long_workload):
-    """Three context and six predicted frames, all of which fit the window of six with a budget of up to five frames."""
+    """Three context and six predicted frames, all within the window of six with a budget of up to five frames."""
     return replace(tiny_long_workload, num_context=3, num_predict=6)
 
 
 @pytest.fixture(scope="module")
 def steered(tiny_long_host, tiny_long_workload):
-    """Twelve context and four predicted frames whose host is told every action and guided."""
+    """Twelve context and four predicted frames whose host is conditioned on every action and guided."""
     lengths = {"num_context": 12, "num_predict": 4}
     return replace(tiny_long_workload, clips=Steered(16), guidance=1.5, actions=True, **lengths)
 
@@ -70,23 +70,23 @@ def steered(tiny_long_host, tiny_long_workload):
 @pytest.mark.parametrize("budget", [3, 4, 5])
 def test_without_coarse_frames_it_is_the_specification(short, budget):
     for tokens in (FINE * budget, FINE * budget + FINE - 1)[budget % 2 :]:
-        for i, own in enumerate(played(short, NewestFrames(), tokens, num_clips=2)):
+        for i, rollout in enumerate(played(short, NewestFrames(), tokens, num_clips=2)):
             expected = reference_rollout(short, short.clips.clip("test", i), NewestFrames(), budget, 100 + i)
-            torch.testing.assert_close(own.latents, expected.latents, atol=ATOL, rtol=0)
-            made = [(decision.step, list(decision.fine)) for decision in own.decisions]
+            torch.testing.assert_close(rollout.latents, expected.latents, atol=ATOL, rtol=0)
+            made = [(decision.step, list(decision.fine)) for decision in rollout.decisions]
             assert made == [kept for kept in expected.kept if kept[0] < short.num_predict - 1]
-            assert not any(decision.coarse for decision in own.decisions)
+            assert not any(decision.coarse for decision in rollout.decisions)
 
 
 @pytest.mark.parametrize("kind", ["null", "guided"])
 def test_the_oldest_beyond_the_window_coarse_is_the_hosts_own_full_history(tiny_long_workload, steered, kind):
     workload = steered if kind == "guided" else replace(tiny_long_workload, num_context=12, num_predict=4)
     # Five fine and 7 to 10 coarse frames are 108 to 120 tokens; one more fine frame exceeds the budget each time.
-    for i, own in enumerate(played(workload, Window(5), 120, num_clips=2)):
+    for i, rollout in enumerate(played(workload, Window(5), 120, num_clips=2)):
         expected = reference_rollout(workload, workload.clips.clip("test", i), None, 9999, 100 + i)
-        torch.testing.assert_close(own.latents, expected.latents, atol=ATOL, rtol=0)
-        assert own.tokens == [5 * FINE + coarse * COARSE for coarse in (7, 8, 9, 10)]
-        assert [decision.step for decision in own.decisions] == [-1, 0, 1, 2], "the context is too long for the first frame"
+        torch.testing.assert_close(rollout.latents, expected.latents, atol=ATOL, rtol=0)
+        assert rollout.tokens == [5 * FINE + coarse * COARSE for coarse in (7, 8, 9, 10)]
+        assert [decision.step for decision in rollout.decisions] == [-1, 0, 1, 2], "the context is too long for the first frame"
     fine = played(workload, NewestFrames(), 9999)[0].latents
     assert (fine - played(workload, Window(5), 120)[0].latents).abs().max() > 1e-2, "resolution matters"
 
@@ -107,8 +107,8 @@ def test_coarse_frames_between_fine_ones_keep_their_places_in_time(steered):
         sequence = torch.stack([b, c, a, d, frame], dim=1)
         times = torch.tensor([[-1.0, -1, -1, -1, time]])
         both = [
-            model.velocity(sequence, times, torch.tensor([1, 2, 0, 3, 4]), sees, num_coarse=2, action=torch.tensor([own]))
-            for own in ([1, 2, 0, 1, 0], [3] * 5)
+            model.velocity(sequence, times, torch.tensor([1, 2, 0, 3, 4]), sees, num_coarse=2, action=torch.tensor([actions]))
+            for actions in ([1, 2, 0, 1, 0], [3] * 5)
         ]
         frame = scheduler.step((both[1] + 1.5 * (both[0] - both[1]))[:, -1], time, frame).prev_sample
     torch.testing.assert_close(got, frame, atol=1e-6, rtol=0)
@@ -120,11 +120,11 @@ def test_a_plan_becomes_fine_and_coarse_frames(tiny_long_workload):
     script = Scripted(
         "kdkd",  # 4 fine: the newest is not demoted
         "kkkkd",  # 3 fine and 1 coarse, plus one: frame 1 stays coarse, frame 4 fine, and frame 0 has to go
-        "xkkkk",  # frame 1 goes
+        "xkkkk",  # frame 1 is dropped
         "dkkd",
     )
-    (own,) = played(workload, script, 3 * FINE + COARSE)
-    assert [(d.step, d.fine, d.coarse, d.tokens) for d in own.decisions] == [
+    (rollout,) = played(workload, script, 3 * FINE + COARSE)
+    assert [(d.step, d.fine, d.coarse, d.tokens) for d in rollout.decisions] == [
         (-1, (0, 2, 3), (1,), 52),
         (0, (2, 3, 4), (1,), 52),
         (1, (3, 4, 5), (), 48),
@@ -157,11 +157,11 @@ def test_the_budget_holds_for_every_generated_frame_under_every_policy(tiny_long
     policies = [extended.make(name) for name in extended.EXTENDED] + [Window(0), Window(99)]
     for policy in policies:
         for tokens in (FINE, 2 * FINE + 3, 4 * FINE + 2):
-            for own in played(workload, policy, tokens, num_clips=2):
-                assert max(own.tokens) <= tokens
-                counted = [FINE * len(d.fine) + COARSE * len(d.coarse) for d in own.decisions]
-                assert counted == [d.tokens for d in own.decisions]
-                assert all(max(d.fine) == d.step + 9 for d in own.decisions if d.step >= 0), "the newest is fine"
+            for rollout in played(workload, policy, tokens, num_clips=2):
+                assert max(rollout.tokens) <= tokens
+                counted = [FINE * len(d.fine) + COARSE * len(d.coarse) for d in rollout.decisions]
+                assert counted == [d.tokens for d in rollout.decisions]
+                assert all(max(d.fine) == d.step + 9 for d in rollout.decisions if d.step >= 0), "the newest is fine"
 
 
 def test_rows_do_not_depend_on_their_neighbours(tiny_long_workload):
@@ -170,12 +170,12 @@ def test_rows_do_not_depend_on_their_neighbours(tiny_long_workload):
 
         def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
             motion = [meta.motion_strength for meta in chunk_meta_list]
-            demoted = [i for i, own in enumerate(motion) if own < np.median(motion)]
+            demoted = [i for i, frame_motion in enumerate(motion) if frame_motion < np.median(motion)]
             return make_plan(range(len(motion)), len(motion), anchors=demoted)
 
     workload = replace(tiny_long_workload, num_predict=5, num_steps=2)
     together = played(workload, ByContent(), 70, ids=[0, 1, 2, 3])
-    assert len({tuple(own.decisions) for own in together}) > 1
+    assert len({tuple(rollout.decisions) for rollout in together}) > 1
     alone = played(workload, ByContent(), 70, ids=[2])[0]
     torch.testing.assert_close(together[2].latents, alone.latents, atol=1e-5, rtol=0)
     assert together[2].decisions == alone.decisions
@@ -193,7 +193,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", extended.EXTENDED)
 def test_the_policies_fill_their_shares_of_the_tokens(name, tiny_long_workload):
     workload = replace(tiny_long_workload, num_context=12, num_predict=1, num_steps=1)
-    ((decision,),) = (own.decisions for own in played(workload, extended.make(name), 8 * FINE))
+    ((decision,),) = (rollout.decisions for rollout in played(workload, extended.make(name), 8 * FINE))
     shape = "".join("F" if i in decision.fine else "c" if i in decision.coarse else "." for i in range(12))
     assert shape == SHAPES[name]
 

@@ -76,7 +76,7 @@ def test_rows_do_not_depend_on_their_neighbours(tiny_workload):
 
 
 class Identity(torch.nn.Module):
-    """Stands for an autoencoder where a fixture gives latents instead of pixels."""
+    """Replaces an autoencoder where a fixture gives latents instead of pixels."""
 
     def encode(self, frames):
         return frames

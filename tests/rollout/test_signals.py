@@ -215,7 +215,7 @@ def test_signals_that_are_not_available_are_refused(tiny_workload):
     with pytest.raises(ValueError, match="before others are dropped"):
         batch.signals([0])
     for rollout in (play, lambda *args: reference_rollout(args[0], clip, args[3], 4, 1)):
-        with pytest.raises(PolicyError, match=r"policy Asks asks for an unknown signal 'attn_mas'; did you mean 'attn_mass'"):
+        with pytest.raises(PolicyError, match=r"policy Asks requests an unknown signal 'attn_mas'; did you mean 'attn_mass'"):
             rollout(tiny_workload, [clip], [1], Asks(("attn_mas",)), 4)
 
 
@@ -223,19 +223,19 @@ def test_signals_that_are_not_available_are_refused(tiny_workload):
 def test_with_guidance_the_conditional_rows_are_probed(golden):
     fixture = golden("sampling_far_action.npz")
     model, context, noise, action = (fixture.far(), *(fixture[f"in.{key}"] for key in ("context", "noise", "action")))
-    found = []
+    signals_by_batch = []
     for scale in (1.0, 1.5):
         sampler, rows = FrameSampler(model, 1, scale), len(noise)
         count = context.shape[1]
-        room, own = sum(model.token_counts(count, noise)), model.tokens_per_frame(noise)
-        memory = model.new_memory(rows * (1 + sampler.guided), room + own, noise)
+        room, frame_tokens = sum(model.token_counts(count, noise)), model.tokens_per_frame(noise)
+        memory = model.new_memory(rows * (1 + sampler.guided), room + frame_tokens, noise)
         memory.zero_()
         memory[:, :, -rows:, :room] = model.encode_context(context, action=action[:, :-1])
         tokens = [model.token_counts(count, noise)] * rows
-        probe = AttentionProbe(("attn_mass", "qk_first"), tokens, (room, own), (0, 1.0), noise.device)
+        probe = AttentionProbe(("attn_mass", "qk_first"), tokens, (room, frame_tokens), (0, 1.0), noise.device)
         sampler(memory, noise, [count] * rows, action=action[:, -1:], probe=probe)
-        found.append([probe.frame_signals(row) for row in range(rows)])
-    for one, other in zip(*found, strict=True):
+        signals_by_batch.append([probe.frame_signals(row) for row in range(rows)])
+    for one, other in zip(*signals_by_batch, strict=True):
         for name in ("attn_mass", "qk_first"):
             torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
 

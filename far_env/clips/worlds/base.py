@@ -1,4 +1,4 @@
-"""What the worlds have in common: the grid, scenery, ruler and schedule strip, and seeding by (world, split, clip id)."""
+"""The common parts of the worlds: the grid, scenery, ruler and schedule strip, and seeding by (world, split, clip id)."""
 
 from __future__ import annotations
 

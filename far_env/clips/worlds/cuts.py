@@ -8,10 +8,10 @@ from far_env.clips.worlds.base import CELLS, SCENERY_ROWS, SIZE, World, draw_sce
 
 
 class Cuts(World):
-    """Two to four shots, all shown in the first five frames, then cuts between them every 2–8 frames (3–6 with four shots).
+    """Two to four shots, all present in the first five frames, then cuts between them every 2–8 frames (3–6 with four shots).
 
-    A shot is a still background with a 12 px block that moves 8 px per shown frame (its dark side trails) and resumes where
-    its shot stopped. Actions: the shot of the frame.
+    A shot is a still background with a 12 px block that moves 8 px per frame of its shot (its dark side trails) and
+    resumes where its shot stopped. Actions: the shot of the frame.
     """
 
     name = "cuts"
@@ -46,9 +46,9 @@ class Cuts(World):
     def _draw_blocks(rng: np.random.Generator, grid: np.ndarray, shots: np.ndarray) -> None:
         """Paint each shot's block into the scenery of its frames, in place."""
         for shot in np.unique(shots):
-            shown = np.flatnonzero(shots == shot)
+            frames_of_shot = np.flatnonzero(shots == shot)
             row, start, direction = rng.integers(0, SCENERY_ROWS - 2), rng.integers(0, CELLS), rng.choice((-1, 1))
-            left = start + 2 * direction * np.arange(len(shown))
+            left = start + 2 * direction * np.arange(len(frames_of_shot))
             for cell in range(3):
                 trailing = cell == (0 if direction > 0 else 2)
-                grid[shown, row : row + 3, (left + cell) % CELLS] = np.float32(0.05 if trailing else 1.0)
+                grid[frames_of_shot, row : row + 3, (left + cell) % CELLS] = np.float32(0.05 if trailing else 1.0)

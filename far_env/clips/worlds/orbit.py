@@ -10,7 +10,7 @@ from far_env.clips.worlds.base import CELLS, GRID, RING, World, draw_scenery, hu
 class Orbit(World):
     """A camera turns 32 px per frame around a circular 384 px panorama, and turns back from time to time.
 
-    Sixteen moves, 4–9 one way and 2–4 back in turn, repeat to the end; everything that frames 36 … 71 show has appeared
+    Sixteen moves, alternately 4–9 one way and 2–4 back, repeat to the end; everything that frames 36 … 71 show has appeared
     by frame 35. Actions: 0 for −32, 1 for 32 px.
     """
 
@@ -31,11 +31,11 @@ class Orbit(World):
             moves = 2 * np.resize(ring, self.num_frames - 1) - 1
             places[1:] = np.cumsum(moves)
             # A frame shows its place and the next one.
-            context, shown = (
+            context, predicted = (
                 {int(place) % num_places for start in part for place in (start, start + 1)}
                 for part in (places[: self.num_context], places[self.num_context :])
             )
-            if shown <= context:
+            if predicted <= context:
                 break
         offsets = self.stride // GRID * (places + rng.integers(num_places))
         panorama = np.concatenate(

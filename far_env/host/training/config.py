@@ -10,19 +10,24 @@ from far_env.config import require_positive
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
-    """How the autoencoder is trained."""
+    """Settings of the autoencoder's training."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of diffusers.AutoencoderDC; scaling_factor is measured after training."""
     steps: int = 2500
+    """Optimiser steps."""
     batch_size: int = 32
+    """Frames per step."""
     learning_rate: float = 2e-3
+    """Highest learning rate."""
     warmup: int = 50
+    """Steps in which the learning rate rises to its highest value."""
     latent_noise: float = 0.1
     """Largest standard deviation of the noise added to latents, relative to that of the latents; each frame draws its level
     uniformly up to this. The transformer's errors resemble such noise, so this gains rollouts more decibels than it costs
     reconstructions."""
     frames_per_clip: int = 4
+    """Frames that are drawn from each clip of a batch."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch_size", "learning_rate", "warmup", "frames_per_clip")
@@ -32,39 +37,44 @@ class AutoencoderTraining:
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """How the transformer is trained."""
+    """Settings of the transformer's training."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of far_env.host.far.FAR, or, with a context_patch_size, of far_env.host.far_long.FARLong."""
     steps: int = 7_000
+    """Optimiser steps."""
     clips_per_world: int = 8_000
     """Train clips that are encoded once; batches are drawn from them."""
     batch_size: int = 16
+    """Histories per step."""
     muon_learning_rate: float = 0.02
-    """For the attention and MLP matrices."""
+    """Learning rate of the attention and MLP matrices."""
     adamw_learning_rate: float = 2e-3
-    """For all other parameters."""
+    """Learning rate of all other parameters."""
     weight_decay: float = 0.01
+    """Weight decay of both optimisers."""
     warmup: int = 100
+    """Steps in which the learning rates rise to their highest values."""
     ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, which becomes the host."""
     contiguous_every: int = 5
     """One batch in this many has contiguous histories, without dropped frames."""
     min_contiguous: int = 16
     """Shortest contiguous history of such a batch; the longest is the whole clip."""
     contiguous_predicted: int = 4
-    """Frames predicted in it, drawn again for every batch; predicting all would cost more than it improves."""
+    """Frames predicted in such a batch, drawn again for every batch; predicting all would cost more than it improves."""
     max_older: int = 6
-    """Most random older frames in front of a tail."""
+    """Largest number of random older frames in front of a tail."""
     max_tail: int = 6
-    """Longest contiguous tail; the shortest is 2, of which the last frame is predicted."""
+    """Longest contiguous tail; the shortest has 2 frames, and the last frame is predicted."""
     noisy_copies: int = 2
     """Noise levels drawn per predicted frame; they share the clean history's cost."""
     noise_mean: float = 0.8
-    """Noise levels are sigmoid(N(noise_mean, 1)) …"""
+    """Noise levels are sigmoid(N(noise_mean, 1)), except for the share pure_noise_share."""
     pure_noise_share: float = 0.25
-    """… except for this share, which is 1."""
+    """Share of noise levels that are 1."""
     context_noise: float = 0.15
-    """Half of the histories carry noise of up to this sigma while their time says that they are clean, against drift."""
+    """Half of the histories carry noise of up to this sigma while their time is that of clean frames; this reduces drift."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "clips_per_world", "batch_size", "contiguous_every", "min_contiguous", "contiguous_predicted")
@@ -78,7 +88,9 @@ class HostTraining:
     """Everything that determines the trained host."""
 
     autoencoder: AutoencoderTraining = field(default_factory=AutoencoderTraining)
+    """Training of the autoencoder, the first stage."""
     transformer: TransformerTraining = field(default_factory=TransformerTraining)
+    """Training of the transformer, the second stage."""
     worlds: tuple[str, ...] = ("pan", "cuts")
     """Procedural worlds to train on, in equal shares."""
     start_from: str | None = None
@@ -86,15 +98,19 @@ class HostTraining:
     autoencoder_of: str | None = None
     """The shipped host that contains this autoencoder; its file is then not written again."""
     seed: int = 0
+    """Seed of all random numbers of the run."""
     run_dir: str = "runs/host"
-    """Checkpoints, encoded clips and TensorBoard logs; the same command resumes from here."""
+    """Folder of checkpoints, encoded clips and TensorBoard logs; the same command resumes from here."""
     output_dir: str = "runs/host/host"
-    """The finished host: weights, config.json and model card."""
+    """Folder of the finished host: weights, config.json and model card."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "auto"
+    """float32, bfloat16 or auto."""
     num_steps: int = 4
     """Default number of ODE steps of workloads on this host."""
     checkpoint_every: int = 250
+    """Steps between checkpoints."""
     quality_clips: int = 256
     """Test clips per world for the model card; 0 skips the measurement."""
     quality_budget: int = 4

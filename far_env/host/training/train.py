@@ -21,7 +21,7 @@ from far_env.host.training.autoencoder import train_autoencoder
 from far_env.host.training.config import HostTraining
 from far_env.host.training.transformer import train_transformer
 from far_env.host.weights import SHIPPED, Host, load_host, save_host
-from far_env.io import make_run_dir, write_text
+from far_env.io import make_run_dir, write_json
 from far_env.provenance import run_facts, save_facts
 
 
@@ -84,10 +84,10 @@ def check_models(config: HostTraining, source: Host | None) -> None:
         "transformer": (make_transformer, [FARLong, FAR], config.transformer.model),
     }
     for part, (build, classes, arguments) in parts.items():
-        known = [name for cls in classes for name in inspect.signature(cls).parameters]
+        parameters = [name for cls in classes for name in inspect.signature(cls).parameters]
         for key in arguments:
-            if key not in known:
-                raise ValueError(f"{part}: model: {unknown_name('key', key, known)}")
+            if key not in parameters:
+                raise ValueError(f"{part}: model: {unknown_name('key', key, parameters)}")
         try:
             with torch.device("meta"):
                 build(arguments)
@@ -113,5 +113,5 @@ def _check_same_run(config: HostTraining, run_dir: Path) -> None:
             raise ValueError(
                 f"{run_dir} holds a run with other settings (see {path.name}); choose another run_dir or delete it"
             )
-    write_text(path, json.dumps(settings, indent=2) + "\n")
+    write_json(path, settings)
     save_yaml(config, run_dir / "config.yaml")

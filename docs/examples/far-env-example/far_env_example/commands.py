@@ -1,4 +1,4 @@
-"""The command ``far-env clip-facts``. Heavy imports stand inside the function, so that ``--help`` is fast."""
+"""The command ``far-env clip-facts``. Heavy imports are inside the function, so that ``--help`` is fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workload whose clips are taken from two shipped worlds in turn."""
+"""A workload whose clips are taken from two shipped worlds alternately."""
 
 from __future__ import annotations
 
