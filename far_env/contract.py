@@ -185,7 +185,7 @@ def apply_plan(plan: Any, num_frames: int, max_frames: int) -> list[int]:
 def check_plan(plan: Any, num_frames: int) -> None:
     """Raise ValueError, in one sentence, unless ``plan`` is a plan with known actions and each id at most once."""
     decided: set[int] = set()
-    for decision in _decisions(plan, num_frames + 1):
+    for decision in plan_decisions(plan, num_frames + 1):
         chunk_id, action = getattr(decision, "chunk_id", None), getattr(decision, "action", None)
         if not isinstance(action, str) or action not in ACTIONS:
             raise ValueError(f"gave frame {_short(chunk_id)} the unknown action {_short(action)}; use {', '.join(ACTIONS)}")
@@ -231,7 +231,7 @@ def ask_policy(
     seconds = time.perf_counter() - start
     try:
         # Read once, because a generator can be. Of more decisions than frames, check_plan refuses one.
-        decisions = _decisions(plan, num_frames + 1 if strict else MAX_DECISIONS + 1)
+        decisions = plan_decisions(plan, num_frames + 1 if strict else MAX_DECISIONS + 1)
         if len(decisions) > MAX_DECISIONS:
             raise ValueError(f"returned a plan with more than {MAX_DECISIONS} decisions for {num_frames} frames")
         plan = TemporalCachePlan(decisions)
@@ -313,7 +313,7 @@ def policy_name(policy: RetentionPolicy) -> str:
     return getattr(policy, "name", None) or type(policy).__name__
 
 
-def _decisions(plan: Any, limit: int) -> list[Any]:
+def plan_decisions(plan: Any, limit: int) -> list[Any]:
     """The first decisions of a plan, at most ``limit``. Raises ValueError if it has none to iterate over."""
     if not hasattr(plan, "chunk_decisions"):
         raise ValueError(f"returned {type(plan).__name__}, not a TemporalCachePlan with chunk_decisions")

@@ -11,7 +11,6 @@ arguments and named by the entry point, or a collection: a module or object with
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 from dataclasses import dataclass
@@ -20,15 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from far_env.contract import RetentionPolicy
+from far_env.errors import PolicyError
 from far_env.plugins import POLICIES, distribution_name, entry_points, load
-from far_env.policy_file import policy_from_file
+from far_env.policy_process import CALL_SECONDS, IsolatedPolicy, PolicyProcess
 
 FULL_HISTORY = "full_history"
 """The reference without a budget: this name means that no policy is asked and nothing is dropped."""
 
 
-def load_policy(name: str) -> RetentionPolicy | None:
+def load_policy(name: str, policy_seconds: float = CALL_SECONDS) -> RetentionPolicy | None:
     """The policy of this name: of a collection or a plugin, a Python file, or a run folder; None for `FULL_HISTORY`.
+
+    A file is not trusted: it runs in a separate process, see `far_env.policy_process.IsolatedPolicy`.
+
+    Args:
+        name: as listed by `policy_names`, or a path.
+        policy_seconds: how long one call of a policy file may take.
 
     Raises:
         ValueError: if the name is none of these, or if the file, folder or plugin cannot be used.
@@ -36,10 +42,10 @@ def load_policy(name: str) -> RetentionPolicy | None:
     if name == FULL_HISTORY:
         return None
     if _is_file(name):
-        policy = policy_from_file(Path(name))
-        with contextlib.suppress(AttributeError):
-            policy.name = name  # errors then name the file, not the class, which all exported files share
-        return policy
+        try:
+            return IsolatedPolicy(PolicyProcess(Path(name), call_seconds=policy_seconds))
+        except PolicyError as error:
+            raise ValueError(str(error) if name in str(error) else f"the policy file {name} {error}") from error
     return _find(name).load(name)
 
 

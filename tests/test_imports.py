@@ -11,7 +11,17 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     {"errors"},
     {"contract", "births", "io", "plugins", "text"},
-    {"config", "progress", "policy_file", "policies", "device", "tensor_files", "provenance"},
+    {
+        "config",
+        "progress",
+        "policy_file",
+        "policy_worker",
+        "policy_process",
+        "policies",
+        "device",
+        "tensor_files",
+        "provenance",
+    },
     {"frame_meta", "metrics", "clips"},
     {"host"},
     {"workloads"},

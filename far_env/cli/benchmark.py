@@ -65,7 +65,7 @@ def benchmark(args: Sequence[str]) -> None:
 @contextmanager
 def _policy(options: BenchmarkOptions) -> Iterator[RetentionPolicy | None]:
     """The policy; that of a file runs in a separate process."""
-    from far_env.evaluation.policy_process import PolicyProcess
+    from far_env.policy_process import PolicyProcess
 
     path = Path(options.policy)
     if path.suffix != ".py" or not path.is_file():

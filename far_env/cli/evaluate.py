@@ -60,6 +60,8 @@ class EvaluateOptions:
     """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
     show_clips: int = 8
     """Number of clips, from the first on, whose pictures are stored there."""
+    policy_seconds: float = 10.0
+    """How long one call of a policy file may take; such files run in separate processes."""
     json: str | None = None
     """Write one JSON object to this file, or to the standard output if "-", instead of tables; several are under "tables"."""
 
@@ -76,7 +78,9 @@ def evaluate(args: Sequence[str]) -> int:
     limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
     metrics = split_list(options.metrics, "metrics", "metric")
-    policies, optional = _load_policies(names, budgets)
+    if not options.policy_seconds > 0:
+        raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
+    policies, optional = _load_policies(names, budgets, options.policy_seconds)
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
     clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
@@ -118,7 +122,9 @@ def evaluate(args: Sequence[str]) -> int:
     return int(bool(results.unreadable))
 
 
-def _load_policies(names: Sequence[str], budgets: Sequence[int]) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
+def _load_policies(
+    names: Sequence[str], budgets: Sequence[int], policy_seconds: float
+) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
     """Policies by name in the order given, and the names that only "all" includes, which are left out where they cannot run."""
     baselines = policy_names("baselines") if ALL in names else []
     optional = set(baselines) - set(names)
@@ -133,7 +139,7 @@ def _load_policies(names: Sequence[str], budgets: Sequence[int]) -> tuple[dict[s
     policies: dict[str, RetentionPolicy | None] = {}
     for name in wanted:
         try:
-            policies[name] = load_policy(name)
+            policies[name] = load_policy(name, policy_seconds)
         except ValueError as error:
             if name not in optional:
                 raise

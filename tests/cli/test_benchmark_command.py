@@ -20,10 +20,10 @@ from far_env.contract import FrameMeta, RolloutState
 from far_env.errors import PolicyError
 from far_env.evaluation import benchmark
 from far_env.evaluation.benchmark import TASKS, BenchmarkScore, benchmark_workload, run_benchmark
-from far_env.evaluation.policy_process import PolicyProcess
 from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.metrics import psnr, ssim
 from far_env.policy_file import policy_from_file
+from far_env.policy_process import PolicyProcess
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.reference import denoise_uncached
 from far_env.workloads import WORKLOADS
@@ -329,7 +329,7 @@ def test_failing_policies_and_bad_arguments_end_in_one_sentence(capsys, tmp_path
 def test_the_worker_needs_no_torch_and_no_pickle():
     """Starts at once, and nothing that it reads or writes is executed."""
     code = (
-        "import sys; import far_env.evaluation.policy_worker as worker; "
+        "import sys; import far_env.policy_worker as worker; "
         "sys.exit('torch' in sys.modules or hasattr(worker, 'pickle') or 'pickle' in open(worker.__file__).read())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
