@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     {"errors"},
     {"contract", "births", "io", "plugins", "text"},
-    {"config", "progress", "policy_file", "policies", "device", "tensor_files", "provenance"},
+    {"config", "progress", "policy_file", "policies", "device", "tensor_files", "provenance", "events"},
     {"frame_meta", "metrics", "clips"},
     {"host"},
     {"workloads"},
