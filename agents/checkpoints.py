@@ -78,11 +78,14 @@ def scorer_folder(name: str) -> Path:
 
 
 def save_scorer(scorer: RetentionNetwork, config: NetworkConfig, about: dict[str, Any], folder: Path) -> None:
-    """Write policy.safetensors, and policy.json with the network's configuration and facts about its training."""
+    """Write policy.json, with the network's configuration and facts about its training, and then policy.safetensors.
+
+    So a folder that holds the weights holds both, wherever the process was killed.
+    """
     from far_env.tensor_files import save_weights
 
-    save_weights(scorer.state_dict(), folder / WEIGHTS_FILE)
     write_json(folder / CONFIG_FILE, {"network": asdict(config), **about})
+    save_weights(scorer.state_dict(), folder / WEIGHTS_FILE)
 
 
 def load_scorer(folder: Path) -> tuple[RetentionNetwork, dict[str, Any]]:

@@ -12,6 +12,7 @@ from far_env.agents.checkpoints import SETTINGS_FILE
 from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.options import LearningCurveOptions
 from far_env.agents.trainer import SURROGATE_FOLDER
+from far_env.agents.training_logs import TIMESTEPS, VALIDATED_AT
 from far_env.config import load_yaml
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 
@@ -43,9 +44,12 @@ def _validations(folder: Path, settings: PPOSettings, metric: str) -> dict[int, 
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 if score := line.get(f"validation/{metric}"):
-                    # A validation is logged with the decisions collected after it, the last one without.
-                    logged = line.get("time/total_timesteps")
-                    points[int(logged) - update if logged else settings.total_timesteps] = float(score)
+                    validated = line.get(VALIDATED_AT)
+                    if not validated:
+                        # Older versions logged a validation with the decisions collected after it, the last one without.
+                        logged = line.get(TIMESTEPS)
+                        validated = int(logged) - update if logged else settings.total_timesteps
+                    points[int(validated)] = float(score)
     return points
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_contrib import MaskablePPO
-from stable_baselines3.common.logger import CSVOutputFormat, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecMonitor
 
 from far_env.agents.config import AgentTraining, PPOSettings
@@ -16,6 +16,7 @@ from far_env.agents.network import RetentionNetwork
 from far_env.agents.observation_wrapper import AgentVecEnv
 from far_env.agents.subset_policy import SubsetPolicy
 from far_env.agents.training_callbacks import TrainingProgress, ValidationCheckpoint, Weights, host_hashes
+from far_env.agents.training_logs import log_writers
 from far_env.envs.sb3 import JoinedVecEnv, SB3VecEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.tensor_files import load_tensors
@@ -75,9 +76,7 @@ class PPOStage:
             validation.restore(model, saved)
         elif start is not None:
             model.policy.scorer.load_state_dict(start)
-        # One CSV per session: SB3's writer would overwrite the file.
-        csv = CSVOutputFormat(str(self.folder / f"progress_{model.num_timesteps:08d}.csv"))
-        model.set_logger(Logger(str(self.folder), [csv, TensorBoardOutputFormat(str(self.folder))]))
+        model.set_logger(Logger(str(self.folder), log_writers(self.folder, model.num_timesteps, validation.logged)))
         display = TrainingProgress(self.name, total, self.config.reward.metric, validation)
         try:
             model.learn(total - model.num_timesteps, callback=[validation, display], reset_num_timesteps=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import Sweep
-from far_env.agents.trainer import begin_run, learn
+from far_env.agents.trainer import learn, opened_run
 from far_env.agents.validation import validation_scores
 from far_env.config import config_path, from_dict, load_yaml, save_yaml
 from far_env.errors import unknown_name
@@ -90,8 +90,8 @@ def changed(config: AgentTraining, values: Mapping[str, Any]) -> AgentTraining:
 
 def _score(config: AgentTraining) -> float:
     """Train, and score the best scorer on validation clips; higher is better."""
-    run = begin_run(config)
-    scores = validation_scores(config, run.workloads, run.budgets, learn(run))
+    with opened_run(config) as run:
+        scores = validation_scores(config, run.workloads, run.budgets, learn(run))
     return config.reward.sign * sum(scores.values()) / len(scores)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_scorer
 from far_env.agents.config import AgentTraining
-from far_env.agents.imitation import ImitationStage
+from far_env.agents.imitation import INDEX_FILE, ImitationStage
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.agents.policies import AgentPolicy
 from far_env.agents.ppo import CHECKPOINT_FILE, PPOStage
@@ -25,26 +25,33 @@ from far_env.envs.rendering import save_comparison
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.table import results_table
-from far_env.io import make_run_dir, write_json, write_text
+from far_env.io import disk_errors, locked, make_run_dir, write_json, write_text
 from far_env.policies import load_policy
-from far_env.provenance import add_to_facts, run_facts, save_facts
+from far_env.provenance import add_to_facts, run_facts, save_facts, session_precision
 from far_env.workloads import Workload, check_decides, make_workload, resolve_budgets
 
 FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
 """Settings that may differ when a run is resumed; all others determine the training."""
 EXPERT_DATA_FOLDER = "expert_data"
 SURROGATE_FOLDER = "surrogate"
+_FILES_OF_STAGES = (
+    CHECKPOINT_FILE,
+    WEIGHTS_FILE,
+    f"{SURROGATE_FOLDER}/{CHECKPOINT_FILE}",
+    f"{EXPERT_DATA_FOLDER}/{INDEX_FILE}",
+)
+"""A folder with one of them holds a run."""
 
 
 def train(config: AgentTraining) -> None:
     """Train, keep the scorer that is best on validation clips, print and save the table on test clips."""
     torch.set_flush_denormal(True)
     baselines = {name: load_policy(name) for name in config.table}
-    run = begin_run(config)
-    with _timed(run):
-        scorer = learn(run)
-    save_run_scorer(run, scorer)
-    tables = compare(run, {LEARNED: AgentPolicy(scorer), **baselines})
+    with opened_run(config) as run:
+        with _timed(run):
+            scorer = learn(run)
+        save_run_scorer(run, scorer)
+        tables = compare(run, {LEARNED: AgentPolicy(scorer), **baselines})
     print(f"{tables}\n\nrun folder: {run.folder}\nnext: far-env export {run.folder} --out policy.py")
 
 
@@ -110,26 +117,32 @@ def compare(run: Run, policies: dict[str, Any]) -> str:
     return tables
 
 
-def begin_run(config: AgentTraining) -> Run:
+@contextmanager
+def opened_run(config: AgentTraining) -> Iterator[Run]:
     """Check the settings; create the run folder or open one to resume, and record settings and provenance in it.
 
+    During the block no other process can open it.
+
     Raises:
-        ValueError: if something would fail after the training, or the folder holds another run.
+        ValueError: if something would fail after the training, or if the folder holds another run, is used by another process
+            or cannot be written.
     """
     budgets, workloads = resolve_budgets(config.budget), make_workloads(config)
     for workload in workloads:
         _check_fits(config, workload, budgets)
     folder = make_run_dir(config.run_dir)
-    check_run_dir(config, folder)
-    facts = run_facts(workloads[0].host.device, workloads[0].host.dtype)
-    save_facts(folder, facts)
-    save_yaml(config, folder / SETTINGS_FILE)
-    return Run(config, workloads, budgets, folder, facts)
+    with locked(folder), disk_errors(folder):
+        check_run_dir(config, folder)
+        facts = run_facts(workloads[0].host.device, workloads[0].host.dtype)
+        save_yaml(config, folder / SETTINGS_FILE)
+        save_facts(folder, facts)
+        yield Run(config, workloads, budgets, folder, facts)
 
 
 def make_workloads(config: AgentTraining) -> list[Workload]:
     """The workloads to train on. Raises ValueError on an unknown name, or if a stage's environments cannot be shared evenly."""
-    place = {"host": config.host, "device": config.device, "precision": config.precision}
+    precision = session_precision(Path(config.run_dir), config.precision)
+    place = {"host": config.host, "device": config.device, "precision": precision}
     return [make_workload(name, **place, **config.clip_options) for name in config.workload_names]
 
 
@@ -141,7 +154,7 @@ def save_run_scorer(run: Run, scorer: RetentionNetwork) -> None:
 
 def check_run_dir(config: AgentTraining, folder: Path) -> None:
     """Raise ValueError if a run would be overwritten, or resumed with other settings."""
-    if not any((folder / name).exists() for name in (CHECKPOINT_FILE, WEIGHTS_FILE)):
+    if not any((folder / name).exists() for name in _FILES_OF_STAGES):
         return
     if not config.resume:
         raise ValueError(f"{folder} already holds a run; add --resume to continue it, or choose another --run-dir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.network import RetentionNetwork
+from far_env.agents.training_logs import TIMESTEPS, VALIDATED_AT
 from far_env.agents.validation import validation_scores
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.progress import show_progress
@@ -32,6 +34,9 @@ class ValidationCheckpoint(BaseCallback):
         settings: of this stage.
         envs: the environments of the stage, whose states are saved.
         path: of the checkpoint.
+
+    Attributes:
+        logged: decisions up to which the sessions before have logged; -1 if there were none.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class ValidationCheckpoint(BaseCallback):
         self.best_score = -np.inf
         self.best_weights: Weights = {}
         self.last_score: float | None = None
+        self.logged = -1
 
     def restore(self, model: MaskablePPO, saved: dict[str, Any]) -> None:
         """Return model, environments and random states to the state of a checkpoint."""
@@ -58,6 +64,11 @@ class ValidationCheckpoint(BaseCallback):
         model.num_timesteps, model._n_updates = saved["num_timesteps"], saved["n_updates"]
         self.updates, self.best_score = saved["updates"] - 1, saved["best_score"]
         self.best_weights = saved["best_weights"]
+        self.logged = saved["num_timesteps"]
+        returns, lengths = saved.get("episode_infos", ([], []))
+        infos = ({"r": np.float32(total), "l": length} for total, length in zip(returns, lengths, strict=True))
+        model.ep_info_buffer = deque(infos, model._stats_window_size)
+        model.ep_success_buffer = deque()
         for env, state in zip(self.envs, saved["envs"], strict=True):
             env.load_state_dict(state)
         # SB3 would reset the environment if it had no last observation.
@@ -75,15 +86,15 @@ class ValidationCheckpoint(BaseCallback):
         self.updates += 1
         if self.updates % self.config.validate_every == 0:
             self._validate()
+        self._log()
         self._save()
         self.model.policy.scorer.requires_grad_(self.updates >= self.settings.critic_warmup_updates)
 
     def _on_training_end(self) -> None:
         self.updates += 1
         self._validate()
+        self._log()
         self._save()
-        # SB3 has written its last line before this.
-        self.logger.dump(self.num_timesteps)
 
     def _on_step(self) -> bool:
         return True
@@ -97,9 +108,19 @@ class ValidationCheckpoint(BaseCallback):
                 self.logger.record(f"validation/{reward.metric}_{workload}_{budget}", score)
         self.last_score = float(np.mean(list(scores.values())))
         self.logger.record(f"validation/{reward.metric}", self.last_score)
+        self.logger.record(VALIDATED_AT, self.num_timesteps, exclude="tensorboard")
         if reward.sign * self.last_score > self.best_score:
             self.best_score = reward.sign * self.last_score
             self.best_weights = {key: value.detach().clone() for key, value in scorer.state_dict().items()}
+
+    def _log(self) -> None:
+        """Write what was recorded since the last line, before the checkpoint; a resumed session does not write it again."""
+        if self.num_timesteps == self.logged:
+            self.logger.name_to_value.clear()
+            self.logger.name_to_excluded.clear()
+        elif self.logger.name_to_value:
+            self.logger.record(TIMESTEPS, self.num_timesteps, exclude="tensorboard")
+            self.logger.dump(self.num_timesteps)
 
     def _save(self) -> None:
         model, monitor = self.model, self.model.env.venv
@@ -119,6 +140,7 @@ class ValidationCheckpoint(BaseCallback):
                 "memories": model.env.state_dict(),
                 "last_obs": {key: torch.as_tensor(value) for key, value in model._last_obs.items()},
                 "last_episode_starts": torch.as_tensor(model._last_episode_starts),
+                "episode_infos": ([float(i["r"]) for i in model.ep_info_buffer], [int(i["l"]) for i in model.ep_info_buffer]),
                 "episode_returns": torch.as_tensor(monitor.episode_returns),
                 "episode_lengths": torch.as_tensor(monitor.episode_lengths),
                 "torch_rng": torch.get_rng_state(),

@@ -51,6 +51,12 @@ def load_facts(folder: Path) -> list[dict]:
         raise ValueError(f"{path} is damaged ({error}); choose another run folder") from error
 
 
+def session_precision(folder: Path, precision: str) -> str:
+    """The precision for another session of a run: "auto", which is measured, stays what the first session measured."""
+    sessions = load_facts(folder) if precision == "auto" else []
+    return sessions[0]["dtype"] if sessions else precision
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that the numbers depend on."""
     names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy", "scikit-image", "av")

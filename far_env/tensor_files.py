@@ -6,7 +6,6 @@ Files are written under a temporary name and then renamed, so that a file is eit
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from far_env.errors import WeightsError, first_line
+from far_env.io import replacing
 
 CHECKSUM = "sha256"
 """Key of the checksum in the metadata of a safetensors file."""
@@ -133,14 +133,9 @@ def _state_hash(state: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside ``path`` that replaces it at the end of the block, and is removed after an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # one per process, should several write at once
-    try:
-        with temporary.open("wb") as file:
+    """The temporary file of `far_env.io.replacing`, opened. torch.save reports a full disk as RuntimeError."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
             yield file
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as RuntimeError
-            raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
-        raise
+        except RuntimeError as error:
+            raise ValueError(f"cannot write {path}: {first_line(error)}") from error

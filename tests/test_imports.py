@@ -21,6 +21,7 @@ ORDER = (
         "device",
         "tensor_files",
         "provenance",
+        "events",
     },
     {"frame_meta", "metrics", "clips"},
     {"host"},

@@ -71,6 +71,7 @@ def evaluate(args: Sequence[str]) -> int:
     options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
     from far_env.evaluation.comparison import tabulate
     from far_env.evaluation.evaluate import evaluate_grid
+    from far_env.evaluation.records import session_precision
     from far_env.workloads import make_workload, resolve_budget
 
     names = split_list(options.policies, "policies", "policy")
@@ -84,7 +85,8 @@ def evaluate(args: Sequence[str]) -> int:
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
     clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
-    common = {"host": options.host, "device": options.device, "precision": options.precision, **clip_options}
+    precision = session_precision(options.out, options.precision)
+    common = {"host": options.host, "device": options.device, "precision": precision, **clip_options}
     workloads = [make_workload(name, **common) for name in split_list(options.workload, "workload", "workload")]
     start = time.perf_counter()
     with keeping_episodes(options.out):

@@ -9,7 +9,7 @@ from pathlib import Path
 from far_env.cli.console import keeping_episodes
 from far_env.cli.options import split_list, whole_number
 from far_env.config import parse, require_positive
-from far_env.io import make_run_dir
+from far_env.io import locked, make_run_dir
 from far_env.policies import FULL_HISTORY, load_policy, policy_facts
 
 
@@ -50,7 +50,7 @@ def extended(args: Sequence[str]) -> None:
     options = parse(ExtendedOptions, args, "far-env extended", ExtendedOptions.__doc__ or "")
     from far_env.clips.clip import check_clip_id
     from far_env.evaluation.extended import ExtendedRun, load_parts, parts_table, save_quality_figure
-    from far_env.provenance import run_facts, save_facts
+    from far_env.provenance import run_facts, save_facts, session_precision
     from far_env.rollout.extended import check_token_budget
     from far_env.workloads import make_workload
 
@@ -62,17 +62,19 @@ def extended(args: Sequence[str]) -> None:
     policies = {name: load_policy(name) for name in names}
     facts = {name: policy_facts(name) for name in names}
     clip_options = {} if options.data_dir is None else {"data_dir": options.data_dir}
-    place = {"host": options.host, "device": options.device, "precision": options.precision}
+    precision = session_precision(Path(options.out), options.precision)
+    place = {"host": options.host, "device": options.device, "precision": precision}
     workload = make_workload(options.workload, **place, **clip_options)
     for budget in budgets:
         check_token_budget(workload.host, budget)
     check_clip_id(workload.clips, options.split, options.clips - 1)
     folder = make_run_dir(options.out)
     run = ExtendedRun(workload, options.split, options.clips, options.seed, options.batch_size, options.data_dir)
-    saved = load_parts(folder, run.settings())
-    save_facts(folder, run_facts(workload.host.device, workload.host.dtype))
-    with keeping_episodes(folder, "parts"):
-        parts = run.play(policies, facts, budgets, saved, folder)
+    with locked(folder):
+        saved = load_parts(folder, run.settings())
+        save_facts(folder, run_facts(workload.host.device, workload.host.dtype))
+        with keeping_episodes(folder, "parts"):
+            parts = run.play(policies, facts, budgets, saved, folder)
     source = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.settings().items())
     save_quality_figure(parts, folder, f"{workload.name}, {options.clips} clips, extended (not the benchmark)", source)
     print(f"{parts_table(parts)}\n\nextended, not the benchmark: {source}\n\nnumbers and figure in {Path(options.out)}")

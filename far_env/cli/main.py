@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from far_env.cli.console import accept_any_text
 from far_env.errors import ClipIdError, MetricUnavailable, PolicyError, TrainingStopped, unknown_name
+from far_env.io import DISK_ERRORS, disk_error
 from far_env.plugins import COMMANDS, DISTRIBUTION, distribution_name, entry_points, load
 
 
@@ -48,10 +49,21 @@ def run_guarded(prog: str, function: Callable[[], int | None]) -> int:
         print(f"\n{prog}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of the output, such as head, has closed it. Python would fail again when it flushes at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output, such as head, has closed it.
+        _forget_output()
         return 1
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _forget_output()
+        print(f"{prog}: error: {disk_error(error, 'the output')}", file=sys.stderr)
+        return 2
+
+
+def _forget_output() -> None:
+    """Let what is left of the output go nowhere, because Python would fail again when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text() -> str:

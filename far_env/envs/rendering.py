@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from far_env.contract import RetentionPolicy
+from far_env.io import replacing
 from far_env.metrics import psnr
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
@@ -126,9 +127,8 @@ def save_comparison(
         kept = [(decision.step, decision.kept) for decision in decisions[0]]
         picture = render_episode(truth, predicted.numpy(), kept, workload.num_context)
         parts += [_caption(f"{name}, budget {max_frames}: {score:.1f} dB", width), picture[truth.shape[-2] :]]
-    temporary = path.with_suffix(".part.png")
-    Image.fromarray(np.concatenate(parts)).save(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        Image.fromarray(np.concatenate(parts)).save(temporary, format="png")
 
 
 def _caption(text: str, width: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation.ranking import Group, Metric, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Results
 from far_env.evaluation.statistics import Interval
+from far_env.io import replacing
 from far_env.progress import show_progress
 
 COLOURS = ("#1f6fd1", "#b65100", "#17823f", "#8748c4", "#c62f3c", "#0b7d87", "#80631c", "#b8387f")
@@ -230,12 +231,7 @@ def _file_name(name: str) -> str:
 
 def save_figure(figure: Figure, path: Path, kind: str, source: str) -> Path:
     """Write a figure as a "png" or "svg" whose metadata name the source of its numbers. Raises ValueError if that fails."""
-    temporary = path.with_name(path.name + ".part")
     metadata = {"Title": path.stem, "Description": source} | ({"Date": None} if kind == "svg" else {})
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format=kind, metadata=metadata)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
     return path

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.io import make_run_dir, write_text
+from far_env.io import lock, make_run_dir, replacing, write_text
 
 FORMAT = 1
 _SETTINGS_FILE = "evaluation.json"
@@ -231,6 +233,14 @@ def load(folder: str | Path) -> Results:
     return Results(settings, _parse(_read(folder / RECORDS_FILE), settings, folder / RECORDS_FILE), folder)
 
 
+def session_precision(folder: str | Path | None, precision: str) -> str:
+    """The precision for adding to a results folder: "auto", which is measured, stays what it was at first."""
+    if precision != "auto" or folder is None or not (Path(folder) / _SETTINGS_FILE).exists():
+        return precision
+    made_with = _load_settings(Path(folder) / _SETTINGS_FILE).made_with
+    return next((facts["dtype"] for facts in made_with.values()), precision)
+
+
 def _load_settings(path: Path) -> Settings:
     try:
         values = json.loads(_read(path))
@@ -298,23 +308,22 @@ class Recorder:
     def add(self, records: Iterable[Record]) -> None:
         """Append episodes that the folder does not hold yet. Raises ValueError if they cannot be written."""
         records = list(records)
+        text, size = "".join(record.line() for record in records).encode(), self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write("".join(record.line() for record in records).encode())
-            self._file.flush()
+            written = 0
+            while written < len(text):  # a full disk takes a part, and refuses the rest
+                written += self._file.write(text[written:])
         except OSError as error:
+            self._file.truncate(size)
             raise ValueError(f"cannot write {self._file.name}: {error.strerror}") from error
         self.results.records.extend(records)
 
     def save_picture(self, path: Path, frames: np.ndarray) -> None:
         """Write frames (T, 3, H, W) in [0, 1] side by side as a PNG, whole or not at all."""
         pixels = np.rint(frames.transpose(2, 0, 3, 1) * 255).clip(0, 255).astype(np.uint8)
-        temporary = path.with_suffix(".part")
-        try:
+        with replacing(path) as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.reshape(len(pixels), -1, 3)).save(temporary, format="png")
-            temporary.replace(path)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Release the folder for other recorders."""
@@ -325,18 +334,16 @@ class Recorder:
         write_text(self.results.folder / _SETTINGS_FILE, text + "\n")
 
 
-def _open_alone(path: Path) -> BinaryIO:
-    """Open for reading and appending, locked against a second evaluation."""
-    import fcntl  # not on Windows, where everything else works
-
+def _open_alone(path: Path) -> FileIO:
+    """Open for reading and appending, without a buffer, locked against a second evaluation."""
     try:
-        file = path.open("a+b")
+        file = path.open("a+b", buffering=0)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock(file, path.parent, "evaluation")
+    except ValueError:
         file.close()
-        raise ValueError(f"another evaluation is writing {path.parent}; wait for it or choose another folder") from error
+        raise
     file.seek(0)
     return file

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from far_env import device, tensor_files
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings, RewardSettings
-from far_env.agents.trainer import train
+from far_env.agents.trainer import make_workloads, train
 from far_env.agents.training_callbacks import ValidationCheckpoint
+from far_env.agents.training_logs import log_writers
 from far_env.policies import load_policy
+from far_env.provenance import run_facts, save_facts
 
 
 @pytest.fixture
@@ -192,3 +195,73 @@ def test_ppo_with_the_subset_head_learns_which_frames_to_keep(tiny_workload):
     after = ToyRetentionEnv.mean_reward(model.policy)
     assert before < 0.8 < 0.9 < after
     assert np.isfinite(after)
+
+
+def test_every_line_of_a_log_says_after_how_many_decisions_it_was_written(config, tmp_path):
+    train(config)
+    lines = list(csv.DictReader((tmp_path / "run" / "progress_00000000.csv").open()))
+    assert [int(line["time/total_timesteps"]) for line in lines] == [0, 32, 32, 64, 64, 96, 96]
+    validated = [(line["validation/timesteps"], line["time/total_timesteps"]) for line in lines if line["validation/psnr"]]
+    assert validated == [(str(decisions), str(decisions)) for decisions in (0, 32, 64, 96)]
+    assert lines[-1]["train/n_updates"] == "6", "of the last update too"
+
+
+def test_a_session_hides_what_earlier_ones_logged_after_their_checkpoint(tmp_path):
+    header = "time/total_timesteps,value\n"
+    texts = {"00000000": "0,1\n32,2\n64,3\n", "00000032": "64,5\n64,6\n96,7\n", "00000064": "96,8\n"}
+    for begun, text in texts.items():
+        (tmp_path / f"progress_{begun}.csv").write_text(header + text)
+    log, events = log_writers(tmp_path, 64, 64)
+    log.write({"value": 9, "time/total_timesteps": 96}, {"value": (), "time/total_timesteps": ()})
+    events.close()
+    found = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
+    assert found == {
+        "progress_00000000.csv": header + "0,1\n32,2\n64,3\n",
+        "progress_00000032.csv": header + "64,5\n64,6\n",
+        "progress_00000064.csv": "value,time/total_timesteps\n9,96\n",
+    }
+    log_writers(tmp_path, 0, -1)[1].close()
+    assert not any(tmp_path.glob("*.csv")), "without a checkpoint the stage begins again"
+
+
+def test_a_run_stopped_in_its_first_stages_is_not_continued_with_other_settings(config, tmp_path, monkeypatch):
+    own = dataclasses.replace(config, surrogate=config.ppo, ppo=PPOSettings(total_timesteps=0))
+    original = ValidationCheckpoint._save
+
+    def save_then_stop(self):
+        original(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(own)
+    with pytest.raises(ValueError, match="already holds a run; add --resume"):
+        train(own)
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        train(dataclasses.replace(own, resume=True, seed=5))
+
+
+def test_a_run_stopped_between_the_two_files_of_its_scorer_writes_both(config, tmp_path, monkeypatch):
+    def stop(state, path):
+        raise KeyboardInterrupt
+
+    original = tensor_files.save_weights
+    monkeypatch.setattr(tensor_files, "save_weights", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert not (tmp_path / "run" / "policy.safetensors").exists()
+    monkeypatch.setattr(tensor_files, "save_weights", original)
+    train(dataclasses.replace(config, resume=True))
+    best = torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)["best_weights"]
+    assert all(torch.equal(value, best[key]) for key, value in load_scorer(tmp_path / "run")[0].state_dict().items())
+
+
+def test_a_resumed_run_keeps_the_precision_that_its_first_session_measured(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_product_seconds", lambda dtype: 1.0)  # no dtype is faster: float32
+    own = dataclasses.replace(config, precision="auto")
+    assert make_workloads(own)[0].host.dtype == torch.float32
+    (tmp_path / "run").mkdir()
+    save_facts(tmp_path / "run", run_facts(torch.device("cpu"), torch.bfloat16))
+    save_facts(tmp_path / "run", run_facts(torch.device("cpu"), torch.float32))
+    assert make_workloads(own)[0].host.dtype == torch.bfloat16
+    assert make_workloads(config)[0].host.dtype == torch.float32, "a precision that was asked for is used"

@@ -190,3 +190,12 @@ def test_numbers_without_a_damaged_clip_are_those_of_the_other_clips(videos, tin
     assert list(evaluate_grid([workload], [4], policies, [0, 1], **options).unreadable) == [("ucf101_short_prediction", 1)]
     with pytest.raises(VideoError, match=damaged.name):
         evaluate(workload, 4, policies, [1], **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_output_that_cannot_be_written_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "far_env.cli", "baselines"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stderr == "far-env: error: cannot write the output: No space left on device\n"

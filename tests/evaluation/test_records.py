@@ -18,7 +18,8 @@ from far_env.contract import TemporalCachePlan
 from far_env.errors import PolicyError
 from far_env.evaluation import evaluate as evaluating
 from far_env.evaluation.evaluate import evaluate, evaluate_grid, tabulate
-from far_env.evaluation.records import Recorder, histories, load
+from far_env.evaluation.records import Recorder, histories, load, session_precision
+from far_env.host.weights import load_host
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
 from far_env.rollout.play import play
@@ -349,3 +350,28 @@ def test_a_policy_without_answer_keeps_only_the_newest(workloads):
     plan = results.records[0].plan
     assert [entry["kept"] for entry in plan] == [[entry["step"] + 5] for entry in plan]
     assert [entry["step"] for entry in plan] == [0, 4, 8], "asked again only when the history is over budget again"
+
+
+def test_a_measured_precision_stays_what_it_was_at_first(workloads, tiny_host_folder, tmp_path):
+    assert session_precision(None, "auto") == session_precision(tmp_path, "auto") == "auto"
+    half = replace(workloads[0], host=load_host(tiny_host_folder, "cpu", torch.bfloat16))
+    run(tmp_path, [half], names=("random",), budgets=(4,), clips=1)
+    assert session_precision(tmp_path, "auto") == "bfloat16" and session_precision(tmp_path, "float32") == "float32"
+
+
+def test_records_that_do_not_fit_on_the_disk_leave_no_part_of_a_line(finished, tmp_path):
+    resource = pytest.importorskip("resource")
+    recorder = Recorder(tmp_path, finished.settings)
+    first, second = finished.records[:2]
+    recorder.add([first])
+    size, before = (tmp_path / "records.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*records\.jsonl: File too large"):
+            recorder.add([second])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "records.jsonl").stat().st_size == size and load(tmp_path).records == [first]
+    recorder.add([second])
+    recorder.close()
+    assert load(tmp_path).records == [first, second]

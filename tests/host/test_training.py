@@ -5,22 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from far_env import device
 from far_env.config import load_yaml
 from far_env.errors import TrainingStopped
 from far_env.evaluation.host_training import train_host
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, initialise_from
 from far_env.host.training import autoencoder as ta
+from far_env.host.training import loop
 from far_env.host.training import transformer as tt
 from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
 from far_env.host.training.loop import run_steps, step_generator
 from far_env.host.weights import load_host, save_host
+from far_env.provenance import load_facts
 from far_env.tensor_files import load_tensors
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 from tests.host.far_loss import far_training_loss
@@ -163,7 +168,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
     run_steps("stage", tmp_path, 9, {"counter": resumed}, resumed.step)
     assert resumed.value == whole.value
     assert load_tensors(tmp_path / "stage.ckpt")["step"] == 9
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert list((tmp_path / "tensorboard" / "stage").glob("events*"))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -282,3 +287,37 @@ def test_a_host_may_share_the_autoencoder_of_a_shipped_one(tiny_host, tmp_path):
     assert torch.equal(loaded.autoencoder.encode(frames), shipped.autoencoder.encode(frames))
     with pytest.raises(ValueError, match="is not that of the host embedded"):
         save_host(tmp_path / "other", transformer, tiny_host.autoencoder, configs, **options)
+
+
+def test_tensorboard_shows_every_step_of_both_stages_once_after_a_resume_with_the_clock_set_back(
+    tiny_training, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(tiny_training, quality_clips=0, checkpoint_every=2)
+    original, now = loop.save_tensors, time.time
+
+    def save_then_stop(path, content):
+        original(path, content)
+        if path.name == "transformer.ckpt" and content["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_tensors", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_host(config)
+    monkeypatch.setattr(loop, "save_tensors", original)
+    monkeypatch.setattr(time, "time", lambda: now() - 1e6)
+    train_host(config)
+    steps = {}
+    for stage in ("autoencoder", "transformer"):
+        events = EventAccumulator(str(Path(config.run_dir) / "tensorboard" / stage)).Reload()
+        for tag in events.Tags()["scalars"]:
+            steps.setdefault(stage, []).extend(event.step for event in events.Scalars(tag))
+    assert set(steps["autoencoder"]) == {config.autoencoder.steps}, "logged at the last step"
+    assert sorted(steps["transformer"]) == list(range(1, config.transformer.steps + 1))
+
+
+def test_a_resumed_training_keeps_the_precision_that_its_first_session_measured(tiny_training, monkeypatch):
+    config = dataclasses.replace(tiny_training, precision="auto", quality_clips=0)
+    for bfloat16_seconds in (0.1, 1.0):
+        monkeypatch.setattr(device, "_product_seconds", {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}.get)
+        train_host(config)
+    assert [session["dtype"] for session in load_facts(Path(config.run_dir))] == ["bfloat16", "bfloat16"]

@@ -12,9 +12,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from far_env.errors import TrainingStopped
+from far_env.events import session_writer
+from far_env.io import disk_errors
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors
 
@@ -62,7 +63,8 @@ def run_steps(
         save_tensors(checkpoint, {"step": step, "seconds": time.perf_counter() - start, "state": parts})
 
     with (
-        SummaryWriter(run_dir / "tensorboard", purge_step=done) as writer,
+        disk_errors(run_dir),
+        session_writer(run_dir / "tensorboard" / name, done) as writer,
         show_progress(total=num_steps, initial=done, description=name, unit="steps") as bar,
         _InterruptFlag() as interrupt,
     ):

@@ -21,8 +21,8 @@ from far_env.host.training.autoencoder import train_autoencoder
 from far_env.host.training.config import HostTraining
 from far_env.host.training.transformer import train_transformer
 from far_env.host.weights import SHIPPED, Host, load_host, save_host
-from far_env.io import make_run_dir, write_json
-from far_env.provenance import run_facts, save_facts
+from far_env.io import locked, make_run_dir, write_json
+from far_env.provenance import run_facts, save_facts, session_precision
 
 
 def train_models(config: HostTraining) -> Host:
@@ -44,10 +44,17 @@ def train_models(config: HostTraining) -> Host:
     device = resolve_device(config.device)
     source = None if config.start_from is None else load_host(config.start_from, str(device))
     check_models(config, source)
-    dtype = resolve_precision(config.precision, device)
     run_dir = make_run_dir(config.run_dir)
-    _check_same_run(config, run_dir)
-    save_facts(run_dir, run_facts(device, dtype))
+    dtype = resolve_precision(session_precision(run_dir, config.precision), device)
+    with locked(run_dir):
+        _check_same_run(config, run_dir)
+        save_facts(run_dir, run_facts(device, dtype))
+        _train(config, source, run_dir, device, dtype)
+    return load_host(config.output_dir, config.device)
+
+
+def _train(config: HostTraining, source: Host | None, run_dir: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Train both models, or the transformer alone if there is a source, and write them to ``config.output_dir``."""
     worlds: list[World] = [WORLDS[name] for name in config.worlds]
     common = {"seed": config.seed, "device": device, "dtype": dtype, "checkpoint_every": config.checkpoint_every}
     if source is None:
@@ -66,7 +73,6 @@ def train_models(config: HostTraining) -> Host:
         autoencoder_of=config.autoencoder_of,
     )
     save_yaml(config, output_dir / "training.yaml")
-    return load_host(output_dir, config.device)
 
 
 def check_models(config: HostTraining, source: Host | None) -> None:

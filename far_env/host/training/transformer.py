@@ -22,6 +22,7 @@ from far_env.host.far import CLEAN_TIME, FAR
 from far_env.host.far_long import initialise_from, make_transformer
 from far_env.host.training.config import TransformerTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
+from far_env.io import replacing
 from far_env.progress import show_progress
 
 CHUNK_CLIPS = 500
@@ -206,9 +207,8 @@ def _encoded_clips(autoencoder: Autoencoder, world: World, num_clips: int, folde
         ids = range(start, min(start + CHUNK_CLIPS, num_clips))
         if not path.exists():
             latents = np.concatenate([_encode(autoencoder, world, ids[i : i + 10], device) for i in range(0, len(ids), 10)])
-            temporary = path.with_suffix(".part.npy")
-            np.save(temporary, latents)
-            temporary.replace(path)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, latents)
         chunks.append(np.load(path)[: len(ids)])
     return np.concatenate(chunks)
 
