@@ -22,7 +22,10 @@ import json
 import operator
 import os
 import random
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +48,9 @@ KEPT_COPIES = 4096
 
 
 def main(path: str, read_fd: int, write_fd: int, memory_bytes: int) -> None:
-    """Load the policy, then answer until the questions end."""
+    """Load the policy, then answer until the questions end, or until the process that asks them has ended."""
     _limit_memory(memory_bytes)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(read_fd, encoding="utf-8") as questions, os.fdopen(write_fd, "w", encoding="utf-8") as answers:
 
         def answer(values: dict[str, object]) -> None:
@@ -152,6 +156,13 @@ def _seed(seed: int) -> None:
     np.random.seed(seed)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Kill this process group once the parent was killed, whatever the policy is doing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _limit_memory(num_bytes: int) -> None:

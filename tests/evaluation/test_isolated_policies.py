@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -126,6 +128,25 @@ def test_a_child_that_leaves_the_process_group_is_ended_too(tmp_path):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and _running(pid):
         time.sleep(0.01)
+    assert not _running(pid)
+
+
+def test_a_looping_policy_ends_soon_after_its_evaluation_was_killed(tmp_path):
+    path = hostile(tmp_path, "while True: pass")
+    code = (
+        "import sys; from pathlib import Path; from far_env.contract import RolloutState\n"
+        "from far_env.policy_process import PolicyProcess\n"
+        "policy = PolicyProcess(Path(sys.argv[1]), call_seconds=600)\n"
+        "print(policy._process.pid, flush=True)\n"
+        "policy.build_temporal_cache_plan([], RolloutState(1, 0.1, 4), {'max_frames': 3, 'capacity_mb': 0.1})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as evaluation:
+        pid = int(evaluation.stdout.readline())
+        assert _running(pid)
+        evaluation.kill()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and _running(pid):
+        time.sleep(0.1)
     assert not _running(pid)
 
 
