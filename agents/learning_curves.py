@@ -13,6 +13,7 @@ from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.options import LearningCurveOptions
 from far_env.agents.trainer import SURROGATE_FOLDER
 from far_env.config import load_yaml
+from far_env.errors import first_line
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 
 
@@ -37,15 +38,20 @@ def _validations(folder: Path, settings: PPOSettings, metric: str) -> dict[int, 
     """Decisions → mean validation score, from the logs of one stage."""
     update, points = settings.n_steps * settings.num_envs, {}
     for path in sorted(folder.glob("progress_*.csv")):
+        if not path.stem.removeprefix("progress_").isdecimal():
+            continue
         # A session's file repeats the last validation of the session before.
         begun = int(path.stem.removeprefix("progress_"))
         points = {decisions: score for decisions, score in points.items() if decisions <= begun}
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                if score := line.get(f"validation/{metric}"):
-                    # A validation is logged with the decisions collected after it, the last one without.
-                    logged = line.get("time/total_timesteps")
-                    points[int(logged) - update if logged else settings.total_timesteps] = float(score)
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                for line in csv.DictReader(file):
+                    if score := line.get(f"validation/{metric}"):
+                        # A validation is logged with the decisions collected after it, the last one without.
+                        logged = line.get("time/total_timesteps")
+                        points[int(logged) - update if logged else settings.total_timesteps] = float(score)
+        except (OSError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is damaged ({first_line(error)}); restore it or leave the run out") from error
     return points
 
 

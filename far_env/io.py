@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from far_env.errors import first_line
 
 CACHE_VARIABLE = "FAR_ENV_CACHE"
 
@@ -17,6 +21,20 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The content of a JSON file (UTF-8, with or without a byte order mark).
+
+    Raises:
+        ValueError: one sentence that names the file, the reason and the remedy, if it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); {remedy}") from error
 
 
 def cache_dir() -> Path:
