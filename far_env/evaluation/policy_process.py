@@ -44,6 +44,8 @@ class PolicyProcess:
     """
 
     def __init__(self, path: Path, *, call_seconds: float = 10.0, load_seconds: float = 120.0) -> None:
+        if not hasattr(os, "killpg"):
+            raise PolicyError("needs a process group, which Windows lacks; run policy files on Linux or macOS")
         self.name = str(path)
         self.num_printed = 0
         self._printed = b""
