@@ -198,11 +198,13 @@ def _sentence(box: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| ") for line in box.splitlines()]
     rules = [index for index, line in enumerate(lines) if not line.strip("─━-╭╮╰╯+ ")]
     reason = " ".join(line for line in lines[: rules[0] if rules else None] if line and line[0] not in "╭╰┌└+")
-    options = list(dict.fromkeys(re.findall(r"^(--[\w.-]+(?: [A-Z{\[][^│]*)?)$", "\n".join(lines), re.MULTILINE)))
+    unknown = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else len(lines)
+    options = list(dict.fromkeys(re.findall(r"^(--[\w.-]+(?: [A-Z{\[].*)?)$", "\n".join(lines[:unknown]), re.MULTILINE)))
+    if reason.startswith("Missing") and options:
+        unrecognized = [line for line in lines[unknown:] if line.startswith("--")]
+        return "; ".join([f"missing: {', '.join(options)}", *(f"unknown option {option}" for option in unrecognized)])
     if not options:
         return reason
-    if reason.startswith("Missing"):
-        return f"missing: {', '.join(options)}"
     return f"{reason}; {'did you mean' if 'Perhaps you meant:' in lines else 'it is used as'} {' or '.join(options)}"
 
 

@@ -190,3 +190,22 @@ def test_numbers_without_a_damaged_clip_are_those_of_the_other_clips(videos, tin
     assert list(evaluate_grid([workload], [4], policies, [0, 1], **options).unreadable) == [("ucf101_short_prediction", 1)]
     with pytest.raises(VideoError, match=damaged.name):
         evaluate(workload, 4, policies, [1], **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, fragments",
+    [
+        (["train", "--ppo.learning-rate", "fast"], ["--ppo.learning-rate", "'fast'", "FLOAT"]),
+        (["train", "--config", "pan_tight", "--ppo.n-steps", "1.5"], ["--ppo.n-steps", "'1.5'", "INT"]),
+        (["train", "--ppo.learning-rat", "3"], ["--ppo.learning-rat,", "did you mean --ppo.learning-rate FLOAT;"]),
+        (["evaluate", "--clipz", "3"], ["missing: --policies STR", "unknown option --clipz"]),
+        (["evaluate", "--device"], ["--device", "Missing value"]),
+        (["reproduce", "--no-such"], ["--no-such"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed_is_one_sentence(arguments, fragments, capsys):
+    assert cli.main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("far-env") and error.count("\n") == 1 and not set(error) & set("│╭╮╰╯─")
+    assert all(fragment in error for fragment in fragments), error
+    assert error.rstrip().endswith(f"far-env {arguments[0]} --help describes the options")
