@@ -196,8 +196,10 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, description: str) -
 def _sentence(box: str) -> str:
     """What tyro says in a box about a command line, in one sentence: the reason, then the options that may be meant."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| ") for line in box.splitlines()]
-    rules = [index for index, line in enumerate(lines) if not line.strip("─━-╭╮╰╯+ ")]
-    reason = " ".join(line for line in lines[: rules[0] if rules else None] if line and line[0] not in "╭╰┌└+")
+    lines = [line if line.strip("─━-╭╮╰╯+ ") else "" for line in lines]  # rules, and the box's lower edge
+    if lines[:1] and (lines[0].startswith("╭") or lines[1:2] == [""]):
+        lines = lines[1 if lines[0].startswith("╭") else 2 :]  # the title, which the terminal's encoding draws in two ways
+    reason = " ".join(lines[: lines.index("") if "" in lines else None])
     unknown = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else len(lines)
     options = list(dict.fromkeys(re.findall(r"^(--[\w.-]+(?: [A-Z{\[].*)?)$", "\n".join(lines[:unknown]), re.MULTILINE)))
     if reason.startswith("Missing") and options:
