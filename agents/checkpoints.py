@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from far_env.agents.config import NetworkConfig
 from far_env.config import from_dict
 from far_env.errors import unknown_name
-from far_env.io import write_json
+from far_env.io import read_json, write_json
 
 if TYPE_CHECKING:
     from far_env.agents.network import RetentionNetwork
@@ -98,14 +97,10 @@ def load_scorer(folder: Path) -> tuple[RetentionNetwork, dict[str, Any]]:
     from far_env.tensor_files import load_weights
 
     path = folder / CONFIG_FILE
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        network = about["network"]
-    except OSError as error:
-        raise ValueError(
-            f"{folder} holds no trained policy ({CONFIG_FILE} is missing); train one with far-env train"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); train the policy again") from error
-    config = from_dict(NetworkConfig, network, f"{path}: network")
+    if not path.exists():
+        raise ValueError(f"{folder} holds no trained policy ({CONFIG_FILE} is missing); train one with far-env train")
+    about = read_json(path, "train the policy again")
+    if not isinstance(about, dict) or "network" not in about:
+        raise ValueError(f"{path} is damaged (it lacks 'network'); train the policy again")
+    config = from_dict(NetworkConfig, about["network"], f"{path}: network")
     return load_weights(RetentionNetwork(**asdict(config)), folder / WEIGHTS_FILE), about

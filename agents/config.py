@@ -12,6 +12,9 @@ from far_env.contract import check_signals
 UNUSABLE_SIGNALS = ("key_proto",)
 """Signals whose length is that of the host's keys: a scorer that reads them could not be used with another host."""
 
+MAX_NETWORK = 2**26
+"""Of width² · (num_layers + 1), about a twelfth of the parameters."""
+
 
 @dataclass(frozen=True)
 class ImitationSettings:
@@ -133,6 +136,8 @@ class NetworkConfig:
         require_positive(self, "width", "num_heads")
         if self.num_layers < 0:
             raise ValueError(f"NetworkConfig: num_layers cannot be negative, got {self.num_layers}")
+        if self.width**2 * (self.num_layers + 1) > MAX_NETWORK:
+            raise ValueError(f"NetworkConfig: width {self.width} with num_layers {self.num_layers} is too large a network")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
         object.__setattr__(self, "signals", check_inputs(self.memory, self.surroundings, self.places, self.path, self.signals))

@@ -7,7 +7,6 @@ Rounds of collecting with the scorer and learning from all rounds are DAgger: Ro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
 from far_env.agents.expert_data import ExpertData, collect, subset_distribution
 from far_env.agents.network import RetentionNetwork, network_with_weights
-from far_env.io import write_json
+from far_env.io import read_json, write_json
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors, save_weights
 from far_env.workloads import Workload
@@ -217,7 +216,7 @@ def _check_index(
         "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
     }
     path = folder / INDEX_FILE
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != index:
+    if path.exists() and read_json(path, "choose another run folder") != index:
         raise ValueError(f"{folder} contains decisions made with other settings (see {INDEX_FILE}); choose another run folder")
     write_json(path, index)
 

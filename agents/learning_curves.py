@@ -14,6 +14,7 @@ from far_env.agents.options import LearningCurveOptions
 from far_env.agents.trainer import SURROGATE_FOLDER
 from far_env.agents.training_logs import TIMESTEPS, VALIDATED_AT
 from far_env.config import load_yaml
+from far_env.errors import first_line
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 
 
@@ -38,18 +39,23 @@ def _validations(folder: Path, settings: PPOSettings, metric: str) -> dict[int, 
     """Decisions → mean validation score, from the logs of one stage."""
     update, points = settings.n_steps * settings.num_envs, {}
     for path in sorted(folder.glob("progress_*.csv")):
+        if not path.stem.removeprefix("progress_").isdecimal():
+            continue
         # A session's file repeats the last validation of the session before.
         begun = int(path.stem.removeprefix("progress_"))
         points = {decisions: score for decisions, score in points.items() if decisions <= begun}
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                if score := line.get(f"validation/{metric}"):
-                    validated = line.get(VALIDATED_AT)
-                    if not validated:
-                        # Older versions logged a validation with the decisions collected after it, the last one without.
-                        logged = line.get(TIMESTEPS)
-                        validated = int(logged) - update if logged else settings.total_timesteps
-                    points[int(validated)] = float(score)
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                for line in csv.DictReader(file):
+                    if score := line.get(f"validation/{metric}"):
+                        validated = line.get(VALIDATED_AT)
+                        if not validated:
+                            # Older versions logged a validation with the decisions collected after it, the last one without.
+                            logged = line.get(TIMESTEPS)
+                            validated = int(logged) - update if logged else settings.total_timesteps
+                        points[int(validated)] = float(score)
+        except (OSError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is damaged ({first_line(error)}); restore it or leave the run out") from error
     return points
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import dataclass, field
 
 import tyro
@@ -56,10 +57,24 @@ class Sweep:
         require_positive(self, "trials")
         if not self.search:
             raise ValueError("a sweep needs something to search: give settings and their ranges under search")
-        for name, search_range in self.search.items():
-            if not isinstance(search_range, dict) or not ("choices" in search_range) ^ {"low", "high"}.issubset(search_range):
-                raise ValueError(f"search: {name} needs either low and high, or choices; got {search_range!r}")
-            for key in search_range:
+        for name, given in self.search.items():
+            if not isinstance(given, dict) or not ("choices" in given) ^ {"low", "high"}.issubset(given):
+                raise ValueError(f"search: {name} needs either low and high, or choices; got {reprlib.repr(given)}")
+            if not isinstance(name, str):
+                raise ValueError(f"search: {reprlib.repr(name)} is no setting; give names such as ppo.learning_rate")
+            if "choices" in given and (not isinstance(given["choices"], list) or not given["choices"]):
+                raise ValueError(
+                    f"search: {name}: choices needs a list of one value or more, got {reprlib.repr(given['choices'])}"
+                )
+            ends = [given[key] for key in ("low", "high") if key in given]
+            numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+            if not numbers or any(abs(end) > 1e300 or end != end for end in ends) or (len(ends) == 2 and ends[0] > ends[1]):
+                raise ValueError(
+                    f"search: {name}: low and high need two finite numbers, the lower first, got {reprlib.repr(ends)}"
+                )
+            if given.get("log") and any(end <= 0 for end in ends):
+                raise ValueError(f"search: {name}: low and high must be above 0 with log, got {reprlib.repr(ends)}")
+            for key in given:
                 if key not in RANGE_KEYS:
                     raise ValueError(f"search: {name}: {unknown_name('key', key, RANGE_KEYS)}")
 

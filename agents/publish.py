@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from far_env.agents.config import AgentTraining, NetworkConfig
 from far_env.config import load_yaml, save_yaml
 from far_env.envs.episodes import ROW_FEATURES
 from far_env.evaluation.table import markdown_table, source_lines
-from far_env.io import make_run_dir, write_text
+from far_env.io import make_run_dir, read_json, write_text
 from far_env.provenance import load_facts
 
 CARD_FILE = "README.md"
@@ -68,13 +67,14 @@ def _results(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
         ValueError: if there are none, or if they were made with other hosts than the policy.
     """
     path = run / RESULTS_FILE
+    if not path.exists():
+        raise ValueError(f"{path} is missing; only a finished run can be published")
+    content = read_json(path, "run far-env train again to measure its table anew")
     try:
-        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+        tables = content["tables"]
         hosts = dict.fromkeys(f"{table['host']} ({table['weights']})" for table in tables if table["policies"][LEARNED]["psnr"])
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; only a finished run can be published") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); run far-env train again to measure its table again") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run far-env train again to measure its table anew") from error
     if (host := ", ".join(hosts)) != facts.get("host"):
         raise ValueError(f"{path} was made with host {host}, the policy with {facts.get('host')}; train it again")
     return tables
@@ -86,11 +86,14 @@ def sessions_summary(sessions: list[dict[str, Any]]) -> dict[str, str]:
     def all_of(key: str, separator: str = ", then ") -> str:
         return separator.join(dict.fromkeys(str(session[key]) for session in sessions))
 
-    return {
-        "place": f"{all_of('dtype')} on {all_of('machine')}",
-        "command": all_of("command", "`, then `"),
-        "torch": sessions[-1]["versions"]["torch"],
-    }
+    try:
+        return {
+            "place": f"{all_of('dtype')} on {all_of('machine')}",
+            "command": all_of("command", "`, then `"),
+            "torch": sessions[-1]["versions"]["torch"],
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"run.json of the run is damaged (it lacks {error}); train it again") from error
 
 
 def model_card(
@@ -207,6 +210,6 @@ def _training_time(run: Path, sessions: list[dict[str, Any]]) -> str:
     seconds = [session.get("training_seconds") for session in sessions]
     if None not in seconds:
         return f"{sum(seconds) / 60:.1f} minutes"
-    logs = [csv.DictReader(path.read_text().splitlines()) for path in sorted(run.glob("progress_*.csv"))]
+    logs = [csv.DictReader(path.read_text(encoding="utf-8").splitlines()) for path in sorted(run.glob("progress_*.csv"))]
     elapsed = [max((float(row["time/time_elapsed"] or 0) for row in log), default=0) for log in logs]
     return f"{sum(elapsed) / 60:.1f} minutes of PPO; imitation was not timed"

@@ -8,6 +8,7 @@ replaced.
 from __future__ import annotations
 
 import re
+import reprlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,6 +149,8 @@ def load_tables(path: str | Path) -> tuple[dict[str, Table], dict[str, str]]:
         if name == ALL or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(name)):
             raise ValueError(f"{where}: a table's name is made of lower-case letters, digits and hyphens, and not {ALL!r}")
         table = from_dict(Table, values, where)
+        if not table.parts:
+            raise ValueError(f"{where}: parts needs one or more")
         parts = [from_dict(Part, values, f"{where}, part {number}") for number, values in enumerate(table.parts, start=1)]
         tables[name] = table = replace(table, parts=tuple(parts))
         for number, part in enumerate(parts, start=1):
@@ -157,7 +160,9 @@ def load_tables(path: str | Path) -> tuple[dict[str, Table], dict[str, str]]:
                 raise ValueError(f"{where}: agents does not say how {policy} is trained")
     for policy, arguments in content.agents.items():
         if not isinstance(arguments, str):
-            raise ValueError(f"{path}: agents: {policy} needs the arguments of train_agent.py as text, got {arguments!r}")
+            raise ValueError(
+                f"{path}: agents: {policy} needs the arguments of train_agent.py as text, got {reprlib.repr(arguments)}"
+            )
     return tables, content.agents
 
 
@@ -192,9 +197,9 @@ def put_section(content: str, name: str, text: str) -> str:
 def _check(part: Part, reference: str, where: str) -> None:
     """Raise ValueError if a part cannot be evaluated."""
     for name in ("workloads", "budgets", "policies", "seeds"):
-        values, kind, word = getattr(part, name), *((int, "whole numbers") if name in ("budgets", "seeds") else (str, "names"))
-        if not values or any(not isinstance(value, kind) or isinstance(value, bool) for value in values):
-            raise ValueError(f"{where}: {name} needs one or more {word}, got {list(values)}")
+        if not getattr(part, name):
+            word = "whole numbers" if name in ("budgets", "seeds") else "names"
+            raise ValueError(f"{where}: {name} needs one or more {word}, got []")
     for name in part.workloads:
         if name not in WORKLOADS:
             raise ValueError(f"{where}: {unknown_name('workload', name, list(WORKLOADS))}")

@@ -15,7 +15,7 @@ from far_env.agents.trainer import learn, opened_run
 from far_env.agents.validation import validation_scores
 from far_env.config import config_path, from_dict, load_yaml, save_yaml
 from far_env.errors import unknown_name
-from far_env.io import make_run_dir, write_json
+from far_env.io import make_run_dir, read_json, write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -109,7 +109,7 @@ def _check_same(folder: Path, options: Sweep, base: AgentTraining) -> None:
     """Record what is searched. Raises ValueError if the folder contains a sweep of something else."""
     about = {"search": options.search, "seed": options.seed, "base": json.loads(json.dumps(asdict(base)))}
     path = folder / "sweep.json"
-    if path.exists() and json.loads(path.read_text()) != about:
+    if path.exists() and read_json(path, "choose another run_dir") != about:
         raise ValueError(f"{folder} contains another sweep (see sweep.json); choose another run_dir")
     write_json(path, about)
 

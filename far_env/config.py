@@ -12,8 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.resources
+import io
+import math
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -23,12 +26,18 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from far_env.errors import unknown_name
+from far_env.errors import first_line, unknown_name
 from far_env.io import write_text
 
 Config = TypeVar("Config")
 
 CONFIGS_PACKAGE = "far_env.configs"
+MAX_VALUES = 100_000
+"""Values in a YAML file, with all aliases expanded."""
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 80
+_shown.maxlevel = 3
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
@@ -54,7 +63,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
             arguments[key] = _typed(value, annotations[key], f"{where}: {key}")
     try:
         return cls(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -62,30 +71,67 @@ def _typed(value: Any, annotation: Any, where: str) -> Any:
     """The value in the annotated type: lists become tuples, whole numbers and YAML's "1e-3" become floats."""
     choices = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
     for choice in choices:
-        kind = typing.get_origin(choice) or choice
-        if kind is tuple and isinstance(value, list):
-            return tuple(value)
+        kind, inner = typing.get_origin(choice) or choice, typing.get_args(choice)
+        if kind is Any:
+            return value
+        if kind in (tuple, list) and isinstance(value, list | kind):
+            if not inner or dataclasses.is_dataclass(inner[0]):  # which the reader builds, as it can name the place
+                return kind(value)
+            return kind(_typed(item, inner[0], where) for item in value)
+        if kind is dict and inner and isinstance(value, dict):
+            return {_typed(key, inner[0], where): _typed(item, inner[1], f"{where}: {key}") for key, item in value.items()}
         if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError):
-                return float(value)
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            with contextlib.suppress(ValueError, OverflowError):
+                if math.isfinite(number := float(value)):
+                    return number
+        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
     wanted = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices)
-    raise ValueError(f"{where}: expected {wanted}, got {value!r}")
+    infinite = float in choices and isinstance(value, int | float) and not isinstance(value, bool)
+    raise ValueError(f"{where}: expected {wanted}, got {_shown.repr(value)}{', which is not finite' if infinite else ''}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, and every key once."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark
+                )
+            keys.add(str(key.value))
+        return node
 
 
 def load_yaml(cls: type[Config], path: str | os.PathLike) -> Config:
     """Read ``path`` into ``cls``. Raises ValueError, naming the file, if it is missing, not YAML, or has unknown keys."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = yaml.load(text, _Loader)  # which makes plain values alone
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f", line {mark.line + 1}"
-        raise ValueError(f"{path} is not valid YAML{place}: {getattr(error, 'problem', None) or error}") from error
-    return from_dict(cls, values or {}, str(path))
+        raise ValueError(f"{path} is not valid YAML{place}: {getattr(error, 'problem', None) or first_line(error)}") from error
+    except (ValueError, OverflowError, RecursionError) as error:  # text that is not UTF-8, numbers and dates that are none
+        raise ValueError(f"{path} is not valid YAML: {first_line(error)}") from error
+    _check_size(values, path)
+    return from_dict(cls, {} if values is None else values, str(path))
+
+
+def _check_size(values: Any, path: str | os.PathLike) -> None:
+    """Raise ValueError if the values are endless or very many: aliases of aliases double them with every line."""
+    pending, count = [values], 0
+    while pending:
+        value = pending.pop()
+        count += 1
+        if count + len(pending) > MAX_VALUES:
+            raise ValueError(f"{path} holds more than {MAX_VALUES:,} values, aliases expanded; write it without nested aliases")
+        pending.extend([*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 def save_yaml(config: Any, path: Path) -> None:
@@ -124,8 +170,9 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, description: str) -
     """Command line to configuration: ``--config`` (a path or a shipped name) gives the defaults, other flags override fields.
 
     Raises:
-        ValueError: if the configuration cannot be read, or a flag was renamed or removed.
-        SystemExit: after ``--help``, or on any other command line that cannot be parsed; tyro has printed why.
+        ValueError: one sentence, if the configuration cannot be read, a flag was renamed or removed, or the command line cannot
+            be parsed; it names the option, the value and what is allowed.
+        SystemExit: after ``--help``.
     """
     args = list(args)
     default = None
@@ -137,7 +184,31 @@ def parse(cls: type[Config], args: Sequence[str], prog: str, description: str) -
         default = load_yaml(cls, config_path(args[at + 1]))
         del args[at : at + 2]
     keywords = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, prog=f"{prog} [--config NAME]", description=description, **keywords)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, args=args, prog=f"{prog} [--config NAME]", description=description, **keywords)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise ValueError(f"{_sentence(printed.getvalue())}; {prog} --help describes the options") from None
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in a box about a command line, in one sentence: the reason, then the options that may be meant."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│| ") for line in box.splitlines()]
+    lines = [line if line.strip("─━-╭╮╰╯+ ") else "" for line in lines]  # rules, and the box's lower edge
+    if lines[:1] and (lines[0].startswith("╭") or lines[1:2] == [""]):
+        lines = lines[1 if lines[0].startswith("╭") else 2 :]  # the title, which the terminal's encoding draws in two ways
+    reason = " ".join(lines[: lines.index("") if "" in lines else None])
+    unknown = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else len(lines)
+    options = list(dict.fromkeys(re.findall(r"^(--[\w.-]+(?: [A-Z{\[].*)?)$", "\n".join(lines[:unknown]), re.MULTILINE)))
+    if reason.startswith("Missing") and options:
+        unrecognized = [line for line in lines[unknown:] if line.startswith("--")]
+        return "; ".join([f"missing: {', '.join(options)}", *(f"unknown option {option}" for option in unrecognized)])
+    if not options:
+        return reason
+    return f"{reason}; {'did you mean' if 'Perhaps you meant:' in lines else 'it is used as'} {' or '.join(options)}"
 
 
 def require_positive(config: Any, *names: str) -> None:

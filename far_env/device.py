@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -105,9 +105,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Highest memory so far: of the process, or allocated on the GPU."""
+    """Highest memory so far: of the process, or allocated on the GPU; NaN where the system does not count it (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

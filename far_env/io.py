@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from far_env.errors import first_line
+
 CACHE_VARIABLE = "FAR_ENV_CACHE"
 LOCK_FILE = ".lock"
 
@@ -102,6 +104,20 @@ def lock(file: BinaryIO, folder: Path, holder: str = "process") -> None:
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     """Write a value as indented JSON, as `write_text` does. Raises ValueError on NaN and infinity unless ``allow_nan``."""
     write_text(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The content of a JSON file (UTF-8, with or without a byte order mark).
+
+    Raises:
+        ValueError: one sentence that names the file, the reason and the remedy, if it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); {remedy}") from error
 
 
 def cache_dir() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from far_env.io import write_json
+from far_env.io import read_json, write_json
 
 FILE = "run.json"
 
@@ -45,10 +44,10 @@ def load_facts(folder: Path) -> list[dict]:
     path = folder / FILE
     if not path.exists():
         return []
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); choose another run folder") from error
+    sessions = read_json(path, "choose another run folder")
+    if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+        raise ValueError(f"{path} is damaged (it holds no list of sessions); choose another run folder")
+    return sessions
 
 
 def session_precision(folder: Path, precision: str) -> str:
@@ -82,7 +81,7 @@ def git_commit() -> str:
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
 
     try:
         # Installed into an environment inside another project's checkout, git would describe that project.

@@ -93,7 +93,7 @@ def read_list(path: Path) -> list[Recording]:
         ValueError: if the file is no JSON list of such entries.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"the list {path} cannot be read as JSON: {error}; restore it") from error
     if not isinstance(entries, list):

@@ -6,7 +6,6 @@ as PNG and SVG. Finished parts are kept, so that a stopped run can be resumed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,11 +16,12 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from far_env.config import from_dict
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.plots import COLOURS, MARKERS, STYLE, save_figure
 from far_env.evaluation.statistics import mean_interval
 from far_env.evaluation.table import interval_text, signed_interval_text
-from far_env.io import write_json
+from far_env.io import read_json, write_json
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
@@ -155,14 +155,19 @@ def load_parts(folder: Path, settings: Mapping[str, object]) -> list[Part]:
     path = folder / RESULTS_FILE
     if not path.exists():
         return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        recorded, parts = content["settings"], [Part(**part) for part in content["parts"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); choose another folder") from error
+    content = read_json(path, "choose another folder")
+    found, entries = (content.get(key) for key in ("settings", "parts")) if isinstance(content, dict) else (None, None)
+    if not isinstance(found, dict) or not isinstance(entries, list):
+        raise ValueError(f"{path} is damaged (it lacks settings or parts); choose another folder")
+    parts = [from_dict(Part, part, f"{path}, part {number}") for number, part in enumerate(entries)]
     for name, value in settings.items():
-        if recorded.get(name) != value:
-            raise ValueError(f"{path} was made with {name} {recorded.get(name)}, not {value}; choose another folder")
+        if found.get(name) != value:
+            raise ValueError(f"{path} was made with {name} {found.get(name)}, not {value}; choose another folder")
+    for number, part in enumerate(parts):
+        if {len(part.psnr), len(part.tokens)} != {settings.get("clips", len(part.psnr))}:
+            raise ValueError(
+                f"{path}, part {number}: needs psnr and tokens of {settings.get('clips')} clips; choose another folder"
+            )
     return parts
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from io import FileIO
@@ -17,8 +18,9 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from far_env.config import from_dict
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.io import lock, make_run_dir, replacing, write_text
+from far_env.io import lock, make_run_dir, read_json, replacing, write_text
 
 FORMAT = 1
 _SETTINGS_FILE = "evaluation.json"
@@ -133,7 +135,14 @@ _TYPES = {
     "clip_sha256": str,
     "latents_sha256": str,
 }
-_FACTS = ("host", "weights", "ode_steps", "dtype", "device")
+_FACTS = {"host": str, "weights": str, "ode_steps": int, "dtype": str, "device": str}
+MAX_FRAMES = 100_000
+"""Of a clip, and pixels of a frame's side."""
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value can be a float64."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53)
 
 
 def _record(values: object, settings: Settings) -> Record:
@@ -143,18 +152,18 @@ def _record(values: object, settings: Settings) -> Record:
     fields = {name: values.pop(name, None) for name in _TYPES}
     for name, kind in _TYPES.items():
         if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
-            raise ValueError(f"has no valid {name!r} ({fields[name]!r})")
+            raise ValueError(f"has no valid {name!r} ({reprlib.repr(fields[name])})")
     known = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
     for name, values_asked in {**known, "budget": settings.budgets}.items():
         if fields[name] not in values_asked:
-            raise ValueError(f"has the {name} {fields[name]!r}, which is not in {_SETTINGS_FILE}")
+            raise ValueError(f"has the {name} {reprlib.repr(fields[name])}, which is not in {_SETTINGS_FILE}")
     num_predict = settings.num_predict[fields["workload"]]
     numbers = [*fields["metrics"].values(), *fields["psnr_per_frame"]]
-    if len(fields["psnr_per_frame"]) != num_predict or not all(isinstance(value, int | float) for value in numbers):
+    if len(fields["psnr_per_frame"]) != num_predict or not all(map(_is_number, numbers)):
         raise ValueError(f"needs numbers as metrics and {num_predict} of them in psnr_per_frame")
     if fields["metrics"].keys() != set(settings.metrics):
         raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
-    if lacking := [name for name in _FACTS if name not in values]:
+    if lacking := [name for name, kind in _FACTS.items() if not isinstance(values.get(name), kind)]:
         raise ValueError(f"lacks {', '.join(lacking)}")
     record = Record(**fields, facts=values)
     histories(record, settings.num_context[record.workload], num_predict)
@@ -171,9 +180,13 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
     decisions = {}
     for entry in record.plan:
         try:
-            decisions[int(entry["step"])] = sorted({*map(int, entry["kept"]), *map(int, entry["demoted"])})
+            frames = [entry["step"], *entry["kept"], *entry["demoted"]]
+            if not all(type(number) is int for number in frames):
+                raise ValueError("not whole numbers")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"has a plan with the entry {entry!r}, which lacks step, kept or demoted frames") from error
+            shown = reprlib.repr(entry)
+            raise ValueError(f"has a plan with the entry {shown}, which lacks step, kept or demoted frames") from error
+        decisions[frames[0]] = sorted(set(frames[1:]))
     history, decided = list(range(num_context)), []
     for step in range(num_predict - 1):
         newest = num_context + step
@@ -183,7 +196,9 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
         decided.append(step)
         kept = decisions.get(step, [])
         if not set(kept) <= set(history) or newest not in kept or len(kept) > record.budget:
-            raise ValueError(f"has a plan that keeps {kept} of {history} at step {step}, with a budget of {record.budget}")
+            raise ValueError(
+                f"has a plan that keeps {reprlib.repr(kept)} of {history} at step {step}, with a budget of {record.budget}"
+            )
         history = list(kept)
     if decided != [entry["step"] for entry in record.plan]:
         raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget needs decisions at {decided}")
@@ -242,18 +257,14 @@ def session_precision(folder: str | Path | None, precision: str) -> str:
 
 
 def _load_settings(path: Path) -> Settings:
-    try:
-        values = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it or evaluate into another folder") from error
+    values = read_json(path, "give a folder written by far-env evaluate --out, or evaluate into another folder")
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}, which this version reads; evaluate into another folder")
-    try:
-        settings = Settings(**values)
-        complete = all(workload in getattr(settings, name) for name in _BY_WORKLOAD for workload in settings.workloads)
-    except TypeError as error:
-        raise ValueError(f"{path} does not hold an evaluation's settings ({error}); evaluate into another folder") from error
-    if not complete:
+    settings = from_dict(Settings, values, f"{path}, the evaluation's settings")
+    sizes = [*settings.num_context.values(), *settings.num_predict.values(), *settings.frame_size.values()]
+    if not all(0 <= size <= MAX_FRAMES for size in sizes):
+        raise ValueError(f"{path} has a size that is not in 0 to {MAX_FRAMES}; restore it or evaluate into another folder")
+    if not all(workload in getattr(settings, name) for name in _BY_WORKLOAD for workload in settings.workloads):
         raise ValueError(f"{path} lacks the sizes of a workload; restore it or evaluate into another folder")
     return settings
 
@@ -273,8 +284,9 @@ def _parse(content: bytes, settings: Settings, path: Path) -> list[Record]:
             record = _record(json.loads(line), settings)
             if record.key in records:
                 raise ValueError("repeats an episode of an earlier line")
-        except ValueError as error:  # also JSON's and UTF-8's
-            reason = "is not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+        except (ValueError, RecursionError) as error:  # also JSON's and UTF-8's
+            not_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
+            reason = "is not JSON" if not_json else str(error)
             raise ValueError(f"{path}, line {number} {reason}; delete the line and evaluate again") from error
         records[record.key] = record
     return list(records.values())

@@ -214,7 +214,7 @@ def test_broken_marks_are_refused_before_any_work(reproduce, tmp_path, content):
         (lambda t: t["small"].update(captoin="x"), "small: unknown key 'captoin'; did you mean 'caption'?"),
         (lambda t: t["small"].pop("caption"), "small: Table.__init__() missing 1 required positional argument: 'caption'"),
         (lambda t: t["small"]["parts"][0].update(budget=4), "small, part 1: unknown key 'budget'; did you mean 'budgets'?"),
-        (lambda t: t["small"]["parts"][0].update(budgets=["4"]), "part 1: budgets needs one or more whole numbers, got ['4']"),
+        (lambda t: t["small"]["parts"][0].update(budgets=["4"]), "small, part 1: budgets: expected int, got '4'"),
         (lambda t: t["small"]["parts"][0].update(policies=[]), "part 1: policies needs one or more names, got []"),
         (lambda t: t["small"]["parts"][0].update(workloads=["pam"]), "unknown workload 'pam'; did you mean 'pan'?"),
         (lambda t: t["small"]["parts"][0].update(clips=0), "clips and budgets must be at least 1"),

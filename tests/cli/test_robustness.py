@@ -199,3 +199,22 @@ def test_output_that_cannot_be_written_is_one_sentence():
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert result.returncode == 2
     assert result.stderr == "far-env: error: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, fragments",
+    [
+        (["train", "--ppo.learning-rate", "fast"], ["--ppo.learning-rate", "'fast'", "FLOAT"]),
+        (["train", "--config", "pan_tight", "--ppo.n-steps", "1.5"], ["--ppo.n-steps", "'1.5'", "INT"]),
+        (["train", "--ppo.learning-rat", "3"], ["--ppo.learning-rat,", "did you mean --ppo.learning-rate FLOAT;"]),
+        (["evaluate", "--clipz", "3"], ["missing: --policies STR", "unknown option --clipz"]),
+        (["evaluate", "--device"], ["--device", "Missing value"]),
+        (["reproduce", "--no-such"], ["--no-such"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed_is_one_sentence(arguments, fragments, capsys):
+    assert cli.main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("far-env") and error.count("\n") == 1 and not set(error) & set("│╭╮╰╯─")
+    assert all(fragment in error for fragment in fragments), error
+    assert error.rstrip().endswith(f"far-env {arguments[0]} --help describes the options")

@@ -21,7 +21,7 @@ from far_env.host.training.autoencoder import train_autoencoder
 from far_env.host.training.config import HostTraining
 from far_env.host.training.transformer import train_transformer
 from far_env.host.weights import SHIPPED, Host, load_host, save_host
-from far_env.io import locked, make_run_dir, write_json
+from far_env.io import locked, make_run_dir, read_json, write_json
 from far_env.provenance import run_facts, save_facts, session_precision
 
 
@@ -111,10 +111,7 @@ def _check_same_run(config: HostTraining, run_dir: Path) -> None:
     determining = ("autoencoder", "transformer", "worlds", "start_from", "seed")
     settings = json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in determining}))
     if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; choose another run_dir or delete it") from error
+        before = read_json(path, "choose another run_dir or delete it")
         if before != settings:
             raise ValueError(
                 f"{run_dir} holds a run with other settings (see {path.name}); choose another run_dir or delete it"

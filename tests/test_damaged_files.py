@@ -1,0 +1,206 @@
+"""More than 200 damaged configurations and record files: each is read correctly or refused in a sentence that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from far_env.agents.checkpoints import load_scorer
+from far_env.agents.config import AgentTraining
+from far_env.agents.options import Sweep
+from far_env.agents.publish import _results
+from far_env.agents.reproduce import load_tables
+from far_env.config import config_path, load_yaml
+from far_env.evaluation.records import load
+from far_env.host.training.config import HostTraining
+from far_env.provenance import load_facts
+from tests.damage import assert_sentence, damaged
+from tests.results_folders import MadeUp, make_results
+
+POLICY = Path(__file__).parents[1] / "agents" / "pretrained" / "pan-tight"
+SECONDS, MEBIBYTES = 10, 300
+"""Of one file: more than any takes, less than an expanded alias bomb does."""
+
+HOSTILE = (None, "x", [], {}, [[1]], True, -1, 0, 10**4000, 1e308, math.nan, math.inf, -math.inf, "\x00", "9" * 10_000)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: how a good one is made, read, and what the reader's answer must agree with."""
+
+    name: str
+    make: Callable[[Path], None]
+    read: Callable[[Path], Any]
+    file: str
+    plain: Callable[[Any], Any]
+    """The answer → what an independent parser finds in the file, in its own types."""
+
+
+def _copied(source: str, file: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.copy(config_path(source), folder / file)
+
+
+def _folder_of_results(folder: Path) -> None:
+    make_results(folder, MadeUp(workloads={"pan": (3, 6)}, policies={"recent_fill": 0.0}, clips=3, show_clips=0, seeds=(42,)))
+
+
+def _run(folder: Path) -> None:
+    table = {"host": "tiny", "weights": "c0ffee", "policies": {"learned": {"psnr": [20.0, 21.0]}}}
+    (folder / "results.json").write_text(json.dumps({"tables": [table]}), encoding="utf-8")
+    facts = [{"command": "far-env train", "training_seconds": 12.5, "versions": {"torch": "2"}}]
+    (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _tables(folder: Path) -> dict[str, Any]:
+    tables, agents = load_tables(folder / "results.yaml")
+    return {"tables": {name: asdict(table) for name, table in tables.items()}, "agents": agents}
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [{**(values := asdict(record)), **values.pop("facts")} for record in load(folder).records]
+
+
+def _config(cls: type, file: str) -> Callable[[Path], Any]:
+    return lambda folder: asdict(load_yaml(cls, folder / file))
+
+
+KINDS = (
+    Kind("training", _copied("pan_tight", "a.yaml"), _config(AgentTraining, "a.yaml"), "a.yaml", yaml.safe_load),
+    Kind("host", _copied("host_embedded", "h.yaml"), _config(HostTraining, "h.yaml"), "h.yaml", yaml.safe_load),
+    Kind("sweep", _copied("sweep", "s.yaml"), _config(Sweep, "s.yaml"), "s.yaml", yaml.safe_load),
+    Kind("tables", _copied("results", "results.yaml"), _tables, "results.yaml", yaml.safe_load),
+    Kind("settings", _folder_of_results, lambda folder: asdict(load(folder).settings), "evaluation.json", json.loads),
+    Kind("records", _folder_of_results, _records, "records.jsonl", lambda text: list(map(json.loads, text.split("\n")[:-1]))),
+    Kind("facts", _run, load_facts, "run.json", json.loads),
+    Kind("results", _run, lambda folder: _results(folder, {"host": "tiny (c0ffee)"}), "results.json", json.loads),
+    Kind(
+        "policy",
+        lambda f: shutil.copytree(POLICY, f, dirs_exist_ok=True),
+        lambda f: load_scorer(f)[1],
+        "policy.json",
+        json.loads,
+    ),
+)
+
+
+def _changed(values: Any, rng: np.random.Generator) -> Any:
+    """The values with one of them, anywhere, replaced, removed, added or of another length."""
+    containers, pending = [], [values]
+    while pending:
+        if isinstance(value := pending.pop(), dict | list) and value:
+            containers.append(value)
+            pending += value.values() if isinstance(value, dict) else value
+    inside = containers[rng.integers(len(containers))]
+    place = list(inside)[rng.integers(len(inside))] if isinstance(inside, dict) else int(rng.integers(len(inside)))
+    action = rng.integers(5)
+    if action == 0:
+        del inside[place]
+    elif action == 1 and isinstance(inside, dict):
+        inside[f"{place}s"] = inside[place]
+    elif action == 1:
+        inside.append(inside[place])
+    else:
+        inside[place] = HOSTILE[rng.integers(len(HOSTILE))]
+    return values
+
+
+def _with_changes(content: str, file: str, rng: np.random.Generator) -> str:
+    if file.endswith(".yaml"):
+        return yaml.safe_dump(_changed(yaml.safe_load(content), rng))
+    lines = content.splitlines() if file.endswith(".jsonl") else [content]
+    at = rng.integers(len(lines))
+    lines[at] = json.dumps(_changed(json.loads(lines[at]), rng))
+    return "\n".join(lines) + "\n"
+
+
+def _bomb(levels: int) -> str:
+    first = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    return first + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, levels))
+
+
+def _hostile(content: str, executed: Path) -> list[bytes]:
+    """What is damaged in the same way in every file."""
+    return [
+        b"",
+        b"\n\n",
+        b"null",
+        content.encode("utf-16"),
+        b"\xef\xbb\xbf" + content.encode(),
+        b"\xe9\xff" + content.encode(),
+        b"\x00" * 1000,
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'[{"a": 1}]' * 2,
+        _bomb(9).encode(),
+        b"a: &a [*a]\n",
+        f"a: !!python/object/apply:os.mkdir ['{executed}']\n".encode(),
+        content.encode() + f"\n? !!python/object/apply:os.mkdir ['{executed}']\n: 1\n".encode(),
+        content.encode() + content.encode(),
+        content.encode()[:-7],
+        b"1" * 5000,
+        b"2026-99-99\n",
+    ]
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    """Whether the reader's answer holds what the file says; defaults may come on top."""
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and all(key in found and _agree(found[key], value) for key, value in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(_agree, found, expected))
+    if isinstance(found, float):
+        return math.isclose(found, float(expected)) or (math.isnan(found) and math.isnan(float(expected)))
+    return found == expected
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_damaged_file_is_read_correctly_or_refused_in_one_sentence(tmp_path, kind):
+    kind.make(tmp_path)
+    path, executed = tmp_path / kind.file, tmp_path / "executed"
+    good = path.read_bytes()
+    kind.read(tmp_path)
+    rng = np.random.default_rng(KINDS.index(kind))
+    contents = _hostile(good.decode(), executed)
+    contents += [damaged(good, rng) for _ in range(4)]
+    contents += [_with_changes(good.decode(), kind.file, rng).encode() for _ in range(4)]
+    refused = 0
+    for content in contents:
+        path.write_bytes(content)
+        begun, memory = time.monotonic(), _peak()
+        try:
+            found = kind.read(tmp_path)
+        except ValueError as error:
+            # Settings that are valid by themselves may contradict the records, whose line is named then.
+            assert kind.file in str(error)
+            assert_sentence(error, path if kind.name != "settings" or str(path) in str(error) else tmp_path / "records.jsonl")
+            refused += 1
+        else:
+            text = content.decode("utf-8-sig")
+            if kind.name != "results" and text.strip():
+                expected = kind.plain(text)
+                if kind.name == "settings":
+                    del expected["format"]
+                assert _agree(found, {} if expected is None else expected), text[:500]
+        assert time.monotonic() - begun < SECONDS and _peak() - memory < MEBIBYTES
+        assert not executed.exists()
+    assert refused >= 8
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError) as directory:
+        kind.read(tmp_path)
+    assert_sentence(directory.value, path)
