@@ -16,7 +16,6 @@ import io
 import math
 import os
 import re
-import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from far_env.errors import first_line, unknown_name
+from far_env.errors import first_line, short, unknown_name
 from far_env.io import write_text
 
 Config = TypeVar("Config")
@@ -34,10 +33,6 @@ Config = TypeVar("Config")
 CONFIGS_PACKAGE = "far_env.configs"
 MAX_VALUES = 100_000
 """Values in a YAML file, with all aliases expanded."""
-
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = _shown.maxlong = 80
-_shown.maxlevel = 3
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
@@ -88,7 +83,7 @@ def _typed(value: Any, annotation: Any, where: str) -> Any:
             return value
     wanted = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices)
     infinite = float in choices and isinstance(value, int | float) and not isinstance(value, bool)
-    raise ValueError(f"{where}: expected {wanted}, got {_shown.repr(value)}{', which is not finite' if infinite else ''}")
+    raise ValueError(f"{where}: expected {wanted}, got {short(value)}{', which is not finite' if infinite else ''}")
 
 
 class _Loader(yaml.SafeLoader):

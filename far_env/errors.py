@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 76
 
 
 class ClipIdError(IndexError):
@@ -32,11 +36,17 @@ class TrainingStopped(Exception):
 
 def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
     """The sentence for an unknown name: with the nearest known one, or all of them."""
-    near = get_close_matches(str(name), known, n=1)
+    near = get_close_matches(str(name)[:200], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"unknown {kind} {name!r}; {hint}"
+    return f"unknown {kind} {short(name)}; {hint}"
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def short(value: object) -> str:
+    """A value from a file as text of at most 80 characters in one line, however large or deep it is."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

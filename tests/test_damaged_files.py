@@ -19,9 +19,10 @@ import yaml
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import Sweep
-from far_env.agents.publish import _results
+from far_env.agents.publish import _results, publish_run
 from far_env.agents.reproduce import load_tables
 from far_env.config import config_path, load_yaml
+from far_env.evaluation.extended import RESULTS_FILE, load_parts
 from far_env.evaluation.records import load
 from far_env.host.training.config import HostTraining
 from far_env.provenance import load_facts
@@ -32,6 +33,8 @@ POLICY = Path(__file__).parents[1] / "agents" / "pretrained" / "pan-tight"
 SECONDS, MEBIBYTES = 10, 300
 """Of one file: more than any takes, less than an expanded alias bomb does."""
 
+SETTINGS = {"clips": 3, "split": "test"}
+"""Of the extended comparison."""
 HOSTILE = (None, "x", [], {}, [[1]], True, -1, 0, 10**4000, 1e308, math.nan, math.inf, -math.inf, "\x00", "9" * 10_000)
 
 
@@ -62,6 +65,16 @@ def _run(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
+def _extended(folder: Path) -> None:
+    part = {"policy": "random", "token_budget": 64, "facts": {"family": "x"}, "psnr": [20.0, None, 21.5], "tokens": [60.0] * 3}
+    content = {"settings": SETTINGS, "parts": [part]}
+    (folder / RESULTS_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _parts(folder: Path) -> list[dict[str, Any]]:
+    return [asdict(part) for part in load_parts(folder, SETTINGS)]
+
+
 def _tables(folder: Path) -> dict[str, Any]:
     tables, agents = load_tables(folder / "results.yaml")
     return {"tables": {name: asdict(table) for name, table in tables.items()}, "agents": agents}
@@ -82,6 +95,7 @@ KINDS = (
     Kind("tables", _copied("results", "results.yaml"), _tables, "results.yaml", yaml.safe_load),
     Kind("settings", _folder_of_results, lambda folder: asdict(load(folder).settings), "evaluation.json", json.loads),
     Kind("records", _folder_of_results, _records, "records.jsonl", lambda text: list(map(json.loads, text.split("\n")[:-1]))),
+    Kind("extended", _extended, _parts, RESULTS_FILE, lambda text: json.loads(text)["parts"]),
     Kind("facts", _run, load_facts, "run.json", json.loads),
     Kind("results", _run, lambda folder: _results(folder, {"host": "tiny (c0ffee)"}), "results.json", json.loads),
     Kind(
@@ -204,3 +218,32 @@ def test_a_damaged_file_is_read_correctly_or_refused_in_one_sentence(tmp_path, k
     with pytest.raises(ValueError) as directory:
         kind.read(tmp_path)
     assert_sentence(directory.value, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", r"is not valid YAML, line 2: the key 'seed' appears twice"),
+        ("ppo: {learning_rate: .nan}\n", r"ppo: learning_rate: expected float, got nan, which is not finite"),
+        ("table: [1]\n", r"table: expected str, got 1"),
+        ("train_clips: -1\n", r"c\.yaml: .*train_clips must be above 0, got -1"),
+        ("network: {width: 1000000}\n", r"c\.yaml: network: .*too large a network"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_yaml(AgentTraining, tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["results.json", "run.json"])
+def test_a_damaged_run_is_not_published(tmp_path, name):
+    run = shutil.copytree(POLICY, tmp_path / "run")
+    _run(run)
+    content = (run / name).read_bytes()
+    for text in (b"", b"\xff", b"null", b"[" * 100_000, content[: len(content) // 2], b"[{}]", b'{"tables": 3}'):
+        (run / name).write_bytes(text)
+        with pytest.raises(ValueError) as error:
+            publish_run(run, "x", tmp_path / "published")
+        assert_sentence(error.value, run)
+        assert not (tmp_path / "published").exists()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from io import FileIO
@@ -20,6 +19,7 @@ from PIL import Image
 
 from far_env.config import from_dict
 from far_env.contract import UNLIMITED_FRAMES
+from far_env.errors import short
 from far_env.io import lock, make_run_dir, read_json, replacing, write_text
 
 FORMAT = 1
@@ -152,11 +152,11 @@ def _record(values: object, settings: Settings) -> Record:
     fields = {name: values.pop(name, None) for name in _TYPES}
     for name, kind in _TYPES.items():
         if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
-            raise ValueError(f"has no valid {name!r} ({reprlib.repr(fields[name])})")
+            raise ValueError(f"has no valid {name!r} ({short(fields[name])})")
     known = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
     for name, values_asked in {**known, "budget": settings.budgets}.items():
         if fields[name] not in values_asked:
-            raise ValueError(f"has the {name} {reprlib.repr(fields[name])}, which is not in {_SETTINGS_FILE}")
+            raise ValueError(f"has the {name} {short(fields[name])}, which is not in {_SETTINGS_FILE}")
     num_predict = settings.num_predict[fields["workload"]]
     numbers = [*fields["metrics"].values(), *fields["psnr_per_frame"]]
     if len(fields["psnr_per_frame"]) != num_predict or not all(map(_is_number, numbers)):
@@ -184,7 +184,7 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
             if not all(type(number) is int for number in frames):
                 raise ValueError("not whole numbers")
         except (KeyError, TypeError, ValueError) as error:
-            shown = reprlib.repr(entry)
+            shown = short(entry)
             raise ValueError(f"has a plan with the entry {shown}, which lacks step, kept or demoted frames") from error
         decisions[frames[0]] = sorted(set(frames[1:]))
     history, decided = list(range(num_context)), []
@@ -197,7 +197,7 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
         kept = decisions.get(step, [])
         if not set(kept) <= set(history) or newest not in kept or len(kept) > record.budget:
             raise ValueError(
-                f"has a plan that keeps {reprlib.repr(kept)} of {history} at step {step}, with a budget of {record.budget}"
+                f"has a plan that keeps {short(kept)} of {history} at step {step}, with a budget of {record.budget}"
             )
         history = list(kept)
     if decided != [entry["step"] for entry in record.plan]:
