@@ -33,6 +33,10 @@ _REPLACEMENTS = {
 def accept_any_text() -> None:
     """Let the standard streams write text that their encoding lacks: "−" as "-", and "?" for what has no replacement."""
     codecs.register_error(_HANDLER, _replace)
+    # Python sets a stream to None that was closed before the command began (``>&-``); what is written is then lost.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, as long as the process
     for stream in (sys.stdout, sys.stderr):
         # Streams that are replaced by other objects, or closed, have nothing to configure.
         reconfigure = getattr(stream, "reconfigure", None)

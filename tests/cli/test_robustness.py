@@ -91,6 +91,18 @@ def test_a_reader_that_stops_reading_ends_the_command_quietly():
     process.stderr.close()
 
 
+@pytest.mark.parametrize("args", ["baselines", "evaluate --help", "--help"])
+def test_an_output_that_is_closed_or_full_is_no_traceback(args):
+    command = f"{sys.executable} -m far_env.cli {args}"
+    closed = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, timeout=60)
+    assert (closed.returncode, closed.stderr) == (0, b"")
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    full = subprocess.run(["sh", "-c", f"{command} > /dev/full"], capture_output=True, timeout=60)
+    assert full.returncode == 2
+    assert full.stderr.startswith(b"far-env: error: ") and full.stderr.count(b"\n") == 1 and b"No space left" in full.stderr
+
+
 def test_json_is_ascii_whatever_the_names_are(capsys, tiny_host_folder, tmp_path):
     path = tmp_path / "политика.py"
     path.write_text(KEEP)
