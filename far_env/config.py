@@ -26,7 +26,7 @@ import tyro
 import yaml
 
 from far_env.errors import first_line, short, unknown_name
-from far_env.io import write_text
+from far_env.io import read_utf8, write_text
 
 Config = TypeVar("Config")
 
@@ -104,7 +104,7 @@ class _Loader(yaml.SafeLoader):
 def load_yaml(cls: type[Config], path: str | os.PathLike) -> Config:
     """Read ``path`` into ``cls``. Raises ValueError, naming the file, if it is missing, not YAML, or has unknown keys."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_utf8(Path(path))
         values = yaml.load(text, _Loader)  # which makes plain values alone
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error

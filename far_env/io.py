@@ -106,6 +106,11 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a UTF-8 file without its byte order mark. Raises OSError and UnicodeDecodeError as `Path.read_text`."""
+    return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+
+
 def read_json(path: Path, remedy: str) -> Any:
     """The content of a JSON file (UTF-8, with or without a byte order mark).
 
@@ -113,7 +118,7 @@ def read_json(path: Path, remedy: str) -> Any:
         ValueError: one sentence that names the file, the reason and the remedy, if it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_utf8(path))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from error
     except (ValueError, RecursionError) as error:

@@ -65,7 +65,7 @@ class PolicyProcess:
         load_seconds: float = LOAD_SECONDS,
         memory_gib: float = MEMORY_GIB,
     ) -> None:
-        if os.name != "posix":
+        if not hasattr(os, "killpg"):
             raise PolicyError("policy files need a POSIX system (Linux or macOS), where they can run in a separate process")
         self.name = str(path)
         self.signals: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from far_env.clips.video import EPISODE_SUFFIX, VIDEO_SUFFIXES
+from far_env.io import read_utf8
 
 SIDECAR_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 _LIST_NAME = re.compile(r"(?:.*_)?(train|test|val)\d*")
@@ -93,7 +94,7 @@ def read_list(path: Path) -> list[Recording]:
         ValueError: if the file is no JSON list of such entries.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = json.loads(read_utf8(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"the list {path} cannot be read as JSON: {error}; restore it") from error
     if not isinstance(entries, list):
