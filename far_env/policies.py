@@ -41,7 +41,7 @@ def load_policy(name: str, policy_seconds: float = CALL_SECONDS) -> RetentionPol
     """
     if name == FULL_HISTORY:
         return None
-    if _is_file(name):
+    if is_policy_file(name):
         try:
             return IsolatedPolicy(PolicyProcess(Path(name), call_seconds=policy_seconds))
         except PolicyError as error:
@@ -57,7 +57,7 @@ def policy_facts(name: str) -> dict[str, str]:
     """
     if name == FULL_HISTORY:
         return {"note": "nothing is dropped"}
-    if _is_file(name):
+    if is_policy_file(name):
         path = Path(name)
         return {"family": "file", "source": str(path.resolve()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     return _find(name).facts(name)
@@ -130,6 +130,7 @@ def _find(name: str) -> Any:
     raise ValueError(f"no policy {name!r}: it is neither one of {known}, nor an existing .py file or run folder{also}")
 
 
-def _is_file(name: str) -> bool:
+def is_policy_file(name: str) -> bool:
+    """Whether the name is the path of an existing Python file."""
     path = Path(name)
     return path.suffix == ".py" and path.is_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 from far_env.cli.console import remark
 from far_env.config import parse
 from far_env.contract import RetentionPolicy
-from far_env.policies import load_policy
+from far_env.policies import is_policy_file, load_policy
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,12 @@ def _policy(options: BenchmarkOptions) -> Iterator[RetentionPolicy | None]:
     """The policy; that of a file runs in a separate process."""
     from far_env.policy_process import PolicyProcess
 
-    path = Path(options.policy)
-    if path.suffix != ".py" or not path.is_file():
+    if not is_policy_file(options.policy):
         yield load_policy(options.policy)
         return
     if not options.policy_seconds > 0:
         raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
-    with PolicyProcess(path, call_seconds=options.policy_seconds) as policy:
+    with PolicyProcess(Path(options.policy), call_seconds=options.policy_seconds) as policy:
         try:
             yield policy
         finally:

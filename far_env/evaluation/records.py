@@ -20,7 +20,7 @@ from PIL import Image
 from far_env.config import from_dict
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.errors import short
-from far_env.io import lock, make_run_dir, read_json, replacing, write_text
+from far_env.io import lock, make_run_dir, read_json, replacing, write_json
 
 FORMAT = 1
 _SETTINGS_FILE = "evaluation.json"
@@ -342,8 +342,7 @@ class Recorder:
         self._file.close()
 
     def _write_settings(self) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self.results.settings)}, indent=2)
-        write_text(self.results.folder / _SETTINGS_FILE, text + "\n")
+        write_json(self.results.folder / _SETTINGS_FILE, {"format": FORMAT, **asdict(self.results.settings)})
 
 
 def _open_alone(path: Path) -> FileIO:
