@@ -215,11 +215,13 @@ class IsolatedPolicy:
         self.name, self.signals = process.name, process.signals
         self._process = process
         self._numbers = itertools.count(1)
+        self._forgotten: list[int] = []
         self._copy, self._seed = 0, 0
 
     def __deepcopy__(self, memo: dict) -> IsolatedPolicy:
         copied = object.__new__(IsolatedPolicy)
         vars(copied).update(vars(self), _copy=next(self._numbers))
+        weakref.finalize(copied, self._forgotten.append, copied._copy)
         return copied
 
     def begin_clip(self, seed: int) -> None:
@@ -234,7 +236,9 @@ class IsolatedPolicy:
             name: [values.shape, base64.b64encode(np.ascontiguousarray(values, dtype="<f4").tobytes()).decode()]
             for name, values in getattr(rollout_state, "signals", {}).items()
         }
-        copy = {"copy": self._copy, "seed": self._seed, "signals": signals}
+        forget = self._forgotten.copy()
+        del self._forgotten[: len(forget)]
+        copy = {"copy": self._copy, "seed": self._seed, "signals": signals, "forget": forget}
         return self._process.ask(chunk_meta_list, rollout_state, budget_state, **copy)
 
 

@@ -6,8 +6,8 @@ The first line that it writes, {"decisions": [], "signals": [name, …]}, means 
 ``metas``, ``state`` and ``budget``, and
 
 - ``new_clip``: one object serves all clips, as in the benchmark; or
-- ``copy``, ``seed`` and ``signals``: the copy with this number is called, which is made at its first question; its plan is
-  checked as `far_env.contract.check_plan` does.
+- ``copy``, ``seed``, ``signals`` and ``forget``: the copy with this number is called, which is made at its first question; its
+  plan is checked as `far_env.contract.check_plan` does. The copies whose numbers are to be forgotten are deleted before.
 
 It is answered by {"decisions": [[chunk_id, action], …]} or {"error": "…"}. What the policy prints goes to the standard output,
 which carries no answers.
@@ -42,9 +42,6 @@ from far_env.contract import (
     plan_decisions,
 )
 from far_env.policy_file import policy_from_file
-
-KEPT_COPIES = 4096
-"""Copies that are remembered; an evaluation has one per clip of a batch."""
 
 
 def main(path: str, read_fd: int, write_fd: int, memory_bytes: int) -> None:
@@ -107,14 +104,14 @@ class _OneForEachClip:
 
     def answer(self, question: dict[str, Any]) -> dict[str, object]:
         """The decisions of a plan that is well formed, or what is wrong with it."""
+        for number in question["forget"]:
+            self.copies.pop(number, None)
         number, seed = question["copy"], question["seed"]
         policy = self.copies.get(number)
         if policy is None:
             policy = self.copies[number] = copy.deepcopy(self.policy)
             if callable(begin_clip := getattr(policy, "begin_clip", None)):
                 begin_clip(seed)
-            for oldest in list(self.copies)[:-KEPT_COPIES]:
-                del self.copies[oldest]
         state = RolloutState(*question["state"])
         if question["signals"]:
             signals = {

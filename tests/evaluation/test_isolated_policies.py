@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,12 +12,13 @@ import time
 import pytest
 
 from far_env import cli
-from far_env.contract import RolloutState
+from far_env.contract import RolloutState, copy_for_clip
 from far_env.errors import PolicyError
 from far_env.policies import load_policy
 from far_env.policy_file import policy_from_file
 from far_env.policy_process import IsolatedPolicy, PolicyProcess
 from far_env.rollout.play import play
+from tests.cli.test_benchmark_command import ended
 
 WITH_MEMORY = """
 import random
@@ -126,9 +129,9 @@ def test_a_child_that_leaves_the_process_group_is_ended_too(tmp_path):
         pid = plan.chunk_decisions[0].chunk_id
         os.kill(pid, 0)
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and _running(pid):
+    while time.monotonic() < deadline and not ended(pid):
         time.sleep(0.01)
-    assert not _running(pid)
+    assert ended(pid)
 
 
 def test_a_looping_policy_ends_soon_after_its_evaluation_was_killed(tmp_path):
@@ -142,12 +145,12 @@ def test_a_looping_policy_ends_soon_after_its_evaluation_was_killed(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as evaluation:
         pid = int(evaluation.stdout.readline())
-        assert _running(pid)
+        assert not ended(pid)
         evaluation.kill()
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and _running(pid):
+    while time.monotonic() < deadline and not ended(pid):
         time.sleep(0.1)
-    assert not _running(pid)
+    assert ended(pid)
 
 
 def test_a_closed_process_says_so(tmp_path):
@@ -159,9 +162,26 @@ def test_a_closed_process_says_so(tmp_path):
         policy.build_temporal_cache_plan([], RolloutState(1, 0.1, 4), {"max_frames": 3, "capacity_mb": 0.1})
 
 
-def _running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def test_the_process_keeps_the_copies_of_clips_that_are_played_and_no_others(tmp_path):
+    path = hostile(
+        tmp_path,
+        "raise ValueError(f'{len(Hostile.alive)} copies')",
+        "import weakref; vars(Hostile).get('alive') or setattr(Hostile, 'alive', weakref.WeakSet()); Hostile.alive.add(self)",
+    )
+    path.write_text(path.read_text() + "\n    def __deepcopy__(self, memo):\n        return Hostile()\n")
+    policy = load_policy(str(path))
+
+    def count_copies(copied):
+        """How many objects of the class the process holds after a call of this one."""
+        with pytest.raises(PolicyError) as caught:
+            copied.build_temporal_cache_plan([], RolloutState(1, 0.1, 4), {"max_frames": 3, "capacity_mb": 0.1})
+        count = int(re.search(r"(\d+) copies", str(caught.value))[1])
+        del caught  # its traceback holds the copy
+        return count
+
+    playing = [copy_for_clip(policy, seed) for seed in range(3)]
+    counts = [count_copies(copied) for copied in playing]
+    for seed in range(3, 8):
+        counts.append(count_copies(copy_for_clip(policy, seed)))
+        gc.collect()
+    assert counts[:3] == [2, 3, 4] and max(counts[3:]) <= 6, "the policy itself, those of three clips, and two of the others"
