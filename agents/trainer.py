@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_scorer
 from far_env.agents.config import AgentTraining
 from far_env.agents.imitation import INDEX_FILE, ImitationStage
@@ -21,6 +19,7 @@ from far_env.agents.ppo import CHECKPOINT_FILE, PPOStage
 from far_env.agents.surrogate import SurrogateVectorEnv
 from far_env.agents.training_callbacks import Weights
 from far_env.config import load_yaml, save_yaml
+from far_env.device import denormals_flushed
 from far_env.envs.rendering import save_comparison
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
@@ -43,9 +42,9 @@ _FILES_OF_STAGES = (
 """A folder with one of them holds a run."""
 
 
+@denormals_flushed()
 def train(config: AgentTraining) -> None:
     """Train, keep the scorer that is best on validation clips, print and save the table on test clips."""
-    torch.set_flush_denormal(True)
     baselines = {name: load_policy(name) for name in config.table}
     with opened_run(config) as run:
         with _timed(run):

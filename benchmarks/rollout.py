@@ -24,7 +24,7 @@ from benchmarks.command import run_benchmark
 from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.contract import RetentionPolicy
-from far_env.device import peak_memory_mib, synchronize
+from far_env.device import denormals_flushed, peak_memory_mib, synchronize
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.far import FAR
 from far_env.host.sampler import sample_next_frame
@@ -286,9 +286,9 @@ def with_dtype(workload: Workload, dtype: torch.dtype) -> Workload:
     return replace(workload, host=load_host(workload.host.name, str(workload.host.device), dtype))
 
 
+@denormals_flushed()
 def measure(options: Options, say: Callable[[str], None]) -> dict[str, object]:
     """All measurements; ``say`` receives each line of text as soon as it is measured."""
-    torch.set_flush_denormal(True)
     base = make_workload("pan", host=options.host, device=options.device)
     device = base.host.device
     dtypes = {"float32": torch.float32} if options.quick else {"float32": torch.float32, "bfloat16": torch.bfloat16}

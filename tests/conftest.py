@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAR_ENV_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def floats_stay_as_they_were():
+    """What a test calls must not leave denormal floats flushed to zero, which changes the tests after it."""
+    yield
+    assert sys.float_info.min / 2 > 0, "denormal floats are still flushed to zero"
 
 
 class Golden:

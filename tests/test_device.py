@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from far_env import device
+from far_env.device import denormals_flushed
 
 
 def test_auto_is_the_gpu_where_there_is_one():
@@ -66,3 +69,16 @@ def test_a_gpu_that_the_parent_of_a_forked_process_used_is_refused_with_what_to_
     with pytest.raises(ValueError, match=r"start processes with context='spawn'.*or use device='cpu'"):
         device.resolve_device("auto")
     assert device.resolve_device("cpu") == torch.device("cpu")
+
+
+def test_denormal_floats_are_flushed_within_a_block_and_restored_after_it():
+    tiny = torch.tensor([1e-40])
+    with denormals_flushed():
+        assert sys.float_info.min / 2 == 0 and (tiny * 1).item() == 0
+        with denormals_flushed():
+            pass
+        assert sys.float_info.min / 2 == 0, "a block within leaves them flushed"
+    assert sys.float_info.min / 2 > 0 and (tiny * 1).item() > 0
+    with pytest.raises(RuntimeError), denormals_flushed():
+        raise RuntimeError
+    assert sys.float_info.min / 2 > 0

@@ -13,7 +13,7 @@ from diffusers import AutoencoderDC
 
 from far_env.clips.worlds import WORLDS, World
 from far_env.config import save_yaml
-from far_env.device import resolve_device, resolve_precision
+from far_env.device import denormals_flushed, resolve_device, resolve_precision
 from far_env.errors import unknown_name
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, make_transformer
@@ -25,6 +25,7 @@ from far_env.io import locked, make_run_dir, read_json, write_json
 from far_env.provenance import run_facts, save_facts, session_precision
 
 
+@denormals_flushed()
 def train_models(config: HostTraining) -> Host:
     """Train (or finish training) both models, write them to ``config.output_dir``, and return the host loaded from there.
 
@@ -39,8 +40,6 @@ def train_models(config: HostTraining) -> Host:
             raise ValueError(unknown_name("world", name, list(WORLDS)))
     if config.autoencoder_of is not None and config.autoencoder_of not in SHIPPED:
         raise ValueError(unknown_name("shipped host", config.autoencoder_of, list(SHIPPED)))
-    # Training drives many values towards zero; denormal floats make CPU kernels three times slower.
-    torch.set_flush_denormal(True)
     device = resolve_device(config.device)
     source = None if config.start_from is None else load_host(config.start_from, str(device))
     check_models(config, source)
