@@ -50,8 +50,9 @@ class ClipSource(Protocol):
 
 def check_clip_id(source: ClipSource, split: str, clip_id: int) -> None:
     """Raise one clear error unless ``clip_id`` is a clip of ``source``'s ``split``."""
-    if split not in SPLITS:
-        raise ValueError(unknown_name("split", split, SPLITS))
+    splits = getattr(source, "splits", SPLITS)
+    if split not in splits:
+        raise ValueError(unknown_name("split", split, splits))
     size = source.num_clips(split)
     if not 0 <= clip_id < size:
         raise ClipIdError(f"clip id {clip_id} is out of range: {source.name}/{split} has clips 0 to {size - 1}")

@@ -7,9 +7,16 @@ action that leads to the next frame. So motion can be read off any single kept f
 
 from far_env.clips.worlds.base import World
 from far_env.clips.worlds.cuts import Cuts
+from far_env.clips.worlds.maze import MazeWorld
 from far_env.clips.worlds.orbit import Orbit
 from far_env.clips.worlds.pan import Pan
 
-WORLDS: dict[str, World] = {world.name: world for world in (Pan(), Cuts(), Orbit())}
+MAZES = (
+    MazeWorld("maze", 4, num_frames=72),
+    MazeWorld("maze_long", 5, num_frames=300),
+    MazeWorld("maze_retrieval", 6, num_frames=32, retraced_from=16),
+    MazeWorld("maze_retrieval_c36p36", 7, num_frames=72, retraced_from=36),
+)
+WORLDS: dict[str, World | MazeWorld] = {world.name: world for world in (Pan(), Cuts(), Orbit(), *MAZES)}
 
-__all__ = ["WORLDS", "World"]
+__all__ = ["WORLDS", "MazeWorld", "World"]
