@@ -11,6 +11,7 @@ from far_env.plugins import WORKLOADS, entry_points
 __version__ = "0.1.0"
 
 _ENVIRONMENT_NAMES = {
+    "maze_retrieval_c36p36": "MazeRetrievalC36P36",
     "ucf101_short_prediction": "UCF101Short",
     "dmlab_long_prediction": "DMLabLong",
     "ucf101_c4p12": "UCF101C4P12",

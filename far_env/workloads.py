@@ -151,6 +151,10 @@ def _published(
 PAN = WorkloadSpec(_world("pan"), 5, 11)
 CUTS = WorkloadSpec(_world("cuts"), 5, 11)
 ORBIT = WorkloadSpec(_world("orbit"), 36, 36, "embedded_long")
+MAZE = WorkloadSpec(_world("maze"), 36, 36, "embedded_maze", actions=True)
+MAZE_LONG = WorkloadSpec(_world("maze_long"), 144, 156, "embedded_maze", actions=True)
+MAZE_RETRIEVAL = WorkloadSpec(_world("maze_retrieval"), 16, 16, "embedded_maze", actions=True)
+MAZE_RETRIEVAL_C36P36 = WorkloadSpec(_world("maze_retrieval_c36p36"), 36, 36, "embedded_maze", actions=True)
 
 # The two workloads of the benchmark ar-video-kv-temporal-policy.
 UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)

@@ -127,7 +127,8 @@ def explore_to_the_farthest(
         walker.do(LEFT)
     visited = {cell}
     while len(walker.poses) < num_frames:
-        for cell in _way_to_the_farthest(walls, cell, visited):
+        way = _way_to_the_farthest(walls, cell, visited)
+        for cell in way:
             target = np.array([cell[1] + 0.5, cell[0] + 0.5])
             while np.linalg.norm(target - walker.position) > 0.4 and len(walker.poses) < num_frames:
                 direction = np.rad2deg(np.arctan2(*(target - walker.position)[::-1]))
@@ -138,7 +139,7 @@ def explore_to_the_farthest(
 
 
 def _way_to_the_farthest(walls: np.ndarray, start: tuple[int, int], visited: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Shortest way, without its start, to the farthest unvisited cell; when all are visited, all but the start are forgotten."""
+    """Shortest way, without its start, to the farthest unvisited cell; when there is none, all but the start are forgotten."""
     before: dict[tuple[int, int], tuple[int, int]] = {start: start}
     queue = deque([start])
     order = []

@@ -14,7 +14,7 @@ from PIL import Image
 
 WALL_HEIGHT = 1.0
 EYE_HEIGHT = 0.5
-SKY = np.array([151, 223, 255], dtype=np.float32) / 255
+SKY = np.array([150, 224, 255], dtype=np.float32) / 255
 TEXTURE_SIZE = 64
 _LEVEL_SIZES = tuple(TEXTURE_SIZE >> level for level in range(7))
 _LEVEL_STARTS = np.concatenate([[0], np.cumsum(np.square(_LEVEL_SIZES))])
