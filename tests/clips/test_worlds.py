@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 
 import numpy as np
 import pytest
 
 from far_env.clips.worlds import WORLDS
+from tests.conftest import DATA
 
 SCENERY = slice(0, 48)
 
@@ -25,6 +28,17 @@ def test_a_clip_is_a_function_of_split_and_id(name):
     assert first.frames.min() >= 0 and first.frames.max() <= 1
     np.testing.assert_array_equal(first.frames, again.frames)
     np.testing.assert_array_equal(first.actions, again.actions)
+
+
+@pytest.mark.parametrize("name", ["pan", "cuts", "orbit"])
+def test_the_clips_are_those_that_hosts_and_policies_were_trained_on(name):
+    """The fixture was made before the worlds took options."""
+    fixture = json.loads((DATA / "world_clips.json").read_text())
+    for split in ("train", "validation", "test"):
+        digest = hashlib.sha256()
+        for clip in clips(name, split, fixture["clips"]):
+            digest.update(clip.frames.tobytes() + clip.actions.tobytes())
+        assert digest.hexdigest() == fixture["sha256"][f"{name}/{split}"]
 
 
 @pytest.mark.parametrize("name", WORLDS)
