@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from far_env.config import require_positive
-from far_env.contract import check_signals
+from far_env.contract import check_signals, resolve_feedback
 
 UNUSABLE_SIGNALS = ("key_proto",)
 """Signals whose length is that of the host's keys: a scorer that reads them could not be used with another host."""
@@ -194,6 +194,9 @@ class AgentTraining:
     """Device of the host: auto, cpu, cuda or cuda:N; the scorer is small and stays on the CPU."""
     precision: str = "float32"
     """Precision of the host: float32, bfloat16 or auto."""
+    feedback: str | bool | None = None
+    """generated, or true: the true frame enters the history in place of each generated one, in all rollouts of the run; by
+    default that of the workload, generated unless it says otherwise."""
     seed: int = 0
     """Seed of all random numbers of the run."""
     run_dir: str = "runs/agent"
@@ -219,6 +222,8 @@ class AgentTraining:
 
     def __post_init__(self) -> None:
         require_positive(self, "train_clips", "validation_clips", "validate_every", "test_clips")
+        if self.feedback is not None:
+            object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
         decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
         if decisions == 0 and self.imitation.rounds == 0:
             raise ValueError(

@@ -64,6 +64,24 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert config == Outer(Inner(0.5, True), count=4)
 
 
+@pytest.mark.parametrize("text", ["true", '"true"', "'true'", "generated", "false", "null"])
+def test_feedback_is_a_word_or_what_yaml_makes_of_it(text, tmp_path):
+    path, expected = tmp_path / "c.yaml", {"generated": "generated", "false": "generated", "null": None}.get(text, "true")
+    path.write_text(f"feedback: {text}\n")
+    config = load_yaml(AgentTraining, path)
+    assert config.feedback == expected
+    save_yaml(config, path)
+    assert load_yaml(AgentTraining, path) == config
+    if expected:
+        assert parse(AgentTraining, ["--feedback", expected], "prog", "").feedback == expected
+    assert parse(AgentTraining, ["--config", str(path), "--seed", "1"], "prog", "").feedback == expected
+    path.write_text("feedback: some\n")
+    with pytest.raises(ValueError, match=r"unknown feedback 'some'; .*generated"):
+        load_yaml(AgentTraining, path)
+    with pytest.raises(ValueError, match="unknown feedback 'some'"):
+        parse(AgentTraining, ["--feedback", "some"], "prog", "")
+
+
 @pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "results.yaml"}), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
     cls = HostTraining if path.name.startswith("host") else Sweep if path.name == "sweep.yaml" else AgentTraining

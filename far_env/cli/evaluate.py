@@ -56,6 +56,9 @@ class EvaluateOptions:
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
     """Protocol by which those videos become clips: benchmark or far."""
+    feedback: str | None = None
+    """generated, or true: the true frame enters the history in place of each generated one, so that errors do not accumulate;
+    by default that of the workload, generated unless it says otherwise."""
     out: str | None = None
     """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
     show_clips: int = 8
@@ -86,7 +89,13 @@ def evaluate(args: Sequence[str]) -> int:
         make_run_dir(Path(options.json).parent)
     clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
     precision = session_precision(options.out, options.precision)
-    common = {"host": options.host, "device": options.device, "precision": precision, **clip_options}
+    common = {
+        "host": options.host,
+        "device": options.device,
+        "precision": precision,
+        "feedback": options.feedback,
+        **clip_options,
+    }
     workloads = [make_workload(name, **common) for name in split_list(options.workload, "workload", "workload")]
     start = time.perf_counter()
     with keeping_episodes(options.out):

@@ -156,6 +156,7 @@ def record_facts(workload: Workload) -> dict[str, object]:
         "ode_steps": workload.num_steps,
         "guidance": workload.guidance,
         "actions": workload.actions,
+        "feedback": workload.feedback,
         "dtype": _dtype_name(workload),
         "device": str(host.device),
         "machine": machine(host.device),
@@ -332,6 +333,7 @@ def _made_with(workload: Workload, clip_options: Mapping[str, str]) -> dict[str,
         "weights": host.weights_hash,
         "ode_steps": workload.num_steps,
         "dtype": _dtype_name(workload),
+        "feedback": workload.feedback,
         "clip_options": dict(clip_options),
     }
 
