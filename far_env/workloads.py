@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Workload:
         feedback: "generated", or "true": after each generated frame the clip's true frame, encoded, enters the history in its
             place, so that errors do not accumulate. The metrics are still those of the generated frames. True and False, as
             YAML reads them, are accepted and stand for "true" and "generated".
+        clip_options: those that ``clips`` was made with, for the record.
 
     Raises:
         ValueError: if a length or the number of steps is below 1, if the guidance is another number or needs actions that are
@@ -71,6 +73,7 @@ class Workload:
     guidance: float = 1.0
     actions: bool = False
     feedback: str = GENERATED
+    clip_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
@@ -149,8 +152,9 @@ class WorkloadSpec:
     feedback: str = GENERATED
 
 
-def _world(name: str) -> Callable[[], ClipSource]:
-    return lambda: WORLDS[name]
+def _world(name: str) -> Callable[..., ClipSource]:
+    """Makes a world with options of its own; without any it is the one in `WORLDS`."""
+    return lambda **options: replace(WORLDS[name], **options) if options else WORLDS[name]
 
 
 def _published(
@@ -169,6 +173,9 @@ def _published(
 PAN = WorkloadSpec(_world("pan"), 5, 11)
 CUTS = WorkloadSpec(_world("cuts"), 5, 11)
 ORBIT = WorkloadSpec(_world("orbit"), 36, 36, "embedded_long")
+PAN_WIDE = WorkloadSpec(_world("pan_wide"), 5, 11)
+CUTS_WIDE = WorkloadSpec(_world("cuts_wide"), 5, 11)
+ORBIT_WIDE = WorkloadSpec(_world("orbit_wide"), 36, 36, "embedded_long")
 
 # `BENCHMARK_WORKLOADS`.
 UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)
@@ -261,8 +268,8 @@ def make_workload(
         clips.host = loaded
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
     lengths = (spec.num_context, spec.num_predict, num_steps)
-    conditions = {"guidance": spec.guidance, "actions": spec.actions}
-    return Workload(name, clips, loaded, *lengths, **conditions, feedback=spec.feedback if feedback is None else feedback)
+    feedback = spec.feedback if feedback is None else feedback
+    return Workload(name, clips, loaded, *lengths, spec.guidance, spec.actions, feedback, clip_options)
 
 
 def resolve_budget(budget: int | str) -> int:

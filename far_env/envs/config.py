@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from far_env.clips.clip import SPLITS, check_clip_id
+from far_env.clips.clip import SPLITS, check_clip_id, check_clip_options
 from far_env.contract import check_signals, resolve_feedback
 from far_env.device import PRECISIONS
 from far_env.envs.episodes import EpisodeBatch, Reward
@@ -44,7 +44,7 @@ class EpisodeConfig:
             results then depend in their last bits on what was computed before.
         signals: what the agent observes beyond the benchmark's features, names of `far_env.contract.SIGNALS`: of the
             latents ("lat_cos", "column_gap", …) or of the host's attention ("attn_mass", …). Such an agent cannot be exported.
-        clip_options: arguments of the clip source, such as a data folder.
+        clip_options: arguments of the clip source, such as a data folder or the options of a world.
         feedback: "generated", or "true": the true frame enters the history in place of each generated one, see
             `far_env.workloads.Workload`. None for the workload's, which is "generated" unless it says otherwise.
 
@@ -82,8 +82,7 @@ class EpisodeConfig:
         if not _is_whole(self.memo_bytes) or self.memo_bytes < 0:
             raise ValueError(f"memo_bytes must be a whole number of at least 0, got {self.memo_bytes!r}")
         check_signals(self._names("signals"))
-        if not isinstance(self.clip_options, Mapping):
-            raise ValueError(f"clip_options must be a mapping of names to values, got {self.clip_options!r}")
+        check_clip_options(self.clip_options)
         if self.feedback is not None:
             resolve_feedback(self.feedback)
 

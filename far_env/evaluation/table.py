@@ -43,12 +43,17 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
 def source_line(facts: Mapping[str, object]) -> str:
     """The sources of an evaluation's numbers, from its provenance; all values where its episodes differ.
 
-    Feedback is named where it is not that of generated frames.
+    Options of the clips are named where there are any, feedback where it is not that of generated frames.
     """
+    options = ", ".join(f"{name} {value}" for name, value in facts.get("clip_options", {}).items())
+    optional = {
+        "with_options": f" with {options}" if options else "",
+        "fed_back": ", true frames fed back" if facts.get("feedback") == TRUE else "",
+    }
     texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
     return (
-        "{clips} {split} clips, noise seed {noise_seed}, {ode_steps} ODE steps{fed_back}; host {host} ({weights}), {dtype} on "
-        "{device}, commit {commit}".format(**texts, fed_back=", true frames fed back" * (facts.get("feedback") == TRUE))
+        "{clips} {split} clips{with_options}, noise seed {noise_seed}, {ode_steps} ODE steps{fed_back}; host {host} "
+        "({weights}), {dtype} on {device}, commit {commit}".format(**texts, **optional)
     )
 
 

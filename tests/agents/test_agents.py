@@ -168,7 +168,7 @@ def test_ppo_begins_with_what_imitation_learned_and_a_cold_critic_leaves_it_alon
 
 def test_all_stages_and_tables_follow_the_feedback_of_the_configuration(config, tmp_path):
     stages = {"imitation": ImitationSettings(rounds=1, true_clips=4, clips_per_round=4, epochs=1), "surrogate": config.ppo}
-    save_yaml(dataclasses.replace(config, **stages), tmp_path / "config.yaml")
+    save_yaml(dataclasses.replace(config, **stages, clip_options={"objects": 2}), tmp_path / "config.yaml")
     with (tmp_path / "config.yaml").open("a") as file:
         file.write("feedback: true\n")
     text = (tmp_path / "config.yaml").read_text().replace("feedback: null\n", "")
@@ -176,8 +176,11 @@ def test_all_stages_and_tables_follow_the_feedback_of_the_configuration(config, 
     run_config = load_yaml(AgentTraining, tmp_path / "config.yaml")
     train(run_config)
     folder = tmp_path / "run"
-    assert "ODE steps, true frames fed back; host" in (folder / "results.txt").read_text()
-    assert json.loads((folder / "policy.json").read_text())["trained_on"].endswith("seed 0, true frames fed back")
+    results = (folder / "results.txt").read_text()
+    assert "3 test clips with objects 2, " in results and "ODE steps, true frames fed back; host" in results
+    assert json.loads((folder / "policy.json").read_text())["trained_on"].endswith(
+        "first 8 train clips with objects 2, seed 0, true frames fed back"
+    )
     assert json.loads((folder / "expert_data" / "index.json").read_text())["feedback"] == ["true"]
     assert load_yaml(AgentTraining, folder / "config.yaml").feedback == "true"
     with pytest.raises(ValueError, match=r"holds a run with other settings \(feedback\)"):

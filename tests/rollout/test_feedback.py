@@ -228,6 +228,12 @@ def test_records_are_made_played_again_and_reported_under_their_protocol(capsys,
         assert {record.facts["feedback"] for record in results.records} == {feedback}
         facts = report_data(results, progress=False)["facts"]
         assert facts["pan"]["feedback"] == {feedback: 6}
+    args = [*place, "--policies", "random", "--clip-options", "{step_pixels: [4, 8], objects: 2}", "--out", str(tmp_path / "c")]
+    status, out, _ = run("evaluate", *args)
+    assert status == 0 and "3 test clips with step_pixels [4, 8], objects 2, noise seed" in out
+    assert run("evaluate", *args)[0] == 0, "the same options again"
+    status, out, _ = run("validate", str(tmp_path / "c"), "--device", "cpu")
+    assert status == 0 and "3 match (3 to the last bit" in out
     latents = [[record.latents_sha256 for record in load(folder).records] for folder in folders.values()]
     assert not set(latents[0]) & set(latents[1])
     status, _, err = run("evaluate", *place, "--policies", "random", "--feedback", "true", "--out", folders["generated"])

@@ -208,6 +208,7 @@ function factsTable() {
     ["clips", () => `${data.clipCount} of the ${data.split} split`],
     ["noise seeds", () => `${data.seeds.join(", ")}, plus the clip's number`],
     ["frames", (one) => `${one.context} given, ${one.predict} predicted, ${one.size}×${one.size} pixels`],
+    ["clip options", (one) => Object.keys(data.facts[one.name]?.clip_options ?? {}).join("; ") || "none"],
     ...["host", "weights", "ode_steps", "feedback", "dtype", "device", "machine", "commit", "versions"].map((fact) => [
       fact.replace("ode_steps", "ODE steps"),
       (one) => {

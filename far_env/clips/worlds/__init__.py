@@ -3,13 +3,16 @@
 Every frame is drawn on a grid of 4-pixel cells: rows 0–47 scenery, rows 48–55 a ruler whose hue encodes the absolute position
 (or the shot), rows 56–63 a schedule strip, a ring of 16 action colours that rolls one cell per frame, cell 0 being the
 action that leads to the next frame. So motion can be read off any single kept frame; what dropping a frame loses is content.
+
+Worlds take options, whose defaults are the clips that the embedded hosts were trained on. Each has a wide form with all ranges
+open.
 """
 
 from far_env.clips.worlds.base import World
-from far_env.clips.worlds.cuts import Cuts
-from far_env.clips.worlds.orbit import Orbit
-from far_env.clips.worlds.pan import Pan
+from far_env.clips.worlds.cuts import Cuts, CutsWide
+from far_env.clips.worlds.orbit import Orbit, OrbitWide
+from far_env.clips.worlds.pan import Pan, PanWide
 
-WORLDS: dict[str, World] = {world.name: world for world in (Pan(), Cuts(), Orbit())}
+WORLDS: dict[str, World] = {world.name: world for world in (Pan(), Cuts(), Orbit(), PanWide(), CutsWide(), OrbitWide())}
 
 __all__ = ["WORLDS", "World"]
