@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from far_env.config import require_positive
-from far_env.contract import check_signals
+from far_env.clips.clip import check_clip_options
+from far_env.config import parse_mapping, require_positive
+from far_env.contract import check_signals, resolve_feedback
 
 UNUSABLE_SIGNALS = ("key_proto",)
 """Signals whose length is that of the host's keys: a scorer that reads them could not be used with another host."""
@@ -194,6 +195,9 @@ class AgentTraining:
     """Device of the host: auto, cpu, cuda or cuda:N; the scorer is small and stays on the CPU."""
     precision: str = "float32"
     """Precision of the host: float32, bfloat16 or auto."""
+    feedback: str | bool | None = None
+    """generated, or true: the true frame enters the history in place of each generated one, in all rollouts of the run; by
+    default that of the workload, generated unless it says otherwise."""
     seed: int = 0
     """Seed of all random numbers of the run."""
     run_dir: str = "runs/agent"
@@ -210,6 +214,8 @@ class AgentTraining:
     """Number of test clips of the final table, per workload and budget."""
     table: tuple[str, ...] = ("recent_fill", "recent_window", "random", "full_history")
     """Policies in the final table beside the learned one."""
+    clip_options: str | dict = ""
+    """Options of the workloads' clip sources, such as those of a world: {objects: 2, noise: 0.03}."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
@@ -219,6 +225,10 @@ class AgentTraining:
 
     def __post_init__(self) -> None:
         require_positive(self, "train_clips", "validation_clips", "validate_every", "test_clips")
+        options = parse_mapping(self.clip_options, "clip-options") if isinstance(self.clip_options, str) else self.clip_options
+        object.__setattr__(self, "clip_options", check_clip_options(options) or "")
+        if self.feedback is not None:
+            object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
         decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
         if decisions == 0 and self.imitation.rounds == 0:
             raise ValueError(
@@ -239,10 +249,10 @@ class AgentTraining:
         return names
 
     @property
-    def clip_options(self) -> dict[str, str]:
-        """Arguments of the workloads' clip sources."""
+    def source_options(self) -> dict[str, Any]:
+        """All arguments of the workloads' clip sources."""
         options = {"data_dir": self.data_dir, "protocol": self.protocol}
-        return {key: value for key, value in options.items() if value is not None}
+        return dict(self.clip_options or {}) | {key: value for key, value in options.items() if value is not None}
 
 
 def check_inputs(memory: bool, surroundings: bool, places: bool, path: bool, signals: Sequence[str]) -> tuple[str, ...]:

@@ -219,7 +219,8 @@ def _play(task: _Task, clip_ids: Sequence[int], budgets: Sequence[int]) -> list[
     truth = latents[:, context:]
     scale = pixel_error_scale(frames, truth) / workload.num_predict
     batch: Histories
-    if task.true_frames:
+    # Where true frames are fed back and no signal is the host's, generating frames would change nothing that is recorded.
+    if task.true_frames or (workload.true_feedback and set(spec.signals) <= set(TrueHistories.SIGNALS)):
         batch = TrueHistories(latents, context)
     else:
         batch = RolloutBatch(workload, len(clips), signals=spec.signals)

@@ -215,6 +215,8 @@ def _check_index(
         "network": {**asdict(network_config), "signals": list(network_config.signals)},
         "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
     }
+    if any(workload.true_feedback for workload in workloads):  # older folders do not say that generated frames were fed back
+        index["feedback"] = [workload.feedback for workload in workloads]
     path = folder / INDEX_FILE
     if path.exists() and read_json(path, "choose another run folder") != index:
         raise ValueError(f"{folder} contains decisions made with other settings (see {INDEX_FILE}); choose another run folder")

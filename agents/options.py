@@ -105,6 +105,8 @@ class RegretOptions:
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
     """float32, bfloat16 or auto."""
+    feedback: str | None = None
+    """generated, or true: the true frame enters the history in place of each generated one; by default the workload's."""
     batch_size: int = 16
     """Clips searched together."""
 

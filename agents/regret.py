@@ -43,11 +43,17 @@ class Bound:
 
 def measure_regret(options: RegretOptions) -> None:
     """Search, evaluate, print the table and write it into the results file."""
-    name = f"regret-{options.workload}-{options.budget}"
+    workload = make_workload(
+        options.workload,
+        host=options.host,
+        device=options.device,
+        precision=options.precision,
+        feedback=options.feedback,
+    )
+    name = f"regret-{options.workload}-{options.budget}" + "-true-frames" * workload.true_feedback
     path = Path(options.out)
     put_section(read_results(path), name, "")
     policies = {policy: load_policy(policy) for policy in options.policies}
-    workload = make_workload(options.workload, host=options.host, device=options.device, precision=options.precision)
     bounds = {label: bound(workload, options, *widths) for label, widths in options.widths().items()}
     result = evaluate(workload, options.budget, policies, range(options.clips), metrics=("psnr",))
     table = regret_table(bounds, {policy: scores["psnr"][:, 0] for policy, scores in result.scores.items()})

@@ -59,6 +59,8 @@ class Part:
     precision: str = "float32"
     host: str | None = None
     """By default the workload's."""
+    feedback: str | bool | None = None
+    """generated or true; by default the workload's."""
 
     @property
     def num_frames(self) -> int:
@@ -242,12 +244,14 @@ def _load(tables: Mapping[str, Table], agents: Mapping[str, str]) -> dict[str, R
 def _measure(
     table: Table, policies: Mapping[str, RetentionPolicy | None], folder: Path, options: ReproduceOptions
 ) -> list[dict[str, object]]:
-    """Summaries by part, workload and budget. Episodes with the same host and precision share a folder."""
+    """Summaries by part, workload and budget. Episodes with the same host, precision and feedback share a folder."""
     summaries = []
     for part in table.parts:
         for name in part.workloads:
-            workload = make_workload(name, host=part.host, device=options.device, precision=part.precision)
+            place = {"host": part.host, "device": options.device, "precision": part.precision}
+            workload = make_workload(name, **place, feedback=part.feedback)
             dtype = str(workload.host.dtype).removeprefix("torch.")
+            protocol = "_true_frames" * workload.true_feedback
             results = evaluate_grid(
                 [workload],
                 part.budgets,
@@ -256,7 +260,7 @@ def _measure(
                 seeds=part.seeds,
                 metrics=METRICS,
                 batch_size=options.batch_size,
-                out=folder / f"{workload.host.weights_hash}_{dtype}",
+                out=folder / f"{workload.host.weights_hash}_{dtype}{protocol}",
                 policy_facts={policy: policy_facts(policy) for policy in part.policies},
             )
             selection = {"clip_ids": range(part.clips), "seeds": part.seeds}

@@ -1,7 +1,8 @@
 """A surrogate of the host that is much cheaper: rollouts of true frames, and an estimate of the errors a host would make.
 
 A video model can only reproduce content that its history contains. So the error of a frame is estimated from the kept frames:
-each latent cell could be copied from the most similar cell of the same row in a kept frame, and inherits that cell's error.
+each latent cell could be copied from the most similar cell of the same row in a kept frame, and inherits that cell's error,
+unless the workload feeds back true frames, whose cells have none.
 Error that even the whole history would leave is not counted. PPO trains on the surrogate before it trains with the host.
 """
 
@@ -133,8 +134,11 @@ class SurrogateRollouts(TrueHistories):
         """Append the next true frame of each row, with the error expected from the history."""
         for row in rows:
             kept, frame, distances = self.kept[row], self.next[row], self._distances[row]
-            inherited = np.take_along_axis(self.errors[row, kept], distances.nearest[frame, kept].astype(np.int64), axis=-1)
-            missing = (distances.distance[frame, kept] + inherited).min(axis=0)
+            sources = distances.distance[frame, kept]
+            if not self.workload.true_feedback:
+                nearest = distances.nearest[frame, kept].astype(np.int64)
+                sources = sources + np.take_along_axis(self.errors[row, kept], nearest, axis=-1)
+            missing = sources.min(axis=0)
             missing -= distances.distance[frame, :frame].min(axis=0)
             self.errors[row, frame] = np.maximum(missing - self.tolerance, 0)
         super().advance(rows)

@@ -141,8 +141,8 @@ def opened_run(config: AgentTraining) -> Iterator[Run]:
 def make_workloads(config: AgentTraining) -> list[Workload]:
     """The workloads to train on. Raises ValueError on an unknown name, or if a stage's environments cannot be shared evenly."""
     precision = session_precision(Path(config.run_dir), config.precision)
-    place = {"host": config.host, "device": config.device, "precision": precision}
-    return [make_workload(name, **place, **config.clip_options) for name in config.workload_names]
+    place = {"host": config.host, "device": config.device, "precision": precision, "feedback": config.feedback}
+    return [make_workload(name, **place, **config.source_options) for name in config.workload_names]
 
 
 def save_run_scorer(run: Run, scorer: RetentionNetwork) -> None:
@@ -183,8 +183,11 @@ def _scorer_facts(run: Run) -> dict[str, Any]:
     config = run.config
     worlds, budgets = ", ".join(workload.name for workload in run.workloads), ", ".join(map(str, run.budgets))
     hosts = dict.fromkeys(f"{workload.host.name} ({workload.host.weights_hash})" for workload in run.workloads)
+    clip_options = ", ".join(f"{name} {value}" for name, value in dict(config.clip_options or {}).items())
+    clips = f"first {config.train_clips} train clips" + (f" with {clip_options}" if clip_options else "")
+    fed_back = ", true frames fed back" * any(workload.true_feedback for workload in run.workloads)
     return {
-        "trained_on": f"{worlds}, budget {budgets}, first {config.train_clips} train clips, seed {config.seed}",
+        "trained_on": f"{worlds}, budget {budgets}, {clips}, seed {config.seed}{fed_back}",
         "decisions": config.ppo.total_timesteps,
         "decisions_with_surrogate": config.surrogate.total_timesteps,
         "host": ", ".join(hosts),

@@ -7,16 +7,17 @@ Each function returns Markdown. docs/conf.py writes all of them to docs/generate
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
-from option_tables import all_commands, code, docstring, host_settings, joined, table, training_settings
+from option_tables import all_commands, code, docstring, field_texts, host_settings, joined, table, training_settings
 
 from far_env import agents, baselines
-from far_env.clips.worlds import WORLDS
+from far_env.clips.worlds import WORLDS, World
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
@@ -30,7 +31,7 @@ EXAMPLE_BUDGET = 4
 
 
 def environments() -> str:
-    """The registered environments, their spaces, the class's docstring, and the three worlds."""
+    """The registered environments, their spaces, the class's docstring, and the worlds."""
     specs = sorted((spec for spec in gym.registry.values() if spec.id.startswith(NAMESPACE)), key=lambda spec: spec.id)
     order = [*WORLDS, *WORKLOADS]
     specs.sort(key=lambda spec: order.index(spec.kwargs["workload"]))
@@ -51,7 +52,7 @@ def environments() -> str:
     head = ("id", "workload", "given + predicted", "host", f"slots, budget {EXAMPLE_BUDGET}")
     parts = [table(head, rows)]
     for name, world in WORLDS.items():
-        parts.append(_world(name, type(world)))
+        parts.append(_world(name, world))
     parts.append("## What an episode is")
     parts.append(_demoted(docstring(FrameRetentionEnv), by=1))
     parts.append("## Several episodes in one batch")
@@ -59,14 +60,34 @@ def environments() -> str:
     return joined(parts)
 
 
-def _world(name: str, world: type) -> str:
+def _world(name: str, world: World) -> str:
     env_id = next(spec.id for spec in gym.registry.values() if spec.kwargs.get("workload") == name)
     env = gym.make(env_id, budget=EXAMPLE_BUDGET, device="cpu")
     spaces = [("action space", f"`{env.action_space}`")]
     spaces += [(f"observation `{key}`", f"`{_space(space)}`") for key, space in env.observation_space.spaces.items()]
     picture = f"![Truth, the newest frames and a learned policy on one clip of {name}](images/{name}.gif)"
-    text = docstring(world)
-    return joined([f"## `{env_id}`", text, picture, table((f"with a budget of {EXAMPLE_BUDGET}", "space"), spaces)])
+    shown = picture if (Path(__file__).parent / "images" / f"{name}.gif").exists() else ""
+    text = code(docstring(type(world)))
+    spaces_table = table((f"with a budget of {EXAMPLE_BUDGET}", "space"), spaces)
+    return joined([f"## `{env_id}`", text, shown, spaces_table, _options(name, world)])
+
+
+def _options(name: str, world: World) -> str:
+    """The options of a world, beside the values of its wide form where it has one; empty for the latter."""
+    if name.endswith("_wide"):
+        return ""
+    wide = WORLDS.get(f"{name}_wide")
+    forms = [world] if wide is None else [world, wide]
+    texts = field_texts(type(world))
+    rows = [
+        (f"`{option.name}`", *(_value(getattr(form, option.name)) for form in forms), code(texts[option.name]))
+        for option in dataclasses.fields(world)
+    ]
+    return table(("option", "default", *(f"in `{form.name}`" for form in forms[1:]), "meaning"), rows)
+
+
+def _value(value: object) -> str:
+    return ", ".join(f"`{item}`" for item in value) if isinstance(value, tuple) else f"`{value}`"
 
 
 def _space(space: gym.Space) -> str:

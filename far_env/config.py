@@ -118,6 +118,22 @@ def load_yaml(cls: type[Config], path: str | os.PathLike) -> Config:
     return from_dict(cls, {} if values is None else values, str(path))
 
 
+def parse_mapping(text: str, option: str) -> dict[str, Any]:
+    """The value of a command-line option that is a YAML mapping, such as ``{objects: 2}``; an empty one without a text.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    try:
+        values = yaml.load(text, _Loader) if text else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"--{option} is not valid YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--{option} needs names with values, such as '{{objects: 2}}', got {short(text)}")
+    _check_size(values, f"--{option}")
+    return values
+
+
 def _check_size(values: Any, path: str | os.PathLike) -> None:
     """Raise ValueError if the values are endless or very many: aliases of aliases double them with every line."""
     pending, count = [values], 0

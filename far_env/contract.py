@@ -27,6 +27,8 @@ KEEPING_ACTIONS = ("keep", DEMOTE)
 ACTIONS = (*KEEPING_ACTIONS, "drop")
 MAX_DECISIONS = 10_000
 """More decisions than this are refused even where a plan need not be well-formed: a generator may never end."""
+GENERATED, TRUE = FEEDBACK = ("generated", "true")
+"""The frame that enters the history after a frame was generated and scored: that one, or the true frame in its place."""
 
 SIGNALS = {
     "lat_cos": "(N, N): cosine of the latents of frames i and j",
@@ -306,6 +308,19 @@ class NewestFrames:
         """Keep the last min(n, budget) rows."""
         num_frames = len(chunk_meta_list)
         return make_plan(range(num_frames)[-int(budget_state["max_frames"]) :], num_frames)
+
+
+def resolve_feedback(feedback: str | bool) -> str:
+    """One of `FEEDBACK`; False and True, as YAML reads the unquoted words, stand for "generated" and "true".
+
+    Raises:
+        ValueError: on anything else.
+    """
+    if isinstance(feedback, bool):
+        return TRUE if feedback else GENERATED
+    if not isinstance(feedback, str) or feedback not in FEEDBACK:
+        raise ValueError(unknown_name("feedback", str(feedback), list(FEEDBACK)))
+    return feedback
 
 
 def policy_name(policy: RetentionPolicy) -> str:

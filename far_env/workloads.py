@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from far_env.clips.datasets import BAIR, UCF101, DMLab, Minecraft
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
-from far_env.contract import UNLIMITED_FRAMES
+from far_env.contract import GENERATED, TRUE, UNLIMITED_FRAMES, resolve_feedback
 from far_env.device import resolve_device, resolve_precision
 from far_env.errors import first_line, unknown_name
 from far_env.frame_meta import frame_size_mb
@@ -34,6 +35,8 @@ BUDGETS = {
 }
 NULL_CLASS = -1.0
 """The value of the guidance that means the null class on all frames."""
+BENCHMARK_WORKLOADS = ("ucf101_short_prediction", "dmlab_long_prediction")
+"""Those of the benchmark ar-video-kv-temporal-policy."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,14 @@ class Workload:
             the null class on all frames; −1, as the benchmark writes it, for the null class on all frames and no guidance.
         actions: every frame conditions the host by its action, ``clip.actions[i]`` being that of frame i. Without, a host
             that takes classes gets the null class on all frames.
+        feedback: "generated", or "true": after each generated frame the clip's true frame, encoded, enters the history in its
+            place, so that errors do not accumulate. The metrics are still those of the generated frames. True and False, as
+            YAML reads them, are accepted and stand for "true" and "generated".
+        clip_options: those that ``clips`` was made with, for the record.
 
     Raises:
         ValueError: if a length or the number of steps is below 1, if the guidance is another number or needs actions that are
-            not used, or if the host does not take actions.
+            not used, if the host does not take actions, on another feedback, or on true frames in a workload of the benchmark.
     """
 
     name: str
@@ -65,8 +72,16 @@ class Workload:
     num_steps: int
     guidance: float = 1.0
     actions: bool = False
+    feedback: str = GENERATED
+    clip_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
+        if self.feedback == TRUE and self.name in BENCHMARK_WORKLOADS:
+            raise ValueError(
+                f"{self.name} is a workload of the benchmark, which feeds back generated frames; use another workload for "
+                "feedback of true frames"
+            )
         require_positive(self, "num_context", "num_predict", "num_steps")
         if self.guidance != NULL_CLASS and not 1 <= self.guidance < math.inf:
             raise ValueError(f"the guidance of {self.name} must be 1, above 1, or −1 for the null class, got {self.guidance}")
@@ -82,6 +97,11 @@ class Workload:
     def num_frames(self) -> int:
         """Context and predicted frames together."""
         return self.num_context + self.num_predict
+
+    @property
+    def true_feedback(self) -> bool:
+        """Whether the history holds true frames in place of generated ones."""
+        return self.feedback == TRUE
 
     def actions_of(self, clip: Clip, num_frames: int) -> tuple[int, ...]:
         """Actions of the clip's first ``num_frames`` frames; empty if the workload does without.
@@ -119,7 +139,7 @@ class WorkloadSpec:
         num_context, num_predict: as in `Workload`.
         host: what predicts unless another host is given.
         num_steps: ODE steps; None leaves them to the host.
-        guidance, actions: as in `Workload`.
+        guidance, actions, feedback: as in `Workload`.
     """
 
     clips: Callable[..., ClipSource]
@@ -129,10 +149,12 @@ class WorkloadSpec:
     num_steps: int | None = None
     guidance: float = 1.0
     actions: bool = False
+    feedback: str = GENERATED
 
 
-def _world(name: str) -> Callable[[], ClipSource]:
-    return lambda: WORLDS[name]
+def _world(name: str) -> Callable[..., ClipSource]:
+    """Makes a world with options of its own; without any it is the one in `WORLDS`."""
+    return lambda **options: replace(WORLDS[name], **options) if options else WORLDS[name]
 
 
 def _published(
@@ -155,8 +177,11 @@ MAZE = WorkloadSpec(_world("maze"), 36, 36, "embedded_maze", actions=True)
 MAZE_LONG = WorkloadSpec(_world("maze_long"), 144, 156, "embedded_maze", actions=True)
 MAZE_RETRIEVAL = WorkloadSpec(_world("maze_retrieval"), 16, 16, "embedded_maze", actions=True)
 MAZE_RETRIEVAL_C36P36 = WorkloadSpec(_world("maze_retrieval_c36p36"), 36, 36, "embedded_maze", actions=True)
+PAN_WIDE = WorkloadSpec(_world("pan_wide"), 5, 11)
+CUTS_WIDE = WorkloadSpec(_world("cuts_wide"), 5, 11)
+ORBIT_WIDE = WorkloadSpec(_world("orbit_wide"), 36, 36, "embedded_long")
 
-# The two workloads of the benchmark ar-video-kv-temporal-policy.
+# `BENCHMARK_WORKLOADS`.
 UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)
 DMLAB_LONG_PREDICTION = WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20, NULL_CLASS)
 
@@ -214,6 +239,7 @@ def make_workload(
     host: str | os.PathLike | None = None,
     device: str = "auto",
     precision: str = "float32",
+    feedback: str | bool | None = None,
     **clip_options: object,
 ) -> Workload:
     """Build a registered workload.
@@ -224,11 +250,12 @@ def make_workload(
             the host of the workload.
         device: "auto", "cpu", "cuda", ….
         precision: "float32", "bfloat16" (as the released models were trained and the benchmark runs them), or "auto".
+        feedback: "generated" or "true", see `Workload`; None for that of the workload.
         clip_options: passed to the clip source (for example a data folder).
 
     Raises:
-        ValueError: on an unknown name (the nearest one is suggested), options the source does not take, or a host for frames
-            of another size.
+        ValueError: on an unknown name (the nearest one is suggested), options the source does not take, a host for frames of
+            another size, or feedback that the workload does not take.
     """
     if name not in WORKLOADS:
         raise ValueError(unknown_name("workload", name, list(WORKLOADS)))
@@ -245,7 +272,8 @@ def make_workload(
         clips.host = loaded
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
     lengths = (spec.num_context, spec.num_predict, num_steps)
-    return Workload(name, clips, loaded, *lengths, guidance=spec.guidance, actions=spec.actions)
+    feedback = spec.feedback if feedback is None else feedback
+    return Workload(name, clips, loaded, *lengths, spec.guidance, spec.actions, feedback, clip_options)
 
 
 def resolve_budget(budget: int | str) -> int:

@@ -64,6 +64,45 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert config == Outer(Inner(0.5, True), count=4)
 
 
+def test_clip_options_are_a_mapping_in_a_file_and_on_the_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("clip_options: {diagonal: true, step_pixels: [4, 8]}\ndata_dir: videos\n")
+    config = load_yaml(AgentTraining, path)
+    assert config.source_options == {"diagonal": True, "step_pixels": [4, 8], "data_dir": "videos"}
+    save_yaml(config, path)
+    assert load_yaml(AgentTraining, path) == parse(AgentTraining, ["--config", str(path)], "prog", "") == config
+    given = parse(AgentTraining, ["--config", str(path), "--clip-options", "{objects: 2}"], "prog", "")
+    assert given.source_options == {"objects": 2, "data_dir": "videos"}
+    save_yaml(AgentTraining(), path)
+    assert load_yaml(AgentTraining, path).source_options == {}
+    for text, message in (
+        ("[1]", r"--clip-options needs names with values, such as '\{objects: 2\}', got '\[1\]'"),
+        ("{a: [", "--clip-options is not valid YAML: expected the node content"),
+        ("{1: 2}", r"clip_options must be a mapping of names to values, got \{1: 2\}"),
+        ("{host: embedded}", "clip_options has 'host', which is no option of a clip source"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(AgentTraining, ["--clip-options", text], "prog", "")
+
+
+@pytest.mark.parametrize("text", ["true", '"true"', "'true'", "generated", "false", "null"])
+def test_feedback_is_a_word_or_what_yaml_makes_of_it(text, tmp_path):
+    path, expected = tmp_path / "c.yaml", {"generated": "generated", "false": "generated", "null": None}.get(text, "true")
+    path.write_text(f"feedback: {text}\n")
+    config = load_yaml(AgentTraining, path)
+    assert config.feedback == expected
+    save_yaml(config, path)
+    assert load_yaml(AgentTraining, path) == config
+    if expected:
+        assert parse(AgentTraining, ["--feedback", expected], "prog", "").feedback == expected
+    assert parse(AgentTraining, ["--config", str(path), "--seed", "1"], "prog", "").feedback == expected
+    path.write_text("feedback: some\n")
+    with pytest.raises(ValueError, match=r"unknown feedback 'some'; .*generated"):
+        load_yaml(AgentTraining, path)
+    with pytest.raises(ValueError, match="unknown feedback 'some'"):
+        parse(AgentTraining, ["--feedback", "some"], "prog", "")
+
+
 @pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "results.yaml"}), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
     cls = HostTraining if path.name.startswith("host") else Sweep if path.name == "sweep.yaml" else AgentTraining

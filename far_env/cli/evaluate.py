@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from far_env.cli.console import keeping_episodes, remark
 from far_env.cli.options import ALL, split_list, whole_number
-from far_env.config import parse
+from far_env.config import parse, parse_mapping
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.io import make_run_dir, write_text
 from far_env.policies import FULL_HISTORY, load_policy, policy_facts, policy_names
@@ -56,6 +56,11 @@ class EvaluateOptions:
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
     """Protocol by which those videos become clips: benchmark or far."""
+    clip_options: str = ""
+    """Options of the clips in YAML, such as those of a world: --clip-options '{objects: 2, noise: 0.03}'."""
+    feedback: str | None = None
+    """generated, or true: the true frame enters the history in place of each generated one, so that errors do not accumulate;
+    by default that of the workload, generated unless it says otherwise."""
     out: str | None = None
     """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
     show_clips: int = 8
@@ -69,6 +74,7 @@ class EvaluateOptions:
 def evaluate(args: Sequence[str]) -> int:
     """Compare policies on the same clips with the same noise."""
     options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
+    from far_env.clips.clip import check_clip_options
     from far_env.evaluation.comparison import tabulate
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.evaluation.records import session_precision
@@ -84,9 +90,16 @@ def evaluate(args: Sequence[str]) -> int:
     policies, optional = _load_policies(names, budgets, options.policy_seconds)
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
-    clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
+    clip_options = check_clip_options(parse_mapping(options.clip_options, "clip-options"))
+    clip_options |= {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
     precision = session_precision(options.out, options.precision)
-    common = {"host": options.host, "device": options.device, "precision": precision, **clip_options}
+    common = {
+        "host": options.host,
+        "device": options.device,
+        "precision": precision,
+        "feedback": options.feedback,
+        **clip_options,
+    }
     workloads = [make_workload(name, **common) for name in split_list(options.workload, "workload", "workload")]
     start = time.perf_counter()
     with keeping_episodes(options.out):
@@ -103,7 +116,6 @@ def evaluate(args: Sequence[str]) -> int:
             out=None if options.out is None else Path(options.out),
             show_clips=options.show_clips,
             policy_facts={} if options.out is None else {name: policy_facts(name) for name in policies},
-            clip_options={workload.name: _absolute(clip_options) for workload in workloads},
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
@@ -166,9 +178,3 @@ def _json(tables: Sequence[Evaluation]) -> str:
         return json.dumps(tables[0].summary(), indent=2)
     pooled = {name: {key: asdict(value) for key, value in row.items()} for name, row in pooled_summary(tables).items()}
     return json.dumps({"tables": [table.summary() for table in tables], "pooled": pooled}, indent=2)
-
-
-def _absolute(clip_options: dict[str, str]) -> dict[str, str]:
-    """Clip options that mean the same from any working directory."""
-    folder = clip_options.get("data_dir")
-    return clip_options | ({} if folder is None else {"data_dir": str(Path(folder).resolve())})

@@ -57,7 +57,8 @@ def validate(args: Sequence[str]) -> int:
         if options.data_dir is not None and name not in WORLDS:
             clip_options["data_dir"] = options.data_dir
         host = options.host or next(record.facts["host"] for record in records if record.workload == name)
-        return make_workload(name, host=host, device=options.device, precision=made_with["dtype"], **clip_options)
+        common = {"device": options.device, "precision": made_with["dtype"], "feedback": made_with["feedback"]}
+        return make_workload(name, host=host, **common, **clip_options)
 
     findings = validate(results, records, make, tolerance=options.tolerance, batch_size=options.batch_size)
     print(report(findings, options.tolerance, len(results.records)))

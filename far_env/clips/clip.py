@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from far_env.errors import ClipIdError, unknown_name
+from far_env.errors import ClipIdError, short, unknown_name
 
 SPLITS = ("train", "validation", "test")
+NOT_OF_CLIPS = ("name", "host", "device", "precision", "feedback")
+"""Arguments of `far_env.workloads.make_workload` that are no options of a clip source."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,13 @@ def check_clip_id(source: ClipSource, split: str, clip_id: int) -> None:
     size = source.num_clips(split)
     if not 0 <= clip_id < size:
         raise ClipIdError(f"clip id {clip_id} is out of range: {source.name}/{split} has clips 0 to {size - 1}")
+
+
+def check_clip_options(options: Any) -> dict[str, Any]:
+    """Options of a clip source as a new dict. Raises ValueError unless they are a mapping of names to values."""
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"clip_options must be a mapping of names to values, got {short(options)}")
+    for name in options:
+        if name in NOT_OF_CLIPS:
+            raise ValueError(f"clip_options has {name!r}, which is no option of a clip source; give it beside them")
+    return dict(options)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from far_env.clips.clip import SPLITS, check_clip_id
-from far_env.contract import check_signals
+from far_env.clips.clip import SPLITS, check_clip_id, check_clip_options
+from far_env.contract import check_signals, resolve_feedback
 from far_env.device import PRECISIONS
 from far_env.envs.episodes import EpisodeBatch, Reward
 from far_env.errors import unknown_name
@@ -44,7 +44,9 @@ class EpisodeConfig:
             results then depend in their last bits on what was computed before.
         signals: what the agent observes beyond the benchmark's features, names of `far_env.contract.SIGNALS`: of the
             latents ("lat_cos", "column_gap", …) or of the host's attention ("attn_mass", …). Such an agent cannot be exported.
-        clip_options: arguments of the clip source, such as a data folder.
+        clip_options: arguments of the clip source, such as a data folder or the options of a world.
+        feedback: "generated", or "true": the true frame enters the history in place of each generated one, see
+            `far_env.workloads.Workload`. None for the workload's, which is "generated" unless it says otherwise.
 
     Raises:
         ValueError: on a value that a field does not take; the message names the field and the value.
@@ -64,6 +66,7 @@ class EpisodeConfig:
     memo_bytes: int = 0
     signals: Sequence[str] = ()
     clip_options: Mapping[str, Any] = field(default_factory=dict)
+    feedback: str | bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.workload, str | Workload):
@@ -79,8 +82,9 @@ class EpisodeConfig:
         if not _is_whole(self.memo_bytes) or self.memo_bytes < 0:
             raise ValueError(f"memo_bytes must be a whole number of at least 0, got {self.memo_bytes!r}")
         check_signals(self._names("signals"))
-        if not isinstance(self.clip_options, Mapping):
-            raise ValueError(f"clip_options must be a mapping of names to values, got {self.clip_options!r}")
+        check_clip_options(self.clip_options)
+        if self.feedback is not None:
+            resolve_feedback(self.feedback)
 
     @staticmethod
     def from_arguments(arguments: Mapping[str, Any]) -> EpisodeConfig:
@@ -128,7 +132,9 @@ class EpisodeConfig:
         workload = self.workload
         if isinstance(workload, str):
             placement = {"host": self.host, "device": self.device, "precision": self.precision}
-            workload = make_workload(workload, **placement, **self.clip_options)
+            workload = make_workload(workload, **placement, feedback=self.feedback, **self.clip_options)
+        elif self.feedback is not None:
+            workload = replace(workload, feedback=self.feedback)
         available = workload.clips.num_clips(self.split)
         if available == 0:
             raise ValueError(f"{workload.name}/{self.split} has no clips; use another split or more data")

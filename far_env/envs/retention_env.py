@@ -82,7 +82,10 @@ class FrameRetentionEnv(gym.Env):
       results then depend in their last bits on what was computed before.
     - ``signals``: what the agent observes beyond the benchmark's features, names of `far_env.contract.SIGNALS`: of the
       latents ("lat_cos", "column_gap", …) or of the host's attention ("attn_mass", …). Such an agent cannot be exported.
-    - ``clip_options``: arguments of the clip source, such as a data folder.
+    - ``clip_options``: arguments of the clip source, such as a data folder or the options of a world.
+    - ``feedback``: "generated", or "true": after each generated frame the clip's true frame, encoded, enters the history in its
+      place, so that errors do not accumulate. Observations are then those of true frames; the reward is still that of the
+      generated ones. None for the workload's, "generated" unless it says otherwise.
     - ``render_mode``: None or "rgb_array"; with ``gym.make`` also "human".
 
     ``reset(options={"clip_id": …, "noise_seed": …, "budget": …})`` plays a given clip. An environment that is made in a child

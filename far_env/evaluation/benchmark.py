@@ -117,7 +117,10 @@ def run_benchmark(
     Raises:
         PolicyError: if the policy raises or its plan breaks the benchmark's rules. The benchmark would leave out the clip.
         ClipIdError: if there are fewer clips.
+        ValueError: without a clip, or if the workload feeds back true frames.
     """
+    if workload.true_feedback:
+        raise ValueError(f"the benchmark feeds back generated frames; {workload.name} was made with feedback of true ones")
     if num_clips < 1:
         raise ValueError(f"the benchmark needs at least 1 clip, got {num_clips}")
     check_clip_id(workload.clips, "test", num_clips - 1)

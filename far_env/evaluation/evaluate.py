@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import sys
 import time
@@ -74,7 +75,6 @@ def evaluate_grid(
     out: Path | None = None,
     show_clips: int = 0,
     policy_facts: Mapping[str, dict[str, str]] | None = None,
-    clip_options: Mapping[str, dict[str, str]] | None = None,
 ) -> Results:
     """Play every policy under every budget on every clip of every workload with every noise seed.
 
@@ -90,7 +90,6 @@ def evaluate_grid(
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
         show_clips: how many of the first clips have pictures there.
         policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
-        clip_options: workload → options of its clip source, for the folder.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.
@@ -123,7 +122,7 @@ def evaluate_grid(
         num_predict={workload.name: workload.num_predict for workload in workloads},
         frame_size={workload.name: workload.host.frame_size for workload in workloads},
         show_clips=show_clips,
-        made_with={workload.name: _made_with(workload, (clip_options or {}).get(workload.name, {})) for workload in workloads},
+        made_with={workload.name: _made_with(workload) for workload in workloads},
     )
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
@@ -150,12 +149,15 @@ def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...],
 def record_facts(workload: Workload) -> dict[str, object]:
     """Which host, weights, dtype, device, machine, commit and versions a number is made with."""
     host = workload.host
+    options = {name: value for name, value in _clip_options(workload).items() if name != "data_dir"}
     return {
         "host": host.name,
         "weights": host.weights_hash,
         "ode_steps": workload.num_steps,
         "guidance": workload.guidance,
         "actions": workload.actions,
+        "feedback": workload.feedback,
+        **({"clip_options": options} if options else {}),
         "dtype": _dtype_name(workload),
         "device": str(host.device),
         "machine": machine(host.device),
@@ -325,15 +327,23 @@ class _Session:
                 recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
 
 
-def _made_with(workload: Workload, clip_options: Mapping[str, str]) -> dict[str, object]:
-    """What shapes a workload's numbers wherever they are made."""
-    host = workload.host
+def _made_with(workload: Workload) -> dict[str, object]:
+    """What shapes a workload's numbers wherever they are made; folders mean the same from any working directory."""
+    host, options = workload.host, _clip_options(workload)
+    if options.get("data_dir") is not None:
+        options["data_dir"] = str(Path(options["data_dir"]).resolve())
     return {
         "weights": host.weights_hash,
         "ode_steps": workload.num_steps,
         "dtype": _dtype_name(workload),
-        "clip_options": dict(clip_options),
+        "feedback": workload.feedback,
+        "clip_options": options,
     }
+
+
+def _clip_options(workload: Workload) -> dict[str, Any]:
+    """The options of the workload's clips as they are read back from JSON."""
+    return json.loads(json.dumps(dict(workload.clip_options), default=str))
 
 
 def _dtype_name(workload: Workload) -> str:

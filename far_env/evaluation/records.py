@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from far_env.config import from_dict
-from far_env.contract import UNLIMITED_FRAMES
+from far_env.contract import GENERATED, UNLIMITED_FRAMES
 from far_env.errors import short
 from far_env.io import lock, make_run_dir, read_json, replacing, write_json
 
@@ -27,7 +27,10 @@ _SETTINGS_FILE = "evaluation.json"
 RECORDS_FILE = "records.jsonl"
 _MERGED_LISTS = ("workloads", "budgets", "seeds", "clips")
 _EQUAL = ("split", "metrics", "show_clips")
-_BY_WORKLOAD = ("num_context", "num_predict", "frame_size", "made_with")
+_SIZES = ("num_context", "num_predict", "frame_size")
+_BY_WORKLOAD = (*_SIZES, "made_with")
+_OLDER_FACTS = {"feedback": GENERATED}
+"""What folders that were written before a fact was recorded were made with."""
 
 Key = tuple[str, int, str, int, int]
 """Workload, budget, policy, clip and noise seed, which identify an episode."""
@@ -45,7 +48,7 @@ class Settings:
         unavailable: metric → why it was not computed.
         show_clips: how many of the first clips have pictures.
         num_context, num_predict, frame_size: per workload, in frames and pixels.
-        made_with: per workload what else determines its numbers, such as weights, ode_steps, dtype and clip_options.
+        made_with: per workload what else determines its numbers, such as weights, ode_steps, dtype, feedback and clip_options.
     """
 
     workloads: list[str]
@@ -69,9 +72,12 @@ class Settings:
             ValueError: if anything else differs, so that the numbers would not be comparable.
         """
         differing = [(name, getattr(self, name), getattr(other, name)) for name in _EQUAL]
-        for name in _BY_WORKLOAD:
+        for name in _SIZES:
             old, new = getattr(self, name), getattr(other, name)
             differing += [(f"{name} of {key}", old[key], new[key]) for key in old.keys() & new.keys()]
+        for workload in self.made_with.keys() & other.made_with.keys():
+            old, new = self.made_with[workload], other.made_with[workload]
+            differing += [(f"{name} of {workload}", old.get(name), new.get(name)) for name in {**old, **new}]
         for key in self.policies.keys() & other.policies.keys():
             hashes = [settings.policies[key].get("sha256") for settings in (self, other)]
             differing.append((f"the content of policy {key}", *hashes))
@@ -165,7 +171,7 @@ def _record(values: object, settings: Settings) -> Record:
         raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
     if lacking := [name for name, kind in _FACTS.items() if not isinstance(values.get(name), kind)]:
         raise ValueError(f"lacks {', '.join(lacking)}")
-    record = Record(**fields, facts=values)
+    record = Record(**fields, facts={**_OLDER_FACTS, **values})
     histories(record, settings.num_context[record.workload], num_predict)
     return record
 
@@ -261,6 +267,8 @@ def _load_settings(path: Path) -> Settings:
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not of format {FORMAT}, which this version reads; evaluate into another folder")
     settings = from_dict(Settings, values, f"{path}, the evaluation's settings")
+    made_with = {workload: {**_OLDER_FACTS, **facts} for workload, facts in settings.made_with.items()}
+    settings = replace(settings, made_with=made_with)
     sizes = [*settings.num_context.values(), *settings.num_predict.values(), *settings.frame_size.values()]
     if not all(0 <= size <= MAX_FRAMES for size in sizes):
         raise ValueError(f"{path} has a size that is not in 0 to {MAX_FRAMES}; restore it or evaluate into another folder")

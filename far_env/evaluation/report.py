@@ -110,7 +110,7 @@ def warnings(results: Results) -> list[str]:
     played = {record.policy for record in results.records}
     sentences = [f"No episode of {name} is finished." for name in results.settings.policies if name not in played]
     for workload, counts in facts(results).items():
-        for name in ("host", "weights", "ode_steps", "dtype"):
+        for name in ("host", "weights", "ode_steps", "dtype", "feedback"):
             if len(values := counts.get(name, {})) > 1:
                 counted = ", ".join(f"{value} ({count} episodes)" for value, count in values.items())
                 sentences.append(f"The episodes of {workload} do not have the same {name.replace('_', ' ')}: {counted}.")

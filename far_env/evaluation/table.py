@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from far_env.contract import TRUE
 from far_env.evaluation.comparison import Evaluation, pooled_summary
 from far_env.evaluation.ranking import metric_format
 from far_env.evaluation.statistics import Interval, mean_interval
@@ -40,11 +41,19 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
 
 
 def source_line(facts: Mapping[str, object]) -> str:
-    """The sources of an evaluation's numbers, from its provenance; all values where its episodes differ."""
+    """The sources of an evaluation's numbers, from its provenance; all values where its episodes differ.
+
+    Options of the clips are named where there are any, feedback where it is not that of generated frames.
+    """
+    options = ", ".join(f"{name} {value}" for name, value in facts.get("clip_options", {}).items())
+    optional = {
+        "with_options": f" with {options}" if options else "",
+        "fed_back": ", true frames fed back" if facts.get("feedback") == TRUE else "",
+    }
     texts = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
     return (
-        "{clips} {split} clips, noise seed {noise_seed}, {ode_steps} ODE steps; host {host} ({weights}), {dtype} on {device}, "
-        "commit {commit}".format(**texts)
+        "{clips} {split} clips{with_options}, noise seed {noise_seed}, {ode_steps} ODE steps{fed_back}; host {host} "
+        "({weights}), {dtype} on {device}, commit {commit}".format(**texts, **optional)
     )
 
 
@@ -57,13 +66,12 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
     head = ["workload", "budget", "policy", "PSNR dB [95 %]", "SSIM [95 %]", f"PSNR − {reference} [95 %]"]
     lines = [head, ["---"] * len(head)]
     for summary in summaries:
+        workload = summary["workload"] + " (true frames fed back)" * (summary.get("feedback") == TRUE)
         for name, scores in sorted(summary["policies"].items(), key=lambda item: -item[1]["psnr"]["mean"]):
             psnr, ssim = (Interval(**scores[metric]) for metric in ("psnr", "ssim"))
             difference = scores.get(f"psnr_minus_{reference}")
             paired = "" if difference is None else signed_interval_text(Interval(**difference))
-            lines.append(
-                [summary["workload"], str(summary["budget"]), name, interval_text(psnr, 2), interval_text(ssim, 3), paired]
-            )
+            lines.append([workload, str(summary["budget"]), name, interval_text(psnr, 2), interval_text(ssim, 3), paired])
     return markdown_lines(lines)
 
 

@@ -8,6 +8,9 @@ What makes it fast, and exact:
 - A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these
   returns what was computed before, for example for another policy. The same holds for its pixels.
 
+With feedback of true frames, the history holds the clip's encoded frames, which are given from the start, in place of generated
+ones; generated frames are kept beside it.
+
 The result is that of `far_env.rollout.reference`.
 """
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
+from far_env.contract import GENERATED
 from far_env.device import torch_defaults
 from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler, with_null_class
@@ -40,8 +44,11 @@ class Rollout:
         num_context, num_predict: frames given and to be generated.
         steps: generated frames.
         kept: true numbers of the history's frames; context frames are 0 … n_context-1.
-        frames: clean latents (C, h, w) of all frames so far, kept or not, by true number.
+        frames: clean latents (C, h, w) by true number, kept or not: of all frames so far, or where true frames are fed back of
+            the whole clip, without the generated ones.
         keys: content keys of these frames.
+        generated: latents of the generated frames so far, by step.
+        generated_keys: content keys of these.
         actions: of all frames, by true number; none where the host is not conditioned on actions.
         prefix: keys and values (layers, 2, branches, tokens, heads, d) of the first frames of the history, as many as are
             valid. There is one branch, or with guidance two, that of the null class first.
@@ -60,17 +67,25 @@ class Rollout:
     kept: list[int] = field(default_factory=list)
     frames: list[Tensor] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    generated: list[Tensor] = field(default_factory=list)
+    generated_keys: list[str] = field(default_factory=list)
     prefix: list[Tensor] = field(default_factory=list)
     num_coarse: int = 0
     recorded: RecordedSignals = field(default_factory=RecordedSignals)
 
+    @property
+    def newest(self) -> int:
+        """The true number of the newest frame."""
+        return self.num_context + self.steps - 1
+
     def visible_actions(self) -> list[int]:
         """Actions of the history's frames and of the next one, where the host is conditioned on actions."""
-        return [self.actions[number] for number in (*self.kept, len(self.frames))] if self.actions else []
+        return [self.actions[number] for number in (*self.kept, self.newest + 1)] if self.actions else []
 
     def copy(self) -> Rollout:
         """A rollout that continues from the same state independently; the tensors are shared."""
-        lists = {name: list(getattr(self, name)) for name in ("kept", "frames", "keys", "prefix")}
+        names = ("kept", "frames", "keys", "generated", "generated_keys", "prefix")
+        lists = {name: list(getattr(self, name)) for name in names}
         return replace(self, **lists)
 
 
@@ -122,27 +137,29 @@ class RolloutBatch:
         num_context: int | None = None,
         num_predict: int | None = None,
     ) -> None:
-        """Start a rollout in each of ``rows``: encode its clip's context frames, draw its noise.
+        """Start a rollout in each of ``rows``: encode its clip's context frames, or all that are fed back, and draw its noise.
 
         Args:
             num_context, num_predict: other lengths than the workload's.
 
         Raises:
-            ValueError: if the workload needs actions and a clip has none that fit.
+            ValueError: if the workload needs actions and a clip has none that fit, or if a clip is too short.
         """
         host = self.workload.host
         num_context = self.workload.num_context if num_context is None else num_context
         num_predict = self.workload.num_predict if num_predict is None else num_predict
         actions = [self.workload.actions_of(clip, num_context + num_predict) for clip in clips]
-        contexts = [clip.context(num_context) for clip in clips]
+        num_given = num_context + (num_predict if self.workload.true_feedback else 0)
+        contexts = [clip.context(num_given) for clip in clips]
         keys = [content_key(*self._origin, context.data.cast("B")) for context in contexts]
         latents_by_row = [self.memo.get(key) for key in keys]
         missing = [i for i, latents in enumerate(latents_by_row) if latents is None]
         if missing:
-            for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_context), strict=True):
+            for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_given), strict=True):
                 latents_by_row[i] = latents.clone()
                 self.memo.put(keys[i], latents_by_row[i])
-        recorded = self._recorder.begin(latents_by_row, noise_seeds, actions if self.workload.actions else None)
+        context_by_row = [latents[:num_context] for latents in latents_by_row]
+        recorded = self._recorder.begin(context_by_row, noise_seeds, actions if self.workload.actions else None)
         begun = zip(rows, keys, latents_by_row, noise_seeds, actions, recorded, strict=True)
         for row, key, latents, seed, row_actions, row_recorded in begun:
             self._rows[row] = Rollout(
@@ -154,7 +171,7 @@ class RolloutBatch:
                 actions=row_actions,
                 kept=list(range(num_context)),
                 frames=list(latents),
-                keys=[content_key(key, number) for number in range(num_context)],
+                keys=[content_key(key, number) for number in range(num_given)],
                 recorded=row_recorded,
             )
 
@@ -228,11 +245,7 @@ class RolloutBatch:
         """Generated latents first … last-1 (R, n, C, h, w), zero where there is none (yet)."""
         chosen = self._chosen(rows)
         steps = self._steps(chosen, first, last)
-        frames = [
-            rollout.frames[rollout.num_context + step] if step < rollout.steps else self._empty
-            for rollout in chosen
-            for step in steps
-        ]
+        frames = [rollout.generated[step] if step < rollout.steps else self._empty for rollout in chosen for step in steps]
         return torch.stack(frames).unflatten(0, (len(chosen), len(steps)))
 
     @torch_defaults()
@@ -244,9 +257,7 @@ class RolloutBatch:
             return autoencoder.decode(latents)
         chosen = self._chosen(rows)
         keys = [
-            content_key(
-                "pixels", *self._origin, rollout.keys[rollout.num_context + step] if step < rollout.steps else "not generated"
-            )
+            content_key("pixels", *self._origin, rollout.generated_keys[step] if step < rollout.steps else "not generated")
             for rollout in chosen
             for step in self._steps(chosen, first, last)
         ]
@@ -263,13 +274,16 @@ class RolloutBatch:
         """The rollouts as tensors and plain values."""
         return {
             "host": self.workload.host.weights_hash,
+            "feedback": self.workload.feedback,
             "lengths": [(rollout.num_context, rollout.num_predict) for rollout in self._rows],
             "steps": [rollout.steps for rollout in self._rows],
             "kept": [list(rollout.kept) for rollout in self._rows],
             "keys": [list(rollout.keys) for rollout in self._rows],
             "noise_seeds": [rollout.noise_seed for rollout in self._rows],
             "actions": [list(rollout.actions) for rollout in self._rows],
-            "frames": [torch.stack(rollout.frames).cpu() if rollout.frames else None for rollout in self._rows],
+            "frames": [_stacked(rollout.frames) for rollout in self._rows],
+            "generated": [_stacked(rollout.generated) if self.workload.true_feedback else None for rollout in self._rows],
+            "generated_keys": [list(rollout.generated_keys) for rollout in self._rows],
             "recorded": [rollout.recorded.state_dict() for rollout in self._rows],
         }
 
@@ -278,8 +292,14 @@ class RolloutBatch:
         """Restore rollouts saved by `state_dict`.
 
         Raises:
-            ValueError: if they are of another host or number of rows, or have no actions where the workload needs them.
+            ValueError: if they are of another host, number of rows or feedback, or have no actions where the workload needs
+                them.
         """
+        feedback = state.get("feedback", GENERATED)  # of states that were saved before there was another
+        if feedback != self.workload.feedback:
+            raise ValueError(
+                f"the state has feedback of {feedback} frames, {self.workload.name} of {self.workload.feedback} ones"
+            )
         host = self.workload.host.weights_hash
         if (state["host"], len(state["frames"])) != (host, len(self._rows)):
             raise ValueError(
@@ -298,6 +318,11 @@ class RolloutBatch:
                 continue
             seed = state["noise_seeds"][row]
             num_context, num_predict = state["lengths"][row]
+            latents, keys = list(frames.to(self._empty)), list(state["keys"][row])
+            generated, generated_keys = latents[num_context:], keys[num_context:]
+            if self.workload.true_feedback:
+                outputs, generated_keys = state["generated"][row], list(state["generated_keys"][row])
+                generated = [] if outputs is None else list(outputs.to(self._empty))
             self._rows[row] = Rollout(
                 num_context=num_context,
                 num_predict=num_predict,
@@ -306,8 +331,10 @@ class RolloutBatch:
                 noise_seed=seed,
                 actions=actions[row],
                 kept=list(state["kept"][row]),
-                frames=list(frames.to(self._empty)),
-                keys=list(state["keys"][row]),
+                frames=latents,
+                keys=keys,
+                generated=generated,
+                generated_keys=generated_keys,
                 recorded=RecordedSignals.from_state_dict(state["recorded"][row], self._empty.device),
             )
 
@@ -326,9 +353,12 @@ class RolloutBatch:
         return range(max(rollout.num_predict for rollout in rollouts))[first:last]
 
     def _append(self, rollout: Rollout, latent: Tensor, key: str) -> None:
-        rollout.kept.append(len(rollout.frames))
-        rollout.frames.append(latent)
-        rollout.keys.append(key)
+        rollout.kept.append(rollout.newest + 1)
+        rollout.generated.append(latent)
+        rollout.generated_keys.append(key)
+        if not self.workload.true_feedback:
+            rollout.frames.append(latent)
+            rollout.keys.append(key)
         rollout.steps += 1
         if rollout.steps == rollout.num_predict:
             rollout.prefix = []
@@ -391,3 +421,8 @@ class RolloutBatch:
             for rollout, row_recorded in zip(rollouts, recorded, strict=True):
                 rollout.recorded = row_recorded
         return latents[:, 0]
+
+
+def _stacked(frames: Sequence[Tensor]) -> Tensor | None:
+    """Latents as one tensor on the CPU, None if there are none."""
+    return torch.stack(list(frames)).cpu() if frames else None

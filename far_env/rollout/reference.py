@@ -37,7 +37,7 @@ class Rollout:
     """The result of a finished rollout.
 
     Attributes:
-        latents: generated latents (n_predict, C, h, w).
+        latents: generated latents (n_predict, C, h, w), whatever was fed back.
         frames: the same, decoded, (n_predict, 3, H, W) in [0, 1].
         kept: per policy call, (step, true frame numbers that stayed); context frames are 0 … n_context-1.
     """
@@ -75,18 +75,21 @@ def reference_rollout(
 ) -> Rollout:
     """Generate the clip's continuation under a policy; ``policy`` None or a budget of 9999 keeps everything.
 
+    With feedback of true frames, the encoded true frame enters the history after each generated one.
+
     Args:
         make_signals: computes what the policy declares as ``signals``; without, it receives a plain `RolloutState`, as from
             the benchmark.
 
     Raises:
         PolicyError: if the policy raises or answers an invalid plan.
-        ValueError: if the workload needs actions and the clip has none that fit.
+        ValueError: if the workload needs actions and the clip has none that fit, or is too short for feedback of true frames.
     """
     host = workload.host
     actions = workload.actions_of(clip, workload.num_frames)
+    given = context_latents(host, [clip], workload.num_frames if workload.true_feedback else workload.num_context)[0]
     noise = rollout_noise(noise_seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
-    kept = list(context_latents(host, [clip], workload.num_context)[0])
+    kept = list(given[: workload.num_context])
     numbers = list(range(workload.num_context))
     generated, history = [], []
     wanted = wanted_signals(policy)
@@ -97,7 +100,7 @@ def reference_rollout(
         with nullcontext() if signals is None else signals.generating():
             frame = denoise_uncached(workload, torch.stack(kept), noise[step], frame_actions)
         generated.append(frame)
-        kept.append(frame)
+        kept.append(given[new] if workload.true_feedback else frame)
         numbers.append(new)
         if signals is not None:
             signals.finish(frame)

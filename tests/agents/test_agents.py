@@ -17,6 +17,7 @@ from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfi
 from far_env.agents.trainer import make_workloads, train
 from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.agents.training_logs import log_writers
+from far_env.config import load_yaml, save_yaml
 from far_env.policies import load_policy
 from far_env.provenance import run_facts, save_facts
 
@@ -163,6 +164,27 @@ def test_ppo_begins_with_what_imitation_learned_and_a_cold_critic_leaves_it_alon
         torch.testing.assert_close(trained[f"mlp_extractor.actor.{key}"], value)
     with pytest.raises(ValueError, match="nothing would be learned"):
         dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0))
+
+
+def test_all_stages_and_tables_follow_the_feedback_of_the_configuration(config, tmp_path):
+    stages = {"imitation": ImitationSettings(rounds=1, true_clips=4, clips_per_round=4, epochs=1), "surrogate": config.ppo}
+    save_yaml(dataclasses.replace(config, **stages, clip_options={"objects": 2}), tmp_path / "config.yaml")
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("feedback: true\n")
+    text = (tmp_path / "config.yaml").read_text().replace("feedback: null\n", "")
+    (tmp_path / "config.yaml").write_text(text)
+    run_config = load_yaml(AgentTraining, tmp_path / "config.yaml")
+    train(run_config)
+    folder = tmp_path / "run"
+    results = (folder / "results.txt").read_text()
+    assert "3 test clips with objects 2, " in results and "ODE steps, true frames fed back; host" in results
+    assert json.loads((folder / "policy.json").read_text())["trained_on"].endswith(
+        "first 8 train clips with objects 2, seed 0, true frames fed back"
+    )
+    assert json.loads((folder / "expert_data" / "index.json").read_text())["feedback"] == ["true"]
+    assert load_yaml(AgentTraining, folder / "config.yaml").feedback == "true"
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(feedback\)"):
+        train(dataclasses.replace(run_config, feedback="generated", resume=True))
 
 
 def test_an_lpips_reward_counts_negatively():

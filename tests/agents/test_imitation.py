@@ -50,6 +50,22 @@ def test_the_expert_acts_as_the_search_of_width_one(tiny_workload, collected):
     assert tuple(kept_first) == first, "six frames in six slots: places are true numbers"
 
 
+def test_with_feedback_of_true_frames_the_engine_would_record_the_same(tiny_workload, monkeypatch):
+    """Decisions are collected without a host there, unless a signal needs it."""
+    workload = dataclasses.replace(tiny_workload, feedback="true")
+    options = {"actor": None, "spec": ObservationSpec(memory=True), "candidates": 4, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutBatch, "advance", lambda *_: pytest.fail("generates frames"))
+        quick = collect(workload, [0, 1, 2], [4, 4, 2], **options)
+    monkeypatch.setattr(TrueHistories, "SIGNALS", ())
+    monkeypatch.setattr(TrueHistories, "advance", lambda *_: pytest.fail("generates no frames"))
+    options["spec"] = ObservationSpec(signals=("lat_cos",))
+    slow = collect(workload, [0, 1, 2], [4, 4, 2], **options)
+    assert torch.equal(quick.sets, slow.sets)
+    torch.testing.assert_close(quick.costs, slow.costs)
+    torch.testing.assert_close(quick.frames[..., :6], slow.frames[..., :6], atol=1e-5, rtol=0)
+
+
 def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
     torch.manual_seed(0)
     network = RetentionNetwork(**dataclasses.asdict(NETWORK))

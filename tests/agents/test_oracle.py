@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,7 +74,9 @@ class Replay:
         return make_plan(ids, len(chunk_meta_list))
 
 
-def test_the_promised_score_is_what_the_plain_rollout_gives(tiny_workload):
+@pytest.mark.parametrize("feedback", ["generated", "true"])
+def test_the_promised_score_is_what_the_plain_rollout_gives(tiny_workload, feedback):
+    tiny_workload = replace(tiny_workload, feedback=feedback)
     clips = [tiny_workload.clips.clip("train", i) for i in range(3)]
     narrow = search(tiny_workload, clips, [7, 8, 9], 4, width=1, branches=1, progress=False)
     wide = search(tiny_workload, clips, [7, 8, 9], 4, width=3, branches=3, progress=False)

@@ -116,6 +116,23 @@ def test_a_table_is_its_records_and_a_second_run_plays_nothing(reproduce, tmp_pa
     assert (tmp_path / "RESULTS.md").read_text() == text
 
 
+def test_a_table_holds_both_protocols_of_feedback(reproduce, tmp_path, tables):
+    part = tables["small"]["parts"][0] | {"budgets": [4], "clips": 2, "seeds": [42], "policies": ["recent_fill", "random"]}
+    both = {"small": tables["small"] | {"parts": [part, part | {"feedback": True}]}}
+    assert reproduce("small", tables=both)[0] == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    means = {}
+    for folder in (path for path in (tmp_path / "runs/reproduce/small").iterdir() if path.is_dir()):
+        for record in (records := load(folder).records):
+            scores = [other.metrics["psnr"] for other in records if other.policy == record.policy]
+            label = {"generated": "pan", "true": "pan (true frames fed back)"}[record.facts["feedback"]]
+            means[label, record.policy] = f"{np.mean(scores):.2f}"
+    assert means["pan", "random"] != means["pan (true frames fed back)", "random"]
+    assert {(row[0], row[2]): row[3].split()[0] for row in rows(text)} == means
+    assert len(re.findall(r"^- pan 4: 2 test clips, .* ODE steps; host", text, re.MULTILINE)) == 1
+    assert len(re.findall(r"^- pan 4: 2 test clips, .* ODE steps, true frames fed back; host", text, re.MULTILINE)) == 1
+
+
 def test_the_list_says_how_many_frames_each_table_generates(reproduce, tmp_path):
     status, text, _ = reproduce()
     assert status == 0 and not (tmp_path / "runs").exists() and not (tmp_path / "RESULTS.md").exists()

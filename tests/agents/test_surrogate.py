@@ -38,7 +38,10 @@ def recent(env):
 
 
 @torch.no_grad()
-def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(tiny_workload):
+@pytest.mark.parametrize("feedback", ["generated", "true"])
+def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(tiny_workload, feedback):
+    """Where true frames are fed back, there is no error to inherit."""
+    tiny_workload = dataclasses.replace(tiny_workload, feedback=feedback)
     clip = tiny_workload.clips.clip("train", 3)
     latents = tiny_workload.host.autoencoder.encode(torch.from_numpy(clip.frames)[None])[0].double()
     rollouts = SurrogateRollouts(tiny_workload, 2, tolerance=0.01)
@@ -52,6 +55,8 @@ def test_errors_are_what_the_kept_cells_of_a_row_leave_unexplained_and_inherit(t
                 return [float((latents[source, :, row, k] - latents[frame, :, row, cell]).square().sum()) for k in range(width)]
 
             sources = [(min(distances := squares(source)), errors[source, row, int(np.argmin(distances))]) for source in kept]
+            if feedback == "true":
+                sources = [(distance, 0.0) for distance, _ in sources]
             whole = min(min(squares(source)) for source in range(frame))
             errors[frame, row, cell] = max(0.0, min(map(sum, sources)) - whole - 0.01)
         rollouts.advance([1])

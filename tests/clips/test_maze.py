@@ -24,7 +24,7 @@ from far_env.clips.worlds.maze import (
     UNSEEN_STYLE,
     WALKER_RADIUS,
     WALLS,
-    draw_maze,
+    draw_plan,
     draw_walls,
     explore_and_retrace,
     explore_to_the_farthest,
@@ -104,17 +104,17 @@ def texel(texture: int, u: float, v: float, pixel: float) -> np.ndarray:
 def test_views_equal_those_of_a_renderer_of_single_rays():
     size = 16
     rng = np.random.default_rng(0)
-    maze = draw_maze(rng, (0, 1, 2, 3, 4))
-    cells = np.argwhere(~maze.walls)[::5]
+    plan = draw_plan(rng, (0, 1, 2, 3, 4))
+    cells = np.argwhere(~plan.walls)[::5]
     poses = np.stack([np.array([c + 0.5, r + 0.4, rng.uniform(0, 7)]) for r, c in cells])
-    frames = render(maze, poses, size)
+    frames = render(plan, poses, size)
     kinds = set()
     for (x, y, heading), frame in zip(poses, frames, strict=True):
         for column in range(size):
             across = 2 * (column + 0.5) / size - 1
             dx = math.cos(heading) - across * math.sin(heading)
             dy = math.sin(heading) + across * math.cos(heading)
-            distance, axis, (cell_row, cell_column) = cast(maze.walls, x, y, dx, dy)
+            distance, axis, (cell_row, cell_column) = cast(plan.walls, x, y, dx, dy)
             for row in range(size):
                 down = 2 * (row + 0.5) / size - 1
                 height = EYE_HEIGHT - down * distance
@@ -124,12 +124,12 @@ def test_views_equal_those_of_a_renderer_of_single_rays():
                     kind = "wall"
                     u = (y + distance * dy) % 1 if axis == 0 else (x + distance * dx) % 1
                     slant = abs((dx, dy)[axis]) / math.hypot(dx, dy)
-                    texture = maze.wall_textures[cell_row, cell_column]
+                    texture = plan.wall_textures[cell_row, cell_column]
                     expected = texel(texture, u, 1 - height / WALL_HEIGHT, 2 / size * distance / math.sqrt(slant))
                 else:
                     kind, depth = "floor", EYE_HEIGHT / down
                     place = x + depth * dx, y + depth * dy
-                    texture = maze.floor_textures[math.floor(place[1]), math.floor(place[0])]
+                    texture = plan.floor_textures[math.floor(place[1]), math.floor(place[0])]
                     expected = texel(texture, place[0] % 1, place[1] % 1, 2 / size * depth * math.sqrt(depth / EYE_HEIGHT))
                 np.testing.assert_allclose(frame[row, column], expected, atol=1e-5)
                 kinds.add(kind)

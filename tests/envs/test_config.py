@@ -36,6 +36,8 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
         ({"memo_bytes": -1}, "memo_bytes must be a whole number of at least 0, got -1"),
         ({"signals": "attn_mass"}, "signals must be a list of names, got 'attn_mass'"),
         ({"signals": ["attn_mas"]}, "unknown signal 'attn_mas'; did you mean 'attn_mass'"),
+        ({"feedback": "ture"}, "unknown feedback 'ture'; did you mean 'true'"),
+        ({"clip_options": {"host": "embedded"}}, "clip_options has 'host', which is no option of a clip source"),
         ({"clip_options": "data"}, "clip_options must be a mapping of names to values, got 'data'"),
     ],
 )

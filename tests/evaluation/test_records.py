@@ -193,22 +193,24 @@ def test_what_is_added_is_played_and_nothing_else(workloads, tmp_path, played):
         ({"split": "validation"}, "holds an evaluation with split test, not validation"),
         ({"metrics": ("psnr",)}, "metrics"),
         ({"show_clips": 2}, "show_clips 1, not 2"),
-        ({"clip_options": {"pan": {"protocol": "far"}}}, "made_with of pan"),
+        ({"clip_options": {"protocol": "far"}}, "clip_options of pan"),
         ({"policy_facts": {"recent_fill": {"sha256": "other"}}}, "the content of policy recent_fill"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(workloads, tmp_path, change, message):
+    change = dict(change)
     run(tmp_path, workloads[:1], names=("recent_fill",), clips=1, policy_facts={"recent_fill": {"sha256": "this"}})
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    changed = replace(workloads[0], clip_options=change.pop("clip_options", {}))
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, workloads[:1], names=("recent_fill",), clips=2, **change)
+        run(tmp_path, [changed], names=("recent_fill",), clips=2, **change)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
 def test_another_host_or_other_data_in_the_same_folder_are_refused(workloads, tmp_path):
     run(tmp_path, workloads[:1], names=("recent_fill",), clips=1)
     other = replace(workloads[0], host=replace(workloads[0].host, weights_hash="00000000"))
-    with pytest.raises(ValueError, match=r"made_with of pan .*00000000"):
+    with pytest.raises(ValueError, match=r"weights of pan .*, not 00000000"):
         run(tmp_path, [other], names=("recent_fill",), clips=2)
 
     class Shifted(type(WORLDS["pan"])):

@@ -190,6 +190,7 @@ function renderFixed() {
     `noise seed ${data.seeds.join(", ")} + clip number`,
     hosts,
     `${all("ode_steps")} ODE steps`,
+    all("feedback") && `feedback of ${all("feedback")} frames`,
     `${all("dtype")} on ${all("device")}`,
     `commit ${all("commit")}`,
   ];
@@ -207,7 +208,8 @@ function factsTable() {
     ["clips", () => `${data.clipCount} of the ${data.split} split`],
     ["noise seeds", () => `${data.seeds.join(", ")}, plus the clip's number`],
     ["frames", (one) => `${one.context} given, ${one.predict} predicted, ${one.size}×${one.size} pixels`],
-    ...["host", "weights", "ode_steps", "dtype", "device", "machine", "commit", "versions"].map((fact) => [
+    ["clip options", (one) => Object.keys(data.facts[one.name]?.clip_options ?? {}).join("; ") || "none"],
+    ...["host", "weights", "ode_steps", "feedback", "dtype", "device", "machine", "commit", "versions"].map((fact) => [
       fact.replace("ode_steps", "ODE steps"),
       (one) => {
         const values = Object.entries(data.facts[one.name]?.[fact] ?? {});

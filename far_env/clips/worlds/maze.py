@@ -7,17 +7,19 @@ Lengths are in cells, angles in degrees.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from far_env.clips.clip import Clip, check_clip_id
-from far_env.clips.worlds.base import SIZE, SPLIT_SIZES
-from far_env.clips.worlds.raycaster import Maze, render
+from far_env.clips.clip import SPLITS as COMMON_SPLITS
+from far_env.clips.worlds.base import SIZE, World
+from far_env.clips.worlds.raycaster import Plan, render
 
 LEFT, RIGHT, FORWARD, BACKWARD = range(4)
 TURNS = {LEFT: -1, RIGHT: 1}
 UNSEEN_STYLE = "test_unseen_style"
-SPLITS = ("train", "validation", "test", UNSEEN_STYLE)
+SPLITS = (*COMMON_SPLITS, UNSEEN_STYLE)
 
 MAZE_SIZE = 9
 OPENING_PROBABILITY = 0.15
@@ -58,13 +60,15 @@ def draw_walls(rng: np.random.Generator, size: int = MAZE_SIZE, opening_probabil
     return walls & ~(between & (rng.random(walls.shape) < opening_probability))
 
 
-def draw_maze(rng: np.random.Generator, styles: tuple[int, ...]) -> Maze:
-    """A maze whose four quadrants differ in wall and floor, each of any of the given styles of DeepMind Lab (0 … 4)."""
-    walls = draw_walls(rng)
+def draw_plan(
+    rng: np.random.Generator, styles: tuple[int, ...], opening_probability: float = OPENING_PROBABILITY
+) -> Plan:
+    """The plan of a maze whose four quadrants differ in wall and floor, each of any of the given styles of DeepMind Lab (0 … 4)."""
+    walls = draw_walls(rng, opening_probability=opening_probability)
     row, column = np.indices(walls.shape)
     quadrant = 2 * (row > MAZE_SIZE // 2) + (column > MAZE_SIZE // 2)
     chosen = [rng.permutation(np.concatenate([kind[style] for style in styles]))[:4] for kind in (WALLS, FLOORS)]
-    return Maze(walls, chosen[0][quadrant], chosen[1][quadrant])
+    return Plan(walls, chosen[0][quadrant], chosen[1][quadrant])
 
 
 class Walker:
@@ -196,39 +200,80 @@ def explore_and_retrace(
     return walker
 
 
-class MazeWorld:
-    """Walks through mazes as a source of clips.
+@dataclass(frozen=True, kw_only=True)
+class Maze(World):
+    """Walks through mazes of 9×9 cells, after the DMLab data of TECO (arXiv 2210.02396): the camera turns left on the spot for 20
+    frames, then walks to the farthest cell that it has not visited, again and again.
 
-    Seeds are (world, split, clip id), so that splits never share a maze. The split ``test_unseen_style`` shows the fifth style
-    of DeepMind Lab's textures, the others mix the first four. Actions: 0 left, 1 right, 2 forward, 3 backward.
-
-    Args:
-        name, tag: name and number of the world.
-        num_frames: frames of a clip.
-        retraced_from: frames after which the way that they explored is retraced, in large turns and steps; None for TECO's
-            walk, which is not retraced.
+    The four quadrants of a maze differ in their walls and floors, which mix the textures of four styles of DeepMind Lab; the
+    split ``test_unseen_style`` shows a fifth one. Actions: 0 left, 1 right, 2 forward.
     """
 
-    size = SIZE
+    name = "maze"
+    tag = 4
+    num_frames = 72
     splits = SPLITS
 
-    def __init__(self, name: str, tag: int, *, num_frames: int, retraced_from: int | None = None) -> None:
-        self.name, self.tag, self.num_frames, self.retraced_from = name, tag, num_frames, retraced_from
+    turn: float = 8.8
+    """Degrees of a turn."""
+    step: float = 0.33
+    """Cells of a step."""
+    opening_probability: float = OPENING_PROBABILITY
+    """Of a wall between two cells that are connected already."""
 
-    def num_clips(self, split: str) -> int:
-        """Number of clips in a split."""
-        return SPLIT_SIZES["test" if split == UNSEEN_STYLE else split]
+    def __post_init__(self) -> None:
+        for name, high in (("turn", 90), ("step", 0.5), ("opening_probability", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
+                raise ValueError(f"world {self.name}: {name} must be a number above 0 and up to {high}, got {value!r}")
 
-    def clip(self, split: str, clip_id: int) -> Clip:
-        """Draw one clip. Raises ValueError on an unknown split and ClipIdError on an id out of range."""
-        check_clip_id(self, split, clip_id)
-        rng = np.random.default_rng((self.tag, SPLITS.index(split), clip_id))
-        maze = draw_maze(rng, (4,) if split == UNSEEN_STYLE else (0, 1, 2, 3))
-        if self.retraced_from is None:
-            walker = explore_to_the_farthest(rng, maze.walls, self.num_frames)
-        else:
-            walker = explore_and_retrace(rng, maze.walls, self.num_frames, self.retraced_from)
+    def _frames(self, split: str, seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        plan = draw_plan(rng, (4,) if split == UNSEEN_STYLE else (0, 1, 2, 3), self.opening_probability)
+        walker = self._walk(rng, plan.walls)
         poses = np.stack(walker.poses)
         poses[:, 2] = np.deg2rad(poses[:, 2])
-        frames = np.ascontiguousarray(render(maze, poses, SIZE).transpose(0, 3, 1, 2))
-        return Clip(clip_id, frames, np.array(walker.actions, dtype=np.int64))
+        frames = render(plan, poses, SIZE).transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(frames), np.array(walker.actions, dtype=np.int64)
+
+    def _walk(self, rng: np.random.Generator, walls: np.ndarray) -> Walker:
+        return explore_to_the_farthest(rng, walls, self.num_frames, self.turn, self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MazeLong(Maze):
+    """The same for 300 frames, of which FAR's long protocol gives 144."""
+
+    name = "maze_long"
+    tag = 5
+    num_frames = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class MazeRetrieval(Maze):
+    """Walks that explore a maze in the first frames, looking around, and then retrace their way back and forth, so that every
+    predicted view was seen before (the retrieval of arXiv 2505.20171).
+
+    Actions: 0 left, 1 right, 2 forward, 3 backward.
+    """
+
+    name = "maze_retrieval"
+    tag = 6
+    num_frames = 32
+    num_context: ClassVar[int] = 16
+
+    turn: float = 20.0
+    step: float = 0.34
+
+    def _walk(self, rng: np.random.Generator, walls: np.ndarray) -> Walker:
+        return explore_and_retrace(rng, walls, self.num_frames, self.num_context, self.turn, self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MazeRetrievalC36P36(MazeRetrieval):
+    """The same with 36 frames to explore and 36 to predict."""
+
+    name = "maze_retrieval_c36p36"
+    tag = 7
+    num_frames = 72
+    num_context = 36

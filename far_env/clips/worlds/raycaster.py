@@ -22,7 +22,7 @@ _TEXTURES = Path(__file__).parents[2] / "assets" / "maze_textures" / "textures.p
 
 
 @dataclass(frozen=True)
-class Maze:
+class Plan:
     """Walls and textures.
 
     Attributes:
@@ -36,13 +36,13 @@ class Maze:
     floor_textures: np.ndarray
 
 
-def render(maze: Maze, poses: np.ndarray, size: int) -> np.ndarray:
+def render(plan: Plan, poses: np.ndarray, size: int) -> np.ndarray:
     """Frames (T, size, size, 3) float32 in [0, 1] seen from ``poses`` (T, 3), x, y and heading; the field of view is 90°."""
     forward = np.stack([np.cos(poses[:, 2]), np.sin(poses[:, 2])], axis=1)
     right = np.stack([-forward[:, 1], forward[:, 0]], axis=1)
     offsets = (np.arange(size) + 0.5) / (size / 2) - 1
     rays = forward[:, None] + offsets[:, None] * right[:, None]
-    distance, along, texture = _nearest_walls(maze, poses[:, None, :2], rays)
+    distance, along, texture = _nearest_walls(plan, poses[:, None, :2], rays)
 
     frames = np.empty((len(poses), size, size, 3), dtype=np.float32)
     frames[:] = SKY
@@ -60,14 +60,14 @@ def render(maze: Maze, poses: np.ndarray, size: int) -> np.ndarray:
     depth = EYE_HEIGHT / offsets[row]
     point = poses[frame, :2] + depth[:, None] * rays[frame, column]
     cell = np.floor(point).astype(np.int64)
-    texture = maze.floor_textures[cell[:, 1], cell[:, 0]]
+    texture = plan.floor_textures[cell[:, 1], cell[:, 0]]
     frames[frame, row, column] = _sample(
         texture, point[:, 0] - cell[:, 0], point[:, 1] - cell[:, 1], depth * (depth / EYE_HEIGHT) ** 0.5, size
     )
     return frames
 
 
-def _nearest_walls(maze: Maze, origins: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _nearest_walls(plan: Plan, origins: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The wall that each ray meets first.
 
     Returns:
@@ -75,7 +75,7 @@ def _nearest_walls(maze: Maze, origins: np.ndarray, rays: np.ndarray) -> tuple[n
         along: (T, W, 2), place of the hit on the wall, in [0, 1), and the sine of the angle between ray and wall.
         texture: int (T, W).
     """
-    rows, columns = maze.walls.shape
+    rows, columns = plan.walls.shape
     best = np.full(rays.shape[:2], np.inf)
     along = np.zeros((*rays.shape[:2], 2))
     texture = np.zeros(rays.shape[:2], dtype=np.int64)
@@ -89,7 +89,7 @@ def _nearest_walls(maze: Maze, origins: np.ndarray, rays: np.ndarray) -> tuple[n
         beyond = np.where(direction[..., None] > 0, lines, lines - 1)
         across = np.clip(np.floor(other), 0, (rows if axis == 0 else columns) - 1).astype(np.int64)
         index = (across, beyond) if axis == 0 else (beyond, across)
-        reach = np.where((reach > 0) & maze.walls[index], reach, np.inf)
+        reach = np.where((reach > 0) & plan.walls[index], reach, np.inf)
         first = reach.argmin(axis=-1)[..., None]
         distance = np.take_along_axis(reach, first, axis=-1)[..., 0]
         nearer = distance < best
@@ -101,7 +101,7 @@ def _nearest_walls(maze: Maze, origins: np.ndarray, rays: np.ndarray) -> tuple[n
         best = np.where(nearer, distance, best)
         along[..., 0] = np.where(nearer, hit - np.floor(hit), along[..., 0])
         along[..., 1] = np.where(nearer, np.abs(direction) / length, along[..., 1])
-        texture = np.where(nearer, maze.wall_textures[seen_from], texture)
+        texture = np.where(nearer, plan.wall_textures[seen_from], texture)
     return best, along, texture
 
 
