@@ -56,6 +56,10 @@ class EvaluateOptions:
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
     """Protocol by which those videos become clips: benchmark or far."""
+    num_context: int | None = None
+    """Frames that are given, for workloads of recorded clips; by default the workload's."""
+    num_predict: int | None = None
+    """Frames that are predicted, for workloads of recorded clips; by default the workload's."""
     out: str | None = None
     """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
     show_clips: int = 8
@@ -84,7 +88,8 @@ def evaluate(args: Sequence[str]) -> int:
     policies, optional = _load_policies(names, budgets, options.policy_seconds)
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
-    clip_options = {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
+    keys = ("data_dir", "protocol", "num_context", "num_predict")
+    clip_options = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     precision = session_precision(options.out, options.precision)
     common = {"host": options.host, "device": options.device, "precision": precision, **clip_options}
     workloads = [make_workload(name, **common) for name in split_list(options.workload, "workload", "workload")]
@@ -168,7 +173,7 @@ def _json(tables: Sequence[Evaluation]) -> str:
     return json.dumps({"tables": [table.summary() for table in tables], "pooled": pooled}, indent=2)
 
 
-def _absolute(clip_options: dict[str, str]) -> dict[str, str]:
+def _absolute(clip_options: dict[str, str | int]) -> dict[str, str | int]:
     """Clip options that mean the same from any working directory."""
     folder = clip_options.get("data_dir")
     return clip_options | ({} if folder is None else {"data_dir": str(Path(folder).resolve())})

@@ -74,7 +74,7 @@ def evaluate_grid(
     out: Path | None = None,
     show_clips: int = 0,
     policy_facts: Mapping[str, dict[str, str]] | None = None,
-    clip_options: Mapping[str, dict[str, str]] | None = None,
+    clip_options: Mapping[str, dict[str, str | int]] | None = None,
 ) -> Results:
     """Play every policy under every budget on every clip of every workload with every noise seed.
 
@@ -325,7 +325,7 @@ class _Session:
                 recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
 
 
-def _made_with(workload: Workload, clip_options: Mapping[str, str]) -> dict[str, object]:
+def _made_with(workload: Workload, clip_options: Mapping[str, str | int]) -> dict[str, object]:
     """What shapes a workload's numbers wherever they are made."""
     host = workload.host
     return {
