@@ -72,6 +72,7 @@ class RecordedFolder(VideoFolder):
     name = "recorded"
     variable = "RECORDED_DATA_DIR"
     num_actions = None
+    remedy = "far-env record makes such folders"
 
     def __init__(
         self, data_dir: str | os.PathLike | None = None, protocol: str = "far", *, num_frames: int, size: int | None = None
@@ -101,7 +102,10 @@ class RecordedFolder(VideoFolder):
 
     def _check_facts(self, facts: dict) -> None:
         if not facts.get("complete"):
-            raise ValueError(f"{self.folder} is not finished ({FACTS_FILE}): the far-env record that began it continues it")
+            raise ValueError(f"{self.folder} is not finished ({FACTS_FILE}): give the far-env record that began it again")
+        frames = facts["settings"].get("frames")
+        if isinstance(frames, int) and frames < self.num_frames:
+            raise ValueError(f"the episodes in {self.folder} have {frames} frames, clips of {self.num_frames} were asked for")
 
 
 class Doom(RecordedFolder):

@@ -57,10 +57,10 @@ class Sticky(Random):
 class Scan:
     """Makes excursions and retraces them: turns one way and back, walks forth and back.
 
-    An excursion has ``excursion`` actions at most and half as many at least, in runs of one move: 2 to 4 steps, or 2 turns to three
-    fifths of an excursion. Then at least four fifths of it are undone, newest first, as far as the moves have opposites; so
-    most views are seen again, some of them long after. Moves that exist are used: an environment without ``backward`` is only
-    turned back, one without turns only walked.
+    An excursion has ``excursion`` actions at most and half as many at least, in runs of one move: 2 to 4 steps, or 2 turns to
+    three fifths of an excursion. Then at least four fifths of it are undone, newest first, as far as the moves have
+    opposites; so most views are seen again, some of them long after. Moves that exist are used: an environment without
+    ``backward`` is only turned back, one without turns only walked.
 
     Raises:
         ValueError: if there is no pair of opposite moves.
@@ -105,7 +105,7 @@ class Scan:
 
 
 class FromFile:
-    """One episode of a class from a file: a copy of the loaded object, whose ``begin_episode(seed)`` is called if it has one."""
+    """One episode of a class from a file: a copy of its object, whose ``begin_episode(seed)`` is called if it has one."""
 
     def __init__(self, loaded: Behaviour, rng: np.random.Generator) -> None:
         self._object = copy.deepcopy(loaded)

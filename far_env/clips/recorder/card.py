@@ -18,7 +18,7 @@ def card(facts: dict[str, Any]) -> str:
     else:
         last = source["num_actions"] - 1
         names = ", ".join(f"{number} {name}" for name, number in source["moves"].items())
-        actions = f"0 to {last}{f' ({names})' if names else ''}; `actions[i]` leads to frame i, the first is unused"
+        actions = f"0 to {last}{f' ({names})' if names else ''}; `actions[i]` leads to frame i, the first is unused (0)"
     total = sum(facts["splits"][split]["bytes"] for split in SPLITS)
     size, frames = settings["size"], settings["frames"]
     lines += [
@@ -28,6 +28,13 @@ def card(facts: dict[str, Any]) -> str:
         f"- Licence: {_licence(source)}.",
         f"- Versions: {', '.join(_versions(facts))}.",
     ]
+    if (copying := facts["copying"]) is not None:
+        values = {name: f"{value:.1f} dB" for name, value in copying["psnr"].items()}
+        lines += [
+            f"- Memory: the best copy of a true frame before it gives {values['4']} among the newest 4, {values['8']} among the "
+            f"newest 8, {values['all']} among all; mean PSNR over the frames from {copying['num_context']} on of "
+            f"{copying['clips']} test episodes."
+        ]
     commands = list(dict.fromkeys(session["command"] for session in facts["sessions"]))
     lines += [f"- Command: {', then '.join(f'`{command}`' for command in commands)}."]
     title = f"# Clips recorded from {source['name']}"
@@ -67,7 +74,7 @@ def _of_minari(facts: dict[str, Any]) -> list[str]:
     return [
         f"- Data set: `{source['name']}`, read with minari {source['version']}; environment {source['environment']}.",
         f"- Authors: {source['authors']}.",
-        f"- Frames: drawn as {facts['drawn']}, resized to {facts['settings']['size']}² with antialiasing.",
+        f"- Frames: of {source['drawn']}, resized to {facts['settings']['size']}² with antialiasing.",
         f"- Its episodes are cut into pieces; {facts['left_out']} frames at their ends, too few for a piece, are left out.",
         "- Every tenth episode is test, the one after it validation, the others train.",
     ]

@@ -1,6 +1,6 @@
 """Walks through Freedoom's maps as a Gymnasium environment: ViZDoom's software renderer, no enemies, no display.
 
-It is registered as ``far_env/DoomWalk-v0``. ViZDoom (extra ``record``) brings the engine (MIT) and Freedoom's maps and pictures.
+It is registered as ``far_env/DoomWalk-v0``. ViZDoom (extra ``record``) brings the engine and Freedoom's maps and pictures.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-DOOM_ID = "far_env/DoomWalk-v0"
 HEIGHT, WIDTH = 120, 160
 TURN_DEGREES = 30
 _STEP_TICS, _STEP_SPEED = 4, 40
-_REST_TICS = 24
-"""The walker glides after a step; after so many tics it has come to rest."""
+_REST_TICS = 40
+"""The walker glides after a step; after so many tics it has come to rest, but for a hundredth of its speed."""
 _TRIES = 20
 _ENGINE_FOLDER = Path("_vizdoom")
 _CHANGE_THE_VIEW = ("InvulnerabilitySphere", "Infrared", "RadSuit", "BlurSphere", "DoomPlayer")
@@ -73,7 +72,7 @@ class DoomWalk(gym.Env):
     action_space = gym.spaces.Discrete(4)
     observation_space = gym.spaces.Box(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
 
-    def __init__(self, map: str = "MAP01", render_mode: str | None = None) -> None:  # noqa: A002, as ViZDoom's environments
+    def __init__(self, map: str = "MAP01", render_mode: str | None = None) -> None:
         names = [name for split in self.map_splits.values() for name in split]
         if map not in names:
             raise ValueError(f"unknown map {map!r}; Freedoom has E1M1 to E4M9 and MAP01 to MAP32")
@@ -141,9 +140,12 @@ class DoomWalk(gym.Env):
         self._files.cleanup()
 
     def _act(self, turn: float, speed: float) -> None:
-        """Turn to the right by so many degrees, or walk at a speed for a step, until the walker rests."""
-        self._game.make_action([turn, 0], 1) if turn else self._game.make_action([0, speed], _STEP_TICS)
-        if speed and not self._game.is_episode_finished():
+        """Turn to the right by so many degrees, or else walk at a speed for a step and rest."""
+        if turn:
+            self._game.make_action([turn, 0], 1)
+            return
+        self._game.make_action([0, speed], _STEP_TICS)
+        if not self._game.is_episode_finished():
             self._game.make_action([0, 0], _REST_TICS)
 
     def _can_walk(self, x: float, y: float) -> bool:
@@ -156,9 +158,10 @@ class DoomWalk(gym.Env):
             if self._game.is_episode_finished():
                 self._game.new_episode()
                 return False
-            moved = math.dist(self._game.get_state().game_variables, (x, y))
+            moved = math.dist(self._game.get_state().game_variables[:2], (x, y))
             self._game.send_game_command(place)
             self._game.make_action([0, 0], 2)
             if moved > _STEP_SPEED / 2:
+                self._act(0, 0)
                 return True
         return False

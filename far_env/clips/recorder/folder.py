@@ -15,7 +15,7 @@ import numpy as np
 from far_env.clips.arrays import ACTIONS, VIDEO, holds_actions, num_actions, read_number, video_shape
 from far_env.clips.clip import SPLITS
 from far_env.errors import VideoError, short
-from far_env.io import read_json, replacing, write_json
+from far_env.io import read_json, replacing
 
 FACTS_FILE = "recording.json"
 PADDED = "padded"
@@ -89,7 +89,9 @@ class RecordedEpisodes:
 
 
 def begin(folder: Path, facts: dict[str, Any], episodes: Mapping[str, int]) -> dict[str, Any]:
-    """Write the facts of a recording that begins, or compare them with those of the one that is continued.
+    """The facts of a recording that begins, or is continued after comparing them with those in the folder.
+
+    They are not written: a recording that turns out to be impossible must not stand in the way of another try.
 
     Args:
         facts: with "settings" and "source", which must not change.
@@ -119,8 +121,6 @@ def begin(folder: Path, facts: dict[str, Any], episodes: Mapping[str, int]) -> d
             raise ValueError(
                 f"{folder} holds a recording of {count} {split} episodes, {episodes[split]} are asked for; it can only grow"
             )
-    begun = {**before, **facts, "episodes": dict(episodes), "complete": False}
     if before.get("complete") and before["episodes"] == dict(episodes):
         return before
-    write_json(folder / FACTS_FILE, begun)
-    return begun
+    return {**before, **facts, "episodes": dict(episodes), "complete": False}

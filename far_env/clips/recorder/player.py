@@ -238,7 +238,7 @@ def as_rgb(drawn: Any) -> np.ndarray:
     largest = 1.0 if pixels.dtype.kind == "f" else 255
     if not (low >= 0 and high <= largest):
         raise ValueError(
-            f"render() returned {pixels.dtype} values from {low:g} to {high:g}; {pixels.dtype} frames must be in 0 to {largest:g}"
+            f"render() returned {pixels.dtype} values from {low:g} to {high:g}; frames of this type must be in 0 to {largest:g}"
         )
     return np.round(pixels * (255 / largest)).astype(np.uint8)
 

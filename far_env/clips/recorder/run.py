@@ -14,16 +14,20 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from far_env.clips.arrays import read_episode
 from far_env.clips.clip import SPLITS
+from far_env.clips.copying import copying_psnr
 from far_env.clips.recorder import behaviours
 from far_env.clips.recorder.card import card
-from far_env.clips.recorder.folder import FACTS_FILE, RecordedEpisodes, begin, read_facts
+from far_env.clips.recorder.folder import FACTS_FILE, RecordedEpisodes, begin
 from far_env.clips.recorder.player import Player, environment_seed
 from far_env.clips.recorder.settings import RecordSettings
 from far_env.clips.recorder.workers import Job, play_all
 from far_env.io import locked, make_run_dir, write_json, write_text
 from far_env.progress import show_progress
 
+_NEWEST = (4, 8, None)
+_COPIED_CLIPS = 64
 _PACKAGES = ("far-env", "gymnasium", "numpy", "pillow")
 
 
@@ -63,15 +67,14 @@ def record(settings: RecordSettings) -> Recorded:
             player.close()
         if not missing and done["complete"]:
             return Recorded(done, 0, 0)
-        done["sessions"] = [*done.get("sessions", []), _session(settings)]
+        done["sessions"] = [*done.get("sessions", []), session()]
         write_json(folder / FACTS_FILE, done)
         replaced = sum(files.path(*job).exists() for job in missing)
         total = sum(settings.episodes.values())
         options = {"total": total, "initial": total - len(missing), "description": "record", "unit": "episodes"}
-        with show_progress(**options) as progress:
-            with closing(play_all(settings, missing)) as played:
-                for _ in played:
-                    progress.update()
+        with show_progress(**options) as progress, closing(play_all(settings, missing)) as played:
+            for _ in played:
+                progress.update()
         done = finish(folder, files, done, settings.episodes)
         return Recorded(done, len(missing), replaced)
 
@@ -83,7 +86,7 @@ def finish(folder: Path, files: RecordedEpisodes, facts: dict[str, Any], episode
     for split in SPLITS if facts["source"]["kind"] == "environment" else ():
         if episodes[split]:
             counts[split]["seeds"] = [environment_seed(seed, split, 0), environment_seed(seed, split, episodes[split] - 1)]
-    facts = {**facts, "splits": counts, "complete": True}
+    facts = {**facts, "splits": counts, "copying": _copying(files, episodes["test"]), "complete": True}
     write_text(folder / "README.md", card(facts))
     write_json(folder / FACTS_FILE, facts)
     return facts
@@ -99,6 +102,11 @@ def package_of(module: str) -> dict[str, str | None]:
     classifiers = [text for text in found.get_all("Classifier", []) if text.startswith("License ::")]
     licence = found.get("License-Expression") or found.get("License") or "".join(classifiers[:1]).rpartition(" :: ")[2]
     return {"package": names[0], "version": found["Version"], "licence": licence.splitlines()[0] if licence else None}
+
+
+def session() -> dict[str, Any]:
+    """The command of this process, and the versions it runs with."""
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -133,8 +141,15 @@ def _source(settings: RecordSettings, player: Player) -> dict[str, Any]:
     }
 
 
-def _session(settings: RecordSettings) -> dict[str, Any]:
-    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": versions()}
+def _copying(files: RecordedEpisodes, num_test: int) -> dict[str, Any] | None:
+    """PSNR of copying in the second half of the first test episodes, from the newest frames and from all; None without any."""
+    clips, context = min(num_test, _COPIED_CLIPS), files.frames // 2
+    if not clips or not context:
+        return None
+    videos = (read_episode(files.path("test", number)) for number in range(clips))
+    means = np.mean([copying_psnr(video, context, _NEWEST) for video in videos], axis=0)
+    names = ["all" if count is None else str(count) for count in _NEWEST]
+    return {"clips": clips, "num_context": context, "psnr": dict(zip(names, means.tolist(), strict=True))}
 
 
 def _missing(files: RecordedEpisodes, settings: RecordSettings, player: Player) -> list[Job]:

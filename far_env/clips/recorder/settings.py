@@ -1,4 +1,4 @@
-"""The settings of ``far-env record``: a validated dataclass. Imports neither Gymnasium nor torch, so that ``--help`` is quick."""
+"""The settings of ``far-env record``: a validated dataclass. Imports no torch, so that ``--help`` answers quickly."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ _OF_PLAYING = ("env_options", "behaviours", "repeat", "excursion", "moves", "fra
 
 
 def check_maps(maps: dict[str, tuple[str, ...]], episodes: dict[str, int]) -> None:
-    """Raise ValueError if two splits share a map, or if a split has maps and another, of which episodes are wanted, has none."""
+    """Raise ValueError if two splits share a map, or if there are maps, but none of a split of which episodes are wanted."""
     if not maps:
         return
     for split, count in episodes.items():
