@@ -59,7 +59,9 @@ def test_cartpole_ends_where_gymnasium_ends_it(tmp_path):
 
 def test_minigrid_is_recorded_as_it_is_drawn(tmp_path):
     pytest.importorskip("minigrid", reason="the extra record is not installed")
-    facts = recorded(tmp_path, "MiniGrid-Empty-8x8-v0", behaviours="scan", moves=("left=0", "right=1", "forward=2"), size=256)
+    facts = recorded(
+        tmp_path, "minigrid:MiniGrid-Empty-8x8-v0", behaviours="scan", moves=("left=0", "right=1", "forward=2"), size=256
+    )
     found = episode(tmp_path, "test/000001.npz")
     env = gym.make("MiniGrid-Empty-8x8-v0", render_mode="rgb_array")
     env.reset(seed=facts["splits"]["test"]["seeds"][1])

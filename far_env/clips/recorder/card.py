@@ -31,15 +31,15 @@ def card(facts: dict[str, Any]) -> str:
     if (copying := facts["copying"]) is not None:
         values = {name: f"{value:.1f} dB" for name, value in copying["psnr"].items()}
         lines += [
-            f"- Memory: the best copy of a true frame before it gives {values['4']} among the newest 4, {values['8']} among the "
-            f"newest 8, {values['all']} among all; mean PSNR over the frames from {copying['num_context']} on of "
+            f"- Memory: the best copy of a true frame before it gives {values['4']} among the newest 4, {values['8']} among "
+            f"the newest 8, {values['all']} among all; mean PSNR over the frames from {copying['num_context']} on of "
             f"{copying['clips']} test episodes."
         ]
     commands = list(dict.fromkeys(session["command"] for session in facts["sessions"]))
     lines += [f"- Command: {', then '.join(f'`{command}`' for command in commands)}."]
     title = f"# Clips recorded from {source['name']}"
     table = _table(facts)
-    return "\n".join([title, "", *lines, "", table, "", *_use()])
+    return "\n".join([title, "", *lines, "", table, "", *_use(max(1, frames // 2), max(1, frames - frames // 2))])
 
 
 def _of_environment(facts: dict[str, Any]) -> list[str]:
@@ -111,12 +111,12 @@ def _table(facts: dict[str, Any]) -> str:
     return markdown_lines(rows)
 
 
-def _use() -> list[str]:
+def _use(num_context: int, num_predict: int) -> list[str]:
     return [
         "## Use",
         "",
         "```sh",
-        "far-env evaluate --workload recorded --data-dir THIS_FOLDER --num-context 16 --num-predict 16 \\",
+        f"far-env evaluate --workload recorded --data-dir THIS_FOLDER --num-context {num_context} --num-predict {num_predict} \\",
         "    --host PATH_OF_A_HOST --policies recent_fill,full_history",
         "```",
         "",
