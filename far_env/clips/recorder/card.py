@@ -116,8 +116,8 @@ def _use(num_context: int, num_predict: int) -> list[str]:
         "## Use",
         "",
         "```sh",
-        f"far-env evaluate --workload recorded --data-dir THIS_FOLDER --num-context {num_context} --num-predict {num_predict} \\",
-        "    --host PATH_OF_A_HOST --policies recent_fill,full_history",
+        "far-env evaluate --workload recorded --data-dir THIS_FOLDER --host A_HOST \\",
+        f"    --num-context {num_context} --num-predict {num_predict} --policies recent_fill,full_history",
         "```",
         "",
     ]
