@@ -63,7 +63,7 @@ class RecordedFolder(VideoFolder):
     """Clips that ``far-env record`` wrote, or any videos in subfolders train/, validation/ and test/, which are the splits.
 
     The protocol determines only where clips start and how frames become squares; by default clips start at frame 0. Actions
-    are read where there are some, and their number is that in recording.json.
+    are read where there are some; their number, and by default the frames' size, are those in recording.json.
 
     Raises:
         ValueError: as `VideoFolder` does, if there is none of the subfolders, or if the recording is not finished.
@@ -77,6 +77,7 @@ class RecordedFolder(VideoFolder):
     def __init__(
         self, data_dir: str | os.PathLike | None = None, protocol: str = "far", *, num_frames: int, size: int | None = None
     ) -> None:
+        self._any_size = size is None
         super().__init__(data_dir, protocol, num_frames=num_frames, size=size)
 
     @classmethod
@@ -92,6 +93,7 @@ class RecordedFolder(VideoFolder):
         if facts is not None:
             self._check_facts(facts)
             self.num_actions = facts["source"].get("num_actions")
+            self.size = facts["settings"]["size"] if self._any_size else self.size
         folders = {split: self.folder / split for split in SPLITS}
         return {
             split: [replace(recording, num_actions=self.num_actions) for recording in find_recordings(folder)]
@@ -103,8 +105,8 @@ class RecordedFolder(VideoFolder):
     def _check_facts(self, facts: dict) -> None:
         if not facts.get("complete"):
             raise ValueError(f"{self.folder} is not finished ({FACTS_FILE}): give the far-env record that began it again")
-        frames = facts["settings"].get("frames")
-        if isinstance(frames, int) and frames < self.num_frames:
+        frames = facts["settings"]["frames"]
+        if frames < self.num_frames:
             raise ValueError(f"the episodes in {self.folder} have {frames} frames, clips of {self.num_frames} were asked for")
 
 

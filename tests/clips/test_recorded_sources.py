@@ -183,7 +183,8 @@ def test_a_minari_data_set_is_cut_into_pieces(tmp_path, monkeypatch, capsys):
     (out / "train/000001.npz").unlink()
     assert convert(name, out) == 0
     assert (np.load(out / "train/000001.npz")["video"] == pieces["train", 1]["video"]).all()
-    source = RecordedFolder(out, num_frames=5, size=16)
+    source = RecordedFolder(out, num_frames=5)
+    assert source.size == 16 and source.clip("train", 7).frames.shape == (5, 3, 16, 16)
     assert [source.num_clips(split) for split in ("train", "validation", "test")] == [8, 1, 3] and source.num_actions == 200
 
 
@@ -257,6 +258,9 @@ def test_recordings_that_cannot_be_used_are_one_sentence(walks, tmp_path):
     ):
         Doom(walks, num_frames=4)
     shutil.copytree(walks, tmp_path / "half")
+    (tmp_path / "half" / "recording.json").write_text('{"settings": {"frames": 12, "size": "64"}, "source": {}}')
+    with pytest.raises(ValueError, match=r"recording.json is damaged \(size is '64'\)"):
+        RecordedFolder(tmp_path / "half", num_frames=4)
     facts = json.loads((walks / "recording.json").read_text()) | {"complete": False}
     (tmp_path / "half" / "recording.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="is not finished"):

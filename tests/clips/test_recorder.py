@@ -246,7 +246,8 @@ def test_frames_are_resized_with_antialiasing():
 def test_what_cannot_be_recorded_is_one_sentence(tmp_path, values, sentence):
     with pytest.raises(ValueError, match=sentence):
         record(settings(tmp_path / "out", **values))
-    assert not list(tmp_path.rglob("*.npz")) and not (tmp_path / "out/recording.json").exists()
+    assert not (tmp_path / "out/recording.json").exists() and not list(tmp_path.rglob("*.npz"))
+    assert record(settings(tmp_path / "out")).new == 6, "another try is not refused"
 
 
 @pytest.mark.parametrize(

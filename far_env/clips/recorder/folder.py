@@ -30,6 +30,12 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     facts = read_json(path, _REMEDY)
     if not isinstance(facts, dict) or not all(isinstance(facts.get(key), dict) for key in ("settings", "source")):
         raise ValueError(f"{path} is damaged (it lacks settings or source); {_REMEDY}")
+    numbers = {"frames": facts["settings"].get("frames"), "size": facts["settings"].get("size")}
+    if facts["source"].get("num_actions") is not None:
+        numbers["num_actions"] = facts["source"]["num_actions"]
+    for name, number in numbers.items():
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{path} is damaged ({name} is {short(number)}); {_REMEDY}")
     return facts
 
 

@@ -53,30 +53,30 @@ def record(settings: RecordSettings) -> Recorded:
         ValueError: if the environment, a behaviour, a map or the folder cannot be used, or if the folder holds a recording with
             other settings. Finished episodes are kept.
     """
-    folder = make_run_dir(settings.out)
-    with locked(folder):
-        player = Player(settings)
-        try:
-            facts = {"settings": settings.determining, "source": _source(settings, player)}
-            done = begin(folder, facts, settings.episodes)
-            files = RecordedEpisodes(folder, settings.frames, settings.size, player.num_actions is not None)
-            missing = _missing(files, settings, player)
-            if missing and "repeatable" not in done:
-                done = {**done, "repeatable": _is_repeatable(player, missing[0]), "drawn": player.drawn}
-        finally:
-            player.close()
-        if not missing and done["complete"]:
-            return Recorded(done, 0, 0)
-        done["sessions"] = [*done.get("sessions", []), session()]
-        write_json(folder / FACTS_FILE, done)
-        replaced = sum(files.path(*job).exists() for job in missing)
-        total = sum(settings.episodes.values())
-        options = {"total": total, "initial": total - len(missing), "description": "record", "unit": "episodes"}
-        with show_progress(**options) as progress, closing(play_all(settings, missing)) as played:
-            for _ in played:
-                progress.update()
-        done = finish(folder, files, done, settings.episodes)
-        return Recorded(done, len(missing), replaced)
+    with closing(Player(settings)) as player:
+        folder = make_run_dir(settings.out)
+        with locked(folder):
+            return _record(settings, player, folder)
+
+
+def _record(settings: RecordSettings, player: Player, folder: Path) -> Recorded:
+    done = begin(folder, {"settings": settings.determining, "source": _source(settings, player)}, settings.episodes)
+    files = RecordedEpisodes(folder, settings.frames, settings.size, player.num_actions is not None)
+    missing = _missing(files, settings, player)
+    if not missing and done["complete"]:
+        return Recorded(done, 0, 0)
+    if missing and "repeatable" not in done:
+        done = {**done, "repeatable": _is_repeatable(player, missing[0]), "drawn": player.drawn}
+    player.close()  # the processes have environments of their own
+    done["sessions"] = [*done.get("sessions", []), session()]
+    write_json(folder / FACTS_FILE, done)
+    replaced = sum(files.path(*job).exists() for job in missing)
+    total = sum(settings.episodes.values())
+    options = {"total": total, "initial": total - len(missing), "description": "record", "unit": "episodes"}
+    with show_progress(**options) as progress, closing(play_all(settings, missing)) as played:
+        for _ in played:
+            progress.update()
+    return Recorded(finish(folder, files, done, settings.episodes), len(missing), replaced)
 
 
 def finish(folder: Path, files: RecordedEpisodes, facts: dict[str, Any], episodes: dict[str, int]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Processes are spawned, not forked: a forked process hangs if the parent has used
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -80,7 +79,6 @@ def _play(settings: RecordSettings, jobs: list[Job]) -> Iterator[Job]:
 def _work(settings: RecordSettings, jobs: list[Job], pipe: Connection) -> None:
     """The life of a process: sends every finished job, then None, or an error's sentence."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The parent was killed if nobody reads: what would be left to do is done by the command that continues.
     with suppress(BrokenPipeError):
         try:
