@@ -336,7 +336,8 @@ def test_random_draws_from_the_moves_alone_where_they_are_given(tmp_path):
 
 
 def test_an_environment_that_ends_its_process_is_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "far_env.cli", "record", "--out", str(tmp_path / "out"), "--env", WALK]
+    # -P leaves out the working directory, as an installed script does.
+    command = [sys.executable, "-P", "-m", "far_env.cli", "record", "--out", str(tmp_path / "out"), "--env", WALK]
     file = tmp_path / "mine.py"
     # The process of the command plays the first episode twice, and survives; those that it starts do not.
     file.write_text(
@@ -346,7 +347,7 @@ def test_an_environment_that_ends_its_process_is_one_sentence(tmp_path):
         "        return 0\n"
     )
     command += ["--behaviours", str(file), "--processes", "2", "--frames", "5", "--size", "8"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 2 and "far-env: error: a process that records ended without a word" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -355,21 +356,21 @@ def test_an_environment_that_ends_its_process_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
 def test_what_is_stopped_keeps_what_is_finished_and_is_continued(tmp_path, stop):
     command = [sys.executable, "-m", "far_env.cli", "record", "--out", str(tmp_path), "--env", WALK, "--size", "8"]
-    command += ["--frames", "12", "--env-options", "seconds=0.02", "--processes", "2", "--test-episodes", "8"]
+    command += ["--frames", "12", "--env-options", "seconds=0.05", "--processes", "2", "--test-episodes", "8"]
     command += ["--train-episodes", "8", "--validation-episodes", "0"]
     root = Path(__file__).parents[2]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=root)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(tmp_path.rglob("*.npz"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(stop)
-    _, errors = process.communicate(timeout=60)  # until every process has closed the stream
+    _, errors = process.communicate(timeout=300)  # until every process has closed the stream
     finished = contents(tmp_path)
     assert process.returncode == (130 if stop == signal.SIGINT else -9) and 3 <= len(finished) < 16, errors
     assert "Traceback" not in errors and ("the same command resumes from there" in errors) == (stop == signal.SIGINT)
     time.sleep(0.5)
     assert contents(tmp_path) == finished, "no process goes on"
-    subprocess.run(command, check=True, capture_output=True, cwd=root, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, cwd=root, timeout=300)
     assert len(contents(tmp_path)) == 16 and finished.items() <= contents(tmp_path).items()
     assert not list(tmp_path.rglob("*.part"))
 

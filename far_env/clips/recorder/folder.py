@@ -125,7 +125,8 @@ def begin(folder: Path, facts: dict[str, Any], episodes: Mapping[str, int]) -> d
     for split, count in (before.get("episodes") or {}).items():
         if count > episodes[split]:
             raise ValueError(
-                f"{folder} holds a recording of {count} {split} episodes, {episodes[split]} are asked for; it can only grow"
+                f"{folder} holds a recording of {count} {split} episodes, {episodes[split]} are asked for; it can only grow; "
+                f"{_REMEDY}"
             )
     if before.get("complete") and before["episodes"] == dict(episodes):
         return before

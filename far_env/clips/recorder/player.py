@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,7 +171,7 @@ class Player:
 
 
 def find_environment(name: str) -> gym.envs.registration.EnvSpec:
-    """What is registered under an id, or under MODULE:ID after importing the module.
+    """What is registered under an id, or under MODULE:ID after importing the module, also from the working directory.
 
     Raises:
         ValueError: if there is no such module or environment; the nearest id is suggested.
@@ -177,6 +179,8 @@ def find_environment(name: str) -> gym.envs.registration.EnvSpec:
     module, _, plain = name.rpartition(":")
     try:
         if module:
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())  # an installed script does not search there
             importlib.import_module(module)
         return gym.spec(plain)
     except ImportError as error:

@@ -32,7 +32,7 @@ class RecordSettings:
     out: str
     """Folder to write to."""
     env: str | None = None
-    """Gymnasium id; MODULE:ID imports a module that registers it."""
+    """Gymnasium id; MODULE:ID imports a module that registers it, from the working directory too."""
     minari: str | None = None
     """Name of a local Minari data set, in place of an environment; all of its episodes are read, nothing is played."""
     pixels: str | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -16,6 +17,7 @@ from far_env.clips.recorder.folder import RecordedEpisodes
 from far_env.clips.recorder.player import Player
 from far_env.clips.recorder.settings import RecordSettings
 
+_SECONDS_TO_END = 5.0
 Job = tuple[str, int]
 """Split and number of an episode."""
 
@@ -60,6 +62,8 @@ def play_all(settings: RecordSettings, jobs: list[Job]) -> Iterator[Job]:
         for worker in workers:
             worker.terminate()
         for worker, pipe in zip(workers, pipes, strict=True):
+            worker.join(_SECONDS_TO_END)
+            worker.kill()
             worker.join()
             pipe.close()
 
@@ -79,6 +83,7 @@ def _play(settings: RecordSettings, jobs: list[Job]) -> Iterator[Job]:
 def _work(settings: RecordSettings, jobs: list[Job], pipe: Connection) -> None:
     """The life of a process: sends every finished job, then None, or an error's sentence."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which removes a file that is half written
     # The parent was killed if nobody reads: what would be left to do is done by the command that continues.
     with suppress(BrokenPipeError):
         try:
