@@ -220,6 +220,10 @@ class AgentTraining:
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None
     """Protocol by which those videos become clips: benchmark or far."""
+    num_context: int | None = None
+    """Frames that are given, for workloads of recorded clips; by default the workload's."""
+    num_predict: int | None = None
+    """Frames that are predicted, for workloads of recorded clips; by default the workload's."""
 
     RENAMED: ClassVar[dict[str, str]] = {"stand_in": "surrogate"}
 
@@ -250,8 +254,8 @@ class AgentTraining:
 
     @property
     def source_options(self) -> dict[str, Any]:
-        """All arguments of the workloads' clip sources."""
-        options = {"data_dir": self.data_dir, "protocol": self.protocol}
+        """All arguments of the workloads' clip sources, and their lengths."""
+        options = {key: getattr(self, key) for key in ("data_dir", "protocol", "num_context", "num_predict")}
         return dict(self.clip_options or {}) | {key: value for key, value in options.items() if value is not None}
 
 

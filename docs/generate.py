@@ -23,7 +23,7 @@ from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.host.weights import SHIPPED
 from far_env.host.zoo import RELEASED
-from far_env.workloads import BUDGETS, WORKLOADS
+from far_env.workloads import BUDGETS, WORKLOADS, WorkloadSpec
 
 PRETRAINED = Path(agents.__file__).parent / "pretrained"
 NAMESPACE = "far_env/"
@@ -32,7 +32,8 @@ EXAMPLE_BUDGET = 4
 
 def environments() -> str:
     """The registered environments, their spaces, the class's docstring, and the worlds."""
-    specs = sorted((spec for spec in gym.registry.values() if spec.id.startswith(NAMESPACE)), key=lambda spec: spec.id)
+    ours = [spec for spec in gym.registry.values() if spec.id.startswith(NAMESPACE) and "workload" in spec.kwargs]
+    specs = sorted(ours, key=lambda spec: spec.id)
     order = [*WORLDS, *WORKLOADS]
     specs.sort(key=lambda spec: order.index(spec.kwargs["workload"]))
     rows = []
@@ -45,7 +46,7 @@ def environments() -> str:
                 f"`{spec.id}`",
                 f"`{name}`",
                 f"{workload.num_context} + {workload.num_predict}",
-                f"`{workload.host}`",
+                _host(workload),
                 str(slots),
             )
         )
@@ -155,14 +156,18 @@ def workloads() -> str:
         (
             f"`{name}`",
             f"{spec.num_context} + {spec.num_predict}",
-            f"`{spec.host}`",
+            _host(spec),
             "–" if spec.num_steps is None else str(spec.num_steps),
             f"{spec.guidance:g}",
-            "yes" if spec.actions else "no",
+            {True: "yes", False: "no", None: "if the host takes them"}[spec.actions],
         )
         for name, spec in sorted(WORKLOADS.items(), key=lambda item: (item[0] not in WORLDS, item[0]))
     ]
     return table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions"), rows)
+
+
+def _host(spec: WorkloadSpec) -> str:
+    return "to be given" if spec.host is None else f"`{spec.host}`"
 
 
 def budgets() -> str:

@@ -51,3 +51,5 @@ def _register_environments() -> None:
 
 
 _register_environments()
+if "far_env/DoomWalk-v0" not in gymnasium.registry:  # which far-env record plays
+    gymnasium.register(id="far_env/DoomWalk-v0", entry_point="far_env.clips.recorder.doom:DoomWalk")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from far_env.clips.clip import Clip, ClipSource
-from far_env.clips.datasets import BAIR, UCF101, DMLab, Minecraft
+from far_env.clips.datasets import BAIR, UCF101, DMLab, Doom, Minecraft, RecordedFolder
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
@@ -57,7 +57,7 @@ class Workload:
         feedback: "generated", or "true": after each generated frame the clip's true frame, encoded, enters the history in its
             place, so that errors do not accumulate. The metrics are still those of the generated frames. True and False, as
             YAML reads them, are accepted and stand for "true" and "generated".
-        clip_options: those that ``clips`` was made with, for the record.
+        clip_options: those that it was made with, and the lengths if they were given, for the record.
 
     Raises:
         ValueError: if a length or the number of steps is below 1, if the guidance is another number or needs actions that are
@@ -137,19 +137,22 @@ class WorkloadSpec:
     Attributes:
         clips: makes the clip source.
         num_context, num_predict: as in `Workload`.
-        host: what predicts unless another host is given.
+        host: what predicts unless another host is given; None if one must be given.
         num_steps: ODE steps; None leaves them to the host.
-        guidance, actions, feedback: as in `Workload`.
+        guidance, feedback: as in `Workload`.
+        actions: as in `Workload`; None if the host decides: one that takes actions gets them.
+        free_lengths: other lengths may be asked for; the clip source then takes ``num_frames``.
     """
 
     clips: Callable[..., ClipSource]
     num_context: int
     num_predict: int
-    host: str = "embedded"
+    host: str | None = "embedded"
     num_steps: int | None = None
     guidance: float = 1.0
-    actions: bool = False
+    actions: bool | None = False
     feedback: str = GENERATED
+    free_lengths: bool = False
 
 
 def _world(name: str) -> Callable[..., ClipSource]:
@@ -180,6 +183,10 @@ MAZE_RETRIEVAL_C36P36 = WorkloadSpec(_world("maze_retrieval_c36p36"), 36, 36, "e
 PAN_WIDE = WorkloadSpec(_world("pan_wide"), 5, 11)
 CUTS_WIDE = WorkloadSpec(_world("cuts_wide"), 5, 11)
 ORBIT_WIDE = WorkloadSpec(_world("orbit_wide"), 36, 36, "embedded_long")
+
+# Clips that far-env record wrote. There is no host for all of them.
+RECORDED = WorkloadSpec(RecordedFolder, 16, 16, host=None, actions=None, free_lengths=True)
+DOOM = WorkloadSpec(Doom, 20, 20, host=None, actions=None, free_lengths=True)
 
 # `BENCHMARK_WORKLOADS`.
 UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)
@@ -240,40 +247,65 @@ def make_workload(
     device: str = "auto",
     precision: str = "float32",
     feedback: str | bool | None = None,
+    num_context: int | None = None,
+    num_predict: int | None = None,
     **clip_options: object,
 ) -> Workload:
     """Build a registered workload.
 
     Args:
         name: one of `WORKLOADS`.
-        host: a shipped host ("embedded", "embedded_long"), a released transformer, a plugin's host, a host folder, or None for
+        host: a shipped host ("embedded", "embedded_long", "embedded_maze"), a released transformer, a plugin's host, a host folder, or None for
             the host of the workload.
         device: "auto", "cpu", "cuda", ….
         precision: "float32", "bfloat16" (as the released models were trained and the benchmark runs them), or "auto".
         feedback: "generated" or "true", see `Workload`; None for that of the workload.
+        num_context, num_predict: other lengths than those of the workload, where it allows that.
         clip_options: passed to the clip source (for example a data folder).
 
     Raises:
         ValueError: on an unknown name (the nearest one is suggested), options the source does not take, a host for frames of
-            another size, or feedback that the workload does not take.
+            another size, feedback that the workload does not take, no host where the workload has none, or lengths where the
+            workload fixes them.
     """
     if name not in WORKLOADS:
         raise ValueError(unknown_name("workload", name, list(WORKLOADS)))
     spec = WORKLOADS[name]
+    host = spec.host if host is None else host
+    if host is None:
+        raise ValueError(f"the workload {name} has no host: give one (--host), such as a folder that far-env train-host wrote")
+    given = {"num_context": num_context, "num_predict": num_predict}
+    made_with = {**clip_options, **{key: value for key, value in given.items() if value is not None}}
+    lengths = _lengths(name, spec, num_context, num_predict)
+    frames = {"num_frames": sum(lengths)} if spec.free_lengths else {}
     try:
-        clips = spec.clips(**clip_options)
+        clips = spec.clips(**clip_options, **frames)
     except TypeError as error:
         raise ValueError(f"workload {name} does not take these clip options: {error}") from error
     torch_device = resolve_device(device)
-    loaded = load_host(spec.host if host is None else host, str(torch_device), resolve_precision(precision, torch_device))
+    loaded = load_host(host, str(torch_device), resolve_precision(precision, torch_device))
     if loaded.frame_size != clips.size:
         raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
     if isinstance(clips, VideoFolder):
         clips.host = loaded
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
-    lengths = (spec.num_context, spec.num_predict, num_steps)
+    actions = loaded.transformer.condition == "action" if spec.actions is None else spec.actions
     feedback = spec.feedback if feedback is None else feedback
-    return Workload(name, clips, loaded, *lengths, spec.guidance, spec.actions, feedback, clip_options)
+    return Workload(name, clips, loaded, *lengths, num_steps, spec.guidance, actions, feedback, made_with)
+
+
+def _lengths(name: str, spec: WorkloadSpec, num_context: int | None, num_predict: int | None) -> tuple[int, int]:
+    """Frames that are given and predicted. Raises ValueError on lengths below 1, or where the workload fixes them."""
+    if not spec.free_lengths and (num_context is not None or num_predict is not None):
+        fixed = f"{spec.num_context} + {spec.num_predict} frames"
+        raise ValueError(f"the workload {name} always has {fixed}; num_context and num_predict are for recorded clips")
+    lengths = (
+        spec.num_context if num_context is None else num_context,
+        spec.num_predict if num_predict is None else num_predict,
+    )
+    if min(lengths) < 1:
+        raise ValueError(f"num_context and num_predict must be at least 1, got {lengths[0]} and {lengths[1]}")
+    return lengths
 
 
 def resolve_budget(budget: int | str) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import Sweep
+from far_env.clips.recorder.settings import RecordSettings
 from far_env.config import config_names, config_path, from_dict, load_yaml, parse, save_yaml
 from far_env.host.training.config import HostTraining
 from far_env.io import make_run_dir
@@ -105,7 +106,8 @@ def test_feedback_is_a_word_or_what_yaml_makes_of_it(text, tmp_path):
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "results.yaml"}), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
-    cls = HostTraining if path.name.startswith("host") else Sweep if path.name == "sweep.yaml" else AgentTraining
+    kinds = {"host": HostTraining, "record": RecordSettings, "sweep": Sweep}
+    cls = kinds.get(path.stem.partition("_")[0], AgentTraining)
     config = load_yaml(cls, path)
     save_yaml(config, tmp_path / "saved.yaml")
     assert load_yaml(cls, tmp_path / "saved.yaml") == config

@@ -10,6 +10,7 @@ from pathlib import Path
 # Imported here, so that the forked processes need not import them.
 import far_env.agents.export
 import far_env.agents.trainer
+import far_env.clips.recorder.run
 import far_env.evaluation.host_training
 import far_env.evaluation.plots
 import far_env.evaluation.report
@@ -22,6 +23,7 @@ from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
 from far_env.host.weights import save_host
+from tests.clips.recorded_environments import WALK
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 
 
@@ -90,6 +92,22 @@ def commands(place: Path) -> list[Command]:
         folders = ["--run-dir", str(folder / "run"), "--output-dir", str(folder / "host")]
         return ["train-host", "--config", str(place / "training.yaml"), *folders]
 
+    def record(folder: Path) -> list[str]:
+        played = [
+            "--env",
+            WALK,
+            "--behaviours",
+            "sticky,scan",
+            "--frames",
+            "20",
+            "--size",
+            "32",
+            "--env-options",
+            "seconds=0.002",
+        ]
+        counts = ["--train-episodes", "6", "--validation-episodes", "2", "--test-episodes", "4"]
+        return ["record", "--out", str(folder / "clips"), *played, *counts]
+
     material = place / "material"
     material.mkdir()
     for args in ([*evaluate, "--out", str(material / "results")], train("imitation")(material)):
@@ -105,6 +123,7 @@ def commands(place: Path) -> list[Command]:
         Command("evaluation", lambda folder: [*evaluate, "--out", str(folder / "results")]),
         Command("export", lambda folder: ["export", run, "--out", str(folder / "policy.py")]),
         Command("host training", train_host),
+        Command("recording", record),
         Command(
             "report",
             lambda folder: ["report", results, "--out", str(folder / "report.html"), "--plots", str(folder / "plots")],

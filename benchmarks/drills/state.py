@@ -19,7 +19,7 @@ from far_env.provenance import FILE as FACTS_FILE
 from far_env.tensor_files import load_tensors
 
 TIMES = {"decision_ms", "seconds", "time/fps", "time/time_elapsed", "training_seconds"}
-SESSION = {"commit", "command"}
+SESSION = {"commit", "command", "sessions"}
 LEFT_OUT = {LOCK_FILE, FACTS_FILE, "README.md", "results.txt"}
 """Files about sessions, and texts with times."""
 

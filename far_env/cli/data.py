@@ -21,7 +21,7 @@ class DataOptions:
     folder: tyro.conf.Positional[str]
     """Folder of videos; subfolders are searched."""
     dataset: str | None = None
-    """ucf101, dmlab, bair or minecraft; by default guessed from the files."""
+    """ucf101, dmlab, bair, minecraft, recorded or doom; by default guessed from the files."""
     frames: int | None = None
     """Frames of a clip; by default those of the data set's workload."""
     quick: bool = False

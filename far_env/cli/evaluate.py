@@ -61,6 +61,10 @@ class EvaluateOptions:
     feedback: str | None = None
     """generated, or true: the true frame enters the history in place of each generated one, so that errors do not accumulate;
     by default that of the workload, generated unless it says otherwise."""
+    num_context: int | None = None
+    """Frames that are given, for workloads of recorded clips; by default the workload's."""
+    num_predict: int | None = None
+    """Frames that are predicted, for workloads of recorded clips; by default the workload's."""
     out: str | None = None
     """Results folder, for reports and validation; the same command resumes where it stopped, and more can be added."""
     show_clips: int = 8
@@ -90,8 +94,9 @@ def evaluate(args: Sequence[str]) -> int:
     policies, optional = _load_policies(names, budgets, options.policy_seconds)
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
+    keys = ("data_dir", "protocol", "num_context", "num_predict")
     clip_options = check_clip_options(parse_mapping(options.clip_options, "clip-options"))
-    clip_options |= {key: getattr(options, key) for key in ("data_dir", "protocol") if getattr(options, key) is not None}
+    clip_options |= {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     precision = session_precision(options.out, options.precision)
     common = {
         "host": options.host,

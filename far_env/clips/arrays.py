@@ -17,12 +17,17 @@ ACTIONS = "actions"
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def episode_length(path: Path) -> int:
-    """Frames of an episode. Raises VideoError if the file is damaged or its ``video`` is not uint8 (T, H, W, 3)."""
+def video_shape(path: Path) -> tuple[int, int, int, int]:
+    """(T, H, W, 3) of an episode. Raises VideoError if the file is damaged or its ``video`` is not uint8 (T, H, W, 3)."""
     shape, dtype = _header(path, VIDEO)
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
         raise VideoError(f"{path}: {VIDEO!r} must be uint8 (T, H, W, 3), got {dtype} {shape}")
-    return shape[0]
+    return shape
+
+
+def episode_length(path: Path) -> int:
+    """Frames of an episode. Raises VideoError as `video_shape` does."""
+    return video_shape(path)[0]
 
 
 def num_actions(path: Path) -> int:
@@ -52,6 +57,14 @@ def read_actions(path: Path, num_classes: int | None = None) -> np.ndarray:
     if num_classes is not None and len(actions) and not 0 <= actions.min() <= actions.max() < num_classes:
         raise VideoError(f"{path} holds actions from {actions.min()} to {actions.max()}, valid are 0 to {num_classes - 1}")
     return actions
+
+
+def read_number(path: Path, name: str) -> int:
+    """A single integer of a file. Raises VideoError if the file is damaged or ``name`` is something else."""
+    shape, dtype = _header(path, name)
+    if shape or dtype.kind not in "iu":
+        raise VideoError(f"{path}: {name!r} must be one integer, got {dtype} {shape}")
+    return int(_read(path, name))
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from far_env.clips import video_folder
 from far_env.clips.clip import SPLITS
-from far_env.clips.datasets import CLIP_FRAMES, DATASETS, UCF101, DMLab, Minecraft
+from far_env.clips.datasets import CLIP_FRAMES, DATASETS, UCF101, DMLab, Doom, Minecraft, RecordedFolder
 from far_env.clips.index import Index, RecordingInfo
+from far_env.clips.recorder.folder import read_facts
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
 from far_env.clips.video_folder import PROTOCOLS, VideoFolder
 from far_env.errors import unknown_name
@@ -73,7 +74,7 @@ class DataReport:
             lines.append(
                 f"lengths: {min(lengths)} to {max(lengths)} frames, median {statistics.median(lengths):g}; {short} too short"
             )
-        if DATASETS[self.dataset].num_actions:
+        if DATASETS[self.dataset].num_actions != 0:
             lines.append(f"actions: with {sum(info.actions is not None for info in self.recordings.values())} files")
         else:
             lines.append(f"actions: not read, because no host for {self.dataset} takes actions")
@@ -134,7 +135,9 @@ def check_data(folder: Path, dataset: str | None = None, num_frames: int | None 
 
 
 def _guess(folder: Path) -> type[VideoFolder]:
-    """The data set by the names of lists, else by the kinds of files."""
+    """The data set by the facts of a recording, by the names of lists, else by the kinds of files."""
+    if (facts := read_facts(folder)) is not None:
+        return Doom if facts["source"].get("name") == Doom.environment else RecordedFolder
     names = {path.name for path in folder.glob("*.json")}
     for kind in DATASETS.values():
         if names & set(kind.preferred_lists):

@@ -51,11 +51,16 @@ class ClipSource(Protocol):
         """One clip. Raises ValueError on an unknown split and ClipIdError on an id out of range."""
 
 
-def check_clip_id(source: ClipSource, split: str, clip_id: int) -> None:
-    """Raise one clear error unless ``clip_id`` is a clip of ``source``'s ``split``."""
+def check_split(source: ClipSource, split: str) -> None:
+    """Raise ValueError unless ``source`` has this split: one of `SPLITS`, or of its attribute ``splits``."""
     splits = getattr(source, "splits", SPLITS)
     if split not in splits:
         raise ValueError(unknown_name("split", split, splits))
+
+
+def check_clip_id(source: ClipSource, split: str, clip_id: int) -> None:
+    """Raise one clear error unless ``clip_id`` is a clip of ``source``'s ``split``."""
+    check_split(source, split)
     size = source.num_clips(split)
     if not 0 <= clip_id < size:
         raise ClipIdError(f"clip id {clip_id} is out of range: {source.name}/{split} has clips 0 to {size - 1}")

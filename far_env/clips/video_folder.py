@@ -61,7 +61,8 @@ class VideoFolder:
     Attributes:
         test_stride: distance between entries of the test list that are used, 1 for all.
         preferred_lists: names of FAR's lists, used if a folder has several lists.
-        num_actions: size of the action space, 0 for data whose actions are not read.
+        num_actions: size of the action space, 0 for data whose actions are not read, None if it is unknown.
+        remedy: what to do if there is no data.
     """
 
     name = "videos"
@@ -69,7 +70,8 @@ class VideoFolder:
     default_size = 64
     test_stride = 1
     preferred_lists: tuple[str, ...] = ()
-    num_actions = 0
+    num_actions: int | None = 0
+    remedy = "far-env data check describes what is in a folder"
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class VideoFolder:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
         path = data_dir or os.environ.get(self.variable)
         if not path:
-            raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}")
+            raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}; {self.remedy}")
         self.folder, self.protocol, self.num_frames = Path(path), protocol, num_frames
         self.size = self.default_size if size is None else size
         self.host: LatentHost | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from far_env.clips.clip import SPLITS, check_clip_id, check_clip_options
+from far_env.clips.clip import check_clip_id, check_clip_options, check_split
 from far_env.contract import check_signals, resolve_feedback
 from far_env.device import PRECISIONS
 from far_env.envs.episodes import EpisodeBatch, Reward
@@ -34,7 +34,7 @@ class EpisodeConfig:
         reward: "psnr", "ssim", "lpips" (negated), or a dict of weights such as {"psnr": 0.1, "lpips": -1}.
         telescoping: pay the change of the running clip score at every decision; the sum is the same.
         metrics: further metrics for ``info`` at the end.
-        split: which clips reset draws from: "train", "validation" or "test".
+        split: which clips reset draws from: "train", "validation", "test", or another split of the clip source.
         num_clips: reset draws from the first so many clips of the split; None for all.
         host: "embedded", a released transformer or a host folder; None for the workload's default.
         device: "auto" uses a GPU where there is one; "cpu", "cuda", "cuda:N".
@@ -73,8 +73,6 @@ class EpisodeConfig:
             raise ValueError(f"workload must be a registered name or a Workload, got {self.workload!r}")
         _ = self.budgets, self.scoring  # which check budget, reward and telescoping
         require_metrics(self._names("metrics"))
-        if self.split not in SPLITS:
-            raise ValueError(unknown_name("split", self.split, SPLITS))
         if self.num_clips is not None and not _is_whole(self.num_clips):
             raise ValueError(f"num_clips must be a whole number or None, got {self.num_clips!r}")
         if self.precision not in ("auto", *PRECISIONS):
@@ -135,6 +133,7 @@ class EpisodeConfig:
             workload = make_workload(workload, **placement, feedback=self.feedback, **self.clip_options)
         elif self.feedback is not None:
             workload = replace(workload, feedback=self.feedback)
+        check_split(workload.clips, self.split)
         available = workload.clips.num_clips(self.split)
         if available == 0:
             raise ValueError(f"{workload.name}/{self.split} has no clips; use another split or more data")

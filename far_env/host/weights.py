@@ -24,8 +24,12 @@ from far_env.plugins import HOSTS, distribution_name, entry_points, load
 from far_env.tensor_files import file_hash, load_weights, save_weights
 
 _ASSETS = Path(__file__).parent.parent / "assets"
-SHIPPED = {"embedded": _ASSETS / "embedded_host", "embedded_long": _ASSETS / "embedded_long_host"}
-"""The hosts that come with the package: a FAR for pan and cuts, a FAR-Long for orbit."""
+SHIPPED = {
+    "embedded": _ASSETS / "embedded_host",
+    "embedded_long": _ASSETS / "embedded_long_host",
+    "embedded_maze": _ASSETS / "embedded_maze_host",
+}
+"""The hosts that come with the package: a FAR for pan and cuts, a FAR-Long for orbit, a FAR with actions for the mazes."""
 _PARTS = ("autoencoder", "transformer")
 
 
@@ -89,6 +93,11 @@ def load_embedded(device: torch.device, dtype: torch.dtype) -> Host:
 def load_embedded_long(device: torch.device, dtype: torch.dtype) -> Host:
     """The shipped FAR-Long for the world orbit."""
     return _folder_host("embedded_long", SHIPPED["embedded_long"], device, dtype)
+
+
+def load_embedded_maze(device: torch.device, dtype: torch.dtype) -> Host:
+    """The shipped FAR, conditioned on actions, for the mazes."""
+    return _folder_host("embedded_maze", SHIPPED["embedded_maze"], device, dtype)
 
 
 @lru_cache(maxsize=4)

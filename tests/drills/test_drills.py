@@ -28,12 +28,12 @@ def drills(*args: str) -> list[list[str]]:
 
 def test_no_command_loses_anything_to_a_kill_or_a_full_disk():
     rows = drills("--kills", "1", "--disks", "1", "--others", "0")
-    assert len(rows) == 2 * 8 and {tuple(row[-3:]) for row in rows} == {("1", "1", "0")}
+    assert len(rows) == 2 * 9 and {tuple(row[-3:]) for row in rows} == {("1", "1", "0")}
 
 
 def test_two_processes_moved_folders_other_users_and_clocks_lose_nothing():
-    rows = drills("--kills", "0", "--disks", "0", "surrogate PPO", "evaluation")
-    assert len(rows) == 2 * 4 and {tuple(row[-3:]) for row in rows} == {("1", "1", "0")}
+    rows = drills("--kills", "0", "--disks", "0", "surrogate PPO", "evaluation", "recording")
+    assert len(rows) == 3 * 4 and {tuple(row[-3:]) for row in rows} == {("1", "1", "0")}
 
 
 def test_a_drill_notices_what_is_lost(tmp_path):

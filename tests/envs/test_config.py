@@ -30,7 +30,6 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
         ({"telescoping": "yes"}, "telescoping must be true or false, got 'yes'"),
         ({"metrics": "psnr"}, "metrics must be a list of names, got 'psnr'"),
         ({"metrics": ["fvd"]}, "unknown metric 'fvd'"),
-        ({"split": "dev"}, "unknown split 'dev'"),
         ({"num_clips": 2.5}, "num_clips must be a whole number or None, got 2.5"),
         ({"precision": "half"}, "unknown precision 'half'; use auto, float32 or bfloat16"),
         ({"memo_bytes": -1}, "memo_bytes must be a whole number of at least 0, got -1"),
