@@ -73,7 +73,7 @@ class PolicyProcess:
         self.signals: tuple[str, ...] = ()
         self._call_seconds = call_seconds
         self._last_step: int | None = None
-        self._unread = b""
+        self._unread = bytearray()
         self._reason = "the evaluation has ended it"
         theirs_in, self._questions = os.pipe()
         self._answers, theirs_out = os.pipe()
@@ -165,8 +165,9 @@ class PolicyProcess:
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         """The next answer. Raises PolicyError if it is an error, is too long, or does not arrive in time."""
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._unread:
+        deadline, searched = time.monotonic() + seconds, 0
+        while (end := self._unread.find(b"\n", searched)) < 0:
+            searched = len(self._unread)
             ready, _, _ = select.select([self._answers, self._status], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 self._fail(f"took longer than {seconds:g} s, and was stopped")
@@ -176,7 +177,8 @@ class PolicyProcess:
             self._unread += chunk
             if len(self._unread) > MAX_ANSWER_BYTES:
                 self._fail(f"answered more than {MAX_ANSWER_BYTES // 2**20} MiB, and was stopped")
-        line, _, self._unread = self._unread.partition(b"\n")
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 1]
         try:
             answer = json.loads(line)
             if "error" in answer:

@@ -3,7 +3,7 @@
 OMP_NUM_THREADS=1 python -m benchmarks.drills.policies [--attempts 20] [loops "forks without end" …]
 
 Each policy is evaluated beside one that is sound, whose numbers must be those of an evaluation without it; it is given to the
-benchmark; and both are killed at a random moment, after which the policy's processes have to end as well.
+benchmark; and its evaluation is killed at a random moment, after which the policy's processes have to end as well.
 """
 
 from __future__ import annotations
@@ -203,9 +203,11 @@ class Drills:
         return seconds, self._problems(hostile, process, status, seconds)
 
     def killed(self, hostile: Hostile, moment: float) -> tuple[float, list[str]]:
-        """Kill the evaluation after so many seconds: seconds until no process is left, and problems."""
-        _, process = self._run([*self.evaluate, "--policies", f"{self.policy},recent_fill"], hostile)
-        process.ended(moment)
+        """Kill the evaluation so many seconds after the policy started: seconds until no process is left, and problems."""
+        begin, process = self._run([*self.evaluate, "--policies", f"{self.policy},recent_fill"], hostile)
+        while not self.told.exists() and time.perf_counter() - begin < SLACK:
+            time.sleep(0.01)
+        process.ended(time.perf_counter() - begin + moment)
         start = time.perf_counter()
         problems = ["processes are left"] if running(self.told) else []
         return time.perf_counter() - start, problems
@@ -258,7 +260,7 @@ def run() -> int:
         kinds: dict[str, Callable[[Hostile], tuple[float, list[str]]]] = {
             "evaluate": drills.evaluation,
             "benchmark": drills.benchmarked,
-            "SIGKILL": lambda hostile: drills.killed(hostile, rng.uniform(0.1, 2.0)),
+            "SIGKILL": lambda hostile: drills.killed(hostile, rng.uniform(0, 1)),
         }
         for name in options.names or HOSTILE:
             for kind, attempt in kinds.items():
