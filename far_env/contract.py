@@ -351,7 +351,6 @@ def _short(value: Any) -> str:
 def _reason(error: BaseException) -> str:
     """The first line of an error's message, of bounded length."""
     try:
-        line = first_line(error)
+        return first_line(error)
     except Exception:
         return type(error).__name__
-    return line if len(line) <= 500 else line[:499] + "…"

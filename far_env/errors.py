@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+MAX_LINE = 300
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 76
 
@@ -42,8 +43,12 @@ def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where the message is empty."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, of at most 300 characters, or the error's type where the line is empty.
+
+    Messages of libraries quote what they read, and a damaged file can hold anything.
+    """
+    line = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE - 1]}…"
 
 
 def short(value: object) -> str:

@@ -13,15 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 import weakref
 from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
+from far_env import policy_supervisor
 from far_env.contract import ChunkDecision, FrameMeta, RolloutState, TemporalCachePlan
 from far_env.errors import PolicyError
 
@@ -30,14 +30,16 @@ LOAD_SECONDS = 120.0
 MEMORY_GIB = 8.0
 """What a policy's process may allocate. Importing torch takes about 1 GiB of it."""
 MAX_ANSWER_BYTES = 2**24
-MARK = "FAR_ENV_POLICY_PROCESS"
-"""Environment variable by which every process that a policy started is found and ended with it."""
+END_SECONDS = 10.0
+"""How long the supervisor may take to end what a policy started."""
 _SHOWN = 200
 _PACKAGE = Path(__file__).parents[1]
 
 
 class PolicyProcess:
     """One object of the file's class, called over a pipe in JSON lines; see `far_env.policy_worker`.
+
+    Between this process and the policy's is a supervisor, which ends what the policy started; see `far_env.policy_supervisor`.
 
     To be used in a ``with`` statement, which ends the process. A call whose step is not larger than that of the call before
     begins a new clip. For copies of the policy, one per clip, see `IsolatedPolicy`.
@@ -71,26 +73,28 @@ class PolicyProcess:
         self.signals: tuple[str, ...] = ()
         self._call_seconds = call_seconds
         self._last_step: int | None = None
-        self._unread = b""
+        self._unread = bytearray()
+        self._reason = "the evaluation has ended it"
         theirs_in, self._questions = os.pipe()
         self._answers, theirs_out = os.pipe()
-        # -P: a file beside the policy must not pass for a module of the standard library.
-        command = [sys.executable, "-P", "-m", "far_env.policy_worker", str(path), str(theirs_in), str(theirs_out)]
+        self._status, theirs_status = os.pipe()
+        theirs = (theirs_in, theirs_out, theirs_status)
+        command = [sys.executable, "-P", policy_supervisor.__file__, str(os.getpid()), str(theirs_status), str(path)]
         inherited = os.environ.get("PYTHONPATH")
-        mark = uuid.uuid4().hex
-        self._process = subprocess.Popen(
-            [*command, str(int(memory_gib * 2**30))],
+        self._supervisor = subprocess.Popen(
+            [*command, str(theirs_in), str(theirs_out), str(int(memory_gib * 2**30))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(theirs_in, theirs_out),
+            pass_fds=theirs,
             start_new_session=True,
-            env=os.environ | {MARK: mark, "PYTHONPATH": os.pathsep.join([str(_PACKAGE), *([inherited] if inherited else [])])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGE), *([inherited] if inherited else [])])},
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self._output = _Output(self._process.stdout)
-        self._end = weakref.finalize(self, _end, self._process, mark, self._output, (self._questions, self._answers))
+        for descriptor in theirs:
+            os.close(descriptor)
+        self._output = _Output(self._supervisor.stdout)
+        ours = (self._questions, self._answers, self._status)
+        self._end = weakref.finalize(self, _end, self._supervisor, self._output, ours)
         try:
             answer = self._receive(load_seconds)
             self.signals = tuple(map(str, answer.get("signals", ())))
@@ -134,7 +138,7 @@ class PolicyProcess:
     def close(self) -> None:
         """End the process and everything that it started."""
         self._end()
-        self._questions = self._answers = -1
+        self._questions = self._answers = self._status = -1
 
     @property
     def num_printed(self) -> int:
@@ -151,49 +155,51 @@ class PolicyProcess:
     def _write(self, content: bytes) -> None:
         """Send a question. Raises PolicyError if the process does not read it in time."""
         if self._questions < 0:
-            raise PolicyError("its process has been ended")
+            raise PolicyError(f"its process has been ended ({self._reason})")
         deadline = time.monotonic() + self._call_seconds
         while content:
             _, ready, _ = select.select([], [self._questions], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._raise_late(self._call_seconds)
+                self._fail(f"took longer than {self._call_seconds:g} s, and was stopped")
             content = content[os.write(self._questions, content[: select.PIPE_BUF]) :]
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         """The next answer. Raises PolicyError if it is an error, is too long, or does not arrive in time."""
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
+        deadline, searched = time.monotonic() + seconds, 0
+        while (end := self._unread.find(b"\n", searched)) < 0:
+            searched = len(self._unread)
+            ready, _, _ = select.select([self._answers, self._status], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._raise_late(seconds)
-            chunk = os.read(self._answers, 65536)
-            if not chunk:
+                self._fail(f"took longer than {seconds:g} s, and was stopped")
+            # The worker may have answered before it ended. It may also have ended while a child of it holds the pipe open.
+            if not select.select([self._answers], [], [], 0)[0] or not (chunk := os.read(self._answers, 65536)):
                 self._raise_ended()
             self._unread += chunk
             if len(self._unread) > MAX_ANSWER_BYTES:
-                self.close()
-                raise PolicyError(f"answered more than {MAX_ANSWER_BYTES // 2**20} MiB, and was stopped")
-        line, _, self._unread = self._unread.partition(b"\n")
+                self._fail(f"answered more than {MAX_ANSWER_BYTES // 2**20} MiB, and was stopped")
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 1]
         try:
             answer = json.loads(line)
             if "error" in answer:
                 raise PolicyError(" ".join(str(answer["error"]).split())[:500])
             answer["decisions"] = [(int(chunk_id), str(action)) for chunk_id, action in answer["decisions"]]
             return answer
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise PolicyError(f"wrote {line[:_SHOWN]!r} over its answers") from error
+        except (ValueError, KeyError, TypeError, RecursionError):
+            self._fail(f"wrote {line[:_SHOWN]!r} over its answers")
 
-    def _raise_late(self, seconds: float) -> None:
+    def _raise_ended(self) -> NoReturn:
+        """Raise PolicyError with what the supervisor says about the end of the worker, for which it gets a second."""
+        if not select.select([self._status], [], [], 1)[0]:
+            self._fail("closed its answers")
+        said = os.read(self._status, 1000).decode(errors="replace")
+        self._fail(said or "ended the process that supervises it")
+
+    def _fail(self, reason: str) -> NoReturn:
+        """End the process and raise PolicyError."""
+        self._reason = f"it {reason}"
         self.close()
-        raise PolicyError(f"took longer than {seconds:g} s, and was stopped")
-
-    def _raise_ended(self) -> None:
-        try:
-            status = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            raise PolicyError("closed its answers") from None
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        raise PolicyError(f"ended its process with {how}")
+        raise PolicyError(reason)
 
 
 class IsolatedPolicy:
@@ -261,24 +267,21 @@ class _Output:
         self._thread.join(timeout=1)
 
 
-def _end(process: subprocess.Popen, mark: str, output: _Output, descriptors: tuple[int, ...]) -> None:
-    """Kill a policy's process, its process group, and processes that left the group but carry its mark."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pid in _marked(mark):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+def _end(supervisor: subprocess.Popen, output: _Output, descriptors: tuple[int, ...]) -> None:
+    """Let the supervisor end the policy and what it started, or do so if the policy has killed or stopped the supervisor."""
+    supervisor.terminate()
+    try:
+        ended = supervisor.wait(END_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        ended = False
+    if not ended:
+        for pid in [
+            supervisor.pid,
+            *(pid for pid, (_, session) in policy_supervisor.processes().items() if session == supervisor.pid),
+        ]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        supervisor.wait()
     output.join()
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _marked(mark: str) -> list[int]:
-    """Processes that inherited a mark in their environment, where the system lists it (Linux)."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found

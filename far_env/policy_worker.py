@@ -1,4 +1,4 @@
-"""The process of `far_env.policy_process`: runs a policy file and answers calls in JSON lines.
+"""The process of a policy file: answers the calls of `far_env.policy_process` in JSON lines.
 
     python -m far_env.policy_worker FILE READ_FD WRITE_FD MEMORY_BYTES
 
@@ -45,7 +45,7 @@ from far_env.policy_file import policy_from_file
 
 
 def main(path: str, read_fd: int, write_fd: int, memory_bytes: int) -> None:
-    """Load the policy, then answer until the questions end, or until the process that asks them has ended."""
+    """Load the policy, then answer until the questions end, or until the supervisor has ended."""
     _limit_memory(memory_bytes)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(read_fd, encoding="utf-8") as questions, os.fdopen(write_fd, "w", encoding="utf-8") as answers:
@@ -156,7 +156,7 @@ def _seed(seed: int) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """Kill this process group once the parent was killed, whatever the policy is doing."""
+    """Kill this process group once the supervisor was killed, whatever the policy is doing."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)

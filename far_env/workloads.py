@@ -255,8 +255,8 @@ def make_workload(
 
     Args:
         name: one of `WORKLOADS`.
-        host: a shipped host ("embedded", "embedded_long", "embedded_maze"), a released transformer, a plugin's host, a host folder, or None for
-            the host of the workload.
+        host: a shipped host ("embedded", "embedded_long", "embedded_maze"), a released transformer, a plugin's host, a host
+            folder, or None for the host of the workload.
         device: "auto", "cpu", "cuda", ….
         precision: "float32", "bfloat16" (as the released models were trained and the benchmark runs them), or "auto".
         feedback: "generated" or "true", see `Workload`; None for that of the workload.

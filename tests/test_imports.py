@@ -16,6 +16,7 @@ ORDER = (
         "progress",
         "policy_file",
         "policy_worker",
+        "policy_supervisor",
         "policy_process",
         "policies",
         "device",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from far_env.cli.console import keeping_episodes, remark
 from far_env.cli.options import ALL, split_list, whole_number
 from far_env.config import parse, parse_mapping
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
+from far_env.errors import PolicyError
 from far_env.io import make_run_dir, write_text
-from far_env.policies import FULL_HISTORY, load_policy, policy_facts, policy_names
+from far_env.policies import FULL_HISTORY, is_policy_file, load_policy, policy_facts, policy_names
 
 if TYPE_CHECKING:
     from far_env.evaluation.comparison import Evaluation
@@ -24,8 +27,9 @@ if TYPE_CHECKING:
 class EvaluateOptions:
     """Compare policies on the same clips with the same noise.
 
-    A clip whose file is damaged is left out of every policy's numbers; the others are played and saved, and the exit status is
-    1. Once the file is restored, the same command with --out adds the missing episodes.
+    A policy that fails is left out of the tables where it fails, with the reason, and the exit status is 2. A clip whose file
+    is damaged is left out of every policy's numbers, and the exit status is 1. The rest is played and saved. The same command
+    with --out tries a failed policy again, and adds the missing episodes once the clip's file is restored.
     """
 
     policies: str
@@ -81,7 +85,7 @@ def evaluate(args: Sequence[str]) -> int:
     from far_env.clips.clip import check_clip_options
     from far_env.evaluation.comparison import tabulate
     from far_env.evaluation.evaluate import evaluate_grid
-    from far_env.evaluation.records import session_precision
+    from far_env.evaluation.records import cell, session_precision
     from far_env.workloads import make_workload, resolve_budget
 
     names = split_list(options.policies, "policies", "policy")
@@ -117,15 +121,23 @@ def evaluate(args: Sequence[str]) -> int:
             split=options.split,
             metrics=metrics,
             batch_size=options.batch_size,
-            optional=optional,
+            optional=set(policies),
             out=None if options.out is None else Path(options.out),
             show_clips=options.show_clips,
             policy_facts={} if options.out is None else {name: policy_facts(name) for name in policies},
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
+    failed = {
+        (name, cell(*where)): results.settings.failed[name][cell(*where)]
+        for name, where in itertools.product(policies, cells)
+        if cell(*where) in results.settings.failed.get(name, {})
+    }
+    played = [where for where in cells if any((name, cell(*where)) not in failed for name in policies)]
+    if not played:
+        raise PolicyError(next(iter(failed.values())))
     selection = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
-    tables = [tabulate(results, name, budget, **selection) for name, budget in cells]
+    tables = [tabulate(results, name, budget, **selection) for name, budget in played]
     if options.json is None:
         print(_text(tables))
         if options.out is not None:
@@ -138,13 +150,33 @@ def evaluate(args: Sequence[str]) -> int:
         names = ", ".join(f"{workload} {clip}" for workload, clip in results.unreadable)
         resume = "" if options.out is None else "; restore the files and run the same command to add the missing episodes"
         remark(f"left out, because their files are damaged: {names}{resume}")
-    return int(bool(results.unreadable))
+    for name in policies:
+        reasons = {where: reason for (policy, where), reason in failed.items() if policy == name and name not in optional}
+        if reasons:
+            where, reason = ", ".join(reasons), next(iter(reasons.values()))
+            print(f"far-env: error: no row {name} for {where}: {reason}", file=sys.stderr)
+    return 2 if any(name not in optional for name, _ in failed) else int(bool(results.unreadable))
+
+
+class _NotLoaded:
+    """A policy file that cannot be loaded: it fails where it is first used, as one does that cannot be played."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Read before the first frame is generated."""
+        raise PolicyError(self._reason)
+
+    def build_temporal_cache_plan(self, *_: object) -> NoReturn:
+        raise PolicyError(self._reason)
 
 
 def _load_policies(
     names: Sequence[str], budgets: Sequence[int], policy_seconds: float
 ) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
-    """Policies by name in the order given, and the names that only "all" includes, which are left out where they cannot run."""
+    """Policies by name in the order given, and the names that only "all" includes, which may fail."""
     baselines = policy_names("baselines") if ALL in names else []
     optional = set(baselines) - set(names)
     wanted = dict.fromkeys(single for name in names for single in (baselines if name == ALL else [name]))
@@ -160,9 +192,12 @@ def _load_policies(
         try:
             policies[name] = load_policy(name, policy_seconds)
         except ValueError as error:
-            if name not in optional:
+            if is_policy_file(name):
+                policies[name] = _NotLoaded(str(error))
+            elif name in optional:
+                remark(f"left out {name}: {error}")
+            else:
                 raise
-            remark(f"left out {name}: {error}")
     return policies, optional
 
 

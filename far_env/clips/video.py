@@ -128,6 +128,8 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     with container:
         if not container.streams.video:
             raise VideoError(f"{path} has no video stream")
+        if container.streams.video[0].codec_context is None:  # decoding would end the process before PyAV 18.1
+            raise VideoError(f"{path} cannot be decoded: its codec is unknown")
         yield container
 
 

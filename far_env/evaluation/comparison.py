@@ -9,7 +9,7 @@ import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation.aggregate import collect_episodes
-from far_env.evaluation.records import Record, Results
+from far_env.evaluation.records import Record, Results, cell
 from far_env.evaluation.statistics import Interval, iqm_interval, mean_interval
 
 
@@ -22,6 +22,7 @@ class Evaluation:
         unavailable: metric name → why it was not computed.
         provenance: the facts of the records (host, weights, versions, …) and the requested clips and seeds.
         decision_ms: policy name → mean milliseconds per decision; a policy that decided nothing is left out.
+        failed: policy name → why it has no scores here.
     """
 
     clip_ids: list[int]
@@ -29,6 +30,7 @@ class Evaluation:
     unavailable: dict[str, str]
     provenance: dict[str, object]
     decision_ms: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def difference(self, policy: str, reference: str, metric: str = "psnr") -> np.ndarray:
         """Paired differences (clips, seeds) of one policy to another."""
@@ -45,6 +47,7 @@ class Evaluation:
             "policies": policies,
             "decision_ms": self.decision_ms,
             "unavailable": self.unavailable,
+            "failed": self.failed,
             **self.provenance,
         }
 
@@ -99,7 +102,9 @@ def tabulate(
         facts["seconds"] = round(seconds, 1)
     costs = {name: episodes.decision_ms() for name, episodes in complete.items()}
     decision_ms = {name: cost for name, cost in costs.items() if cost is not None}
-    return Evaluation(clip_ids, scores, settings.unavailable, facts, decision_ms)
+    reasons = {name: where.get(cell(workload, budget)) for name, where in settings.failed.items() if name not in complete}
+    failed = {name: reason for name, reason in reasons.items() if reason is not None}
+    return Evaluation(clip_ids, scores, settings.unavailable, facts, decision_ms, failed)
 
 
 def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill") -> dict[str, dict[str, Interval]]:

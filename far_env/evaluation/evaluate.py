@@ -22,7 +22,7 @@ from far_env.clips.clip import Clip, check_clip_id
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
-from far_env.evaluation.records import Record, Recorder, Results, Settings
+from far_env.evaluation.records import Record, Recorder, Results, Settings, cell
 from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
@@ -86,7 +86,8 @@ def evaluate_grid(
         seeds: clip i is played with the noise seeds s + i.
         metrics: those that cannot be computed here are left out with the reason.
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
-        optional: names of policies that are left out, with a printed reason, where they cannot run.
+        optional: names of policies that are left out where they fail, with a printed reason that is also in the results'
+            ``settings.failed``; the other policies are played.
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
         show_clips: how many of the first clips have pictures there.
         policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
@@ -247,7 +248,15 @@ class _Session:
                 if job.name not in self.optional:
                     raise
                 jobs.remove(job)
+                self._leave_out(workload, job, str(error))
                 bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {error}", file=sys.stderr)
+
+    def _leave_out(self, workload: Workload, job: _Job, reason: str) -> None:
+        where = cell(workload.name, job.budget)
+        if self.recorder is None:
+            self.results.settings.failed.setdefault(job.name, {})[where] = reason
+        else:
+            self.recorder.leave_out(job.name, where, reason)
 
     def _read_clips(self, workload: Workload, clip_ids: Sequence[int], clips: dict[int, Clip], bar: Progress) -> None:
         """Add clips that are not there yet; one whose file is damaged is left out of the evaluation."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from io import FileIO
 from pathlib import Path
@@ -36,6 +36,11 @@ Key = tuple[str, int, str, int, int]
 """Workload, budget, policy, clip and noise seed, which identify an episode."""
 
 
+def cell(workload: str, budget: int) -> str:
+    """The name of one workload under one budget."""
+    return f"{workload} {budget}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an evaluation plays.
@@ -49,6 +54,7 @@ class Settings:
         show_clips: how many of the first clips have pictures.
         num_context, num_predict, frame_size: per workload, in frames and pixels.
         made_with: per workload what else determines its numbers, such as weights, ode_steps, dtype, feedback and clip_options.
+        failed: policy → `cell` → why the policy was left out there, when it was tried last.
     """
 
     workloads: list[str]
@@ -64,9 +70,15 @@ class Settings:
     frame_size: dict[str, int]
     show_clips: int = 0
     made_with: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def merged(self, other: Settings, where: Path) -> Settings:
+    def merged(self, other: Settings, where: Path, played: Container[str]) -> Settings:
         """These settings with another evaluation's workloads, budgets, policies, seeds and clips added.
+
+        Failures are kept, except those of policies that the other evaluation tries again.
+
+        Args:
+            played: the policies that have episodes, so that their content may not differ.
 
         Raises:
             ValueError: if anything else differs, so that the numbers would not be comparable.
@@ -78,7 +90,7 @@ class Settings:
         for workload in self.made_with.keys() & other.made_with.keys():
             old, new = self.made_with[workload], other.made_with[workload]
             differing += [(f"{name} of {workload}", old.get(name), new.get(name)) for name in {**old, **new}]
-        for key in self.policies.keys() & other.policies.keys():
+        for key in [key for key in self.policies.keys() & other.policies.keys() if key in played]:
             hashes = [settings.policies[key].get("sha256") for settings in (self, other)]
             differing.append((f"the content of policy {key}", *hashes))
         for name, before, now in differing:
@@ -86,7 +98,18 @@ class Settings:
                 raise ValueError(f"{where} holds an evaluation with {name} {before}, not {now}; choose another folder")
         lists = {name: sorted({*getattr(self, name), *getattr(other, name)}) for name in _MERGED_LISTS if name != "workloads"}
         merged = {name: {**getattr(self, name), **getattr(other, name)} for name in (*_BY_WORKLOAD, "policies", "unavailable")}
-        return replace(self, workloads=list(dict.fromkeys([*self.workloads, *other.workloads])), **lists, **merged)
+        tried = {cell(workload, budget) for workload in other.workloads for budget in other.budgets}
+        failed = {
+            policy: {where: reason for where, reason in reasons.items() if policy not in other.policies or where not in tried}
+            for policy, reasons in self.failed.items()
+        }
+        return replace(
+            self,
+            workloads=list(dict.fromkeys([*self.workloads, *other.workloads])),
+            failed={policy: reasons for policy, reasons in failed.items() if reasons},
+            **lists,
+            **merged,
+        )
 
 
 @dataclass(frozen=True)
@@ -315,10 +338,11 @@ class Recorder:
         folder = make_run_dir(folder)
         self._file = _open_alone(folder / RECORDS_FILE)
         try:
-            if (folder / _SETTINGS_FILE).exists():
-                settings = _load_settings(folder / _SETTINGS_FILE).merged(settings, folder)
-            content = self._file.read()
-            self.results = Results(settings, _parse(content, settings, folder / RECORDS_FILE), folder)
+            content, path = self._file.read(), folder / _SETTINGS_FILE
+            earlier = _load_settings(path) if path.exists() else settings
+            records = _parse(content, earlier, folder / RECORDS_FILE)
+            settings = earlier.merged(settings, folder, {record.policy for record in records})
+            self.results = Results(settings, records, folder)
             self._file.truncate(content.rfind(b"\n") + 1)
             self._write_settings()
         except BaseException:
@@ -337,6 +361,11 @@ class Recorder:
             self._file.truncate(size)
             raise ValueError(f"cannot write {self._file.name}: {error.strerror}") from error
         self.results.records.extend(records)
+
+    def leave_out(self, policy: str, where: str, reason: str) -> None:
+        """Remember why a policy has no further episodes in a `cell`."""
+        self.results.settings.failed.setdefault(policy, {})[where] = reason
+        self._write_settings()
 
     def save_picture(self, path: Path, frames: np.ndarray) -> None:
         """Write frames (T, 3, H, W) in [0, 1] side by side as a PNG, whole or not at all."""

@@ -106,9 +106,11 @@ def report_data(
 
 
 def warnings(results: Results) -> list[str]:
-    """Sentences about policies without episodes, and about facts that should be equal for all episodes of a workload."""
+    """Sentences about policies that failed or have no episodes, and facts that should be equal for all of a workload's."""
     played = {record.policy for record in results.records}
     sentences = [f"No episode of {name} is finished." for name in results.settings.policies if name not in played]
+    for policy, reasons in results.settings.failed.items():
+        sentences += [f"{policy} was left out on {where}: {reason}." for where, reason in reasons.items()]
     for workload, counts in facts(results).items():
         for name in ("host", "weights", "ode_steps", "dtype", "feedback"):
             if len(values := counts.get(name, {})) > 1:

@@ -35,6 +35,7 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     if "seconds" in facts:
         footer += f"; {facts['seconds']} s"
     missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
+    missing += [f"no row {name}: {reason}" for name, reason in result.failed.items()]
     if "damaged_clips" in facts:
         missing.append(f"without the clips {', '.join(map(str, facts['damaged_clips']))}, whose files are damaged")
     return "\n".join([text_table(header, rows), footer, *missing])

@@ -20,6 +20,7 @@ from far_env.clips.datasets import UCF101, DMLab, Minecraft
 from far_env.clips.recordings import find_lists, find_recordings, read_list
 from far_env.clips.video import VideoError, check_frames, count_frames, crop_centre, read_frames, squeeze
 from tests.clips.test_video import write_episode, write_video
+from tests.damage import assert_sentence
 
 NEEDS_PYAV_15 = pytest.mark.skipif(int(av.__version__.split(".")[0]) < 15, reason="PyAV 14 copies streams without extradata")
 SPLITS = ("train", "validation", "test")
@@ -254,3 +255,14 @@ def test_data_check_fails_when_files_are_damaged(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "damaged: 1 files" in captured.out
     assert captured.err.strip().endswith("1 of 2 files are damaged; the report names them")
+
+
+def test_a_video_whose_codec_is_unknown_is_refused_in_one_sentence(tmp_path):
+    write_video(tmp_path / "a.avi", 16)
+    content = (tmp_path / "a.avi").read_bytes()
+    assert content.count(b"FMP4") == 2, "in the headers of the stream and of its format"
+    (tmp_path / "a.avi").write_bytes(content.replace(b"FMP4", b"zzzz"))
+    for function, *arguments in ((count_frames,), (check_frames,), (read_frames, 2, 10)):
+        with pytest.raises(VideoError, match="its codec is unknown") as caught:
+            function(tmp_path / "a.avi", *arguments)
+        assert_sentence(caught.value, tmp_path / "a.avi")

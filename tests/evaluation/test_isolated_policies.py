@@ -135,21 +135,29 @@ def test_a_child_that_leaves_the_process_group_is_ended_too(tmp_path):
 
 
 def test_a_looping_policy_ends_soon_after_its_evaluation_was_killed(tmp_path):
-    path = hostile(tmp_path, "while True: pass")
+    told = tmp_path / "pid"
+    path = hostile(tmp_path, f"import os, pathlib; pathlib.Path({str(told)!r}).write_text(str(os.getpid()))\nwhile True: pass")
     code = (
         "import sys; from pathlib import Path; from far_env.contract import RolloutState\n"
         "from far_env.policy_process import PolicyProcess\n"
         "policy = PolicyProcess(Path(sys.argv[1]), call_seconds=600)\n"
-        "print(policy._process.pid, flush=True)\n"
         "policy.build_temporal_cache_plan([], RolloutState(1, 0.1, 4), {'max_frames': 3, 'capacity_mb': 0.1})"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as evaluation:
-        pid = int(evaluation.stdout.readline())
+    with subprocess.Popen([sys.executable, "-c", code, str(path)]) as evaluation:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (told.exists() and told.read_text()):
+            time.sleep(0.05)
+        pid = int(told.read_text())
         assert not ended(pid)
         evaluation.kill()
-    deadline = time.monotonic() + 30
+    assert_ends(pid)
+
+
+def assert_ends(pid, seconds=20):
+    """The process ends by itself within so many seconds."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not ended(pid):
-        time.sleep(0.1)
+        time.sleep(0.02)
     assert ended(pid)
 
 

@@ -61,7 +61,7 @@ def draw_walls(rng: np.random.Generator, size: int = MAZE_SIZE, opening_probabil
 
 
 def draw_plan(rng: np.random.Generator, styles: tuple[int, ...], opening_probability: float = OPENING_PROBABILITY) -> Plan:
-    """The plan of a maze whose four quadrants differ in wall and floor, each of any of the given styles of DeepMind Lab (0 … 4)."""
+    """A maze whose four quadrants differ in wall and floor, each of any of the given styles of DeepMind Lab (0 … 4)."""
     walls = draw_walls(rng, opening_probability=opening_probability)
     row, column = np.indices(walls.shape)
     quadrant = 2 * (row > MAZE_SIZE // 2) + (column > MAZE_SIZE // 2)
@@ -200,8 +200,8 @@ def explore_and_retrace(
 
 @dataclass(frozen=True, kw_only=True)
 class Maze(World):
-    """Walks through mazes of 9×9 cells, after the DMLab data of TECO (arXiv 2210.02396): the camera turns left on the spot for 20
-    frames, then walks to the farthest cell that it has not visited, again and again.
+    """Walks through mazes of 9×9 cells, after the DMLab data of TECO (arXiv 2210.02396): the camera turns left on the spot for
+    20 frames, then walks to the farthest cell that it has not visited, again and again.
 
     The four quadrants of a maze differ in their walls and floors, which mix the textures of four styles of DeepMind Lab; the
     split ``test_unseen_style`` shows a fifth one. Actions: 0 left, 1 right, 2 forward.
