@@ -5,6 +5,13 @@ from __future__ import annotations
 from far_env.clips.video_folder import VideoFolder
 
 
+class Recordings(VideoFolder):
+    """Any folder of videos or episodes, with the actions that they come with, however many there are."""
+
+    name = "recordings"
+    num_actions = None
+
+
 class UCF101(VideoFolder):
     """UCF-101, for short prediction: the original .avi files, FAR's .mp4 files with its lists, or any other folder of videos.
 

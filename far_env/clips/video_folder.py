@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class _Entry:
     recording: Recording
     start: int
     has_actions: bool
+    length: int
 
 
 class VideoFolder:
@@ -61,7 +63,7 @@ class VideoFolder:
     Attributes:
         test_stride: distance between entries of the test list that are used, 1 for all.
         preferred_lists: names of FAR's lists, used if a folder has several lists.
-        num_actions: size of the action space, 0 for data whose actions are not read.
+        num_actions: size of the action space, 0 for data whose actions are not read, None for actions of any size.
     """
 
     name = "videos"
@@ -69,7 +71,7 @@ class VideoFolder:
     default_size = 64
     test_stride = 1
     preferred_lists: tuple[str, ...] = ()
-    num_actions = 0
+    num_actions: int | None = 0
 
     def __init__(
         self,
@@ -117,13 +119,24 @@ class VideoFolder:
         if entry.recording.latent:
             frames, latents = self._decode(path, entry.start)
         else:
-            fit = squeeze if self.protocol == "benchmark" else crop_centre
-            frames = fit(read_frames(path, entry.start, self.num_frames), self.size)
+            frames = self.fit(read_frames(path, entry.start, self.num_frames))
         return Clip(clip_id, frames, actions, latents)
+
+    def fit(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        """Decoded frames, uint8 (H, W, 3), as square ones of the protocol, float32 (T, 3, size, size) in [0, 1]."""
+        return (squeeze if self.protocol == "benchmark" else crop_centre)(frames, self.size)
+
+    def recording(self, split: str, clip_id: int) -> tuple[Recording, int]:
+        """The recording that a clip is cut from, without ``actions`` if it has none, and the number of its frames."""
+        check_clip_id(self, split, clip_id)
+        entry = self._splits[split][clip_id]
+        return entry.recording if entry.has_actions else replace(entry.recording, actions=None), entry.length
 
     @classmethod
     def as_read(cls, recording: Recording) -> Recording:
         """The recording as this data set reads it: with the size of its action space, or without actions."""
+        if cls.num_actions is None:
+            return recording
         if cls.num_actions:
             return replace(recording, num_actions=cls.num_actions)
         return replace(recording, actions=None)
@@ -165,7 +178,7 @@ class VideoFolder:
             seed = f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}"
             rng = random.Random(seed.encode("utf-8", "surrogateescape"))
             start = rng.randint(0, info.length - self.num_frames)
-        return _Entry(recording, start, info.actions is not None)
+        return _Entry(recording, start, info.actions is not None, info.length)
 
     def _decode(self, path: Path, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames and scaled latents of a recording of latents."""

@@ -23,7 +23,7 @@ from far_env.io import write_text
 from far_env.metrics import psnr
 from far_env.provenance import load_facts
 from far_env.tensor_files import load_tensors
-from far_env.workloads import make_workload
+from far_env.workloads import WORKLOADS, make_workload
 
 
 def train_host(config: HostTraining) -> Host:
@@ -38,10 +38,15 @@ def train_host(config: HostTraining) -> Host:
     return host
 
 
+def measurable(config: HostTraining) -> list[str]:
+    """The sources for which there is a workload of the same name: the worlds."""
+    return [source.clips for source in config.sources if source.clips in WORLDS and source.clips in WORKLOADS]
+
+
 def measure_quality(config: HostTraining, device: str) -> dict[str, dict[str, float]]:
     """Mean clip PSNR on test clips in dB, per world: "reconstruction" (autoencoder alone), "full_history" and "recent_fill"."""
     quality = {}
-    for name in config.worlds:
+    for name in measurable(config):
         workload = make_workload(name, host=config.output_dir, device=device)
         ids = range(config.quality_clips)
         result = evaluate(
@@ -89,7 +94,7 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
             *rows,
         ]
     )
-    names = " and ".join(config.worlds)
+    names = " and ".join(source.clips for source in config.sources)
     model = "FAR-Long" if isinstance(host.transformer, FARLong) else "FAR"
     sessions = load_facts(run_dir)
 
@@ -99,15 +104,15 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
 
     torch_version = sessions[-1]["versions"]["torch"]
     return f"""\
-# Model card: a small {model} host for the procedural world{"s" if len(config.worlds) > 1 else ""} {names}
+# Model card: a {model} host for {names}
 
 A frame-autoregressive flow-matching transformer (FAR, arXiv 2503.19325) and a deep-compression autoencoder (arXiv
 2410.10733), trained from scratch on procedural clips, so that retention policies can be trained and compared without
-downloads or a GPU. It predicts only {"these worlds" if len(config.worlds) > 1 else "this world"}.
+downloads or a GPU. It predicts only what it was trained on.
 
 - Weights: hash {host.weights_hash}; autoencoder {weights["autoencoder"]:,}, transformer {weights["transformer"]:,}
   parameters; float16.
-- Data: train clips of {names}, 64×64, {WORLDS[config.worlds[0]].num_frames} frames, seed {config.seed};
+- Data: train clips of {names}, {config.frame_size}×{config.frame_size}, seed {config.seed};
   {config.transformer.clips_per_world:,} clips per world for the transformer.
 - Training: {", ".join(stages)}, in {joined("dtype")} on {joined("machine")}, torch {torch_version},
   {time.strftime("%Y-%m")}, commit {joined("commit")}.

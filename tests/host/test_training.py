@@ -20,7 +20,7 @@ from far_env.evaluation.host_training import train_host
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, initialise_from
 from far_env.host.training import autoencoder as ta
-from far_env.host.training import loop
+from far_env.host.training import histories, loop
 from far_env.host.training import transformer as tt
 from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
 from far_env.host.training.loop import run_steps, step_generator
@@ -56,7 +56,7 @@ def test_histories_are_older_frames_in_order_and_a_contiguous_tail():
     older_drawn, ends = set(), set()
     for _ in range(2000):
         older, tail = int(rng.integers(0, 7)), int(rng.integers(2, 7))
-        frames = tt.draw_frames(rng, 16, older, tail)
+        frames = histories.draw_frames(rng, 16, older, tail)
         assert len(frames) == older + tail and (np.diff(frames) > 0).all() and frames[0] >= 0 and frames[-1] < 16
         assert (np.diff(frames[older:]) == 1).all()
         older_drawn |= set(frames[:older].tolist())

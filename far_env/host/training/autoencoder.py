@@ -1,22 +1,25 @@
-"""First stage of training a host: fit a small DCAE to frames of the procedural worlds."""
+"""First stage of training a host: fit a small DCAE to frames of its sources."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from far_env.clips.worlds import World
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.training.config import AutoencoderTraining
+from far_env.host.training.episodes import Episodes
+from far_env.host.training.histories import draw_sources
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
 
 
 def train_autoencoder(
     config: AutoencoderTraining,
-    worlds: list[World],
+    sources: Sequence[Episodes],
+    shares: Sequence[float],
     run_dir: Path,
     *,
     seed: int,
@@ -33,7 +36,7 @@ def train_autoencoder(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
 
     def train_step(step: int) -> dict[str, float]:
-        frames = _frame_batch(config, worlds, step).to(device, memory_format=torch.channels_last) * 2 - 1
+        frames = _frame_batch(config, sources, shares, step).to(device, memory_format=torch.channels_last) * 2 - 1
         set_learning_rate(optimizer, cosine_with_warmup(step, config.steps, config.warmup))
         model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -55,7 +58,7 @@ def train_autoencoder(
     state = {"model": model, "optimizer": optimizer}
     run_steps("autoencoder", run_dir, config.steps, state, train_step, checkpoint_every=checkpoint_every)
     model.eval()
-    sample = _frame_batch(config, worlds, config.steps).to(device)
+    sample = _frame_batch(config, sources, shares, config.steps).to(device)
     with torch.no_grad():
         std = model.dcae.encode(sample * 2 - 1).latent.std().item()
     trained = Autoencoder(**{**config.model, "scaling_factor": round(1 / std, 4)}).to(device)
@@ -63,13 +66,15 @@ def train_autoencoder(
     return trained.eval()
 
 
-def _frame_batch(config: AutoencoderTraining, worlds: list[World], step: int) -> Tensor:
-    """Frames (batch, 3, 64, 64) of train clips that no other step uses, alternating between the worlds."""
+def _frame_batch(config: AutoencoderTraining, sources: Sequence[Episodes], shares: Sequence[float], step: int) -> Tensor:
+    """Frames (batch, 3, H, W) of train windows that no other step uses, as long as there are enough."""
     num_clips = config.batch_size // config.frames_per_clip
+    numbers = range(step * num_clips, (step + 1) * num_clips)
     frames = []
-    for index in range(step * num_clips, (step + 1) * num_clips):
-        world = worlds[index % len(worlds)]
-        clip = world.clip("train", index % world.num_clips("train"))
-        picked = np.random.default_rng(index).choice(len(clip.frames), config.frames_per_clip, replace=False)
-        frames.append(clip.frames[picked])
+    for number, source in zip(numbers, draw_sources(shares, num_clips, (6, step), numbers.start), strict=True):
+        window = sources[source].draw(number)
+        # A short window gives some frames twice.
+        repeated = len(window) < config.frames_per_clip
+        picked = np.random.default_rng(number).choice(len(window), config.frames_per_clip, replace=repeated)
+        frames.append(window[picked])
     return torch.from_numpy(np.concatenate(frames))

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from far_env.errors import TrainingStopped
 from far_env.events import session_writer
@@ -39,11 +40,14 @@ def run_steps(
     *,
     checkpoint_every: int = 500,
     log_every: int = 20,
+    validate: Callable[[int, SummaryWriter], None] | None = None,
+    validate_every: int = 0,
 ) -> None:
     """Call ``train_step(step)`` for the steps not yet done.
 
     Each step must depend on ``step`` and ``state`` alone (seed its randomness by the step), so that a resumed run equals an
-    uninterrupted one. Scalars that a step returns go to TensorBoard under ``name``.
+    uninterrupted one. Scalars that a step returns go to TensorBoard under ``name``. Every ``validate_every`` steps and after
+    the last, ``validate`` is called with the number of steps done; it must not change the state.
 
     Raises:
         TrainingStopped: after Ctrl-C or SIGTERM, with the progress saved.
@@ -76,6 +80,8 @@ def run_steps(
                 for key, value in scalars.items():
                     writer.add_scalar(f"{name}/{key}", value, done)
                 bar.set_postfix_str(", ".join(f"{key} {value:.4g}" for key, value in scalars.items()))
+            if validate_every and (done % validate_every == 0 or done == num_steps):
+                validate(done, writer)
             if done % checkpoint_every == 0 or done == num_steps or interrupt.raised:
                 save(done)
             if interrupt.raised and done < num_steps:

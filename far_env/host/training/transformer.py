@@ -8,44 +8,45 @@ FAR is trained differently (arXiv 2503.19325, section 3): its frames attend to n
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from far_env.clips.worlds import World
-from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import CLEAN_TIME, FAR
 from far_env.host.far_long import initialise_from, make_transformer
 from far_env.host.training.config import TransformerTraining
+from far_env.host.training.histories import TeacherForcingBatch, draw_batch, is_contiguous
+from far_env.host.training.latent_cache import EncodedEpisodes
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
-from far_env.io import replacing
-from far_env.progress import show_progress
-
-CHUNK_CLIPS = 500
+from far_env.host.training.next_frame import NextFrameTest
 
 
 @dataclass(frozen=True)
-class TeacherForcingBatch:
-    """Clean histories and which of their frames are predicted.
+class NoisyFrames:
+    """What a transformer sees in a training step, and what it should answer.
 
     Attributes:
-        frames: clean latents (B, n, C, h, w), older frames first.
-        predicted: int64 (P,), indices into the n frames whose predecessor is the true one.
+        latents: (B, F, C, h, w); the last P frames are to be predicted.
+        times: (B, F).
+        positions: (F,) time positions.
+        visible: (F, F), True where a frame attends to another.
+        num_coarse: oldest frames that FAR-Long sees coarsely.
+        velocities: (B, P, C, h, w), noise − clean.
+        classes: actions (B, F) or labels (B,), or None.
     """
 
-    frames: Tensor
-    predicted: Tensor
-
-
-def draw_frames(rng: np.random.Generator, clip_length: int, num_older: int, tail: int) -> np.ndarray:
-    """Frame numbers (num_older + tail,) of one history: random older ones in order, then a contiguous tail."""
-    end = int(rng.integers(num_older + tail, clip_length + 1))
-    older = np.sort(rng.choice(end - tail, size=num_older, replace=False))
-    return np.concatenate([older, np.arange(end - tail, end)])
+    latents: Tensor
+    times: Tensor
+    positions: Tensor
+    visible: Tensor
+    num_coarse: int
+    velocities: Tensor
+    classes: Tensor | None = None
 
 
 def teacher_forcing_loss(
@@ -54,6 +55,14 @@ def teacher_forcing_loss(
     """Mean squared error of the velocity of every predicted frame at ``noisy_copies`` noise levels each.
 
     For FAR-Long, the frames are coarse that are coarse when the last frame is predicted.
+    """
+    return velocity_loss(model, add_noise(model, batch, config, generator))
+
+
+def add_noise(model: FAR, batch: TeacherForcingBatch, config: TransformerTraining, generator: torch.Generator) -> NoisyFrames:
+    """The clean history of a batch, possibly a little noisy, and noisy copies of the frames to be predicted.
+
+    A tenth of the actions, or labels, becomes the null class, as in FAR's training, clean and noisy frames separately.
     """
     frames, predicted = batch.frames, batch.predicted.repeat(config.noisy_copies)
     device, num_rows = frames.device, len(frames)
@@ -82,9 +91,21 @@ def teacher_forcing_loss(
     visible[:, :num_clean] = clean_positions < positions[:, None]
     visible |= torch.eye(len(positions), dtype=torch.bool, device=device)
     times = torch.cat([torch.full((num_rows, num_clean), CLEAN_TIME, device=device), 1000 * sigma], dim=1)
-    coarse = {"num_coarse": num_coarse} if (num_coarse := model.num_coarse(num_clean + 1)) else {}
-    velocity = model.velocity(torch.cat([clean, noisy], dim=1), times, positions, visible, **coarse)[:, num_clean:]
-    return (velocity.float() - (noise - target)).square().mean()
+    classes = batch.classes
+    if classes is not None:
+        classes = classes[:, positions] if model.condition == "action" else classes
+        classes = classes.masked_fill(uniform(*classes.shape) < config.class_dropout, model.null_class)
+    num_coarse = model.num_coarse(num_clean + 1)
+    return NoisyFrames(torch.cat([clean, noisy], dim=1), times, positions, visible, num_coarse, noise - target, classes)
+
+
+def velocity_loss(model: FAR, batch: NoisyFrames) -> Tensor:
+    """Mean squared error of the velocities of the frames to be predicted."""
+    options: dict[str, Any] = {"num_coarse": batch.num_coarse} if batch.num_coarse else {}
+    if batch.classes is not None:
+        options[model.condition] = batch.classes
+    velocity = model.velocity(batch.latents, batch.times, batch.positions, batch.visible, **options)
+    return (velocity[:, -batch.velocities.shape[1] :].float() - batch.velocities).square().mean()
 
 
 class ExponentialAverage:
@@ -113,29 +134,31 @@ class ExponentialAverage:
 
 def train_transformer(
     config: TransformerTraining,
-    autoencoder: Autoencoder,
-    worlds: list[World],
+    sources: Sequence[EncodedEpisodes],
+    shares: Sequence[float],
     run_dir: Path,
     *,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
     start_from: FAR | None = None,
+    test: NextFrameTest | None = None,
     checkpoint_every: int = 500,
 ) -> FAR:
     """Train (or finish training) and return the averaged transformer in float32, in eval mode.
 
     Args:
+        sources: encoded train episodes, drawn in these shares.
         start_from: a transformer that provides the initial weights, which are random by default.
+        test: measures the averaged transformer from time to time.
     """
     torch.manual_seed(seed)
     model = make_transformer(config.model)
     if start_from is not None:
         initialise_from(model, start_from)
     model = model.to(device).train()
-    # Named by the autoencoder's hash, so that latents of an earlier one are not reused.
-    folder = run_dir / f"latents_{_state_hash(autoencoder)}"
-    clips = [_encoded_clips(autoencoder, world, config.clips_per_world, folder, device) for world in worlds]
+    if model.condition is not None:
+        model.class_embedder.dropout = 0.0  # classes are dropped by `add_noise`, from the step's seed
     average = ExponentialAverage(model, config.ema_decay)
     matrices = [p for name, p in model.named_parameters() if _is_hidden_matrix(name)]
     others = [p for name, p in model.named_parameters() if not _is_hidden_matrix(name)]
@@ -143,7 +166,7 @@ def train_transformer(
     adamw = torch.optim.AdamW(others, lr=config.adamw_learning_rate, weight_decay=config.weight_decay)
 
     def train_step(step: int) -> dict[str, float]:
-        batch = _draw_batch(config, clips, model, seed, step, device)
+        batch = draw_batch(config, sources, shares, model, seed, step).to(device)
         factor = cosine_with_warmup(step, config.steps, config.warmup)
         for optimizer in (muon, adamw):
             set_learning_rate(optimizer, factor)
@@ -155,11 +178,20 @@ def train_transformer(
         muon.step()
         adamw.step()
         average.update(model, step)
-        kind = "loss_contiguous" if _is_contiguous(config, step) else "loss_dropped"
+        kind = "loss_contiguous" if is_contiguous(config, step) else "loss_dropped"
         return {kind: loss.item()}
 
     state = {"model": model, "muon": muon, "adamw": adamw, "average": average}
-    run_steps("transformer", run_dir, config.steps, state, train_step, checkpoint_every=checkpoint_every, log_every=1)
+    options = {"checkpoint_every": checkpoint_every, "log_every": 1}
+    if test is not None:
+        averaged = make_transformer(config.model).to(device).eval()
+
+        def validate(step: int, writer: SummaryWriter) -> None:
+            averaged.load_state_dict(average.average)
+            test.log(averaged, step, writer)
+
+        options |= {"validate": validate, "validate_every": test.settings.every}
+    run_steps("transformer", run_dir, config.steps, state, train_step, **options)
     model.load_state_dict(average.average)
     return model.eval()
 
@@ -171,56 +203,3 @@ def _is_hidden_matrix(name: str) -> bool:
         and name.endswith("weight")
         and any(part in name for part in (".attn.to_", ".attn.add_", ".mlp."))
     )
-
-
-def _is_contiguous(config: TransformerTraining, step: int) -> bool:
-    return step % config.contiguous_every == config.contiguous_every - 1
-
-
-def _draw_batch(
-    config: TransformerTraining, clips: list[np.ndarray], model: FAR, seed: int, step: int, device: torch.device
-) -> TeacherForcingBatch:
-    """A batch of histories of one shape, alternating between the worlds row by row."""
-    rng = np.random.default_rng((seed, 2, step))
-    clip_length = clips[0].shape[1]
-    if _is_contiguous(config, step):
-        num_older, tail = 0, int(rng.integers(config.min_contiguous, clip_length + 1))
-        first = 1 + model.num_coarse(tail)
-        predicted = first + np.sort(rng.choice(tail - first, config.contiguous_predicted, replace=False))
-    else:
-        num_older, tail = int(rng.integers(config.max_older + 1)), int(rng.integers(2, config.max_tail + 1))
-        predicted = np.arange(num_older + 1, num_older + tail)
-    rows = []
-    for row in range(config.batch_size):
-        source = clips[row % len(clips)]
-        rows.append(source[rng.integers(len(source)), draw_frames(rng, clip_length, num_older, tail)])
-    frames = torch.from_numpy(np.stack(rows)).to(device).float()
-    return TeacherForcingBatch(frames, torch.from_numpy(predicted).to(device))
-
-
-def _encoded_clips(autoencoder: Autoencoder, world: World, num_clips: int, folder: Path, device: torch.device) -> np.ndarray:
-    """Latents (num_clips, T, C, h, w) float16 of the first train clips, encoded once and stored on disk in chunks."""
-    folder.mkdir(exist_ok=True)
-    chunks = []
-    for start in show_progress(range(0, num_clips, CHUNK_CLIPS), description=f"encode {world.name}", unit="chunks"):
-        path = folder / f"{world.name}_{start:06d}.npy"
-        ids = range(start, min(start + CHUNK_CLIPS, num_clips))
-        if not path.exists():
-            latents = np.concatenate([_encode(autoencoder, world, ids[i : i + 10], device) for i in range(0, len(ids), 10)])
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.save(file, latents)
-        chunks.append(np.load(path)[: len(ids)])
-    return np.concatenate(chunks)
-
-
-def _state_hash(model: torch.nn.Module) -> str:
-    """First eight hex digits of the SHA-256 over all weights."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:8]
-
-
-def _encode(autoencoder: Autoencoder, world: World, ids: range, device: torch.device) -> np.ndarray:
-    frames = np.stack([world.clip("train", clip_id).frames for clip_id in ids])
-    return autoencoder.encode(torch.from_numpy(frames).to(device)).cpu().numpy().astype(np.float16)
