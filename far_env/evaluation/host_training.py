@@ -17,6 +17,7 @@ from far_env.evaluation.evaluate import FULL_HISTORY, evaluate
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.far_long import FARLong
 from far_env.host.training.config import HostTraining
+from far_env.host.training.processes import is_first_process
 from far_env.host.training.train import train_models
 from far_env.host.weights import Host
 from far_env.io import write_text
@@ -33,6 +34,8 @@ def train_host(config: HostTraining) -> Host:
         TrainingStopped, ValueError: as `train_models` does.
     """
     host = train_models(config)
+    if not is_first_process():
+        return host
     quality = measure_quality(config, str(host.device)) if config.quality_clips else {}
     write_text(Path(config.output_dir) / "README.md", _model_card(config, host, quality, Path(config.run_dir)))
     return host

@@ -23,22 +23,36 @@ from far_env.host.training import autoencoder as ta
 from far_env.host.training import histories, loop
 from far_env.host.training import transformer as tt
 from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
+from far_env.host.training.histories import Batch
 from far_env.host.training.loop import run_steps, step_generator
+from far_env.host.training.objectives import add_noise, far_noise, velocity_loss
 from far_env.host.weights import load_host, save_host
 from far_env.provenance import load_facts
 from far_env.tensor_files import load_tensors
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
-from tests.host.far_loss import far_training_loss
 
 
 @pytest.mark.parametrize("case", ["train_loss_far.npz", "train_loss_far_long.npz"])
 def test_fars_training_loss_and_gradients_equal_the_published_ones(golden, case):
     fixture = golden(case)
-    conditions = {"action": fixture["in.action"]} if "in.action" in fixture else {}
     model = fixture.far().train()
     latents = fixture["in.latents_raw"] * fixture["in.scaling_factor"]
-    times = 1000 - (1000 * fixture["in.u"]).floor().reshape(2, -1)
-    loss = far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"], **conditions)
+    clean = fixture["in.context_mask"].bool()
+    inputs = far_noise(
+        model,
+        latents,
+        fixture["in.noise"],
+        fixture["in.u"].reshape(2, -1),
+        clean,
+        fixture.arrays.get("in.action"),
+    )
+    for name, value in (("timesteps", inputs.times), ("noisy_latents", inputs.latents)):
+        torch.testing.assert_close(value, fixture[f"mid.{name}"], rtol=0, atol=1e-6)
+    window = slice(-model.short_term_ctx_winsize, None)
+    torch.testing.assert_close(inputs.velocities, fixture["mid.target"][:, window], rtol=0, atol=1e-6)
+    if inputs.classes is not None:
+        model.class_embedder.dropout = 0.0
+    loss = velocity_loss(model, inputs)
     loss.backward()
     torch.testing.assert_close(loss.detach()[None], fixture["out.loss"], rtol=1e-5, atol=0)
     norms = {}
@@ -74,15 +88,13 @@ def test_the_one_pass_loss_equals_predicting_each_frame_from_its_history():
     frames, predicted = torch.randn(3, 5, 4, 8, 8), torch.tensor([2, 3, 4])
     calls = []
 
-    class Recorder(torch.nn.Module):
-        num_coarse = staticmethod(model.num_coarse)
-
+    class Recorder:
         def velocity(self, latents, times, positions, visible):
             calls.append((latents, times, positions))
             return model.velocity(latents, times, positions, visible)
 
-    batch = tt.TeacherForcingBatch(frames, predicted)
-    loss = tt.teacher_forcing_loss(Recorder(), batch, config, step_generator(0, 1))
+    inputs = add_noise(model, Batch(frames, predicted), config, step_generator(0, 1))
+    loss = velocity_loss(Recorder(), inputs)
     ((latents, times, positions),) = calls
     torch.testing.assert_close(latents[:, :4], frames[:, :4])
     assert positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 2, 3, 4]
@@ -113,7 +125,7 @@ def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_wi
         return velocity(latents, times, *arguments, **options)
 
     model.velocity = recorder
-    loss = tt.teacher_forcing_loss(model, tt.TeacherForcingBatch(frames, torch.tensor([6])), config, step_generator(0, 1))
+    loss = velocity_loss(model, add_noise(model, Batch(frames, torch.tensor([6])), config, step_generator(0, 1)))
     del model.velocity
     assert captured["num_coarse"] == 3, "of seven frames, a window of four leaves three coarse"
     alone = model(captured["latents"], captured["times"])[:, -1]

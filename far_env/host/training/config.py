@@ -8,7 +8,11 @@ from typing import Annotated, Any, ClassVar
 from tyro.constructors import PrimitiveConstructorSpec
 
 from far_env.config import from_dict, require_positive
+from far_env.errors import unknown_name
 
+OBJECTIVES = ("teacher_forcing", "far")
+OPTIMIZERS = ("muon", "adamw")
+SCHEDULES = ("cosine", "constant")
 DEFAULT_FRAMES = 16
 """Frames of the windows that are drawn from recordings, unless a source says otherwise."""
 
@@ -112,22 +116,32 @@ class TransformerTraining:
 
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of far_env.host.far.FAR, or, with a context_patch_size, of far_env.host.far_long.FARLong."""
+    objective: str = "teacher_forcing"
+    """teacher_forcing, the recipe of the embedded hosts with dropped frames, or far, by which FAR's models were trained."""
     steps: int = 7_000
     """Optimiser steps."""
     clips_per_world: int = 8_000
     """Train clips of a world that are encoded once; batches are drawn from them. Of recordings, all are encoded."""
     batch_size: int = 16
-    """Histories per step."""
+    """Histories per step, over all processes."""
+    gradient_accumulation: int = 1
+    """Parts in which a process computes its rows of the batch, one after the other, to save memory."""
+    optimizer: str = "muon"
+    """muon (Muon for the attention and MLP matrices, AdamW for the rest) or adamw (for all)."""
     muon_learning_rate: float = 0.02
-    """Learning rate of the attention and MLP matrices."""
+    """Learning rate of Muon."""
     adamw_learning_rate: float = 2e-3
-    """Learning rate of all other parameters."""
+    """Learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of both optimisers."""
+    schedule: str = "cosine"
+    """Learning rates after the warm-up: cosine, down to 0, or constant."""
     warmup: int = 100
     """Steps in which the learning rates rise to their highest values."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, which becomes the host."""
+    clean_context_ratio: float = 0.1
+    """Objective far: share of frames that are given clean and do not count."""
     contiguous_every: int = 5
     """One batch in this many has contiguous histories, without dropped frames."""
     min_contiguous: int = 16
@@ -151,7 +165,10 @@ class TransformerTraining:
 
     def __post_init__(self) -> None:
         counts = ("steps", "clips_per_world", "batch_size", "contiguous_every", "min_contiguous", "contiguous_predicted")
-        require_positive(self, *counts, "noisy_copies", "muon_learning_rate", "adamw_learning_rate", "warmup")
+        require_positive(self, *counts, "gradient_accumulation", "noisy_copies", "muon_learning_rate", "adamw_learning_rate")
+        for name, known in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(unknown_name(name, getattr(self, name), known))
         if self.max_tail < 2:
             raise ValueError(f"max_tail must be at least 2, got {self.max_tail}: a tail is a frame and its successor")
 
@@ -194,6 +211,8 @@ class HostTraining:
     `Source`."""
     start_from: str | None = None
     """A host (shipped, or a folder) whose autoencoder is reused and whose transformer initialises this one."""
+    autoencoder_from: str | None = None
+    """A host, or a released autoencoder such as dcae_ucf101_64, whose autoencoder is used unchanged; the transformer is new."""
     autoencoder_of: str | None = None
     """The shipped host that contains this autoencoder; its file is then not written again."""
     seed: int = 0

@@ -105,33 +105,32 @@ def _chunk_facts(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is damaged; delete it, and the same command encodes its episodes again") from error
 
 
-def encode_episodes(
-    episodes: Episodes, autoencoder: Autoencoder, folder: Path, model: FAR | None = None, share: slice = slice(None)
-) -> EncodedEpisodes | None:
-    """Encode the train episodes of a source, unless they are in the folder already, and open them.
+def encode_episodes(episodes: Episodes, autoencoder: Autoencoder, folder: Path, model: FAR, share: slice = slice(None)) -> None:
+    """Encode the train episodes of a source, unless they are in the folder already.
 
     Args:
         episodes: the source.
         autoencoder: encodes frames, on its device.
         folder: of all encoded sources; each gets a folder inside.
         model: the host for which actions and labels are checked.
-        share: the chunks that this process encodes. With a part of them, nothing is opened.
+        share: the chunks that this process encodes.
 
     Raises:
         ValueError: if an action or a label is outside the model's classes, or the disk is full; what was encoded stays.
     """
     own = make_run_dir(folder / folder_name(episodes, autoencoder))
-    if share == slice(None):
-        write_json(own / "source.json", {"autoencoder": state_hash(autoencoder), **episodes.facts})
-    plan = _chunks(episodes)
-    files = [(own / f"latents_{number:06d}.npy", own / f"chunk_{number:06d}.npz") for number in range(len(plan))]
-    own_part = list(zip(plan, files, strict=True))[share]
-    for numbers, (latents, facts) in show_progress(own_part, description=f"encode {episodes.name}", unit="chunks", delay=1):
+    write_json(own / "source.json", {"autoencoder": state_hash(autoencoder), **episodes.facts})
+    plan = list(zip(_chunks(episodes), _chunk_files(episodes, own), strict=True))[share]
+    for numbers, (latents, facts) in show_progress(plan, description=f"encode {episodes.name}", unit="chunks", delay=1):
         if not facts.exists():
             _encode_chunk(episodes, autoencoder, numbers, latents, facts)
-        if model is not None and model.condition is not None and episodes.classes_given:
+        if model.condition is not None and episodes.classes_given:
             check_classes(episodes.name, _chunk_facts(facts), model)
-    return EncodedEpisodes(episodes, files) if share == slice(None) else None
+
+
+def open_encoded(episodes: Episodes, autoencoder: Autoencoder, folder: Path) -> EncodedEpisodes:
+    """The train episodes that `encode_episodes` has encoded. Raises ValueError if a chunk is damaged."""
+    return EncodedEpisodes(episodes, _chunk_files(episodes, folder / folder_name(episodes, autoencoder)))
 
 
 def check_classes(name: str, facts: dict[str, np.ndarray], model: FAR) -> None:
@@ -161,6 +160,12 @@ def state_hash(model: torch.nn.Module) -> str:
     for value in model.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:8]
+
+
+def _chunk_files(episodes: Episodes, folder: Path) -> list[tuple[Path, Path]]:
+    """The files of all chunks of a source: latents and facts."""
+    numbers = range(len(_chunks(episodes)))
+    return [(folder / f"latents_{number:06d}.npy", folder / f"chunk_{number:06d}.npz") for number in numbers]
 
 
 def _chunks(episodes: Episodes) -> list[range]:

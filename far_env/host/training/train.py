@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,22 +15,35 @@ from diffusers import AutoencoderDC
 from far_env.config import save_yaml
 from far_env.device import denormals_flushed, resolve_device, resolve_precision
 from far_env.errors import unknown_name
+from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, make_transformer
 from far_env.host.training.autoencoder import train_autoencoder
 from far_env.host.training.config import HostTraining
 from far_env.host.training.episodes import Episodes, find_episodes
-from far_env.host.training.latent_cache import encode_episodes
+from far_env.host.training.latent_cache import EncodedEpisodes, encode_episodes, open_encoded
 from far_env.host.training.next_frame import NextFrameTest
+from far_env.host.training.processes import Processes
 from far_env.host.training.transformer import train_transformer
 from far_env.host.weights import SHIPPED, Host, load_host, save_host
+from far_env.host.zoo import RELEASED, load_released
 from far_env.io import locked, make_run_dir, read_json, write_json
 from far_env.provenance import run_facts, save_facts, session_precision
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training begins with: an autoencoder that is used unchanged, and a transformer's weights; None is trained anew."""
+
+    autoencoder: Autoencoder | None = None
+    transformer: FAR | None = None
 
 
 @denormals_flushed()
 def train_models(config: HostTraining) -> Host:
     """Train (or finish training) both models, write them to ``config.output_dir``, and return the host loaded from there.
+
+    Of several processes that were launched together, the first one writes.
 
     Raises:
         TrainingStopped: after Ctrl-C, with the progress saved.
@@ -38,42 +52,89 @@ def train_models(config: HostTraining) -> Host:
     """
     if config.autoencoder_of is not None and config.autoencoder_of not in SHIPPED:
         raise ValueError(unknown_name("shipped host", config.autoencoder_of, list(SHIPPED)))
-    device = resolve_device(config.device)
-    source = None if config.start_from is None else load_host(config.start_from, str(device))
-    check_models(config, source)
-    episodes = [find_episodes(item, config.frame_size, config.transformer.clips_per_world) for item in config.sources]
+    processes = Processes(resolve_device(config.device))
+    processes.rows(config.transformer.batch_size, config.transformer.gradient_accumulation)
+    start = load_start(config, processes.device)
+    check_models(config, start)
+    episodes = all_episodes(config)
+    if start.autoencoder is None and any(item.holds_latents for item in episodes):
+        raise ValueError("a source holds latents, so their autoencoder cannot be trained; name it with autoencoder_from")
     run_dir = make_run_dir(config.run_dir)
-    dtype = resolve_precision(session_precision(run_dir, config.precision), device)
-    with locked(run_dir):
-        _check_same_run(config, run_dir)
-        save_facts(run_dir, run_facts(device, dtype))
-        _train(config, episodes, source, run_dir, device, dtype)
-    return load_host(config.output_dir, config.device)
+    dtype = resolve_precision(session_precision(run_dir, config.precision), processes.device)
+    with locked(run_dir) if processes.first else nullcontext():
+        if processes.first:
+            _check_same_run(config, run_dir)
+            save_facts(run_dir, run_facts(processes.device, dtype))
+        processes.wait()
+        _train(config, episodes, start, run_dir, processes, dtype)
+    processes.wait()
+    return load_host(config.output_dir, str(processes.device))
+
+
+def all_episodes(config: HostTraining) -> list[Episodes]:
+    """The sources of a training. Raises ValueError as `find_episodes` does."""
+    return [find_episodes(source, config.frame_size, config.transformer.clips_per_world) for source in config.sources]
+
+
+def load_start(config: HostTraining, device: torch.device) -> Start:
+    """The models that a training begins with, in float32 on a device.
+
+    Raises:
+        WeightsError: if they cannot be loaded.
+        ValueError: if both ``start_from`` and ``autoencoder_from`` are given, or the host works on frames of another size.
+    """
+    if config.start_from is not None and config.autoencoder_from is not None:
+        raise ValueError("start_from comes with its autoencoder; leave autoencoder_from out")
+    name = config.autoencoder_from
+    if name in RELEASED and RELEASED[name].kind == "Autoencoder":
+        return Start(load_released(name).to(device))
+    if name is None and config.start_from is None:
+        return Start()
+    host = load_host(name or config.start_from, str(device))
+    if config.start_from is not None and host.frame_size != config.frame_size:
+        raise ValueError(
+            f"frame_size is {config.frame_size}, but the host {config.start_from} works on frames of {host.frame_size}²; set "
+            f"frame_size: {host.frame_size} or leave start_from out"
+        )
+    return Start(host.autoencoder, None if config.start_from is None else host.transformer)
+
+
+def encode_all(
+    config: HostTraining, episodes: Sequence[Episodes], autoencoder: Autoencoder, processes: Processes
+) -> list[EncodedEpisodes]:
+    """Encode all sources, each process a part, and open them. Raises ValueError as `encode_episodes` does."""
+    folder = make_run_dir(config.latents_dir or Path(config.run_dir) / "latents")
+    with torch.device("meta"):
+        model = make_transformer(config.transformer.model)
+    share = slice(processes.index, None, processes.count)
+    for item in episodes:
+        encode_episodes(item, autoencoder, folder, model, share)
+    processes.wait()
+    return [open_encoded(item, autoencoder, folder) for item in episodes]
 
 
 def _train(
-    config: HostTraining,
-    episodes: Sequence[Episodes],
-    source: Host | None,
-    run_dir: Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    config: HostTraining, episodes: Sequence[Episodes], start: Start, run_dir: Path, processes: Processes, dtype: torch.dtype
 ) -> None:
-    """Train both models, or the transformer alone if there is a source, and write them to ``config.output_dir``."""
-    shares = [item.share for item in config.sources]
-    common = {"seed": config.seed, "device": device, "dtype": dtype, "checkpoint_every": config.checkpoint_every}
-    if source is None:
-        autoencoder, start = train_autoencoder(config.autoencoder, episodes, shares, run_dir, **common), None
-    else:
-        autoencoder, start = source.autoencoder, source.transformer
-    folder = make_run_dir(config.latents_dir or run_dir / "latents")
-    with torch.device("meta"):
-        model = make_transformer(config.transformer.model)
-    encoded = [encode_episodes(item, autoencoder, folder, model) for item in episodes]
+    """Train both models, or the transformer alone if there is an autoencoder, and write them to ``config.output_dir``."""
+    shares = [source.share for source in config.sources]
+    common = {"seed": config.seed, "dtype": dtype, "checkpoint_every": config.checkpoint_every}
+    autoencoder = start.autoencoder
+    if autoencoder is None:
+        # The first process alone: the decoder's batch statistics, and so the result, would depend on the number of processes.
+        if not processes.first:
+            processes.wait()
+        autoencoder = train_autoencoder(config.autoencoder, episodes, shares, run_dir, device=processes.device, **common)
+        if processes.first:
+            processes.wait()
+    encoded = encode_all(config, episodes, autoencoder, processes)
     test = None
-    if config.validation.every:
+    if config.validation.every and processes.first:
         test = NextFrameTest(config.validation, episodes, autoencoder, config.seed)
-    transformer = train_transformer(config.transformer, encoded, shares, run_dir, start_from=start, test=test, **common)
+    options = {"start_from": start.transformer, "test": test, "processes": processes, **common}
+    transformer = train_transformer(config.transformer, encoded, shares, run_dir, **options)
+    if not processes.first:
+        return
     output_dir = make_run_dir(config.output_dir)
     save_host(
         output_dir,
@@ -87,20 +148,18 @@ def _train(
     save_yaml(config, output_dir / "training.yaml")
 
 
-def check_models(config: HostTraining, source: Host | None) -> None:
+def check_models(config: HostTraining, start: Start) -> None:
     """Build both models without memory, so that settings that do not fit are reported before hours of training.
 
-    Args:
-        source: the host that training starts from, if any; its autoencoder is reused instead of trained.
-
     Raises:
-        ValueError: on an unknown argument (the nearest one is suggested), a wrong one, or channels that do not match.
+        ValueError: on an unknown argument (the nearest one is suggested), a wrong one, or sizes that do not match.
     """
-    encoding = config.autoencoder.model if source is None else source.autoencoder.settings
+    encoding = config.autoencoder.model if start.autoencoder is None else start.autoencoder.settings
     parts: dict[str, tuple[Callable, list[type], dict]] = {
         "autoencoder": (lambda settings: AutoencoderDC(**settings), [AutoencoderDC], encoding),
         "transformer": (make_transformer, [FARLong, FAR], config.transformer.model),
     }
+    models = {}
     for part, (build, classes, arguments) in parts.items():
         parameters = [name for cls in classes for name in inspect.signature(cls).parameters]
         for key in arguments:
@@ -108,24 +167,26 @@ def check_models(config: HostTraining, source: Host | None) -> None:
                 raise ValueError(f"{part}: model: {unknown_name('key', key, parameters)}")
         try:
             with torch.device("meta"):
-                build(arguments)
+                models[part] = build(arguments)
         except Exception as error:
             raise ValueError(f"{part}: model: these settings do not fit: {error}") from error
-    if source is not None and source.frame_size != config.frame_size:
-        raise ValueError(
-            f"frame_size is {config.frame_size}, but the host {config.start_from} works on frames of {source.frame_size}²; set "
-            f"frame_size: {source.frame_size} or leave start_from out"
-        )
     latent_channels = encoding.get("latent_channels", 32)
     for key in ("in_channels", "out_channels"):
         if config.transformer.model.get(key, 32) != latent_channels:
             raise ValueError(f"transformer: model: {key} must equal the autoencoder's latent_channels {latent_channels}")
+    transformer, compression = models["transformer"], models["autoencoder"].spatial_compression_ratio
+    multiple = compression * getattr(transformer, "context_patch_size", transformer.patch_size)
+    if config.frame_size % multiple:
+        raise ValueError(
+            f"frame_size {config.frame_size} must be a multiple of {multiple}: the autoencoder's compression {compression} "
+            "times the transformer's largest patch"
+        )
 
 
 def _check_same_run(config: HostTraining, run_dir: Path) -> None:
     """Save the settings, or refuse to resume a run whose settings that determine the weights differ."""
     path = run_dir / "training.json"
-    determining = ("autoencoder", "transformer", "sources", "frame_size", "start_from", "seed")
+    determining = ("autoencoder", "transformer", "sources", "frame_size", "start_from", "autoencoder_from", "seed")
     settings = json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in determining}))
     if path.exists():
         before = read_json(path, "choose another run_dir or delete it")

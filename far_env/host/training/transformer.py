@@ -1,111 +1,22 @@
-"""Second stage of training a host: teach a small FAR to continue histories from which frames have been dropped.
-
-Teacher forcing in one pass: the tokens are [clean frames | noisy frames] under a mask that lets every noisy frame attend to the
-clean frames before it (time −1) and itself. Frame-drop augmentation makes each clean history a few random older frames plus
-a contiguous tail, re-indexed as in a rollout; only tail frames are predicted, because only their true predecessor is present.
-FAR is trained differently (arXiv 2503.19325, section 3): its frames attend to noisy frames, and none is dropped.
-"""
+"""Second stage of training a host: fit a transformer, FAR or FAR-Long, to encoded episodes by one of the objectives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from far_env.host.far import CLEAN_TIME, FAR
-from far_env.host.far_long import initialise_from, make_transformer
+from far_env.host.far import FAR
+from far_env.host.far_long import FARLong, initialise_from, make_transformer
 from far_env.host.training.config import TransformerTraining
-from far_env.host.training.histories import TeacherForcingBatch, draw_batch, is_contiguous
 from far_env.host.training.latent_cache import EncodedEpisodes
-from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
+from far_env.host.training.loop import constant_with_warmup, cosine_with_warmup, run_steps, set_learning_rate
 from far_env.host.training.next_frame import NextFrameTest
-
-
-@dataclass(frozen=True)
-class NoisyFrames:
-    """What a transformer sees in a training step, and what it should answer.
-
-    Attributes:
-        latents: (B, F, C, h, w); the last P frames are to be predicted.
-        times: (B, F).
-        positions: (F,) time positions.
-        visible: (F, F), True where a frame attends to another.
-        num_coarse: oldest frames that FAR-Long sees coarsely.
-        velocities: (B, P, C, h, w), noise − clean.
-        classes: actions (B, F) or labels (B,), or None.
-    """
-
-    latents: Tensor
-    times: Tensor
-    positions: Tensor
-    visible: Tensor
-    num_coarse: int
-    velocities: Tensor
-    classes: Tensor | None = None
-
-
-def teacher_forcing_loss(
-    model: FAR, batch: TeacherForcingBatch, config: TransformerTraining, generator: torch.Generator
-) -> Tensor:
-    """Mean squared error of the velocity of every predicted frame at ``noisy_copies`` noise levels each.
-
-    For FAR-Long, the frames are coarse that are coarse when the last frame is predicted.
-    """
-    return velocity_loss(model, add_noise(model, batch, config, generator))
-
-
-def add_noise(model: FAR, batch: TeacherForcingBatch, config: TransformerTraining, generator: torch.Generator) -> NoisyFrames:
-    """The clean history of a batch, possibly a little noisy, and noisy copies of the frames to be predicted.
-
-    A tenth of the actions, or labels, becomes the null class, as in FAR's training, clean and noisy frames separately.
-    """
-    frames, predicted = batch.frames, batch.predicted.repeat(config.noisy_copies)
-    device, num_rows = frames.device, len(frames)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).to(device)
-
-    num_clean = frames.shape[1] - 1
-    context_sigma = (uniform(num_rows) < 0.5) * uniform(num_rows) * config.context_noise
-    clean = frames[:, :num_clean]
-    clean = clean + context_sigma[:, None, None, None, None] * (normal(*clean.shape) - clean)
-
-    sigma = torch.sigmoid(normal(num_rows, len(predicted)) + config.noise_mean)
-    sigma = sigma.masked_fill(uniform(*sigma.shape) < config.pure_noise_share, 1.0)
-    target = frames[:, predicted]
-    noise = normal(*target.shape)
-    level = sigma[:, :, None, None, None]
-    noisy = level * noise + (1 - level) * target
-
-    clean_positions = torch.arange(num_clean, device=device)
-    positions = torch.cat([clean_positions, predicted])
-    visible = torch.zeros(len(positions), len(positions), dtype=torch.bool, device=device)
-    visible[:, :num_clean] = clean_positions < positions[:, None]
-    visible |= torch.eye(len(positions), dtype=torch.bool, device=device)
-    times = torch.cat([torch.full((num_rows, num_clean), CLEAN_TIME, device=device), 1000 * sigma], dim=1)
-    classes = batch.classes
-    if classes is not None:
-        classes = classes[:, positions] if model.condition == "action" else classes
-        classes = classes.masked_fill(uniform(*classes.shape) < config.class_dropout, model.null_class)
-    num_coarse = model.num_coarse(num_clean + 1)
-    return NoisyFrames(torch.cat([clean, noisy], dim=1), times, positions, visible, num_coarse, noise - target, classes)
-
-
-def velocity_loss(model: FAR, batch: NoisyFrames) -> Tensor:
-    """Mean squared error of the velocities of the frames to be predicted."""
-    options: dict[str, Any] = {"num_coarse": batch.num_coarse} if batch.num_coarse else {}
-    if batch.classes is not None:
-        options[model.condition] = batch.classes
-    velocity = model.velocity(batch.latents, batch.times, batch.positions, batch.visible, **options)
-    return (velocity[:, -batch.velocities.shape[1] :].float() - batch.velocities).square().mean()
+from far_env.host.training.objectives import OBJECTIVES, Drawing, NoisyFrames, velocity_loss
+from far_env.host.training.processes import Processes
 
 
 class ExponentialAverage:
@@ -132,6 +43,18 @@ class ExponentialAverage:
             self.average[key].copy_(value)
 
 
+class _Learner(nn.Module):
+    """The loss of a transformer as a module's output, as distributed training needs it."""
+
+    def __init__(self, model: FAR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: NoisyFrames) -> Tensor:
+        """The loss of a batch."""
+        return velocity_loss(self.model, batch)
+
+
 def train_transformer(
     config: TransformerTraining,
     sources: Sequence[EncodedEpisodes],
@@ -139,7 +62,7 @@ def train_transformer(
     run_dir: Path,
     *,
     seed: int,
-    device: torch.device,
+    processes: Processes,
     dtype: torch.dtype,
     start_from: FAR | None = None,
     test: NextFrameTest | None = None,
@@ -149,42 +72,53 @@ def train_transformer(
 
     Args:
         sources: encoded train episodes, drawn in these shares.
+        processes: those that train together.
         start_from: a transformer that provides the initial weights, which are random by default.
         test: measures the averaged transformer from time to time.
+
+    Raises:
+        ValueError: if a batch cannot be divided among the processes.
     """
+    parts = processes.rows(config.batch_size, config.gradient_accumulation)
     torch.manual_seed(seed)
     model = make_transformer(config.model)
     if start_from is not None:
         initialise_from(model, start_from)
-    model = model.to(device).train()
+    model = model.to(processes.device).train()
     if model.condition is not None:
-        model.class_embedder.dropout = 0.0  # classes are dropped by `add_noise`, from the step's seed
+        model.class_embedder.dropout = 0.0  # the objective drops classes, seeded by the step
+    objective = OBJECTIVES[config.objective](Drawing(config, sources, shares, model, seed, processes.device))
     average = ExponentialAverage(model, config.ema_decay)
-    matrices = [p for name, p in model.named_parameters() if _is_hidden_matrix(name)]
-    others = [p for name, p in model.named_parameters() if not _is_hidden_matrix(name)]
-    muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-    adamw = torch.optim.AdamW(others, lr=config.adamw_learning_rate, weight_decay=config.weight_decay)
+    optimizers = _optimizers(config, model)
+    # The coarse parts of FAR-Long take no part in steps with short histories.
+    learner = processes.distributed(_Learner(model), find_unused=isinstance(model, FARLong))
+    factor_of = cosine_with_warmup if config.schedule == "cosine" else constant_with_warmup
 
     def train_step(step: int) -> dict[str, float]:
-        batch = draw_batch(config, sources, shares, model, seed, step).to(device)
-        factor = cosine_with_warmup(step, config.steps, config.warmup)
-        for optimizer in (muon, adamw):
+        factor = factor_of(step, config.steps, config.warmup)
+        for optimizer in optimizers.values():
             set_learning_rate(optimizer, factor)
             optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = teacher_forcing_loss(model, batch, config, step_generator(seed, 3, step))
-        loss.backward()
+        total = torch.zeros((), device=processes.device)
+        for part in parts:
+            batch = objective.inputs(step, part)
+            with (
+                processes.local_gradients(learner, part != parts[-1]),
+                torch.autocast(processes.device.type, dtype, enabled=dtype != torch.float32),
+            ):
+                loss = learner(batch) / len(parts)
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step()
-        adamw.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         average.update(model, step)
-        kind = "loss_contiguous" if is_contiguous(config, step) else "loss_dropped"
-        return {kind: loss.item()}
+        return {objective.loss_name(step): processes.mean(total).item()}
 
-    state = {"model": model, "muon": muon, "adamw": adamw, "average": average}
-    options = {"checkpoint_every": checkpoint_every, "log_every": 1}
+    state = {"model": model, **optimizers, "average": average}
+    options = {"checkpoint_every": checkpoint_every, "log_every": 1, "processes": processes}
     if test is not None:
-        averaged = make_transformer(config.model).to(device).eval()
+        averaged = make_transformer(config.model).to(processes.device).eval()
 
         def validate(step: int, writer: SummaryWriter) -> None:
             averaged.load_state_dict(average.average)
@@ -194,6 +128,18 @@ def train_transformer(
     run_steps("transformer", run_dir, config.steps, state, train_step, **options)
     model.load_state_dict(average.average)
     return model.eval()
+
+
+def _optimizers(config: TransformerTraining, model: FAR) -> dict[str, torch.optim.Optimizer]:
+    """The optimisers of the model's parameters, by name."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if config.optimizer == "muon" and _is_hidden_matrix(name)]
+    others = [p for name, p in named if config.optimizer != "muon" or not _is_hidden_matrix(name)]
+    adamw = torch.optim.AdamW(others, lr=config.adamw_learning_rate, weight_decay=config.weight_decay)
+    if not matrices:
+        return {"adamw": adamw}
+    muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    return {"muon": muon, "adamw": adamw}
 
 
 def _is_hidden_matrix(name: str) -> bool:
