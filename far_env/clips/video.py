@@ -73,14 +73,14 @@ def read_frames(path: Path, start: int, count: int) -> list[np.ndarray]:
     raise VideoError(f"{path} ends early: frames {start} to {last} were requested, {decoded} could be decoded")
 
 
-def frame_blocks(path: Path, size: int, interval: int = 1) -> Iterator[list[np.ndarray]]:
-    """Every ``interval``-th frame of a file in order, in lists of up to ``size``, so that a long video needs little memory.
+def frame_blocks(path: Path, count: int, size: int) -> Iterator[list[np.ndarray]]:
+    """The first ``count`` frames of a file, in lists of up to ``size``, so that a long video needs little memory.
 
     Raises:
         VideoError: if the file is damaged.
     """
     frames = iter(read_episode(path)) if path.suffix.lower() == EPISODE_SUFFIX else _images(path)
-    selected = islice(frames, 0, None, interval)
+    selected = islice(frames, count)
     while block := list(islice(selected, size)):
         yield block
 

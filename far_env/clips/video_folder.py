@@ -56,6 +56,7 @@ class VideoFolder:
         protocol: one of `PROTOCOLS`.
         num_frames: frames per clip.
         size: side of the square frames in pixels; by default that of the data set.
+        train_list: name of the list in the folder that takes the place of FAR's training list, for the protocol far.
 
     Raises:
         ValueError: on an unknown protocol, a missing folder, a damaged list, or a folder without a usable video.
@@ -80,6 +81,7 @@ class VideoFolder:
         *,
         num_frames: int,
         size: int | None = None,
+        train_list: str | None = None,
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
@@ -88,6 +90,7 @@ class VideoFolder:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}")
         self.folder, self.protocol, self.num_frames = Path(path), protocol, num_frames
         self.size = self.default_size if size is None else size
+        self._train_list = train_list
         self.host: LatentHost | None = None
         self.skipped: dict[Path, str] = {}
         splits = self._splits_of_files()
@@ -149,6 +152,8 @@ class VideoFolder:
     def _splits_of_files(self) -> dict[str, list[Recording]]:
         """The recordings of each split, usable or not."""
         lists = find_lists(self.folder, self.preferred_lists) if self.protocol == "far" else {}
+        if self._train_list is not None:
+            lists["train"] = self.folder / self._train_list
         if lists:
             train, test = (read_list(lists[split]) if split in lists else [] for split in ("train", "test"))
             splits = {

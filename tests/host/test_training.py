@@ -31,6 +31,8 @@ from far_env.provenance import load_facts
 from far_env.tensor_files import load_tensors
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize("case", ["train_loss_far.npz", "train_loss_far_long.npz"])
 def test_fars_training_loss_and_gradients_equal_the_published_ones(golden, case):
@@ -191,7 +193,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 @pytest.fixture
 def tiny_training(tmp_path) -> HostTraining:
-    shipped = load_yaml(HostTraining, Path(__file__).parents[2] / "configs" / "host_embedded.yaml")
+    shipped = load_yaml(HostTraining, ROOT / "configs" / "host_embedded.yaml")
     return dataclasses.replace(
         shipped,
         run_dir=str(tmp_path / "run"),

@@ -22,7 +22,8 @@ class Source:
     """Where clips come from, and how often."""
 
     clips: str
-    """A world, or a folder of videos, of recorded episodes (.npz), or of FAR's JSON lists of videos or latents."""
+    """A world; a folder of videos, of recorded episodes (.npz), or of FAR's JSON lists of videos or latents; or a data set
+    (ucf101, bair, dmlab, minecraft) whose folder is in its environment variable. A folder of such a name is written ./NAME."""
     share: float = 1.0
     """How often its clips are drawn, relative to the other sources."""
     frames: int | None = None
@@ -37,6 +38,8 @@ class Source:
     dataset: str | None = None
     """Read a folder as this data set does (ucf101, bair, dmlab, minecraft); by default every video or episode with the actions
     that it comes with."""
+    train_list: str | None = None
+    """The JSON list in the folder whose videos are trained on, every tenth one excepted; by default FAR's of the data set."""
     protocol: str = "far"
     """How a folder is split and how its frames are made square: far (lists, or every tenth file; centre crop) or benchmark
     (shuffled list; squeezed). Use that of the workload that will evaluate the host, or its test clips may be trained on."""

@@ -52,6 +52,7 @@ class Episodes(Protocol):
     Attributes:
         name: for messages, logs and folders.
         frames: length of the windows that are drawn from them.
+        interval: distance of successive frames of a window within the episode.
         facts: plain values that identify what the episodes hold, for the cache of encoded ones.
         holds_latents: whether they are latents already, which cannot be encoded with another autoencoder.
         classes_given: whether a host that takes actions or labels gets theirs, not the null class.
@@ -59,6 +60,7 @@ class Episodes(Protocol):
 
     name: str
     frames: int
+    interval: int
     facts: dict[str, Any]
     holds_latents: bool
     classes_given: bool
@@ -96,6 +98,7 @@ class WorldEpisodes:
     """
 
     holds_latents = False
+    interval = 1
 
     def __init__(self, world: World, count: int, frames: int | None, classes_given: bool = True) -> None:
         if (frames or 0) > world.num_frames:
@@ -147,16 +150,22 @@ class FolderEpisodes:
     """
 
     def __init__(self, source: Source, size: int) -> None:
-        self.name, self._source, self.classes_given = Path(source.clips).resolve().name, source, source.classes
-        self.frames = source.frames or DEFAULT_FRAMES
-        reader = Recordings if source.dataset is None else DATASETS[source.dataset]
-        self._span = (self.frames - 1) * source.interval + 1
-        self._folder: VideoFolder = reader(source.clips, source.protocol, num_frames=self._span, size=size)
+        self._source, self.classes_given = source, source.classes
+        self.frames, self.interval = source.frames or DEFAULT_FRAMES, source.interval
+        self._span = (self.frames - 1) * self.interval + 1
+        named = source.clips in DATASETS
+        dataset = source.clips if named else source.dataset
+        reader = Recordings if dataset is None else DATASETS[dataset]
+        options = {} if source.train_list is None else {"train_list": source.train_list}
+        self._folder: VideoFolder = reader(
+            None if named else source.clips, source.protocol, num_frames=self._span, size=size, **options
+        )
+        self.name = source.clips if named else self._folder.folder.resolve().name
         self._num_files = self._folder.num_clips("train")
         if not self._num_files:
             raise ValueError(f"the source {source.clips} has no video in its train split; it needs more videos")
         recordings = [self._folder.recording("train", index) for index in range(self._num_files)]
-        self._lengths = [-(-length // source.interval) for _, length in recordings]
+        self._lengths = [length for _, length in recordings]
         kinds = {recording.latent for recording, _ in recordings}
         if len(kinds) > 1:
             raise ValueError(f"the source {source.clips} lists both videos and latents; use two sources")
@@ -170,11 +179,10 @@ class FolderEpisodes:
             status = recording.path.stat()
             files.update(f"{recording} {length} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         self.facts = {
-            "folder": str(Path(source.clips).resolve()),
-            "dataset": source.dataset,
+            "folder": str(self._folder.folder.resolve()),
+            "dataset": dataset,
             "protocol": source.protocol,
             "size": size,
-            "interval": source.interval,
             "flip": source.flip,
             "files": files.hexdigest()[:16],
         }
@@ -184,23 +192,18 @@ class FolderEpisodes:
         return self._num_files * (2 if self._source.flip else 1)
 
     def length(self, index: int) -> int:
-        """Frames of a file, every ``interval``-th one counted."""
+        """Frames of a file, or those with an action."""
         return self._lengths[index % self._num_files]
 
     def blocks(self, index: int) -> Iterator[np.ndarray]:
         """The file's frames or latents."""
         recording, length = self._folder.recording("train", index % self._num_files)
-        interval = self._source.interval
         if recording.latent:
-            yield read_latents(recording.path, 0, length).numpy()[::interval]
+            yield read_latents(recording.path, 0, length).numpy()
             return
-        left = self.length(index)  # a file may hold more frames than actions
-        for block in frame_blocks(recording.path, BLOCK_FRAMES, interval):
-            frames = self._folder.fit(block[:left])
-            left -= len(frames)
+        for block in frame_blocks(recording.path, length, BLOCK_FRAMES):
+            frames = self._folder.fit(block)
             yield frames[..., ::-1] if index >= self._num_files else frames
-            if not left:
-                return
 
     def classes(self, index: int) -> Classes:
         """Actions of the file's frames, and its label: the list's, else the number of its folder among all."""
@@ -213,7 +216,7 @@ class FolderEpisodes:
         index = int(_order(self._num_files, turn)[place])
         recording, length = self._folder.recording("train", index)
         start = int(np.random.default_rng((3, number)).integers(length - self._span + 1))
-        return self._folder.fit(read_frames(recording.path, start, self._span)[:: self._source.interval])
+        return self._folder.fit(read_frames(recording.path, start, self._span)[:: self.interval])
 
     def num_validation(self) -> int:
         """Number of files in the validation split."""
@@ -224,15 +227,15 @@ class FolderEpisodes:
         recording, _ = self._folder.recording("validation", index)
         classes = self._classes(recording)
         if classes.actions is not None:
-            classes = replace(classes, actions=classes.actions[: self.frames])
+            classes = replace(classes, actions=classes.actions[: self._span : self.interval])
         if recording.latent:
-            return Window(None, read_latents(recording.path, 0, self._span).numpy()[:: self._source.interval], classes)
-        return Window(self._folder.fit(read_frames(recording.path, 0, self._span)[:: self._source.interval]), None, classes)
+            return Window(None, read_latents(recording.path, 0, self._span).numpy()[:: self.interval], classes)
+        return Window(self._folder.fit(read_frames(recording.path, 0, self._span)[:: self.interval]), None, classes)
 
     def _classes(self, recording: Recording) -> Classes:
         actions = None
         if recording.actions is not None:
-            actions = read_actions(recording.actions, recording.num_actions)[:: self._source.interval]
+            actions = read_actions(recording.actions, recording.num_actions)
         label = recording.label
         # A folder that holds validation files alone has no number among those of the train split.
         return Classes(actions, self._labels.get(recording.path.parent.name) if label is None else label)
@@ -259,15 +262,16 @@ def find_episodes(source: Source, frame_size: int, clips_per_world: int) -> Epis
     Raises:
         ValueError: if it is neither a world nor a folder of videos, or does not fit the host's frames.
     """
-    if source.clips in WORLDS and not Path(source.clips).is_dir():
+    if source.clips in WORLDS:
         world = WORLDS[source.clips]
         if world.size != frame_size:
             raise ValueError(f"the source {world.name} draws frames of {world.size}², the host works on {frame_size}²")
-        if source.interval != 1 or source.flip or source.dataset is not None:
-            raise ValueError(f"the source {world.name} is a world, which takes no interval, flip or dataset")
+        if source.interval != 1 or source.flip or source.dataset is not None or source.train_list is not None:
+            raise ValueError(f"the source {world.name} is a world, which takes no interval, flip, dataset or train_list")
         return WorldEpisodes(world, clips_per_world, source.frames, source.classes)
-    if not Path(source.clips).is_dir():
-        raise ValueError(f"{unknown_name('world', source.clips, list(WORLDS))} A folder of that name does not exist either")
+    if source.clips not in DATASETS and not Path(source.clips).is_dir():
+        known = unknown_name("source", source.clips, [*WORLDS, *DATASETS])
+        raise ValueError(f"{known}; there is no folder of that name either")
     if source.dataset is not None and source.dataset not in DATASETS:
         raise ValueError(unknown_name("data set", source.dataset, list(DATASETS)))
     if source.protocol not in PROTOCOLS:

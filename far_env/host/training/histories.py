@@ -120,9 +120,9 @@ def _draw_rows(
     for choice in draw_sources([shares[number] for number in numbers], config.batch_size, key):
         source = members[numbers[choice]]
         episode = int(rng.integers(len(source)))
-        spare = source.length(episode) - window
+        spare = source.length(episode) - (window - 1) * source.interval - 1
         start = int(rng.integers(spare + 1)) if spare else 0
-        rows.append((source, episode, start + draw()))
+        rows.append((source, episode, start + source.interval * draw()))
     return rows
 
 

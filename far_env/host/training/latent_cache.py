@@ -58,14 +58,15 @@ class EncodedEpisodes:
     """
 
     def __init__(self, episodes: Episodes, chunks: Sequence[tuple[Path, Path]]) -> None:
-        self.name, self.window, self._classes_given = episodes.name, episodes.frames, episodes.classes_given
+        self.name, self._classes_given = episodes.name, episodes.classes_given
+        self.window, self.interval = episodes.frames, episodes.interval
         self._latents = [latents for latents, _ in chunks]
         self._facts = [facts for _, facts in chunks]
         places, self.skipped = [], 0
         for number, facts in enumerate(self._facts):
             lengths = _chunk_facts(facts)["lengths"]
             starts = np.cumsum(lengths) - lengths
-            usable = lengths >= self.window
+            usable = lengths > (self.window - 1) * self.interval
             self.skipped += int((~usable).sum())
             numbers = np.full(len(lengths), number)
             places.append(np.stack([numbers, np.arange(len(lengths)), starts, lengths], axis=1)[usable])

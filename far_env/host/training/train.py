@@ -113,6 +113,20 @@ def encode_all(
     return [open_encoded(item, autoencoder, folder) for item in episodes]
 
 
+def encode_sources(config: HostTraining) -> list[EncodedEpisodes]:
+    """Encode what a training would encode, before it. Several processes share the work.
+
+    Raises:
+        ValueError: if the autoencoder is trained in that training, or as `train_models` does.
+    """
+    processes = Processes(resolve_device(config.device))
+    start = load_start(config, processes.device)
+    if start.autoencoder is None:
+        raise ValueError("the autoencoder does not exist before the training; name one with autoencoder_from or start_from")
+    check_models(config, start)
+    return encode_all(config, all_episodes(config), start.autoencoder, processes)
+
+
 def _train(
     config: HostTraining, episodes: Sequence[Episodes], start: Start, run_dir: Path, processes: Processes, dtype: torch.dtype
 ) -> None:
