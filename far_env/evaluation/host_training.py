@@ -16,7 +16,7 @@ from far_env.contract import NewestFrames
 from far_env.evaluation.evaluate import FULL_HISTORY, evaluate
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.far_long import FARLong
-from far_env.host.training.config import HostTraining
+from far_env.host.training.config import HostTraining, Source
 from far_env.host.training.processes import is_first_process
 from far_env.host.training.train import train_models
 from far_env.host.weights import Host
@@ -42,7 +42,7 @@ def train_host(config: HostTraining) -> Host:
 
 
 def measurable(config: HostTraining) -> list[str]:
-    """The sources for which there is a workload of the same name: the worlds."""
+    """The worlds among the sources that are registered as workloads too, in which the host can be evaluated."""
     return [source.clips for source in config.sources if source.clips in WORLDS and source.clips in WORKLOADS]
 
 
@@ -76,13 +76,16 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
     weights = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
     steps = {
         "autoencoder": f"autoencoder {config.autoencoder.steps:,} steps of {config.autoencoder.batch_size} frames",
-        "transformer": f"transformer {config.transformer.steps:,} steps of {config.transformer.batch_size} histories",
+        "transformer": f"transformer {config.transformer.steps:,} steps of {config.transformer.batch_size} "
+        f"({config.transformer.objective})",
     }
     stages = [
         f"{text} ({_stage_hours(run_dir, name)} h)" for name, text in steps.items() if (run_dir / f"{name}.ckpt").exists()
     ]
     if config.start_from is not None:
         stages.insert(0, f"autoencoder of the host {config.start_from}, whose transformer initialised this one")
+    if config.autoencoder_from is not None:
+        stages.insert(0, f"autoencoder of {config.autoencoder_from}")
     rows = [
         f"| {world} | {values['reconstruction']:.1f} | {values[FULL_HISTORY]:.2f} | {values['recent_fill']:.2f} |"
         for world, values in quality.items()
@@ -98,6 +101,9 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
         ]
     )
     names = " and ".join(source.clips for source in config.sources)
+    data = ", ".join(f"{source.clips}{_share(config, source)}" for source in config.sources)
+    taken = host.transformer.condition
+    condition = "" if taken is None else f"; it takes {taken}s, {host.transformer.null_class} classes"
     model = "FAR-Long" if isinstance(host.transformer, FARLong) else "FAR"
     sessions = load_facts(run_dir)
 
@@ -110,13 +116,12 @@ def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, f
 # Model card: a {model} host for {names}
 
 A frame-autoregressive flow-matching transformer (FAR, arXiv 2503.19325) and a deep-compression autoencoder (arXiv
-2410.10733), trained from scratch on procedural clips, so that retention policies can be trained and compared without
-downloads or a GPU. It predicts only what it was trained on.
+2410.10733). It predicts only clips like those that it was trained on{condition}.
 
 - Weights: hash {host.weights_hash}; autoencoder {weights["autoencoder"]:,}, transformer {weights["transformer"]:,}
   parameters; float16.
-- Data: train clips of {names}, {config.frame_size}×{config.frame_size}, seed {config.seed};
-  {config.transformer.clips_per_world:,} clips per world for the transformer.
+- Data: train clips of {data}; {config.frame_size}×{config.frame_size}, seed {config.seed};
+  {config.transformer.clips_per_world:,} clips of a world for the transformer.
 - Training: {", ".join(stages)}, in {joined("dtype")} on {joined("machine")}, torch {torch_version},
   {time.strftime("%Y-%m")}, commit {joined("commit")}.
 - Command: `{joined("command", "`, then `")}`; training.yaml has all settings.
@@ -125,6 +130,13 @@ downloads or a GPU. It predicts only what it was trained on.
 
 {table if rows else "Not measured."}
 """
+
+
+def _share(config: HostTraining, source: Source) -> str:
+    """How often a source was drawn, if there are others."""
+    if len(config.sources) == 1:
+        return ""
+    return f" ({source.share / sum(other.share for other in config.sources):.0%})"
 
 
 def _stage_hours(run_dir: Path, stage: str) -> str:
