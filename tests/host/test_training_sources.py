@@ -201,6 +201,7 @@ def test_actions_outside_the_classes_of_the_host_and_missing_ones_are_named(epis
     save_yaml(training(tmp_path, Source(str(episodes), frames=12), model=two), path)
     assert main(["train-host", "--config", str(path)]) == 2
     message = capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "found before the autoencoder is trained"
     assert "the source episodes has actions from 0 to 2, the host has 2 classes, 0 to 1; set the number" in message
     with pytest.raises(
         ValueError, match="the source videos has no actions, on which the host is conditioned; set classes: false"
@@ -457,3 +458,16 @@ def test_a_part_of_the_batch_at_a_time_gives_the_weights_of_the_whole_batch(epis
         weights.append(torch.cat([parameter.flatten() for parameter in host.transformer.parameters()]))
         shutil.rmtree(tmp_path / str(parts))
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-3)
+
+
+def test_a_run_that_was_begun_before_an_option_existed_is_continued(tiny_host_folder, tmp_path):
+    config = training(tmp_path, Source("pan"), autoencoder_from=str(tiny_host_folder))
+    expected = train_host(config).weights_hash
+    path = tmp_path / "run" / "training.json"
+    settings = json.loads(path.read_text())
+    del settings["transformer"]["class_dropout"], settings["sources"][0]["train_list"]
+    path.write_text(json.dumps(settings))
+    assert train_host(config).weights_hash == expected
+    path.write_text(json.dumps({**settings, "worlds": ["pan"]}))
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        train_host(config)

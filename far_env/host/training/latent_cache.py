@@ -35,6 +35,8 @@ CHUNK_FRAMES = 8192
 """A chunk ends with the episode that brings it to at least so many frames."""
 OPEN_CHUNKS = 256
 """Chunks that are kept mapped; each takes a file descriptor."""
+CHECKED_EPISODES = 20
+"""Episodes whose actions are checked before the autoencoder is trained; the others are while they are encoded."""
 NONE = -1
 """The label or action of a source that has none."""
 _logger = logging.getLogger(__name__)
@@ -126,7 +128,7 @@ def encode_episodes(episodes: Episodes, autoencoder: Autoencoder, folder: Path, 
         if not facts.exists():
             _encode_chunk(episodes, autoencoder, numbers, latents, facts)
         if model.condition is not None and episodes.classes_given:
-            check_classes(episodes.name, _chunk_facts(facts), model)
+            check_classes(episodes.name, _chunk_facts(facts)["actions" if model.condition == "action" else "labels"], model)
 
 
 def open_encoded(episodes: Episodes, autoencoder: Autoencoder, folder: Path) -> EncodedEpisodes:
@@ -134,9 +136,21 @@ def open_encoded(episodes: Episodes, autoencoder: Autoencoder, folder: Path) -> 
     return EncodedEpisodes(episodes, _chunk_files(episodes, folder / folder_name(episodes, autoencoder)))
 
 
-def check_classes(name: str, facts: dict[str, np.ndarray], model: FAR) -> None:
-    """Raise ValueError if a chunk has no actions, or labels, for a model that takes them, or some outside its classes."""
-    given = facts["actions" if model.condition == "action" else "labels"]
+def check_first_classes(sources: Sequence[Episodes], model: FAR) -> None:
+    """Check the actions, or labels, of the first episodes as `check_classes` does, so that an error is met before long work."""
+    if model.condition is None:
+        return
+    for source in sources:
+        if source.classes_given:
+            first = [source.classes(index) for index in range(min(CHECKED_EPISODES, source.count()))]
+            actions = [np.zeros(0, np.int64) if each.actions is None else each.actions for each in first]
+            labels = [NONE if each.label is None else each.label for each in first]
+            given = np.concatenate(actions) if model.condition == "action" else np.array(labels)
+            check_classes(source.name, given if len(given) else np.array([NONE]), model)
+
+
+def check_classes(name: str, given: np.ndarray, model: FAR) -> None:
+    """Raise ValueError if all actions, or labels, for a model that takes them are missing, or one is outside its classes."""
     if len(given) and (given == NONE).all():
         raise ValueError(
             f"the source {name} has no {model.condition}s, on which the host is conditioned; set classes: false in the source "

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
 
-from far_env.config import save_yaml
+from far_env.config import from_dict, save_yaml
 from far_env.device import denormals_flushed, resolve_device, resolve_precision
 from far_env.errors import unknown_name
 from far_env.host.autoencoder import Autoencoder
@@ -21,7 +22,7 @@ from far_env.host.far_long import FARLong, make_transformer
 from far_env.host.training.autoencoder import train_autoencoder
 from far_env.host.training.config import HostTraining
 from far_env.host.training.episodes import Episodes, find_episodes
-from far_env.host.training.latent_cache import EncodedEpisodes, encode_episodes, open_encoded
+from far_env.host.training.latent_cache import EncodedEpisodes, check_first_classes, encode_episodes, open_encoded
 from far_env.host.training.next_frame import NextFrameTest
 from far_env.host.training.processes import Processes
 from far_env.host.training.transformer import train_transformer
@@ -59,6 +60,7 @@ def train_models(config: HostTraining) -> Host:
     episodes = all_episodes(config)
     if start.autoencoder is None and any(item.holds_latents for item in episodes):
         raise ValueError("a source holds latents, so their autoencoder cannot be trained; name it with autoencoder_from")
+    check_first_classes(episodes, _transformer_without_memory(config))
     run_dir = make_run_dir(config.run_dir)
     dtype = resolve_precision(session_precision(run_dir, config.precision), processes.device)
     with locked(run_dir) if processes.first else nullcontext():
@@ -104,8 +106,7 @@ def encode_all(
 ) -> list[EncodedEpisodes]:
     """Encode all sources, each process a part, and open them. Raises ValueError as `encode_episodes` does."""
     folder = make_run_dir(config.latents_dir or Path(config.run_dir) / "latents")
-    with torch.device("meta"):
-        model = make_transformer(config.transformer.model)
+    model = _transformer_without_memory(config)
     share = slice(processes.index, None, processes.count)
     for item in episodes:
         encode_episodes(item, autoencoder, folder, model, share)
@@ -162,6 +163,12 @@ def _train(
     save_yaml(config, output_dir / "training.yaml")
 
 
+def _transformer_without_memory(config: HostTraining) -> FAR:
+    """The transformer on torch's meta device, for what follows from its settings."""
+    with torch.device("meta"):
+        return make_transformer(config.transformer.model)
+
+
 def check_models(config: HostTraining, start: Start) -> None:
     """Build both models without memory, so that settings that do not fit are reported before hours of training.
 
@@ -197,14 +204,24 @@ def check_models(config: HostTraining, start: Start) -> None:
         )
 
 
+def _plain(config: HostTraining) -> dict[str, Any]:
+    """The settings as they are read from a JSON file."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def _check_same_run(config: HostTraining, run_dir: Path) -> None:
     """Save the settings, or refuse to resume a run whose settings that determine the weights differ."""
     path = run_dir / "training.json"
     determining = ("autoencoder", "transformer", "sources", "frame_size", "start_from", "autoencoder_from", "seed")
-    settings = json.loads(json.dumps({key: value for key, value in asdict(config).items() if key in determining}))
+    settings = {key: value for key, value in _plain(config).items() if key in determining}
     if path.exists():
-        before = read_json(path, "choose another run_dir or delete it")
-        if before != settings:
+        stored = read_json(path, "choose another run_dir or delete it")
+        try:
+            # Options that a newer version has added have defaults that change nothing.
+            before = _plain(from_dict(HostTraining, stored, path.name))
+        except ValueError:
+            before = {}
+        if any(before.get(key) != value for key, value in settings.items()):
             raise ValueError(
                 f"{run_dir} holds a run with other settings (see {path.name}); choose another run_dir or delete it"
             )
