@@ -17,8 +17,9 @@ from far_env.evaluation.evaluate import FULL_HISTORY, evaluate
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.far_long import FARLong
 from far_env.host.training.config import HostTraining, Source
+from far_env.host.training.next_frame import HISTORIES, NextFrameTest
 from far_env.host.training.processes import is_first_process
-from far_env.host.training.train import train_models
+from far_env.host.training.train import all_episodes, train_models
 from far_env.host.weights import Host
 from far_env.io import write_text
 from far_env.metrics import psnr
@@ -37,7 +38,10 @@ def train_host(config: HostTraining) -> Host:
     if not is_first_process():
         return host
     quality = measure_quality(config, str(host.device)) if config.quality_clips else {}
-    write_text(Path(config.output_dir) / "README.md", _model_card(config, host, quality, Path(config.run_dir)))
+    card = _model_card(config, host, quality, Path(config.run_dir))
+    if config.validation.every:
+        card += _next_frame_section(config, host)
+    write_text(Path(config.output_dir) / "README.md", card)
     return host
 
 
@@ -130,6 +134,37 @@ A frame-autoregressive flow-matching transformer (FAR, arXiv 2503.19325) and a d
 
 {table if rows else "Not measured."}
 """
+
+
+def _next_frame_section(config: HostTraining, host: Host) -> str:
+    """The next-frame test of the finished host, as a section of its card."""
+    settings = config.validation
+    test = NextFrameTest(settings, all_episodes(config), host.autoencoder, config.seed)
+    kinds = [f"{kind}{where}" for where in ("", "_where_old") for kind in HISTORIES]
+    rows = []
+    for name, measured in test.measure(host.transformer).items():
+        values = measured.scalars()
+        cells = [f"{values[kind]:.2f}" if kind in values else "–" for kind in kinds]
+        rows.append(f"| {name} | {' | '.join(cells)} | {values['share_old']:.0%} |")
+    if not rows:
+        return ""
+    budget = settings.budget
+    histories = f"all | newest {budget} | right {budget} | all, old | newest {budget}, old | right {budget}, old"
+    return "\n".join(
+        [
+            "",
+            "## Next frame after true frames",
+            "",
+            f"PSNR in dB of {settings.targets} frames of up to {settings.clips} validation clips per source, each predicted from true",
+            f"frames in {settings.num_steps} ODE steps: from all before it, the newest {budget}, or the right {budget} (the newest one",
+            "and those that cover the frame best); *old*: frames for which the best copy is at least 3 dB better than from the newest.",
+            "",
+            f"| source | {histories} | share of old |",
+            f"|---|{'---|' * (len(kinds) + 1)}",
+            *rows,
+            "",
+        ]
+    )
 
 
 def _share(config: HostTraining, source: Source) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -98,6 +99,9 @@ def test_videos_and_worlds_of_different_lengths_train_one_host_with_actions(epis
     host = train_host(config)
     assert isinstance(host.transformer, FARLong) and host.transformer.null_class == 3
     assert sorted(path.name[:4] for path in (tmp_path / "run" / "latents").iterdir()) == ["epis", "orbi", "pan_"]
+    card = (tmp_path / "host" / "README.md").read_text()
+    assert re.search(r"^\| episodes( \| (\d+\.\d\d|–)){6} \| \d+% \|$", card, re.MULTILINE)
+    assert "it takes actions, 3 classes" in card and "orbit (25%)" in card
 
 
 def test_the_cache_holds_the_latents_and_the_actions_of_every_train_episode(episodes, autoencoder, tmp_path):

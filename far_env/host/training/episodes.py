@@ -155,7 +155,7 @@ class FolderEpisodes:
         self._span = (self.frames - 1) * self.interval + 1
         named = source.clips in DATASETS
         dataset = source.clips if named else source.dataset
-        reader = Recordings if dataset is None else DATASETS[dataset]
+        reader = _reader(Path(source.clips)) if dataset is None else DATASETS[dataset]
         options = {} if source.train_list is None else {"train_list": source.train_list}
         self._folder: VideoFolder = reader(
             None if named else source.clips, source.protocol, num_frames=self._span, size=size, **options
@@ -239,6 +239,12 @@ class FolderEpisodes:
         label = recording.label
         # A folder that holds validation files alone has no number among those of the train split.
         return Classes(actions, self._labels.get(recording.path.parent.name) if label is None else label)
+
+
+def _reader(folder: Path) -> type[VideoFolder]:
+    """How a folder is read whose data set is not named: a recorded one has its splits in subfolders."""
+    recorded = DATASETS.get("recorded")
+    return recorded if recorded is not None and (folder / "train").is_dir() else Recordings
 
 
 @lru_cache(maxsize=8)
