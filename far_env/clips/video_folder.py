@@ -64,7 +64,7 @@ class VideoFolder:
     Attributes:
         test_stride: distance between entries of the test list that are used, 1 for all.
         preferred_lists: names of FAR's lists, used if a folder has several lists.
-        num_actions: size of the action space, 0 for data whose actions are not read, None for actions of any size.
+        num_actions: size of the action space, 0 for data whose actions are not read, None if it is unknown.
     """
 
     name = "videos"

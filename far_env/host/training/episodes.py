@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from far_env.clips.arrays import read_actions
-from far_env.clips.clip import Clip
+from far_env.clips.clip import SPLITS, Clip
 from far_env.clips.datasets import DATASETS, Recordings
 from far_env.clips.latents import read_latents
 from far_env.clips.recordings import Recording
@@ -180,7 +180,7 @@ class FolderEpisodes:
             files.update(f"{recording} {length} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         self.facts = {
             "folder": str(self._folder.folder.resolve()),
-            "dataset": dataset,
+            "dataset": self._folder.name,
             "protocol": source.protocol,
             "size": size,
             "flip": source.flip,
@@ -242,9 +242,9 @@ class FolderEpisodes:
 
 
 def _reader(folder: Path) -> type[VideoFolder]:
-    """How a folder is read whose data set is not named: a recorded one has its splits in subfolders."""
-    recorded = DATASETS.get("recorded")
-    return recorded if recorded is not None and (folder / "train").is_dir() else Recordings
+    """How a folder is read whose data set is not named: one with a subfolder for every split is a recorded one."""
+    has_splits = all((folder / split).is_dir() for split in SPLITS)
+    return DATASETS.get("recorded", Recordings) if has_splits else Recordings
 
 
 @lru_cache(maxsize=8)
