@@ -61,7 +61,7 @@ def test_frames_are_predicted_from_the_histories_that_are_named(tiny_host):
     model = FAR(**TINY_FAR, condition_cfg={"type": "action", "num_action_classes": 3})
     randomise(model, 4)
     model.eval()
-    settings = ValidationSettings(clips=5, targets=5, budget=3, num_steps=2)
+    settings = ValidationSettings(clips=5, targets=5, budget=3, num_steps=2, rollout=2)
     measured = NextFrameTest(settings, [walk], tiny_host.autoencoder, seed=5).measure(model)["walk"]
     assert measured.old.tolist() == [False, False, False, True, False], "frame 8 alone shows what only an old frame shows"
     latents = tiny_host.autoencoder.encode(torch.from_numpy(walk.video)[None])
@@ -72,6 +72,14 @@ def test_frames_are_predicted_from_the_histories_that_are_named(tiny_host):
         latent = sample_next_frame(model, latents[:, history], noise, num_steps=2, action=action)
         error = (tiny_host.autoencoder.decode(latent)[0, 0] - torch.from_numpy(walk.video[8])).square().mean()
         assert measured.psnr[kind][3] == pytest.approx(-10 * np.log10(error.item()), abs=1e-3)
+    known = latents[:, :5]
+    for step in range(2):
+        noise = torch.randn((1, 1, 4, 8, 8), generator=step_generator(5, 8, 0, step))
+        action = torch.arange(6 + step)[None] % 3
+        known = torch.cat([known, sample_next_frame(model, known, noise, num_steps=2, action=action)], dim=1)
+        error = (tiny_host.autoencoder.decode(known)[0, -1] - torch.from_numpy(walk.video[5 + step])).square().mean()
+        assert measured.rollout[step] == pytest.approx(-10 * np.log10(error.item()), abs=1e-3)
+    assert measured.scalars()["rollout_last"] == measured.rollout[1]
 
 
 def test_scalars_and_pictures_are_logged_by_source(tiny_host, tmp_path):

@@ -136,6 +136,28 @@ def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_wi
     torch.testing.assert_close(loss, (alone - target).square().mean(), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["action", "label"])
+def test_the_one_pass_loss_gives_every_frame_its_own_class(kind):
+    classes = {"action": {"num_action_classes": 5}, "label": {"num_classes": 5}}[kind]
+    model = FAR(**TINY_FAR, condition_cfg={"type": kind, **classes})
+    randomise(model, 6)
+    model.eval()
+    given = torch.tensor([[0, 3, 1, 4, 2], [2, 2, 0, 1, 3]]) if kind == "action" else torch.tensor([4, 1])
+    batch = Batch(torch.randn(2, 5, 4, 8, 8), torch.tensor([2, 4]), given)
+    config = TransformerTraining(noisy_copies=1, context_noise=0.0, class_dropout=0.0)
+    inputs = add_noise(model, batch, config, step_generator(0, 1))
+    errors = []
+    for index, k in enumerate((2, 4)):
+        times = torch.cat([torch.full((2, k), -1.0), inputs.times[:, 4 + index : 5 + index]], dim=1)
+        sequence = torch.cat([batch.frames[:, :k], inputs.latents[:, 4 + index : 5 + index]], dim=1)
+        condition = {"action": given[:, : k + 1]} if kind == "action" else {"label": given}
+        errors.append((model(sequence, times, **condition)[:, -1] - inputs.velocities[:, index]).square().mean())
+    torch.testing.assert_close(velocity_loss(model, inputs), torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
+    dropped = add_noise(model, batch, TransformerTraining(class_dropout=0.999999), step_generator(0, 1)).classes
+    assert (dropped == 5).all(), "the null class"
+
+
 def test_a_long_transformer_is_initialised_from_a_short_one():
     short, long = FAR(**TINY_FAR), FARLong(**TINY_FAR, context_patch_size=4)
     randomise(short, 1)

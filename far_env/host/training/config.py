@@ -188,6 +188,8 @@ class ValidationSettings:
     """Predicted frames per clip, evenly spread over the second half of its window."""
     budget: int = 8
     """Frames of a history: the newest ones, or the newest and the most similar older ones."""
+    rollout: int = 0
+    """Frames that are also generated one after the other from the first half of each window, to measure drift; 0 for none."""
     num_steps: int = 4
     """ODE steps."""
     pictures: int = 4
@@ -195,6 +197,8 @@ class ValidationSettings:
 
     def __post_init__(self) -> None:
         require_positive(self, "clips", "targets", "num_steps")
+        if self.rollout < 0 or self.every < 0:
+            raise ValueError(f"every and rollout must be 0 or above, got {self.every} and {self.rollout}")
         if self.budget < 2:
             raise ValueError(f"budget must be at least 2, got {self.budget}: the newest frame and another")
 

@@ -2,7 +2,7 @@
 
 One frame of a validation window is predicted from all frames before it, from the newest ones, and from as many *right* ones:
 the newest, and those whose content the frame needs. The evidence is *old* where the best frame to copy is clearly better than
-the best among the newest. No predicted frame is fed back, so this measures memory apart from drift.
+the best among the newest. No predicted frame is fed back, so this measures memory apart from drift. Rollouts measure drift.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ HISTORIES = ("all", "newest", "right")
 
 @dataclass(frozen=True)
 class _Window:
-    """A validation window: latents (T, C, h, w), classes; per target the truth (3, H, W) and whether its evidence is old."""
+    """A validation window: latents (T, C, h, w), classes; per target the truth (3, H, W) and whether its evidence is old.
+
+    ``continuation`` holds the true frames (n, 3, H, W) of a rollout, after the first half.
+    """
 
     latents: Tensor
     classes: Classes
     truth: dict[int, Tensor]
     old: dict[int, bool]
+    continuation: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,20 @@ class Measured:
         psnr: of each kind of history, dB per predicted frame, float64 (n,).
         old: whether the evidence of each is old, (n,).
         pictures: for some frames the truth, then one prediction per kind of history, (pictures, 4, 3, H, W).
+        rollout: mean PSNR of the first, second, … frame of rollouts, which keep and continue their own frames, (n,).
     """
 
     psnr: dict[str, np.ndarray]
     old: np.ndarray
     pictures: Tensor
+    rollout: np.ndarray
 
     def scalars(self) -> dict[str, float]:
         """Means over the predicted frames, and over those whose evidence is old, if there are any."""
         values = {kind: float(decibels.mean()) for kind, decibels in self.psnr.items()}
         values["share_old"] = float(self.old.mean())
+        if len(self.rollout):
+            values |= {"rollout_first": float(self.rollout[0]), "rollout_last": float(self.rollout[-1])}
         if self.old.any():
             values |= {f"{kind}_where_old": float(decibels[self.old].mean()) for kind, decibels in self.psnr.items()}
         return values
@@ -107,31 +115,49 @@ class NextFrameTest:
                 histories = [self._history(window.latents, target, kind) for window in windows]
                 predictions[kind] += list(self._predict(model, windows, target, histories, noise))
         truth = torch.stack(truths)
-        decibels = {}
-        for kind in HISTORIES:
-            error = (torch.stack(predictions[kind]) - truth).square().mean(dim=(1, 2, 3))
-            decibels[kind] = (-10 * error.log10()).double().numpy()
+        decibels = {kind: _frame_psnr(torch.stack(predictions[kind]), truth).double().numpy() for kind in HISTORIES}
         # Those with old evidence first, as they show what memory does.
         shown = np.argsort(~np.array(old), kind="stable")[: self.settings.pictures]
         pictures = torch.stack([torch.stack([truths[i], *(predictions[kind][i] for kind in HISTORIES)]) for i in shown])
-        return Measured(decibels, np.array(old), pictures)
+        return Measured(decibels, np.array(old), pictures, self._rollout(model, windows, number))
+
+    def _rollout(self, model: FAR, windows: list[_Window], number: int) -> np.ndarray:
+        """Mean PSNR (n,) of the frames of rollouts from the first halves of all windows."""
+        first = len(windows[0].latents) // 2
+        latents = torch.stack([window.latents[:first] for window in windows])
+        decibels = []
+        for step in range(len(windows[0].continuation)):
+            shape = (len(windows), 1, *latents.shape[2:])
+            noise = torch.randn(shape, generator=step_generator(self._seed, 8, number, step))
+            new = self._sample(model, windows, latents, [np.arange(first + step + 1)] * len(windows), noise)
+            latents = torch.cat([latents, new], dim=1)
+            truth = torch.stack([window.continuation[step] for window in windows])
+            decibels.append(_frame_psnr(self._decode(new), truth).mean().item())
+        return np.array(decibels)
 
     def _predict(self, model: FAR, windows: list[_Window], target: int, histories: list[np.ndarray], noise: Tensor) -> Tensor:
         """The target frame (clips, 3, H, W) of every window from a history of frame numbers each."""
-        device = next(model.parameters()).device
         context = torch.stack([window.latents[history] for window, history in zip(windows, histories, strict=True)])
-        classes = None
+        numbers = [np.append(history, target) for history in histories]
+        return self._decode(self._sample(model, windows, context, numbers, noise))
+
+    def _sample(self, model: FAR, windows: list[_Window], context: Tensor, numbers: list[np.ndarray], noise: Tensor) -> Tensor:
+        """The next latent (clips, 1, C, h, w) after context (clips, n, C, h, w); ``numbers`` (n + 1,) are of all frames."""
+        device = next(model.parameters()).device
+        classes = {}
         if model.condition == "action":
-            numbers = [np.append(history, target) for history in histories]
             rows = [_actions(window, model)[frames] for window, frames in zip(windows, numbers, strict=True)]
             classes = {"action": torch.from_numpy(np.stack(rows)).to(device)}
         elif model.condition == "label":
             labels = [model.null_class if window.classes.label is None else window.classes.label for window in windows]
             classes = {"label": torch.tensor(labels, device=device)}
-        latent = sample_next_frame(
-            model, context.to(device), noise.to(device), num_steps=self.settings.num_steps, **(classes or {})
-        )
-        return self._autoencoder.decode(latent)[:, 0].float().cpu()
+        steps = self.settings.num_steps
+        return sample_next_frame(model, context.to(device), noise.to(device), num_steps=steps, **classes).cpu()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Frames (clips, 3, H, W) of latents (clips, 1, C, h, w), on the CPU."""
+        device = next(self._autoencoder.parameters()).device
+        return self._autoencoder.decode(latents.to(device))[:, 0].float().cpu()
 
     def _window(self, source: Episodes, index: int) -> _Window:
         window, autoencoder = source.validation(index), self._autoencoder
@@ -151,7 +177,9 @@ class NextFrameTest:
             gain = 10 * (errors[-self.settings.budget :].min() / errors.min()).log10()
             old[target] = bool(gain >= OLD_DECIBELS)
         classes = window.classes if source.classes_given else Classes()
-        return _Window(latents, classes, {target: frames[target].clone() for target in targets}, old)
+        truth = {target: frames[target].clone() for target in targets}
+        continuation = frames[num_frames // 2 :][: self.settings.rollout].clone()
+        return _Window(latents, classes, truth, old, continuation)
 
     def _history(self, latents: Tensor, target: int, kind: str) -> np.ndarray:
         """The frame numbers of a kind of history of the target."""
@@ -182,6 +210,11 @@ def right_frames(history: Tensor, target: Tensor, budget: int) -> np.ndarray:
         kept.append(int(cost.argmin()))
         covered = torch.minimum(covered, distance[kept[-1]])
     return np.sort(kept)
+
+
+def _frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
+    """PSNR (n,) in dB of frames (n, 3, H, W)."""
+    return -10 * (predicted - truth).square().mean(dim=(1, 2, 3)).log10()
 
 
 def _actions(window: _Window, model: FAR) -> np.ndarray:
