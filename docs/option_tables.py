@@ -22,8 +22,21 @@ def training_settings() -> str:
 
 
 def host_settings() -> str:
-    """Every key of a host's training configuration."""
-    return _settings(command_options(commands()["train-host"])[0])
+    """Every key of a host's training configuration, and of a source in it."""
+    cls, _ = command_options(commands()["train-host"])
+    source = type(cls().sources[0])
+    texts = field_texts(source)
+    rows = [
+        (f"`{field.name}`", f"`{_type_name(source, field.name)}`", _source_default(field), code(texts[field.name]))
+        for field in dataclasses.fields(source)
+    ]
+    head = ("key", "type", "default", "meaning")
+    return joined([_settings(cls), "### An entry of `sources`", docstring(source), table(head, rows)])
+
+
+def _source_default(field: dataclasses.Field) -> str:
+    default = _default_of(field)
+    return "required" if default is dataclasses.MISSING else _default(default)
 
 
 def _settings(cls: type) -> str:
@@ -55,6 +68,8 @@ def _setting(cls: type, key: str, name: str, value: object, texts: dict[str, str
 
 def _default(value: object) -> str:
     """A default as YAML, as code; each item of a list separately, so that a table can break the line between items."""
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        value = tuple(item.clips for item in value)
     if isinstance(value, tuple):
         return ", ".join(f"`{item}`" for item in value) or "`[]`"
     if value is None or isinstance(value, bool):
@@ -66,7 +81,7 @@ def _type_name(cls: type, name: str) -> str:
     annotation = typing.get_type_hints(cls)[name]
     text = annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
     text = text.replace("typing.", "").replace("NoneType", "null").replace("None", "null").replace(", ...", "")
-    return re.sub(r"tuple\[(\w+)\]", r"list of \1", text)
+    return re.sub(r"tuple\[(?:[\w.]+\.)?(\w+)\]", r"list of \1", text)
 
 
 def field_texts(cls: type) -> dict[str, str]:

@@ -21,7 +21,7 @@ from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfi
 from far_env.config import save_yaml
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
-from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
+from far_env.host.training.config import AutoencoderTraining, HostTraining, Source, TransformerTraining
 from far_env.host.weights import save_host
 from tests.clips.recorded_environments import WALK
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
@@ -75,7 +75,7 @@ def commands(place: Path) -> list[Command]:
     training = HostTraining(
         AutoencoderTraining(TINY_DCAE, steps=6, batch_size=4, frames_per_clip=2),
         TransformerTraining(TINY_FAR, steps=12, clips_per_world=4, batch_size=2, min_contiguous=8),
-        worlds=("pan",),
+        sources=(Source("pan"),),
         device="cpu",
         precision="float32",
         checkpoint_every=2,

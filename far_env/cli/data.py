@@ -1,4 +1,5 @@
-"""``far-env data check``: how many clips a folder of videos gives, and which of its files are damaged."""
+"""``far-env data check``: how many clips a folder of videos gives, and which of its files are damaged. ``data encode``: the
+latents of a host's training, made beforehand."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from far_env.config import parse
 class DataOptions:
     """Count the clips of a folder of videos and find its damaged files; the exit status is 2 if there are any."""
 
-    action: tyro.conf.Positional[Literal["check"]]
-    """What to do; there is one action."""
+    action: tyro.conf.Positional[Literal["check", "encode"]]
+    """check examines a folder. encode takes the configuration and options of train-host instead of these, and encodes what that
+    training would encode; stopped, the same command continues."""
     folder: tyro.conf.Positional[str]
     """Folder of videos; subfolders are searched."""
     dataset: str | None = None
@@ -29,7 +31,10 @@ class DataOptions:
 
 
 def data(args: Sequence[str]) -> None:
-    """Count the clips of a folder of videos and find its damaged files."""
+    """Count the clips of a folder of videos and find its damaged files, or encode videos for training a host."""
+    if args[:1] == ["encode"]:
+        encode(args[1:])
+        return
     options = parse(DataOptions, args, "far-env data", DataOptions.__doc__ or "")
     from far_env.clips.check import check_data
 
@@ -37,3 +42,16 @@ def data(args: Sequence[str]) -> None:
     print(report.text())
     if report.problem is not None:
         raise ValueError(report.problem)
+
+
+def encode(args: Sequence[str]) -> None:
+    """Encode the sources of a host's training."""
+    from far_env.host.training.config import HostTraining
+
+    text = "Encode the clips of a host's training beforehand, into its latents_dir."
+    config = parse(HostTraining, args, "far-env data encode", text)
+    from far_env.host.training.train import encode_sources
+
+    for source in encode_sources(config):
+        skipped = f", {source.skipped} skipped" if source.skipped else ""
+        print(f"{source.name}: {len(source)} episodes encoded{skipped}")

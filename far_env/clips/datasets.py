@@ -11,6 +11,13 @@ from far_env.clips.recordings import Recording, find_recordings
 from far_env.clips.video_folder import VideoFolder
 
 
+class Recordings(VideoFolder):
+    """Any folder of videos or episodes, with the actions that they come with, however many there are."""
+
+    name = "recordings"
+    num_actions = None
+
+
 class UCF101(VideoFolder):
     """UCF-101, for short prediction: the original .avi files, FAR's .mp4 files with its lists, or any other folder of videos.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from far_env.clips.video import EPISODE_SUFFIX, VIDEO_SUFFIXES
+from far_env.errors import short
 from far_env.io import read_utf8
 
 SIDECAR_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
@@ -27,12 +28,14 @@ class Recording:
         actions: an .npz file with ``actions``, or the episode itself, which may have some; None without actions.
         latent: whether ``path`` holds latents.
         num_actions: size of the action space, or None if it is unknown.
+        label: class of the whole recording, where a list gives one.
     """
 
     path: Path
     actions: Path | None = None
     latent: bool = False
     num_actions: int | None = None
+    label: int | None = None
 
 
 def is_hidden(path: PurePath) -> bool:
@@ -87,8 +90,8 @@ def find_lists(folder: Path, preferred: tuple[str, ...]) -> dict[str, Path]:
 def read_list(path: Path) -> list[Recording]:
     """The recordings that a list names, in its order, those of files that do not exist included, hidden files excluded.
 
-    An entry has ``video_path`` or ``latent_path``, and may have ``action_path``. FAR writes them from the root of its
-    repository (datasets/ucf101/…), so leading folders that do not exist here are removed.
+    An entry has ``video_path`` or ``latent_path``, and may have ``action_path`` and ``label``. FAR writes paths from the root
+    of its repository (datasets/ucf101/…), so leading folders that do not exist here are removed.
 
     Raises:
         ValueError: if the file is no JSON list of such entries.
@@ -114,7 +117,10 @@ def read_list(path: Path) -> list[Recording]:
             actions = _locate(written["action_path"], path.parent)
         else:
             actions = frames if frames.suffix.lower() == EPISODE_SUFFIX else None
-        recordings.append(Recording(frames, actions, latent))
+        label = entry.get("label")
+        if label is not None and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
+            raise ValueError(f"the list {path}, entry {number}: label must be a whole number from 0 on, got {short(label)}")
+        recordings.append(Recording(frames, actions, latent, label=label))
     return recordings
 
 

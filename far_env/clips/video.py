@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import av
@@ -73,6 +73,18 @@ def read_frames(path: Path, start: int, count: int) -> list[np.ndarray]:
     raise VideoError(f"{path} ends early: frames {start} to {last} were requested, {decoded} could be decoded")
 
 
+def frame_blocks(path: Path, count: int, size: int) -> Iterator[list[np.ndarray]]:
+    """The first ``count`` frames of a file, in lists of up to ``size``, so that a long video needs little memory.
+
+    Raises:
+        VideoError: if the file is damaged.
+    """
+    frames = iter(read_episode(path)) if path.suffix.lower() == EPISODE_SUFFIX else _images(path)
+    selected = islice(frames, count)
+    while block := list(islice(selected, size)):
+        yield block
+
+
 def squeeze(frames: Sequence[np.ndarray], size: int) -> np.ndarray:
     """uint8 frames (H, W, 3) to float32 (T, 3, size, size) in [0, 1], without keeping the aspect (the benchmark's way)."""
     return _by_size(frames, lambda batch: _resize(batch, size, size))
@@ -131,6 +143,11 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
         if container.streams.video[0].codec_context is None:  # decoding would end the process before PyAV 18.1
             raise VideoError(f"{path} cannot be decoded: its codec is unknown")
         yield container
+
+
+def _images(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video, uint8 (H, W, 3)."""
+    return (frame.to_ndarray(format="rgb24") for frame in _decoded(path))
 
 
 def _decoded(path: Path) -> Iterator[av.VideoFrame]:

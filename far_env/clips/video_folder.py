@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class _Entry:
     recording: Recording
     start: int
     has_actions: bool
+    length: int
 
 
 class VideoFolder:
@@ -54,6 +56,7 @@ class VideoFolder:
         protocol: one of `PROTOCOLS`.
         num_frames: frames per clip.
         size: side of the square frames in pixels; by default that of the data set.
+        train_list: name of the list in the folder that takes the place of FAR's training list, for the protocol far.
 
     Raises:
         ValueError: on an unknown protocol, a missing folder, a damaged list, or a folder without a usable video.
@@ -80,6 +83,7 @@ class VideoFolder:
         *,
         num_frames: int,
         size: int | None = None,
+        train_list: str | None = None,
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
@@ -88,6 +92,7 @@ class VideoFolder:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}; {self.remedy}")
         self.folder, self.protocol, self.num_frames = Path(path), protocol, num_frames
         self.size = self.default_size if size is None else size
+        self._train_list = train_list
         self.host: LatentHost | None = None
         self.skipped: dict[Path, str] = {}
         splits = self._splits_of_files()
@@ -119,13 +124,24 @@ class VideoFolder:
         if entry.recording.latent:
             frames, latents = self._decode(path, entry.start)
         else:
-            fit = squeeze if self.protocol == "benchmark" else crop_centre
-            frames = fit(read_frames(path, entry.start, self.num_frames), self.size)
+            frames = self.fit(read_frames(path, entry.start, self.num_frames))
         return Clip(clip_id, frames, actions, latents)
+
+    def fit(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        """Decoded frames, uint8 (H, W, 3), as square ones of the protocol, float32 (T, 3, size, size) in [0, 1]."""
+        return (squeeze if self.protocol == "benchmark" else crop_centre)(frames, self.size)
+
+    def recording(self, split: str, clip_id: int) -> tuple[Recording, int]:
+        """The recording that a clip is cut from, without ``actions`` if it has none, and the number of its frames."""
+        check_clip_id(self, split, clip_id)
+        entry = self._splits[split][clip_id]
+        return entry.recording if entry.has_actions else replace(entry.recording, actions=None), entry.length
 
     @classmethod
     def as_read(cls, recording: Recording) -> Recording:
         """The recording as this data set reads it: with the size of its action space, or without actions."""
+        if cls.num_actions is None:
+            return recording
         if cls.num_actions:
             return replace(recording, num_actions=cls.num_actions)
         return replace(recording, actions=None)
@@ -138,6 +154,8 @@ class VideoFolder:
     def _splits_of_files(self) -> dict[str, list[Recording]]:
         """The recordings of each split, usable or not."""
         lists = find_lists(self.folder, self.preferred_lists) if self.protocol == "far" else {}
+        if self._train_list is not None:
+            lists["train"] = self.folder / self._train_list
         if lists:
             train, test = (read_list(lists[split]) if split in lists else [] for split in ("train", "test"))
             splits = {
@@ -167,7 +185,7 @@ class VideoFolder:
             seed = f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}"
             rng = random.Random(seed.encode("utf-8", "surrogateescape"))
             start = rng.randint(0, info.length - self.num_frames)
-        return _Entry(recording, start, info.actions is not None)
+        return _Entry(recording, start, info.actions is not None, info.length)
 
     def _decode(self, path: Path, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames and scaled latents of a recording of latents."""

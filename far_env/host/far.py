@@ -112,9 +112,12 @@ class FAR(nn.Module):
     @property
     def null_class(self) -> int | None:
         """The class index for "no label" or "no action"; None for an unconditional model."""
-        if self.condition is None:
-            return None
-        return (self.label_embedder if self.condition == "label" else self.action_embedder).num_classes
+        return None if self.condition is None else self.class_embedder.num_classes
+
+    @property
+    def class_embedder(self) -> ConditionEmbedding:
+        """The table of class vectors of a model with labels or actions."""
+        return self.label_embedder if self.condition == "label" else self.action_embedder
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, *, label: Tensor | None = None, action: Tensor | None = None

@@ -124,7 +124,7 @@ def make_transformer(config: Mapping[str, Any]) -> FAR:
 
 
 def initialise_from(model: FAR, source: FAR) -> None:
-    """Copy the weights of a transformer of the same size into ``model``, in place.
+    """Copy the weights of a transformer of the same size into ``model``, in place. The source may lack classes.
 
     The coarse parts of a FARLong are always initialised from the source's fine ones, so that a coarse frame is embedded as a
     blurred fine one and attended to from the start: projections are copies, the embedding is the mean over the fine patches it
@@ -144,6 +144,8 @@ def initialise_from(model: FAR, source: FAR) -> None:
     for key, value in state.items():
         if key.startswith("context_proj_out"):
             continue
+        if source.condition is None and key.endswith("embedding_table.weight"):
+            weights[key] = torch.zeros_like(value)  # so that the model begins as the source, whatever the class
         if key not in weights or weights[key].shape != value.shape:
             source_shape = tuple(weights[key].shape) if key in weights else "none"
             raise ValueError(f"{key} has shape {tuple(value.shape)}, in the transformer to start from {source_shape}")

@@ -95,6 +95,10 @@ def check(command: list[str]) -> None:
     elif program == "python" and args[0] == "-m":
         with pytest.raises(Parsed):
             tyro.cli(importlib.import_module(args[1]).Options, args=args[2:])
+    elif program == "accelerate":
+        at = args.index("far_env.cli")
+        assert args[0] == "launch" and args[at - 1] == "-m"
+        check(["far-env", *args[at + 1 :]])
     elif program == "python":
         assert args[0] == "-c"
         compile(args[1], " ".join(command), "exec")
@@ -128,7 +132,8 @@ def test_cheap_commands_run(page, workplace):
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
 def test_yaml_is_a_configuration(block):
-    settings, _ = generator("option_tables").command_options(entry_points("far_env.commands")["train"].load())
+    command = "train-host" if block.page.name == "hosts.md" else "train"
+    settings, _ = generator("option_tables").command_options(entry_points("far_env.commands")[command].load())
     assert from_dict(settings, yaml.safe_load(block.text), str(block))
 
 

@@ -20,25 +20,41 @@ from far_env.evaluation.host_training import train_host
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, initialise_from
 from far_env.host.training import autoencoder as ta
-from far_env.host.training import loop
+from far_env.host.training import histories, loop
 from far_env.host.training import transformer as tt
 from far_env.host.training.config import AutoencoderTraining, HostTraining, TransformerTraining
+from far_env.host.training.histories import Batch
 from far_env.host.training.loop import run_steps, step_generator
+from far_env.host.training.objectives import add_noise, far_noise, velocity_loss
 from far_env.host.weights import load_host, save_host
 from far_env.provenance import load_facts
 from far_env.tensor_files import load_tensors
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
-from tests.host.far_loss import far_training_loss
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("case", ["train_loss_far.npz", "train_loss_far_long.npz"])
 def test_fars_training_loss_and_gradients_equal_the_published_ones(golden, case):
     fixture = golden(case)
-    conditions = {"action": fixture["in.action"]} if "in.action" in fixture else {}
     model = fixture.far().train()
     latents = fixture["in.latents_raw"] * fixture["in.scaling_factor"]
-    times = 1000 - (1000 * fixture["in.u"]).floor().reshape(2, -1)
-    loss = far_training_loss(model, latents, fixture["in.noise"], times, fixture["in.context_mask"], **conditions)
+    clean = fixture["in.context_mask"].bool()
+    inputs = far_noise(
+        model,
+        latents,
+        fixture["in.noise"],
+        fixture["in.u"].reshape(2, -1),
+        clean,
+        fixture.arrays.get("in.action"),
+    )
+    for name, value in (("timesteps", inputs.times), ("noisy_latents", inputs.latents)):
+        torch.testing.assert_close(value, fixture[f"mid.{name}"], rtol=0, atol=1e-6)
+    window = slice(-model.short_term_ctx_winsize, None)
+    torch.testing.assert_close(inputs.velocities, fixture["mid.target"][:, window], rtol=0, atol=1e-6)
+    if inputs.classes is not None:
+        model.class_embedder.dropout = 0.0
+    loss = velocity_loss(model, inputs)
     loss.backward()
     torch.testing.assert_close(loss.detach()[None], fixture["out.loss"], rtol=1e-5, atol=0)
     norms = {}
@@ -56,7 +72,7 @@ def test_histories_are_older_frames_in_order_and_a_contiguous_tail():
     older_drawn, ends = set(), set()
     for _ in range(2000):
         older, tail = int(rng.integers(0, 7)), int(rng.integers(2, 7))
-        frames = tt.draw_frames(rng, 16, older, tail)
+        frames = histories.draw_frames(rng, 16, older, tail)
         assert len(frames) == older + tail and (np.diff(frames) > 0).all() and frames[0] >= 0 and frames[-1] < 16
         assert (np.diff(frames[older:]) == 1).all()
         older_drawn |= set(frames[:older].tolist())
@@ -74,15 +90,13 @@ def test_the_one_pass_loss_equals_predicting_each_frame_from_its_history():
     frames, predicted = torch.randn(3, 5, 4, 8, 8), torch.tensor([2, 3, 4])
     calls = []
 
-    class Recorder(torch.nn.Module):
-        num_coarse = staticmethod(model.num_coarse)
-
+    class Recorder:
         def velocity(self, latents, times, positions, visible):
             calls.append((latents, times, positions))
             return model.velocity(latents, times, positions, visible)
 
-    batch = tt.TeacherForcingBatch(frames, predicted)
-    loss = tt.teacher_forcing_loss(Recorder(), batch, config, step_generator(0, 1))
+    inputs = add_noise(model, Batch(frames, predicted), config, step_generator(0, 1))
+    loss = velocity_loss(Recorder(), inputs)
     ((latents, times, positions),) = calls
     torch.testing.assert_close(latents[:, :4], frames[:, :4])
     assert positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 2, 3, 4]
@@ -113,13 +127,35 @@ def test_the_one_pass_loss_of_a_long_history_equals_predicting_its_last_frame_wi
         return velocity(latents, times, *arguments, **options)
 
     model.velocity = recorder
-    loss = tt.teacher_forcing_loss(model, tt.TeacherForcingBatch(frames, torch.tensor([6])), config, step_generator(0, 1))
+    loss = velocity_loss(model, add_noise(model, Batch(frames, torch.tensor([6])), config, step_generator(0, 1)))
     del model.velocity
     assert captured["num_coarse"] == 3, "of seven frames, a window of four leaves three coarse"
     alone = model(captured["latents"], captured["times"])[:, -1]
     sigma = (captured["times"][:, -1] / 1000)[:, None, None, None]
     target = (captured["latents"][:, -1] - frames[:, -1]) / sigma
     torch.testing.assert_close(loss, (alone - target).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["action", "label"])
+def test_the_one_pass_loss_gives_every_frame_its_own_class(kind):
+    classes = {"action": {"num_action_classes": 5}, "label": {"num_classes": 5}}[kind]
+    model = FAR(**TINY_FAR, condition_cfg={"type": kind, **classes})
+    randomise(model, 6)
+    model.eval()
+    given = torch.tensor([[0, 3, 1, 4, 2], [2, 2, 0, 1, 3]]) if kind == "action" else torch.tensor([4, 1])
+    batch = Batch(torch.randn(2, 5, 4, 8, 8), torch.tensor([2, 4]), given)
+    config = TransformerTraining(noisy_copies=1, context_noise=0.0, class_dropout=0.0)
+    inputs = add_noise(model, batch, config, step_generator(0, 1))
+    errors = []
+    for index, k in enumerate((2, 4)):
+        times = torch.cat([torch.full((2, k), -1.0), inputs.times[:, 4 + index : 5 + index]], dim=1)
+        sequence = torch.cat([batch.frames[:, :k], inputs.latents[:, 4 + index : 5 + index]], dim=1)
+        condition = {"action": given[:, : k + 1]} if kind == "action" else {"label": given}
+        errors.append((model(sequence, times, **condition)[:, -1] - inputs.velocities[:, index]).square().mean())
+    torch.testing.assert_close(velocity_loss(model, inputs), torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
+    dropped = add_noise(model, batch, TransformerTraining(class_dropout=0.999999), step_generator(0, 1)).classes
+    assert (dropped == 5).all(), "the null class"
 
 
 def test_a_long_transformer_is_initialised_from_a_short_one():
@@ -179,7 +215,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 @pytest.fixture
 def tiny_training(tmp_path) -> HostTraining:
-    shipped = load_yaml(HostTraining, Path(__file__).parents[2] / "configs" / "host_embedded.yaml")
+    shipped = load_yaml(HostTraining, ROOT / "configs" / "host_embedded.yaml")
     return dataclasses.replace(
         shipped,
         run_dir=str(tmp_path / "run"),

@@ -1,22 +1,26 @@
-"""First stage of training a host: fit a small DCAE to frames of the procedural worlds."""
+"""First stage of training a host: fit a small DCAE to frames of its sources."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from far_env.clips.worlds import World
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.training.config import AutoencoderTraining
+from far_env.host.training.episodes import Episodes
+from far_env.host.training.histories import draw_sources
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
+from far_env.host.training.muon import ConvolutionMuon
 
 
 def train_autoencoder(
     config: AutoencoderTraining,
-    worlds: list[World],
+    sources: Sequence[Episodes],
+    shares: Sequence[float],
     run_dir: Path,
     *,
     seed: int,
@@ -30,11 +34,12 @@ def train_autoencoder(
     """
     torch.manual_seed(seed)
     model = Autoencoder(**config.model).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    optimizers = _make_optimizers(config, model)
 
     def train_step(step: int) -> dict[str, float]:
-        frames = _frame_batch(config, worlds, step).to(device, memory_format=torch.channels_last) * 2 - 1
-        set_learning_rate(optimizer, cosine_with_warmup(step, config.steps, config.warmup))
+        frames = _frame_batch(config, sources, shares, step).to(device, memory_format=torch.channels_last) * 2 - 1
+        for optimizer in optimizers.values():
+            set_learning_rate(optimizer, cosine_with_warmup(step, config.steps, config.warmup))
         model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             latent = model.dcae.encode(frames).latent
@@ -45,17 +50,18 @@ def train_autoencoder(
             output = model.dcae.decode(latent + latent.std() * noise).sample
         error = output.float() - frames
         loss = error.abs().mean() + 2 * error.square().mean()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         mse = error.detach().square().mean() / 4
         return {"loss": loss.item(), "psnr": -10 * mse.log10().item()}
 
-    state = {"model": model, "optimizer": optimizer}
+    state = {"model": model, **optimizers}
     run_steps("autoencoder", run_dir, config.steps, state, train_step, checkpoint_every=checkpoint_every)
     model.eval()
-    sample = _frame_batch(config, worlds, config.steps).to(device)
+    sample = _frame_batch(config, sources, shares, config.steps).to(device)
     with torch.no_grad():
         std = model.dcae.encode(sample * 2 - 1).latent.std().item()
     trained = Autoencoder(**{**config.model, "scaling_factor": round(1 / std, 4)}).to(device)
@@ -63,13 +69,28 @@ def train_autoencoder(
     return trained.eval()
 
 
-def _frame_batch(config: AutoencoderTraining, worlds: list[World], step: int) -> Tensor:
-    """Frames (batch, 3, 64, 64) of train clips that no other step uses, alternating between the worlds."""
+def _make_optimizers(config: AutoencoderTraining, model: Autoencoder) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for everything, or, with a learning rate of Muon, Muon for the kernels between the first and the last layer."""
+    if config.muon_learning_rate is None:
+        return {"optimizer": torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)}
+    is_kernel = {name: p.ndim == 4 and "conv_in" not in name and "conv_out" not in name for name, p in model.named_parameters()}
+    kernels = [p for name, p in model.named_parameters() if is_kernel[name]]
+    others = [p for name, p in model.named_parameters() if not is_kernel[name]]
+    return {
+        "optimizer": torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.01),
+        "muon": ConvolutionMuon(kernels, lr=config.muon_learning_rate, weight_decay=0.01),
+    }
+
+
+def _frame_batch(config: AutoencoderTraining, sources: Sequence[Episodes], shares: Sequence[float], step: int) -> Tensor:
+    """Frames (batch, 3, H, W) of train windows that no other step uses, as long as there are enough."""
     num_clips = config.batch_size // config.frames_per_clip
+    numbers = range(step * num_clips, (step + 1) * num_clips)
     frames = []
-    for index in range(step * num_clips, (step + 1) * num_clips):
-        world = worlds[index % len(worlds)]
-        clip = world.clip("train", index % world.num_clips("train"))
-        picked = np.random.default_rng(index).choice(len(clip.frames), config.frames_per_clip, replace=False)
-        frames.append(clip.frames[picked])
+    for number, source in zip(numbers, draw_sources(shares, num_clips, (6, step), numbers.start), strict=True):
+        window = sources[source].draw(number)
+        # A short window gives some frames twice.
+        repeated = len(window) < config.frames_per_clip
+        picked = np.random.default_rng(number).choice(len(window), config.frames_per_clip, replace=repeated)
+        frames.append(window[picked])
     return torch.from_numpy(np.concatenate(frames))
