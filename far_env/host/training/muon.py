@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ConvolutionMuon(torch.optim.Muon):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) on kernels (out, in, h, w) as matrices (out, in·h·w)."""
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) on kernels (out, in, h, w) as matrices (out, in·h·w)."""
 
     def __init__(self, kernels: Sequence[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
         self._kernels = list(kernels)
