@@ -281,7 +281,7 @@ def test_every_baseline_tells_where_it_comes_from():
     for name in baselines.names():
         info, text = baselines.info(name), type(MADE[name]).__doc__
         assert info.name == name and info.source and info.note and set(info.tier.split(" or ")) <= set("MLA")
-        assert info.family in ("recency", "anchor", "queue", "chunkwise", "redundancy", "control")
+        assert info.family in ("recency", "anchor", "queue", "chunkwise", "redundancy", "control", "tracker")
         if name in FILLING:
             assert f"Tier: {info.tier.split(' or ')[0]}" in " ".join(text.split())
             assert all(f"``{parameter}``" in text for parameter in info.parameters)

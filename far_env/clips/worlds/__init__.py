@@ -14,9 +14,7 @@ from far_env.clips.worlds.maze import Maze, MazeLong, MazeRetrieval, MazeRetriev
 from far_env.clips.worlds.orbit import Orbit, OrbitWide
 from far_env.clips.worlds.pan import Pan, PanWide
 
-GRID_WORLDS: dict[str, World] = {
-    world.name: world for world in (Pan(), Cuts(), Orbit(), PanWide(), CutsWide(), OrbitWide())
-}
+GRID_WORLDS: dict[str, World] = {world.name: world for world in (Pan(), Cuts(), Orbit(), PanWide(), CutsWide(), OrbitWide())}
 MAZES: dict[str, World] = {world.name: world for world in (Maze(), MazeLong(), MazeRetrieval(), MazeRetrievalC36P36())}
 WORLDS: dict[str, World] = GRID_WORLDS | MAZES
 

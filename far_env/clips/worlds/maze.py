@@ -60,9 +60,7 @@ def draw_walls(rng: np.random.Generator, size: int = MAZE_SIZE, opening_probabil
     return walls & ~(between & (rng.random(walls.shape) < opening_probability))
 
 
-def draw_plan(
-    rng: np.random.Generator, styles: tuple[int, ...], opening_probability: float = OPENING_PROBABILITY
-) -> Plan:
+def draw_plan(rng: np.random.Generator, styles: tuple[int, ...], opening_probability: float = OPENING_PROBABILITY) -> Plan:
     """The plan of a maze whose four quadrants differ in wall and floor, each of any of the given styles of DeepMind Lab (0 … 4)."""
     walls = draw_walls(rng, opening_probability=opening_probability)
     row, column = np.indices(walls.shape)
