@@ -13,6 +13,7 @@ from far_env.agents.checkpoints import load_scorer
 from far_env.agents.memory import HistoryMemory
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.surroundings import compare
+from far_env.baselines.tracking import PathTracking, ShotTracking
 from far_env.births import FrameBirths
 from far_env.io import write_text
 
@@ -196,7 +197,8 @@ def export_run(run: Path, path: Path) -> None:
 
 def _copied_members(network: RetentionNetwork) -> str:
     """The source of the classes and functions that the file needs, as members of its class."""
-    members = [inspect.getsource(cls) for cls in (FrameBirths, HistoryMemory)] if network.spec.memory else []
+    classes = (FrameBirths, ShotTracking, PathTracking, HistoryMemory) if network.spec.memory else ()
+    members = [inspect.getsource(cls) for cls in classes]
     if network.spec.surroundings:
         members.append(f"@staticmethod\n{inspect.getsource(compare)}")
     return "".join("\n" + textwrap.indent(member, "    ") for member in members)

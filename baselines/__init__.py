@@ -9,7 +9,19 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
-from far_env.baselines import anchor, attention, benchmark, chunkwise, controls, extended, forcing, queue, recency, redundancy
+from far_env.baselines import (
+    anchor,
+    attention,
+    benchmark,
+    chunkwise,
+    controls,
+    extended,
+    forcing,
+    queue,
+    recency,
+    redundancy,
+    tracker,
+)
 from far_env.contract import RetentionPolicy, TemporalCachePlan
 from far_env.errors import unknown_name
 
@@ -43,6 +55,8 @@ _BASELINES: dict[str, type] = {
         redundancy.LeastChangeNext,
         redundancy.NearestNeighbour,
         redundancy.LeastNovel,
+        tracker.SceneTracker,
+        tracker.PathTracker,
     )
 }
 
@@ -52,7 +66,7 @@ class BaselineInfo:
     """The description of a baseline.
 
     Attributes:
-        family: recency, anchor, queue or chunkwise, as in its plans; control or redundancy.
+        family: recency, anchor, queue or chunkwise, as in its plans; control, redundancy or tracker.
         source: paper or other origin.
         tier: what it reads: M (FrameMeta rows alone), L (also latents), A (also attention); "A or M" works with either.
         note: what it does, what is faithful to its source and what is adapted.

@@ -174,7 +174,10 @@ def test_declared_equivalences_hold_up_to_their_budget_and_not_beyond():
     assert declared == 3
 
 
-@pytest.mark.parametrize("name", [name for name in FILLING if name not in ("packcache_paper", "random_mid", "uniform")])
+DROP_NEWER = ("packcache_paper", "path_tracker", "random_mid", "uniform")
+
+
+@pytest.mark.parametrize("name", [name for name in FILLING if name not in DROP_NEWER])
 def test_of_tied_rows_the_newer_stays(name):
     kept = list(range(12))
     metas = frame_meta_list(torch.tensor([[0.0, 0.0, 1.0, 0.0]] * 12), 3, 0.01)
@@ -281,7 +284,7 @@ def test_every_baseline_tells_where_it_comes_from():
     for name in baselines.names():
         info, text = baselines.info(name), type(MADE[name]).__doc__
         assert info.name == name and info.source and info.note and set(info.tier.split(" or ")) <= set("MLA")
-        assert info.family in ("recency", "anchor", "queue", "chunkwise", "redundancy", "control")
+        assert info.family in ("recency", "anchor", "queue", "chunkwise", "redundancy", "control", "tracker")
         if name in FILLING:
             assert f"Tier: {info.tier.split(' or ')[0]}" in " ".join(text.split())
             assert all(f"``{parameter}``" in text for parameter in info.parameters)
