@@ -183,12 +183,15 @@ def save_host(
         autoencoder_of: the shipped host that has this autoencoder; its file is not written again.
 
     Raises:
-        ValueError: if that host has another autoencoder.
+        ValueError: if that host has another autoencoder, or if weights are beyond the range of float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
     for part, module in (("autoencoder", autoencoder), ("transformer", transformer)):
         half = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        for key, value in half.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"the {part} cannot be saved in float16: {key!r} holds values above 65504, or none at all")
         if part == "autoencoder" and autoencoder_of is not None:
             path = SHIPPED[autoencoder_of] / f"{part}.safetensors"
             shared = load_file(path)
@@ -218,7 +221,7 @@ def _read_config(folder: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise WeightsError(
-            f"no host in {folder}: config.json cannot be read; use {' or '.join(SHIPPED)}, a released model of far-env weights "
+            f"no host in {folder}: config.json cannot be read; use {', '.join(SHIPPED)}, a released model of far-env weights "
             "list, or a folder made by train-host"
         ) from error
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_dc import ResBlock
 from torch import Tensor
 
 from far_env.host.autoencoder import Autoencoder
@@ -61,12 +62,27 @@ def train_autoencoder(
     state = {"model": model, **optimizers}
     run_steps("autoencoder", run_dir, config.steps, state, train_step, checkpoint_every=checkpoint_every)
     model.eval()
+    scale_to_unit_variance(model)
     sample = _frame_batch(config, sources, shares, config.steps).to(device)
     with torch.no_grad():
         std = model.dcae.encode(sample * 2 - 1).latent.std().item()
     trained = Autoencoder(**{**config.model, "scaling_factor": round(1 / std, 4)}).to(device)
     trained.load_state_dict(model.state_dict())
     return trained.eval()
+
+
+@torch.no_grad()
+def scale_to_unit_variance(model: torch.nn.Module) -> None:
+    """Scale the kernels before batch norms so that what they put out has about unit variance; what the model does is the same.
+
+    A batch norm makes the size of these kernels irrelevant, so in training it grows, until float16 cannot hold the statistics.
+    """
+    for block in model.modules():
+        if isinstance(block, ResBlock) and isinstance(block.norm, torch.nn.BatchNorm2d):
+            scale = block.norm.running_var.mean().sqrt()
+            block.conv2.weight /= scale
+            block.norm.running_mean /= scale
+            block.norm.running_var /= scale.square()
 
 
 def _make_optimizers(config: AutoencoderTraining, model: Autoencoder) -> dict[str, torch.optim.Optimizer]:
