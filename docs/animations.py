@@ -23,8 +23,13 @@ from far_env.workloads import make_workload
 
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
-ANIMATIONS = {"pan": (4, "pretrained/pan-tight"), "cuts": (4, "pretrained/cuts-tight"), "orbit": (8, "pretrained/orbit")}
-"""World → budget and learned policy."""
+ANIMATIONS = {
+    "pan": (4, "pretrained/pan-tight"),
+    "cuts": (4, "pretrained/cuts-tight"),
+    "orbit": (8, "pretrained/orbit"),
+    "maze_retrieval": (8, "nearest_neighbour"),
+}
+"""World → budget, and a policy that is shown beside the newest frames: a learned one where one was trained for the world."""
 CLIP_ID = 0
 """The first test clip of each world."""
 SCALE = 3

@@ -15,8 +15,15 @@ from far_env.host.weights import SHIPPED, load_host
 from far_env.metrics import psnr
 from far_env.workloads import make_workload
 
-WORLDS = {"pan": ("embedded", 4, 24), "cuts": ("embedded", 4, 24), "orbit": ("embedded_long", 8, 4)}
+WORLDS = {
+    "pan": ("embedded", 4, 24),
+    "cuts": ("embedded", 4, 24),
+    "orbit": ("embedded_long", 8, 4),
+    "maze_retrieval": ("embedded_maze", 8, 8),
+}
 """World: its host, the budget of the card, and how many clips are played here."""
+RECONSTRUCTION = {"pan": 38, "cuts": 38, "orbit": 38, "maze_retrieval": 29}
+"""The least PSNR of the autoencoder, dB."""
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -31,29 +38,31 @@ def card_row(world: str) -> list[float]:
     return [float(cell) for cell in row.split("|")]
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("embedded", 12), ("embedded_long", 9)])
+@pytest.mark.parametrize(("name", "megabytes"), [("embedded", 12), ("embedded_long", 9), ("embedded_maze", 12)])
 def test_shipped_files_are_small_and_described(name, megabytes):
     sizes = {path.name: path.stat().st_size for path in SHIPPED[name].iterdir()}
-    autoencoder = {"autoencoder.safetensors"} if name == "embedded" else set()
+    autoencoder = set() if name == "embedded_long" else {"autoencoder.safetensors"}
     assert set(sizes) == {"config.json", "transformer.safetensors", "README.md", "training.yaml"} | autoencoder
     assert sum(sizes.values()) <= megabytes * 1e6
     host = load_host(name, "cpu")
     assert f"hash {host.weights_hash};" in (SHIPPED[name] / "README.md").read_text()
-    assert host.num_steps == 4 and load_host("embedded", "cpu").autoencoder.settings == host.autoencoder.settings
+    assert host.num_steps == 4
+    if name == "embedded_long":
+        assert load_host("embedded", "cpu").autoencoder.settings == host.autoencoder.settings
 
 
 def test_the_quality_on_the_cards_meets_the_targets():
     """From the cards: the smallest full-history PSNR, and how much of it recency loses."""
-    for world, wanted, lost in (("pan", 32.5, 10), ("cuts", 28.0, 10), ("orbit", 16.0, 4)):
+    for world, wanted, lost in (("pan", 32.5, 10), ("cuts", 28.0, 10), ("orbit", 16.0, 4), ("maze_retrieval", 15.0, 0)):
         reconstruction, full, recent = card_row(world)
-        assert reconstruction >= 38 and full >= wanted and full - recent >= lost
+        assert reconstruction >= RECONSTRUCTION[world] and full >= wanted and full - recent >= lost
 
 
 def test_the_autoencoder_reconstructs(workload):
     frames = torch.stack([torch.from_numpy(workload.clips.clip("test", i).frames) for i in range(8)])
     autoencoder = workload.host.autoencoder
     latents = autoencoder.encode(frames)
-    assert psnr(autoencoder.decode(latents), frames).mean() >= 38
+    assert psnr(autoencoder.decode(latents), frames).mean() >= RECONSTRUCTION[workload.name]
     assert 0.8 <= latents.std() <= 1.25, "flow matching mixes latents with noise of unit variance"
 
 
