@@ -79,7 +79,8 @@ class Hostile:
 
     def write(self, path: Path, told: Path) -> Path:
         """Make the policy file; its processes write their numbers to ``told``."""
-        path.write_text(_FILE.format(told=str(told), load=self.load, call=self.call.replace("\n", "\n        ")))
+        text = _FILE.format(told=str(told), load=self.load, call=self.call.replace("\n", "\n        "))
+        path.write_text(text, encoding="utf-8")
         return path
 
 
@@ -135,7 +136,7 @@ def running(told: Path, seconds: float = GRACE) -> list[int]:
     """Processes that a policy started and that still run after so many seconds at most."""
     deadline = time.monotonic() + seconds
     while True:
-        numbers = [int(number) for number in told.read_text().split()] if told.exists() else []
+        numbers = [int(number) for number in told.read_text(encoding="utf-8").split()] if told.exists() else []
         alive = [number for number in numbers if _runs(number)]
         if not alive or time.monotonic() > deadline:
             return alive
@@ -146,7 +147,7 @@ def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
         # What has ended and was not waited for is a zombie.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
     except FileNotFoundError:
@@ -191,7 +192,9 @@ class Drills:
         problems = self._problems(hostile, process, status, seconds)
         if not problems and self._scores() != self.expected:
             problems.append("the sound policy has other numbers")
-        if not problems and (str(self.policy) in json.loads(self.table.read_text())["policies"]) != (hostile.says is None):
+        if not problems and (str(self.policy) in json.loads(self.table.read_text(encoding="utf-8"))["policies"]) != (
+            hostile.says is None
+        ):
             problems.append("a row is missing or superfluous")
         return seconds, problems
 
@@ -236,7 +239,7 @@ class Drills:
         return problems
 
     def _scores(self) -> object:
-        return json.loads(self.table.read_text())["policies"]["recent_fill"]["psnr"]
+        return json.loads(self.table.read_text(encoding="utf-8"))["policies"]["recent_fill"]["psnr"]
 
 
 def run() -> int:

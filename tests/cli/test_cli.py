@@ -313,7 +313,9 @@ def test_damaged_or_foreign_weights_are_named(broken_host):
 
 
 def test_hosts_that_are_none_are_refused(capsys, broken_host, tmp_path):
-    with pytest.raises(WeightsError, match=r"config\.json cannot be read; use embedded, embedded_long, embedded_maze, a released model"):
+    with pytest.raises(
+        WeightsError, match=r"config\.json cannot be read; use embedded, embedded_long, embedded_maze, a released model"
+    ):
         load_host(tmp_path / "nothing", "cpu")
     (broken_host / "config.json").write_text('{"sha256": {}}')
     with pytest.raises(WeightsError, match="lacks autoencoder, transformer"):

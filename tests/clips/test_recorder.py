@@ -361,12 +361,12 @@ def test_what_is_stopped_keeps_what_is_finished_and_is_continued(tmp_path, stop)
     root = Path(__file__).parents[2]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=root)
     deadline = time.monotonic() + 300
-    while len(list(tmp_path.rglob("*.npz"))) < 3 and time.monotonic() < deadline:
+    while not list(tmp_path.rglob("*.npz")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(stop)
     _, errors = process.communicate(timeout=300)  # until every process has closed the stream
     finished = contents(tmp_path)
-    assert process.returncode == (130 if stop == signal.SIGINT else -9) and 3 <= len(finished) < 16, errors
+    assert process.returncode == (130 if stop == signal.SIGINT else -9) and 1 <= len(finished) < 16, errors
     assert "Traceback" not in errors and ("the same command resumes from there" in errors) == (stop == signal.SIGINT)
     time.sleep(0.5)
     assert contents(tmp_path) == finished, "no process goes on"
