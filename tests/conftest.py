@@ -179,3 +179,25 @@ def samples() -> Path:
         if place and Path(place).is_dir():
             return Path(place)
     pytest.skip("no sample clips: set FAR_ENV_SAMPLES to a folder that holds them")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face hub on the loopback address, with nothing in it; no token is in use, and the cache is empty."""
+    from huggingface_hub import constants
+
+    from far_env import hub as far_hub
+    from tests.loopback_hub import serve
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FAR_ENV_DATA_DIR", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FAR_ENV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the loopback hub speaks plain HTTP
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    far_hub.snapshot.cache_clear()
+    with serve() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+    far_hub.snapshot.cache_clear()

@@ -22,6 +22,7 @@ ORDER = (
         "tensor_files",
         "provenance",
         "events",
+        "hub",
     },
     {"frame_meta", "metrics", "clips"},
     {"host"},
