@@ -1,7 +1,7 @@
-"""Repositories of the Hugging Face hub: the files of one commit are listed, fetched and verified; small folders are kept, pushed.
+"""Repositories of the Hugging Face hub: files of one commit are listed, fetched and verified, and small folders pushed.
 
-`list_files` pins a commit, `fetch` resumes and verifies one file, `snapshot` keeps some files of a commit in the cache and works
-without a network afterwards, `push` makes one commit of given files. The environment variables HF_ENDPOINT, HF_TOKEN and
+`list_files` pins a commit, `fetch` resumes and verifies one file, `snapshot` keeps some files of a commit in the cache and
+works without a network afterwards, `push` makes one commit of given files. The environment variables HF_ENDPOINT, HF_TOKEN and
 HF_HUB_OFFLINE are those of huggingface_hub. Nothing that is fetched is ever executed or unpickled here.
 """
 
@@ -341,7 +341,9 @@ def _retry_after(error: Exception, otherwise: float) -> float:
 
 
 @contextmanager
-def _sentences(repository: str, revision: str | None = None, written: str = "a file", *, writes: bool = False) -> Iterator[None]:
+def _sentences(
+    repository: str, revision: str | None = None, written: str = "a file", *, writes: bool = False
+) -> Iterator[None]:
     """Turn what huggingface_hub raises into one sentence."""
     from huggingface_hub import errors, get_token
 
@@ -352,12 +354,9 @@ def _sentences(repository: str, revision: str | None = None, written: str = "a f
     except (HubError, KeyboardInterrupt):
         raise
     except errors.GatedRepoError as error:
-        raise HubError(
-            f"{repository} is only given to those who accept its terms on {endpoint()}/{repository}; do that, and {token} read it"
-            if not get_token()
-            else f"{repository} is only given to those who accept its terms: do that on {endpoint()}/{repository} with the "
-            "account of the token in use"
-        ) from error
+        who = "with the account of the token in use" if get_token() else "and set HF_TOKEN, or log in with hf auth login"
+        page = f"{endpoint()}/{repository}"
+        raise HubError(f"{repository} is only given to those who accept its terms: do that on {page} {who}") from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repository} has no revision {revision}; give a branch, a tag or a commit of it") from error
     except errors.RepositoryNotFoundError as error:
@@ -394,4 +393,6 @@ def _sentences(repository: str, revision: str | None = None, written: str = "a f
 
 def _unreachable(repository: str, error: Exception) -> str:
     reason = first_line(error)
-    return f"{repository} cannot be fetched from {endpoint()} ({reason}); with a network give the same command again, it continues"
+    return (
+        f"{repository} cannot be fetched from {endpoint()} ({reason}); with a network give the same command again, it continues"
+    )

@@ -93,9 +93,11 @@ def test_missing_private_and_gated_repositories_say_what_to_do(hub, monkeypatch)
     hub.add("me/terms", FILES, gated=True)
     hub.add("me/it", FILES)
     for repository in ("me/nothing", "me/secret"):
-        with pytest.raises(HubError, match=rf"{repository} is not on {hub.url}, or is private: .*set HF_TOKEN to a token that may"):
+        with pytest.raises(
+            HubError, match=rf"{repository} is not on {hub.url}, or is private: .*set HF_TOKEN to a token that may"
+        ):
             list_files(repository)
-    with pytest.raises(HubError, match=r"me/terms is only given to those who accept its terms .*HF_TOKEN"):
+    with pytest.raises(HubError, match=r"me/terms is only given to those who accept its terms: do that on .* and set HF_TOKEN"):
         list_files("me/terms")
     with pytest.raises(HubError, match="me/it has no revision v2; give a branch, a tag or a commit of it"):
         list_files("me/it", revision="v2")
@@ -117,7 +119,11 @@ def test_a_snapshot_holds_what_is_needed_and_works_without_a_network(hub, monkey
     commit = hub.add("me/it", FILES)
     kept = snapshot("hub:me/it", ("policy.json",), ("frames/*", "*outside*"))
     assert kept.commit == commit and kept.name == f"hub:me/it@{commit}"
-    assert sorted(str(path.relative_to(kept.folder)) for path in kept.folder.rglob("*")) == ["frames", "frames/0.png", "policy.json"]
+    assert sorted(str(path.relative_to(kept.folder)) for path in kept.folder.rglob("*")) == [
+        "frames",
+        "frames/0.png",
+        "policy.json",
+    ]
     with pytest.raises(HubError, match=r"lacks config\.json; it holds .*policy\.json"):
         snapshot("hub:me/it", ("config.json",))
     newer = hub.add("me/it", {"policy.json": b"{ }"})
