@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from far_env.errors import first_line
 from far_env.io import DISK_ERRORS, cache_dir, disk_error, locked, read_json, write_json
@@ -52,12 +53,12 @@ class HubFile:
     """A file of a commit.
 
     Attributes:
-        size: in bytes.
-        sha256: of its content, for files that git does not hold itself; else None.
+        size: in bytes; None if it is unknown.
+        sha256: of its content, or its first hex digits, for files that git does not hold itself; else None.
         git_sha1: git's SHA-1 of the content with a header, for the others; else None.
     """
 
-    size: int
+    size: int | None
     sha256: str | None
     git_sha1: str | None
 
@@ -137,41 +138,52 @@ def fetch(listing: Listing, name: str, path: Path) -> None:
         ValueError: on a full disk or missing rights.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     if name not in listing.files:
         raise HubError(f"{listing.repository} holds no file {name} at commit {listing.commit[:10]}")
+    url = hf_hub_url(listing.repository, name, repo_type=listing.kind, revision=listing.commit, endpoint=endpoint())
+    with _sentences(listing.repository, listing.commit, written=f"{path}.part"):
+        _fetch(url, path, listing.files[name], f"{name} of {listing.repository}", build_hf_headers())
+
+
+def fetch_url(url: str, path: Path, sha256: str) -> None:
+    """Fetch a file from elsewhere, as `fetch` does; no token is sent.
+
+    Args:
+        sha256: of its content, or the first hex digits of it.
+
+    Raises:
+        HubError and ValueError: as `fetch`.
+    """
+    parts = urlsplit(url)
+    name = PurePosixPath(parts.path).name
+    with _sentences(name, written=f"{path}.part", place=f"{parts.scheme}://{parts.netloc}"):
+        _fetch(url, path, HubFile(None, sha256, None), name, {})
+
+
+def _fetch(url: str, path: Path, expected: HubFile, what: str, headers: dict[str, str]) -> None:
+    from huggingface_hub.file_download import http_get
+
     if path.exists():
         return
-    expected, part = listing.files[name], path.with_name(f"{path.name}.part")
-    url = hf_hub_url(listing.repository, name, repo_type=listing.kind, revision=listing.commit, endpoint=endpoint())
+    part = path.with_name(f"{path.name}.part")
 
     def get() -> None:
         have = part.stat().st_size if part.exists() else 0
-        if have > expected.size:
-            part.unlink()
-            have = 0
+        shown = PurePosixPath(urlsplit(url).path).name
         with part.open("ab") as file:
-            http_get(
-                url,
-                file,
-                resume_size=have,
-                headers=build_hf_headers(),
-                expected_size=expected.size,
-                displayed_filename=PurePosixPath(name).name,
-            )
+            http_get(url, file, resume_size=have, headers=headers, expected_size=expected.size, displayed_filename=shown)
 
-    with _sentences(listing.repository, listing.commit, str(part)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if part.exists() and expected.size is not None and part.stat().st_size > expected.size:
+        part.unlink()
+    if not part.exists() or _difference(part, expected) is not None:
         _patiently(get)
-        wrong = _difference(part, expected)
-        if wrong is not None:
-            part.unlink()
-            raise HubError(
-                f"{name} of {listing.repository} arrived with {wrong}: the transfer was damaged and is removed; try again"
-            )
-        part.replace(path)
+    if (wrong := _difference(part, expected)) is not None:
+        part.unlink()
+        raise HubError(f"{what} arrived with {wrong}: the transfer was damaged and is removed; try again")
+    part.replace(path)
 
 
 @dataclass(frozen=True)
@@ -282,7 +294,7 @@ def _is_inside(name: str) -> bool:
 def _difference(path: Path, expected: HubFile) -> str | None:
     """What differs between a file and what the commit says of it, or None."""
     size = path.stat().st_size
-    if size != expected.size:
+    if expected.size is not None and size != expected.size:
         return f"{size:,} bytes instead of {expected.size:,}"
     with path.open("rb") as file:
         if expected.sha256 is not None:
@@ -295,7 +307,7 @@ def _difference(path: Path, expected: HubFile) -> str | None:
         else:
             return None
     actual = digest.hexdigest()
-    return None if actual == wanted else f"{name} {actual[:8]}… instead of {wanted[:8]}…"
+    return None if actual.startswith(wanted) else f"{name} {actual[:8]}… instead of {wanted[:8]}…"
 
 
 class _HashWriter:
@@ -342,11 +354,17 @@ def _retry_after(error: Exception, otherwise: float) -> float:
 
 @contextmanager
 def _sentences(
-    repository: str, revision: str | None = None, written: str = "a file", *, writes: bool = False
+    repository: str,
+    revision: str | None = None,
+    written: str = "a file",
+    *,
+    writes: bool = False,
+    place: str | None = None,
 ) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence."""
+    """Turn what huggingface_hub raises into one sentence; ``place`` is the address, by default that of the hub."""
     from huggingface_hub import errors, get_token
 
+    place = place or endpoint()
     token = "the token in use may not" if get_token() else "set HF_TOKEN to a token that may, or log in with hf auth login"
     doing = "write to" if writes else "read"
     try:
@@ -355,27 +373,27 @@ def _sentences(
         raise
     except errors.GatedRepoError as error:
         who = "with the account of the token in use" if get_token() else "and set HF_TOKEN, or log in with hf auth login"
-        page = f"{endpoint()}/{repository}"
+        page = f"{place}/{repository}"
         raise HubError(f"{repository} is only given to those who accept its terms: do that on {page} {who}") from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repository} has no revision {revision}; give a branch, a tag or a commit of it") from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"{repository} is not on {endpoint()}, or is private: check the name; to {doing} a private one {token}"
+            f"{repository} is not on {place}, or is private: check the name; to {doing} a private one {token}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise HubError(f"{repository} has no such file ({first_line(error)})") from error
     except errors.HfHubHTTPError as error:
         status = _status(error)
         if status in (401, 403):
-            raise HubError(f"{endpoint()} does not let this token {doing} {repository} ({status}); {token}") from error
+            raise HubError(f"{place} does not let this token {doing} {repository} ({status}); {token}") from error
         if status in BUSY:
             wait = _retry_after(error, 0)
             pause = f" in {wait:,.0f} s" if wait else " later"
             raise HubError(
-                f"{endpoint()} is busy and asks to wait ({status}); give the same command again{pause}, it continues"
+                f"{place} is busy and asks to wait ({status}); give the same command again{pause}, it continues"
             ) from error
-        raise HubError(f"{endpoint()} refused to {doing} {repository}: {first_line(error)}") from error
+        raise HubError(f"{place} refused to {doing} {repository}: {first_line(error)}") from error
     except errors.HFValidationError as error:
         raise HubError(f"{repository!r} cannot be a repository: {first_line(error)}") from error
     except errors.OfflineModeIsEnabled as error:
@@ -383,16 +401,14 @@ def _sentences(
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise ValueError(disk_error(error, written)) from error
-        raise Unreachable(_unreachable(repository, error)) from error
+        raise Unreachable(_unreachable(repository, place, error)) from error
     except Exception as error:
         # The clients of the versions of huggingface_hub (requests, httpx) have errors of their own for a broken connection.
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
-            raise Unreachable(_unreachable(repository, error)) from error
+            raise Unreachable(_unreachable(repository, place, error)) from error
         raise
 
 
-def _unreachable(repository: str, error: Exception) -> str:
+def _unreachable(repository: str, place: str, error: Exception) -> str:
     reason = first_line(error)
-    return (
-        f"{repository} cannot be fetched from {endpoint()} ({reason}); with a network give the same command again, it continues"
-    )
+    return f"{repository} cannot be fetched from {place} ({reason}); with a network give the same command again, it continues"

@@ -201,3 +201,19 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
     far_hub.snapshot.cache_clear()
+
+
+@pytest.fixture
+def random_alexnet(monkeypatch, tmp_path):
+    """An AlexNet with random weights, which LPIPS finds in the place of ImageNet's."""
+    from torchvision.models import alexnet
+
+    from far_env.perceptual import alexnet_path, perceptual_network
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    torch.manual_seed(0)
+    model = alexnet(weights=None)
+    alexnet_path().parent.mkdir(parents=True)
+    torch.save(model.state_dict(), alexnet_path())
+    yield model
+    perceptual_network.cache_clear()

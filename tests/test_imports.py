@@ -24,7 +24,7 @@ ORDER = (
         "events",
         "hub",
     },
-    {"frame_meta", "metrics", "clips"},
+    {"frame_meta", "metrics", "perceptual", "clips"},
     {"host"},
     {"workloads"},
     {"rollout"},

@@ -82,6 +82,7 @@ def test_the_listed_sizes_are_those_of_the_models():
 def small_zoo(tmp_path, monkeypatch):
     """A tiny transformer and autoencoder, released under names that hold their true hashes."""
     monkeypatch.setenv("FAR_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
     entries = {}
     dcae = {**TINY_DCAE, "scaling_factor": 0.8}
     for name, kind, config in (("small_dcae", Autoencoder, dcae), ("small_far", FAR, TINY_FAR)):
