@@ -169,11 +169,23 @@ def _fetch(url: str, path: Path, expected: HubFile, what: str, headers: dict[str
         return
     part = path.with_name(f"{path.name}.part")
 
+    def arrived() -> int:
+        return part.stat().st_size if part.exists() else 0
+
     def get() -> None:
-        have = part.stat().st_size if part.exists() else 0
         shown = PurePosixPath(urlsplit(url).path).name
-        with part.open("ab") as file:
-            http_get(url, file, resume_size=have, headers=headers, expected_size=expected.size, displayed_filename=shown)
+        while True:
+            have = arrived()
+            try:
+                with part.open("ab") as file:
+                    http_get(
+                        url, file, resume_size=have, headers=headers, expected_size=expected.size, displayed_filename=shown
+                    )
+                return
+            except Exception as error:
+                # Some versions of huggingface_hub give up at the first break. A connection that brought something goes on.
+                if not _is_connection_error(error) or arrived() <= have:
+                    raise
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.exists() and expected.size is not None and part.stat().st_size > expected.size:
@@ -398,15 +410,22 @@ def _sentences(
         raise HubError(f"{repository!r} cannot be a repository: {first_line(error)}") from error
     except errors.OfflineModeIsEnabled as error:
         raise Unreachable(f"{repository} cannot be fetched because HF_HUB_OFFLINE is set") from error
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise ValueError(disk_error(error, written)) from error
-        raise Unreachable(_unreachable(repository, place, error)) from error
     except Exception as error:
-        # The clients of the versions of huggingface_hub (requests, httpx) have errors of their own for a broken connection.
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise ValueError(disk_error(error, written)) from error
+        if _is_connection_error(error):
             raise Unreachable(_unreachable(repository, place, error)) from error
         raise
+
+
+def _is_connection_error(error: Exception) -> bool:
+    """Return whether an error is a connection that was not made or broke: of the system, or of the client (requests, httpx)."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError | OfflineModeIsEnabled):
+        return False
+    client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return client or (isinstance(error, OSError) and error.errno not in DISK_ERRORS)
 
 
 def _unreachable(repository: str, place: str, error: Exception) -> str:

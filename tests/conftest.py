@@ -184,7 +184,7 @@ def samples() -> Path:
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hugging Face hub on the loopback address, with nothing in it; no token is in use, and the cache is empty."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     from far_env import hub as far_hub
     from tests.loopback_hub import serve
@@ -199,6 +199,11 @@ def hub(monkeypatch, tmp_path):
     far_hub.snapshot.cache_clear()
     with serve() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+        # huggingface_hub reads the variable once, when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         yield server
     far_hub.snapshot.cache_clear()
 

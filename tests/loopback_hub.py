@@ -47,6 +47,8 @@ class LoopbackHub:
         busy: part of a path → the Retry-After of its next answers, each a 429.
         breaks: part of a path → how many of its next answers are cut in half.
         corrupt: parts of paths whose content has one byte changed.
+        redirects: large files are sent from another host, as by the hub: localhost instead of 127.0.0.1.
+        leaked: tokens that were sent to that host.
         requests: method, path and Range of all requests.
     """
 
@@ -55,6 +57,8 @@ class LoopbackHub:
     busy: dict[str, list[str]] = field(default_factory=dict)
     breaks: dict[str, int] = field(default_factory=dict)
     corrupt: set[str] = field(default_factory=set)
+    redirects: bool = False
+    leaked: list[str] = field(default_factory=list)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
 
@@ -99,6 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
         for part, waits in self.hub.busy.items():
             if part in path and waits:
                 return self._send(429, b"", {"Retry-After": waits.pop(0)})
+        if path.startswith("/elsewhere/"):
+            if token := self.headers.get("Authorization"):
+                self.hub.leaked.append(token)
+            kind, user, name, revision, file = path.removeprefix("/elsewhere/").split("/", 4)
+            return self._file(self.hub.repos[kind, f"{user}/{name}"], revision, file)
         if path == "/api/repos/create":
             return self._create()
         if path == "/api/validate-yaml":
@@ -152,6 +161,12 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self._repo(kind, repository)
         if repo is None:
             return None
+        if self.hub.redirects and name.endswith(LARGE):
+            place = self.hub.url.replace("127.0.0.1", "localhost")
+            return self._send(302, b"", {"Location": f"{place}/elsewhere/{kind}/{repository}/{revision}/{name}"})
+        return self._file(repo, revision, name)
+
+    def _file(self, repo, revision, name):
         number = repo.find(revision)
         content = None if number is None else repo.commits[number].get(name)
         if content is None:

@@ -45,6 +45,17 @@ def test_a_connection_that_breaks_is_resumed_where_it_broke(hub, quick, tmp_path
     assert len(starts) == 2 and 0 < starts[0] < starts[1] < len(CONTENT)
 
 
+def test_a_redirect_to_another_host_is_followed_and_gets_no_token(hub, monkeypatch, tmp_path):
+    hub.add("me/it", FILES, private=True)
+    hub.redirects = True
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    (tmp_path / "w.part").write_bytes(CONTENT[:10])
+    fetch(list_files("me/it"), "weights.safetensors", tmp_path / "w")
+    assert (tmp_path / "w").read_bytes() == CONTENT
+    assert hub.fetched("elsewhere") == ["bytes=10-"] and not hub.leaked
+
+
 def test_a_stopped_download_is_resumed_by_the_next_call(hub, tmp_path):
     hub.add("me/it", FILES)
     (tmp_path / "w.part").write_bytes(CONTENT[:12_345])
