@@ -194,7 +194,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("FAR_ENV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the loopback hub speaks plain HTTP
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # the loopback hub speaks plain HTTP
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     far_hub.snapshot.cache_clear()
     with serve() as server:
