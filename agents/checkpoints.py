@@ -1,4 +1,4 @@
-"""Trained scorers on disk, and the collection of learned policies: shipped ones (pretrained/NAME) and run folders.
+"""Trained scorers on disk, and the collection of learned policies: shipped (pretrained/NAME), on the hub (hub:USER/NAME), runs.
 
 `names`, `load`, `facts` and `accepts` are what `far_env.policies` asks of a collection. Importing this module imports no torch.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from far_env.agents.config import NetworkConfig
 from far_env.config import from_dict
 from far_env.errors import unknown_name
+from far_env.hub import Snapshot, is_hub_name, snapshot
 from far_env.io import read_json, write_json
 
 if TYPE_CHECKING:
@@ -36,13 +37,17 @@ def names() -> list[str]:
 
 
 def accepts(name: str) -> bool:
-    """Return whether `load` accepts the name: a shipped policy (also misspelt, so that the error suggests another), or the
-    path of a folder."""
-    return name.startswith(PRETRAINED) or Path(name).is_dir()
+    """Return whether `load` accepts the name: a shipped policy (also misspelt, so that the error suggests another), one on the
+    Hugging Face hub, or the path of a folder."""
+    return name.startswith(PRETRAINED) or is_hub_name(name) or Path(name).is_dir()
 
 
 def load(name: str) -> AgentPolicy:
-    """The policy of a shipped scorer or a run folder. Raises ValueError if there is none or its files are damaged."""
+    """The policy of a shipped scorer, of one on the hub, or of a run folder.
+
+    Raises:
+        ValueError: if there is none, its files are damaged, or the hub cannot be read.
+    """
     from far_env.agents.policies import AgentPolicy
 
     return AgentPolicy(load_scorer(scorer_folder(name))[0], name)
@@ -61,19 +66,37 @@ def facts(name: str) -> dict[str, str]:
     return {
         "family": "learned",
         "tier": tier(network.spec.signals),
-        "source": f"{name} of far-env" if name.startswith(PRETRAINED) else str(folder.resolve()),
+        "source": source(name),
         "note": f"trained on {about.get('trained_on', 'unknown clips')}",
         "sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }
 
 
+def source(name: str) -> str:
+    """Where a policy comes from, in a form that always means the same: a commit of a repository, or an absolute path."""
+    if name.startswith(PRETRAINED):
+        return f"{name} of far-env"
+    return _snapshot(name).name if is_hub_name(name) else str(Path(name).resolve())
+
+
 def scorer_folder(name: str) -> Path:
-    """The folder of a trained scorer: a run's, or a shipped policy's. Raises ValueError if no such policy is shipped."""
+    """The folder of a trained scorer: a run's, a shipped policy's, or one that was fetched from the Hugging Face hub.
+
+    Raises:
+        ValueError: if no such policy is shipped, or if the hub cannot be read.
+    """
+    if is_hub_name(name):
+        return _snapshot(name).folder
     if not name.startswith(PRETRAINED):
         return Path(name)
     if name not in names():
         raise ValueError(unknown_name("pretrained policy", name, names()))
     return PRETRAINED_DIR / name.removeprefix(PRETRAINED)
+
+
+def _snapshot(name: str) -> Snapshot:
+    """A policy's data from the hub; not its exported file, which is code."""
+    return snapshot(name, (CONFIG_FILE, WEIGHTS_FILE), (SETTINGS_FILE, RESULTS_FILE))
 
 
 def save_scorer(scorer: RetentionNetwork, config: NetworkConfig, about: dict[str, Any], folder: Path) -> None:

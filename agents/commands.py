@@ -1,4 +1,4 @@
-"""The commands of ``far-env`` that train, publish and measure agents.
+"""The commands of ``far-env`` that train, publish, share and measure agents.
 
 Nothing heavy is imported before a command's options are parsed, so that ``--help`` is fast.
 """
@@ -14,6 +14,7 @@ from far_env.agents.options import (
     ExportOptions,
     LearningCurveOptions,
     PublishOptions,
+    PushOptions,
     RegretOptions,
     ReproduceOptions,
     Sweep,
@@ -42,10 +43,12 @@ def train(args: Sequence[str], prog: str = "far-env train") -> None:
 def export(args: Sequence[str]) -> None:
     """Write a trained policy as one Python file."""
     options = _parse(ExportOptions, args, "export")
-    from far_env.agents.checkpoints import scorer_folder
+    from far_env.agents.checkpoints import scorer_folder, source
     from far_env.agents.export import export_run
+    from far_env.hub import is_hub_name
 
-    export_run(scorer_folder(options.run), Path(options.out))
+    folder = scorer_folder(options.run)
+    export_run(folder, Path(options.out), source(options.run) if is_hub_name(options.run) else None)
     print(f"wrote {options.out}")
 
 
@@ -56,6 +59,14 @@ def publish(args: Sequence[str]) -> None:
 
     folder = publish_run(Path(options.run), options.name)
     print(f"published pretrained/{options.name} in {folder}; its model card is {CARD_FILE} there")
+
+
+def push(args: Sequence[str]) -> None:
+    """Share a policy, a host or results on the Hugging Face hub."""
+    options = _parse(PushOptions, args, "push")
+    from far_env.agents.push import push_folder
+
+    print(f"pushed; {push_folder(options.folder, options.to, private=options.private)} is what was pushed")
 
 
 def sweep(args: Sequence[str]) -> None:

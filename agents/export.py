@@ -184,14 +184,15 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
     write_text(path, text)
 
 
-def export_run(run: Path, path: Path) -> None:
-    """Export the scorer of a run folder.
+def export_run(run: Path, path: Path, source: str | None = None) -> None:
+    """Export the scorer of a run folder; the file's docstring says how it was trained, and its source where one is given.
 
     Raises:
         ValueError: if the folder contains none, if it cannot be exported, or if the file cannot be written.
     """
     network, about = load_scorer(run)
     provenance = [f"{key}: {value}" for key, value in about.items() if key != "network"]
+    provenance += [f"source: {source}"] * (source is not None)
     export_policy(network, path, "\n".join(provenance))
 
 

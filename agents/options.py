@@ -19,7 +19,7 @@ class ExportOptions:
     """Write a trained policy as one self-contained Python file for the benchmark."""
 
     run: tyro.conf.Positional[str]
-    """Run folder of far-env train, or pretrained/NAME for a shipped policy."""
+    """Run folder of far-env train, pretrained/NAME for a shipped policy, or hub:USER/NAME[@REVISION]."""
     out: str = "policy.py"
     """File to write."""
 
@@ -32,6 +32,22 @@ class PublishOptions:
     """Run folder of far-env train."""
     name: tyro.conf.Positional[str]
     """Name of the policy: lower-case letters, digits and hyphens."""
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Share a finished run, a host or results as a repository on the Hugging Face hub, under the name hub:USER/NAME.
+
+    A policy is pushed as settings, safetensors, a card with its scores, and its exported file where it can be exported.
+    HF_TOKEN must hold a token that may write.
+    """
+
+    folder: tyro.conf.Positional[str]
+    """Run folder of far-env train, pretrained/NAME, folder of a host, or results folder of far-env evaluate."""
+    to: str
+    """hub:USER/NAME; the repository is made if there is none."""
+    private: bool = False
+    """Make a new repository private."""
 
 
 @dataclass(frozen=True)

@@ -39,16 +39,27 @@ def publish_run(run: Path, name: str, directory: Path = PRETRAINED_DIR) -> Path:
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         raise ValueError(f"the name of a pretrained policy is made of lower-case letters, digits and hyphens, got {name!r}")
+    folder = directory / name
+    write_published(run, folder, f"{PRETRAINED}{name}")
+    return folder
+
+
+def write_published(run: Path, folder: Path, name: str) -> None:
+    """Write a finished run's scorer and settings, and a card for a policy of this name, into the folder.
+
+    Raises:
+        ValueError: if the run is not finished or is damaged, or if the folder cannot be written.
+    """
     network, facts = load_scorer(run)
     settings = load_yaml(AgentTraining, run / SETTINGS_FILE)
     results, sessions = _results(run, facts), load_facts(run)
     if not sessions:
         raise ValueError(f"{run} has no record of how it was made (run.json is missing); train it again")
-    folder = make_run_dir(directory / name)
+    make_run_dir(folder)
     save_scorer(network, settings.network, {key: value for key, value in facts.items() if key != "network"}, folder)
     save_yaml(settings, folder / SETTINGS_FILE)
     card = model_card(
-        f"{PRETRAINED}{name}",
+        name,
         settings,
         facts | sessions_summary(sessions),
         results,
@@ -57,7 +68,6 @@ def publish_run(run: Path, name: str, directory: Path = PRETRAINED_DIR) -> Path:
         sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     )
     write_text(folder / CARD_FILE, card)
-    return folder
 
 
 def _results(run: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -109,6 +109,13 @@ def commands() -> dict[str, Callable[[Sequence[str]], int | None]]:
     return {entry.name: entry.load() for entry in sorted(entries, key=lambda entry: entry.name)}
 
 
+def subcommands() -> dict[str, Callable[[Sequence[str]], int | None]]:
+    """Actions that have other options than the command they belong to."""
+    from far_env.cli.data_download import download
+
+    return {"data download": download}
+
+
 def command_options(function: Callable[[Sequence[str]], int | None]) -> tuple[type, str]:
     """The options class that a command parses and its description, captured while it parses ``--help``."""
 
@@ -126,7 +133,7 @@ def command_options(function: Callable[[Sequence[str]], int | None]) -> tuple[ty
 def all_commands() -> str:
     """Every command: what it does, its arguments and its options."""
     parts = []
-    for name, function in commands().items():
+    for name, function in sorted({**commands(), **subcommands()}.items()):
         cls, _ = command_options(function)
         texts = field_texts(cls)
         rows, positional = [], []

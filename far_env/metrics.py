@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
-
 import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from far_env.device import torch_defaults
-from far_env.errors import MetricUnavailable, first_line, unknown_name
+from far_env.errors import MetricUnavailable, unknown_name
+from far_env.perceptual import alexnet_path, perceptual_network
 
 METRICS = ("psnr", "ssim", "lpips")
 LOWER_IS_BETTER = ("lpips",)
-ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 _SSIM_RADIUS = 5
+_LPIPS_FRAMES = 256
+"""Frames that LPIPS compares at once, so that its memory does not grow with the number of clips and their length."""
 
 
 def psnr(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -52,12 +51,11 @@ def ssim(predicted: Tensor, truth: Tensor) -> float:
 
 def lpips_unavailable() -> str | None:
     """None where LPIPS can be computed, else one sentence: why not and which command helps. Never touches the network."""
-    path = _alexnet_path()
+    path = alexnet_path()
     if path.exists():
         return None
     return (
-        f"LPIPS needs AlexNet's ImageNet weights, which are not at {path}; with a network, "
-        "python -c \"import lpips; lpips.LPIPS(net='alex')\" fetches them (233 MB)"
+        f"LPIPS needs AlexNet's ImageNet weights, which are not at {path}; far-env weights download lpips fetches them (233 MB)"
     )
 
 
@@ -84,9 +82,10 @@ def lpips(predicted: Tensor, truth: Tensor) -> Tensor:
         MetricUnavailable: where AlexNet's weights are not on disk.
     """
     require_metrics(["lpips"])
-    network = _lpips_network(predicted.device, _alexnet_path())
+    network = perceptual_network(predicted.device, alexnet_path())
     shape = predicted.shape[:-3]
-    distances = network(predicted.float().flatten(0, -4), truth.float().flatten(0, -4), normalize=True)
+    frames = zip(predicted.flatten(0, -4).split(_LPIPS_FRAMES), truth.flatten(0, -4).split(_LPIPS_FRAMES), strict=True)
+    distances = torch.cat([network(images.float(), others.float()) for images, others in frames])
     return distances.view(shape).mean(dim=-1)
 
 
@@ -102,20 +101,3 @@ def clip_metrics(predicted: Tensor, truth: Tensor, names: tuple[str, ...]) -> li
     if "lpips" in names:
         columns["lpips"] = lpips(predicted, truth).tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _alexnet_path() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
-
-
-@lru_cache(maxsize=2)
-def _lpips_network(device: torch.device, path: Path) -> torch.nn.Module:
-    import lpips as lpips_package  # imports torchvision, which is slow and not needed for PSNR
-
-    try:
-        return lpips_package.LPIPS(net="alex", version="0.1", verbose=False).to(device).requires_grad_(False)
-    except Exception as error:
-        reason = first_line(error)
-        raise MetricUnavailable(
-            f"LPIPS: the AlexNet weights at {path} cannot be used ({reason}); delete and fetch them again"
-        ) from error

@@ -127,7 +127,9 @@ def _find(name: str) -> Any:
             return source
     known = ", ".join(policy_names())
     also = "".join(f"; {failure}" for failure in failures)
-    raise ValueError(f"no policy {name!r}: it is neither one of {known}, nor an existing .py file or run folder{also}")
+    raise ValueError(
+        f"no policy {name!r}: it is neither one of {known}, nor an existing .py file or run folder, nor hub:USER/NAME{also}"
+    )
 
 
 def is_policy_file(name: str) -> bool:

@@ -179,3 +179,46 @@ def samples() -> Path:
         if place and Path(place).is_dir():
             return Path(place)
     pytest.skip("no sample clips: set FAR_ENV_SAMPLES to a folder that holds them")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face hub on the loopback address, with nothing in it; no token is in use, and the cache is empty."""
+    from huggingface_hub import constants, file_download
+
+    from far_env import hub as far_hub
+    from tests.loopback_hub import serve
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FAR_ENV_DATA_DIR", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FAR_ENV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # the loopback hub speaks plain HTTP
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    far_hub.snapshot.cache_clear()
+    with serve() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        # huggingface_hub reads the variable once, when it is imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        yield server
+    far_hub.snapshot.cache_clear()
+
+
+@pytest.fixture
+def random_alexnet(monkeypatch, tmp_path):
+    """An AlexNet with random weights, which LPIPS finds in the place of ImageNet's."""
+    from torchvision.models import alexnet
+
+    from far_env.perceptual import alexnet_path, perceptual_network
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    torch.manual_seed(0)
+    model = alexnet(weights=None)
+    alexnet_path().parent.mkdir(parents=True)
+    torch.save(model.state_dict(), alexnet_path())
+    yield model
+    perceptual_network.cache_clear()

@@ -1,13 +1,16 @@
-"""Metrics against torchmetrics, and honest absence of LPIPS where its weights are missing."""
+"""Metrics against torchmetrics and lpips, the weights of LPIPS, and its honest absence where they are missing."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
+import warnings
 
 import pytest
 import torch
 
-from far_env import metrics
+from far_env import cli, metrics, perceptual
 
 
 @pytest.fixture
@@ -49,34 +52,79 @@ def test_without_its_weights_lpips_says_so_at_once_and_never_touches_the_network
     assert time.monotonic() - start < 5
 
 
-def test_lpips_is_the_packages_distance_averaged_over_frames(monkeypatch, tmp_path, pair):
+def test_lpips_is_the_packages_distance_averaged_over_frames(random_alexnet, monkeypatch, pair):
+    """If a newer torchvision breaks the package, which calls it in a deprecated way, this test is what fails: ours goes on."""
     import lpips
-    from torchvision.models import alexnet
 
-    torch.manual_seed(0)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    trunk = alexnet()
-    torch.save(trunk.state_dict(), tmp_path / "checkpoints" / metrics.ALEXNET_FILE)
     actual = metrics.lpips(*pair)
     plain = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     for name, module in plain.net.named_children():
         for index, layer in module.named_children():
-            layer.load_state_dict(trunk.features[int(index)].state_dict())
+            layer.load_state_dict(random_alexnet.features[int(index)].state_dict())
         assert name.startswith("slice")
     plain.eval()
     with torch.no_grad():
-        expected = [plain(2 * a - 1, 2 * b - 1).mean() for a, b in zip(*pair, strict=True)]
-    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-6, rtol=1e-5)
-    assert (actual > 0).all()
+        expected = torch.stack([plain(2 * a - 1, 2 * b - 1).mean() for a, b in zip(*pair, strict=True)])
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+    assert (actual > 0).all() and len(set(actual.tolist())) == 3
+    monkeypatch.setattr(metrics, "_LPIPS_FRAMES", 5)
+    torch.testing.assert_close(metrics.lpips(*pair), expected, atol=1e-6, rtol=1e-5)
+    assert not metrics.lpips(pair[0], pair[0]).any()
+
+
+def test_lpips_calls_nothing_that_torchvision_deprecated(random_alexnet, pair):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.lpips(*pair).isfinite().all()
+    with pytest.warns(UserWarning, match="deprecated"):
+        __import__("lpips").LPIPS(net="alex", pnet_rand=True, verbose=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_lpips_on_a_gpu_is_that_of_the_cpu(random_alexnet, pair):
+    expected = metrics.lpips(*pair)
+    many = [batch.repeat(100, 1, 1, 1, 1).cuda() for batch in pair]
+    torch.testing.assert_close(metrics.lpips(*many).cpu(), expected.repeat(100), atol=1e-4, rtol=1e-2)
 
 
 def test_damaged_alexnet_weights_are_named(monkeypatch, tmp_path, pair):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / metrics.ALEXNET_FILE).write_bytes(b"not weights")
+    (tmp_path / "checkpoints" / perceptual.ALEXNET_FILE).write_bytes(b"not weights")
     with pytest.raises(metrics.MetricUnavailable, match=r"cannot be used .*; delete and fetch them again"):
         metrics.lpips(*pair)
+
+
+def test_weights_for_lpips_are_fetched_once_and_verified(hub, monkeypatch, tmp_path, capsys):
+    content = os.urandom(3000)
+    hub.add("torch/models", {perceptual.ALEXNET_FILE: content})
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(perceptual, "ALEXNET_URL", f"{hub.url}/torch/models/resolve/main/{perceptual.ALEXNET_FILE}")
+    assert cli.main(["weights", "download", "lpips"]) == 2
+    assert "arrived with SHA-256" in capsys.readouterr().err and not list(tmp_path.rglob("*.pth*"))
+    monkeypatch.setattr(perceptual, "ALEXNET_HASH", hashlib.sha256(content).hexdigest()[:8])
+    path = perceptual.alexnet_path()
+    path.with_name(f"{path.name}.part").write_bytes(content[:1000])
+    assert cli.main(["weights", "download", "lpips"]) == 0
+    assert path.read_bytes() == content and hub.fetched("alexnet") == [None, "bytes=1000-"]
+    assert metrics.lpips_unavailable() is None
+    assert cli.main(["weights", "download", "lpips"]) == 0 and len(hub.fetched("alexnet")) == 2
+    monkeypatch.setenv("FAR_WEIGHTS_DIR", str(tmp_path))
+    assert cli.main(["weights", "verify"]) == 0, "without names, what is there is verified"
+    assert f"lpips: {path} is complete" in capsys.readouterr().out
+    assert cli.main(["weights", "list"]) == 0
+    assert "lpips: AlexNet's ImageNet weights for the metric LPIPS" in capsys.readouterr().out
+    path.write_bytes(content[:-1])
+    assert cli.main(["weights", "verify", "lpips"]) == 2
+    assert "delete it and fetch it again with far-env weights download lpips" in capsys.readouterr().err
+    path.unlink()
+    assert cli.main(["weights", "verify", "lpips"]) == 2
+    assert "far-env weights download lpips fetches them" in capsys.readouterr().err
+    monkeypatch.setattr(perceptual, "ALEXNET_URL", "http://127.0.0.1:9/alexnet.pth")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert cli.main(["weights", "download", "lpips"]) == 2
+    assert "cannot be fetched from http://127.0.0.1:9 (" in (error := capsys.readouterr().err)
+    assert "or put the file at" in error
 
 
 def test_unknown_metrics_are_refused(pair):

@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from far_env.cli.data_download import download
 from far_env.config import parse
 
 
@@ -17,11 +18,11 @@ from far_env.config import parse
 class DataOptions:
     """Count the clips of a folder of videos and find its damaged files; the exit status is 2 if there are any."""
 
-    action: tyro.conf.Positional[Literal["check", "encode"]]
-    """check examines a folder. encode takes the configuration and options of train-host instead of these, and encodes what that
-    training would encode; stopped, the same command continues."""
-    folder: tyro.conf.Positional[str]
-    """Folder of videos; subfolders are searched."""
+    action: tyro.conf.Positional[Literal["check", "download", "encode"]]
+    """check examines a folder. download fetches one of FAR's data sets and has options of its own. encode takes the settings
+    of train-host instead of these, and encodes what that training would encode; stopped, the same command continues."""
+    folder: tyro.conf.Positional[str | None] = None
+    """Folder of videos; subfolders are searched. By default the one that --dataset was downloaded to."""
     dataset: str | None = None
     """ucf101, dmlab, bair, minecraft, recorded or doom; by default guessed from the files."""
     frames: int | None = None
@@ -31,14 +32,17 @@ class DataOptions:
 
 
 def data(args: Sequence[str]) -> None:
-    """Count the clips of a folder of videos and find its damaged files, or encode videos for training a host."""
+    """Count a folder's clips and find its damaged files, download a data set of FAR, or encode the clips of a training."""
+    if args[:1] == ["download"]:
+        download(args[1:])
+        return
     if args[:1] == ["encode"]:
         encode(args[1:])
         return
     options = parse(DataOptions, args, "far-env data", DataOptions.__doc__ or "")
     from far_env.clips.check import check_data
 
-    report = check_data(Path(options.folder), options.dataset, options.frames, whole=not options.quick)
+    report = check_data(_folder(options), options.dataset, options.frames, whole=not options.quick)
     print(report.text())
     if report.problem is not None:
         raise ValueError(report.problem)
@@ -55,3 +59,17 @@ def encode(args: Sequence[str]) -> None:
     for source in encode_sources(config):
         skipped = f", {source.skipped} skipped" if source.skipped else ""
         print(f"{source.name}: {len(source)} episodes encoded{skipped}")
+
+
+def _folder(options: DataOptions) -> Path:
+    """The folder to check. Raises ValueError if none is given and the data set was not downloaded."""
+    if options.folder is not None:
+        return Path(options.folder)
+    from far_env.clips.data_folders import data_dir, find_data
+
+    if options.dataset is None:
+        raise ValueError("data check needs a folder, or with --dataset the name of a data set that was downloaded")
+    folder = find_data(options.dataset)
+    if folder is None:
+        raise ValueError(f"{options.dataset} is not in {data_dir()}; far-env data download fetches it, or give a folder")
+    return folder

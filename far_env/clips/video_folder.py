@@ -14,6 +14,7 @@ import numpy as np
 
 from far_env.clips.arrays import read_actions
 from far_env.clips.clip import SPLITS, Clip, check_clip_id
+from far_env.clips.data_folders import find_data
 from far_env.clips.index import Index, RecordingInfo
 from far_env.clips.latents import LatentHost, decode_latents, read_latents
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
@@ -52,14 +53,16 @@ class VideoFolder:
     scores on them exclude the autoencoder's loss; therefore latents have no test split.
 
     Args:
-        data_dir: folder of .mp4, .avi or .npz files at any depth; by default the value of the class's environment variable.
+        data_dir: folder of .mp4, .avi or .npz files at any depth; by default the value of the class's environment variable,
+            else the folder that far-env data download filled.
         protocol: one of `PROTOCOLS`.
         num_frames: frames per clip.
         size: side of the square frames in pixels; by default that of the data set.
         train_list: name of the list in the folder that takes the place of FAR's training list, for the protocol far.
 
     Raises:
-        ValueError: on an unknown protocol, a missing folder, a damaged list, or a folder without a usable video.
+        ValueError: on an unknown protocol, a missing folder, an unfinished download, a damaged list, or a folder without a
+            usable video.
 
     Attributes:
         test_stride: distance between entries of the test list that are used, 1 for all.
@@ -69,12 +72,12 @@ class VideoFolder:
     """
 
     name = "videos"
-    variable = "FAR_ENV_DATA_DIR"
+    variable = "VIDEOS_DATA_DIR"
     default_size = 64
     test_stride = 1
     preferred_lists: tuple[str, ...] = ()
     num_actions: int | None = 0
-    remedy = "far-env data check describes what is in a folder"
+    remedy = "far-env data download fetches the data sets of FAR"
 
     def __init__(
         self,
@@ -87,7 +90,7 @@ class VideoFolder:
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
-        path = data_dir or os.environ.get(self.variable)
+        path = data_dir or os.environ.get(self.variable) or find_data(self.name)
         if not path:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}; {self.remedy}")
         self.folder, self.protocol, self.num_frames = Path(path), protocol, num_frames

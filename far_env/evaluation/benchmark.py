@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from far_env.clips.clip import check_clip_id
+from far_env.clips.data_folders import find_data
 from far_env.clips.datasets import UCF101, DMLab
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy
 from far_env.device import resolve_device
@@ -49,12 +50,13 @@ class _Task:
 
     num_clips: int
     data_variable: str
+    data: str
     world: str
 
 
 TASKS = {
-    "ucf101_short_prediction": _Task(50, UCF101.variable, "pan"),
-    "dmlab_long_prediction": _Task(20, DMLab.variable, "orbit"),
+    "ucf101_short_prediction": _Task(50, UCF101.variable, UCF101.name, "pan"),
+    "dmlab_long_prediction": _Task(20, DMLab.variable, DMLab.name, "orbit"),
 }
 
 
@@ -92,7 +94,8 @@ def benchmark_workload(
     if precision is None:
         precision = "bfloat16" if resolve_device(device).type == "cuda" else "float32"
     common = {"host": host, "device": device, "precision": precision}
-    if data_dir is None and not os.environ.get(task.data_variable) and host in SHIPPED:
+    has_data = data_dir or os.environ.get(task.data_variable) or find_data(task.data)
+    if not has_data and host in SHIPPED:
         world = make_workload(task.world, **common)
         lengths = {"num_context": spec.num_context, "num_predict": spec.num_predict, "num_steps": spec.num_steps}
         return replace(world, name=name, **lengths), True

@@ -23,7 +23,7 @@ from far_env.errors import short
 from far_env.io import lock, make_run_dir, read_json, replacing, write_json
 
 FORMAT = 1
-_SETTINGS_FILE = "evaluation.json"
+SETTINGS_FILE = "evaluation.json"
 RECORDS_FILE = "records.jsonl"
 _MERGED_LISTS = ("workloads", "budgets", "seeds", "clips")
 _EQUAL = ("split", "metrics", "show_clips")
@@ -185,13 +185,13 @@ def _record(values: object, settings: Settings) -> Record:
     known = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
     for name, values_asked in {**known, "budget": settings.budgets}.items():
         if fields[name] not in values_asked:
-            raise ValueError(f"has the {name} {short(fields[name])}, which is not in {_SETTINGS_FILE}")
+            raise ValueError(f"has the {name} {short(fields[name])}, which is not in {SETTINGS_FILE}")
     num_predict = settings.num_predict[fields["workload"]]
     numbers = [*fields["metrics"].values(), *fields["psnr_per_frame"]]
     if len(fields["psnr_per_frame"]) != num_predict or not all(map(_is_number, numbers)):
         raise ValueError(f"needs numbers as metrics and {num_predict} of them in psnr_per_frame")
     if fields["metrics"].keys() != set(settings.metrics):
-        raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {_SETTINGS_FILE} has {', '.join(settings.metrics)}")
+        raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {SETTINGS_FILE} has {', '.join(settings.metrics)}")
     if lacking := [name for name, kind in _FACTS.items() if not isinstance(values.get(name), kind)]:
         raise ValueError(f"lacks {', '.join(lacking)}")
     record = Record(**fields, facts={**_OLDER_FACTS, **values})
@@ -273,15 +273,15 @@ def load(folder: str | Path) -> Results:
         ValueError: one sentence, naming file and line, if the folder is not a results folder or is damaged.
     """
     folder = Path(folder)
-    settings = _load_settings(folder / _SETTINGS_FILE)
+    settings = _load_settings(folder / SETTINGS_FILE)
     return Results(settings, _parse(_read(folder / RECORDS_FILE), settings, folder / RECORDS_FILE), folder)
 
 
 def session_precision(folder: str | Path | None, precision: str) -> str:
     """The precision for adding to a results folder: "auto", which is measured, stays what it was at first."""
-    if precision != "auto" or folder is None or not (Path(folder) / _SETTINGS_FILE).exists():
+    if precision != "auto" or folder is None or not (Path(folder) / SETTINGS_FILE).exists():
         return precision
-    made_with = _load_settings(Path(folder) / _SETTINGS_FILE).made_with
+    made_with = _load_settings(Path(folder) / SETTINGS_FILE).made_with
     return next((facts["dtype"] for facts in made_with.values()), precision)
 
 
@@ -338,7 +338,7 @@ class Recorder:
         folder = make_run_dir(folder)
         self._file = _open_alone(folder / RECORDS_FILE)
         try:
-            content, path = self._file.read(), folder / _SETTINGS_FILE
+            content, path = self._file.read(), folder / SETTINGS_FILE
             earlier = _load_settings(path) if path.exists() else settings
             records = _parse(content, earlier, folder / RECORDS_FILE)
             settings = earlier.merged(settings, folder, {record.policy for record in records})
@@ -379,7 +379,7 @@ class Recorder:
         self._file.close()
 
     def _write_settings(self) -> None:
-        write_json(self.results.folder / _SETTINGS_FILE, {"format": FORMAT, **asdict(self.results.settings)})
+        write_json(self.results.folder / SETTINGS_FILE, {"format": FORMAT, **asdict(self.results.settings)})
 
 
 def _open_alone(path: Path) -> FileIO:

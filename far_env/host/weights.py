@@ -19,6 +19,7 @@ from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
 from far_env.host.zoo import RELEASED, load_released
+from far_env.hub import is_hub_name, snapshot
 from far_env.io import write_json
 from far_env.plugins import HOSTS, distribution_name, entry_points, load
 from far_env.tensor_files import file_hash, load_weights, save_weights
@@ -70,11 +71,13 @@ class Host:
 def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:
     """Load a shipped host, a plugin's host or a released transformer by name, or a folder written by `save_host`.
 
+    The folder may be a repository of the Hugging Face hub, hub:user/name[@revision]; the host's name then has the commit.
     Hosts are kept in memory, once per device and dtype. A plugin's host is an entry point of ``far_env.hosts``: a function
     ``load(device: torch.device, dtype: torch.dtype) -> Host``.
 
     Raises:
         WeightsError: if a file is missing or damaged, its hash is not the expected one, or keys or shapes do not fit.
+        HubError: if the repository cannot be used.
         ValueError: if a plugin cannot be imported or does not return a host.
     """
     name, torch_device = str(name), resolve_device(str(device))
@@ -82,6 +85,9 @@ def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype:
         return _released_host(name, torch_device, dtype)
     if name in entry_points(HOSTS):
         return _registered_host(name, torch_device, dtype)
+    if is_hub_name(name):
+        kept = snapshot(name, ("config.json", "transformer.safetensors"), ("autoencoder.safetensors",))
+        return _folder_host(kept.name, kept.folder, torch_device, dtype)
     return _folder_host(name, Path(name), torch_device, dtype)
 
 

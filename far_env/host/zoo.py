@@ -23,8 +23,6 @@ REPOSITORY = "guyuchao/FAR_Models"
 CITATION = "FAR: Gu et al., arXiv 2503.19325; DCAE: Chen et al., arXiv 2410.10733"
 DIRECTORY_VARIABLE = "FAR_WEIGHTS_DIR"
 BENCHMARK_DIRECTORY = Path("/data/far_weights")
-CONNECTION_SECONDS = 5
-"""How long a download waits for the first answer."""
 
 
 @dataclass(frozen=True)
@@ -224,20 +222,15 @@ def download(name: str) -> Path:
     Raises:
         WeightsError: if it cannot be fetched, or its hash is not the one in its name; the fetched file is then removed.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from far_env.hub import HubError, fetch, list_files
 
     released = find_released(name)
     if released.path.exists():
         return verify(name)
     try:
-        # Without a network, the download would repeat this request for most of a minute before it fails.
-        get_hf_file_metadata(hf_hub_url(REPOSITORY, released.file), timeout=CONNECTION_SECONDS)
-        hf_hub_download(REPOSITORY, released.file, local_dir=weights_dir())
-    except Exception as error:
-        raise WeightsError(
-            f"{released.file} could not be fetched from {REPOSITORY} ({first_line(error)}); with a network try again, "
-            f"or put the file at {released.path}"
-        ) from error
+        fetch(list_files(REPOSITORY), released.file, released.path)
+    except HubError as error:
+        raise WeightsError(f"{name}: {error}; or put the file at {released.path}") from error
     try:
         return verify(name)
     except WeightsError:

@@ -13,7 +13,7 @@ from far_env.agents import checkpoints, commands
 from far_env.agents.config import NetworkConfig
 from far_env.agents.network import RetentionNetwork
 
-COMMANDS = ("train", "export", "publish", "sweep", "regret", "learning_curves", "reproduce")
+COMMANDS = ("train", "export", "publish", "push", "sweep", "regret", "learning_curves", "reproduce")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,8 +13,7 @@ import torch
 
 from far_env.agents import checkpoints, commands, publish
 from far_env.agents.checkpoints import PRETRAINED, load_scorer, scorer_folder
-from far_env.agents.config import AgentTraining, NetworkConfig, PPOSettings
-from far_env.agents.trainer import train
+from far_env.agents.config import AgentTraining, NetworkConfig
 from far_env.cli import run_guarded
 from far_env.config import from_dict, load_yaml
 from far_env.evaluation.evaluate import evaluate
@@ -24,23 +23,6 @@ from far_env.rollout.play import play
 from far_env.workloads import make_workload
 
 NAMES = checkpoints.names()
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_host_folder, tmp_path_factory):
-    """A short run's folder."""
-    config = AgentTraining(
-        ppo=PPOSettings(total_timesteps=32, num_envs=4, n_steps=8, batch_size=16, n_epochs=1),
-        host=str(tiny_host_folder),
-        device="cpu",
-        run_dir=str(tmp_path_factory.mktemp("runs") / "run"),
-        train_clips=4,
-        validation_clips=2,
-        test_clips=2,
-        table=("recent_fill",),
-    )
-    train(config)
-    return scorer_folder(config.run_dir)
 
 
 def table_of(run):

@@ -10,7 +10,7 @@ from far_env.contract import apply_plan, make_plan
 from far_env.envs.episodes import EpisodeBatch, Reward
 from far_env.errors import MetricUnavailable
 from far_env.frame_meta import frame_features
-from far_env.metrics import clip_metrics
+from far_env.metrics import clip_metrics, lpips
 from far_env.rollout.reference import reference_rollout
 
 
@@ -102,6 +102,16 @@ def test_lpips_rewards_fail_at_construction_without_weights(tiny_workload, monke
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(MetricUnavailable, match="fetches them"):
         Reward.make("lpips")
+
+
+def test_an_lpips_reward_is_the_negated_distance_of_each_episode_of_a_batch(tiny_workload, random_alexnet):
+    batch = begin(tiny_workload, 4, 3, Reward.make("lpips", telescoping=True))
+    earned, finals = finish(batch)
+    truth = torch.stack([batch.truth(row, 11) for row in range(3)])
+    for row, (predicted, true) in enumerate(zip(batch.predicted(range(3)), truth, strict=True)):
+        alone = lpips(predicted, true).item()
+        assert finals[row]["lpips"] == pytest.approx(alone, rel=1e-4) and alone > 0
+        assert sum(earned[row]) == pytest.approx(-alone, rel=1e-4) and len(earned[row]) > 1
 
 
 def test_observations_hold_what_the_benchmark_hands_a_policy(tiny_workload):

@@ -1,0 +1,433 @@
+"""Repositories of the Hugging Face hub: files of one commit are listed, fetched and verified, and small folders pushed.
+
+`list_files` pins a commit, `fetch` resumes and verifies one file, `snapshot` keeps some files of a commit in the cache and
+works without a network afterwards, `push` makes one commit of given files. The environment variables HF_ENDPOINT, HF_TOKEN and
+HF_HUB_OFFLINE are those of huggingface_hub. Nothing that is fetched is ever executed or unpickled here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from far_env.errors import first_line
+from far_env.io import DISK_ERRORS, cache_dir, disk_error, locked, read_json, write_json
+
+PREFIX = "hub:"
+"""The beginning of the names of policies, hosts and results in a repository: hub:user/name or hub:user/name@revision."""
+CONNECTION_SECONDS = 5
+"""How long a request waits for the first answer."""
+TRIES = 4
+"""Of a request that is answered with one of `BUSY`."""
+BUSY = (429, 500, 502, 503, 504)
+MAX_WAIT_SECONDS = 300
+"""A hub that asks for a longer pause is not waited for."""
+_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([^\s@]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REFS_FILE = "revisions.json"
+Answer = TypeVar("Answer")
+
+
+class HubError(ValueError):
+    """A repository cannot be used; the message names it, the reason and the remedy."""
+
+
+class Unreachable(HubError):
+    """The hub did not answer, so that what is in the cache may be used instead."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a commit.
+
+    Attributes:
+        size: in bytes; None if it is unknown.
+        sha256: of its content, or its first hex digits, for files that git does not hold itself; else None.
+        git_sha1: git's SHA-1 of the content with a header, for the others; else None.
+    """
+
+    size: int | None
+    sha256: str | None
+    git_sha1: str | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one commit of a repository.
+
+    Attributes:
+        repository: user/name.
+        kind: "model" or "dataset".
+        commit: the 40 hex digits of the commit.
+        files: name → facts.
+    """
+
+    repository: str
+    kind: str
+    commit: str
+    files: Mapping[str, HubFile]
+
+
+def endpoint() -> str:
+    """The hub's address, without a slash at its end: that of HF_ENDPOINT, else of huggingface_hub."""
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name is meant to be that of a repository."""
+    return name.startswith(PREFIX)
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Repository and revision of hub:user/name[@revision]. Raises HubError if the name has another form."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise HubError(f"{name!r} is no repository; the form is hub:user/name or hub:user/name@revision")
+    return match[1], match[2]
+
+
+def list_files(repository: str, kind: str = "model", revision: str | None = None) -> Listing:
+    """The files of a commit, by default the newest.
+
+    Raises:
+        Unreachable: without a network.
+        HubError: if the repository or the revision does not exist, or needs a token.
+    """
+    from huggingface_hub import HfApi
+
+    def ask() -> Listing:
+        info = HfApi(endpoint=endpoint()).repo_info(
+            repository, repo_type=kind, revision=revision, files_metadata=True, timeout=CONNECTION_SECONDS
+        )
+        files = {}
+        for entry in info.siblings or []:
+            large = entry.lfs
+            sha256 = None if large is None else large["sha256"] if isinstance(large, dict) else large.sha256
+            files[entry.rfilename] = HubFile(int(entry.size or 0), sha256, None if large else entry.blob_id)
+        return Listing(repository, kind, info.sha or "", files)
+
+    with _sentences(repository, revision):
+        listing = _patiently(ask)
+    if not _COMMIT.fullmatch(listing.commit):
+        raise HubError(f"{endpoint()} did not name a commit of {repository}; it is no Hugging Face hub, check HF_ENDPOINT")
+    return listing
+
+
+def fetch(listing: Listing, name: str, path: Path) -> None:
+    """Fetch a file of the commit to ``path``, unless it is there, and verify it. A stopped download is resumed.
+
+    What has arrived is in ``path`` with the suffix .part until the file is complete and its hash is the listed one.
+
+    Raises:
+        Unreachable: if the connection cannot be made, or breaks again and again.
+        HubError: if the commit has no such file, or what arrived has another hash; it is then removed.
+        ValueError: on a full disk or missing rights.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    if name not in listing.files:
+        raise HubError(f"{listing.repository} holds no file {name} at commit {listing.commit[:10]}")
+    url = hf_hub_url(listing.repository, name, repo_type=listing.kind, revision=listing.commit, endpoint=endpoint())
+    with _sentences(listing.repository, listing.commit, written=f"{path}.part"):
+        _fetch(url, path, listing.files[name], f"{name} of {listing.repository}", build_hf_headers())
+
+
+def fetch_url(url: str, path: Path, sha256: str) -> None:
+    """Fetch a file from elsewhere, as `fetch` does; no token is sent.
+
+    Args:
+        sha256: of its content, or the first hex digits of it.
+
+    Raises:
+        HubError and ValueError: as `fetch`.
+    """
+    parts = urlsplit(url)
+    name = PurePosixPath(parts.path).name
+    with _sentences(name, written=f"{path}.part", place=f"{parts.scheme}://{parts.netloc}"):
+        _fetch(url, path, HubFile(None, sha256, None), name, {})
+
+
+def _fetch(url: str, path: Path, expected: HubFile, what: str, headers: dict[str, str]) -> None:
+    from huggingface_hub.file_download import http_get
+
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+
+    def arrived() -> int:
+        return part.stat().st_size if part.exists() else 0
+
+    def get() -> None:
+        shown = PurePosixPath(urlsplit(url).path).name
+        while True:
+            have = arrived()
+            try:
+                with part.open("ab") as file:
+                    http_get(
+                        url, file, resume_size=have, headers=headers, expected_size=expected.size, displayed_filename=shown
+                    )
+                return
+            except Exception as error:
+                # Some versions of huggingface_hub give up at the first break. A connection that brought something goes on.
+                if not _is_connection_error(error) or arrived() <= have:
+                    raise
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if part.exists() and expected.size is not None and part.stat().st_size > expected.size:
+        part.unlink()
+    if not part.exists() or _difference(part, expected) is not None:
+        _patiently(get)
+    if (wrong := _difference(part, expected)) is not None:
+        part.unlink()
+        raise HubError(f"{what} arrived with {wrong}: the transfer was damaged and is removed; try again")
+    part.replace(path)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files of a commit on this machine.
+
+    Attributes:
+        folder: holds the files.
+        commit: the 40 hex digits of the commit.
+    """
+
+    folder: Path
+    repository: str
+    commit: str
+
+    @property
+    def name(self) -> str:
+        """The name that always means this commit."""
+        return f"{PREFIX}{self.repository}@{self.commit}"
+
+
+@functools.lru_cache(maxsize=64)
+def snapshot(name: str, needed: tuple[str, ...], also: tuple[str, ...] = ()) -> Snapshot:
+    """The files of hub:user/name[@revision] that a purpose needs, in the cache; one commit for the whole process.
+
+    A commit that is in the cache is used without a network, and so is a branch that was resolved before if there is none.
+
+    Args:
+        needed: names of files that must be there.
+        also: patterns, such as ``frames/*``, of files that are fetched as well.
+
+    Raises:
+        HubError: if the repository cannot be used or lacks a needed file, or without a network if it is not in the cache.
+    """
+    repository, revision = split_name(name)
+    place = cache_dir() / "hub" / repository.replace("/", "--") / hashlib.sha256(repr((needed, also)).encode()).hexdigest()[:8]
+    refs = place / _REFS_FILE
+    known = read_json(refs, "delete it") if refs.exists() else {}
+    commit = revision if revision is not None and _COMMIT.fullmatch(revision) else None
+    if commit is not None and (place / commit).is_dir():
+        return Snapshot(place / commit, repository, commit)
+    try:
+        listing = list_files(repository, revision=revision)
+    except Unreachable as error:
+        commit = known.get(revision or "main")
+        if commit is None or not (place / commit).is_dir():
+            raise Unreachable(f"{name} is not in the cache, and {error}") from error
+        print(f"{name}: the hub is not reached; commit {commit[:10]} from the cache is used", file=sys.stderr)
+        return Snapshot(place / commit, repository, commit)
+    lacking = [file for file in needed if file not in listing.files]
+    if lacking:
+        raise HubError(f"{repository} at commit {listing.commit[:10]} lacks {', '.join(lacking)}; it holds {_some(listing)}")
+    folder = place / listing.commit
+    if not folder.is_dir():
+        wanted = [file for file in listing.files if file in needed or any(fnmatch.fnmatchcase(file, item) for item in also)]
+        _fetch_all(listing, [file for file in wanted if _is_inside(file)], folder)
+    write_json(refs, {**known, revision or "main": listing.commit})
+    return Snapshot(folder, repository, listing.commit)
+
+
+def push(repository: str, files: Mapping[str, Path], message: str, *, private: bool = False, ours: Sequence[str] = ()) -> str:
+    """Make the repository if needed, and one commit of the files; returns the 40 hex digits of the commit.
+
+    Args:
+        files: name in the repository → path on this machine.
+        ours: patterns of files that an earlier push may have left and that are removed unless they are in ``files``.
+
+    Raises:
+        HubError: without a token, without the right to write, or without a network.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if get_token() is None:
+        raise HubError(f"pushing to {repository} needs a token that may write: set HF_TOKEN, or log in with hf auth login")
+    api = HfApi(endpoint=endpoint())
+
+    def commit() -> str:
+        api.create_repo(repository, exist_ok=True, **({"private": True} if private else {}))
+        there = list_files(repository).files
+        stale = [name for name in there if name not in files and any(fnmatch.fnmatchcase(name, item) for item in ours)]
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        return str(api.create_commit(repository, operations, commit_message=message).oid)
+
+    with _sentences(repository, writes=True):
+        return _patiently(commit)
+
+
+def _fetch_all(listing: Listing, names: Sequence[str], folder: Path) -> None:
+    """Fetch files beside ``folder``, which they become when all are there."""
+    unfinished = folder.with_name(f"{folder.name}.part")
+    with _sentences(listing.repository, written=str(unfinished)):
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with locked(unfinished.parent):
+            if folder.is_dir():  # another process was faster
+                return
+            for name in names:
+                fetch(listing, name, unfinished / name)
+            unfinished.rename(folder)
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name of the hub stays inside the folder that it is joined to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in name
+
+
+def _difference(path: Path, expected: HubFile) -> str | None:
+    """What differs between a file and what the commit says of it, or None."""
+    size = path.stat().st_size
+    if expected.size is not None and size != expected.size:
+        return f"{size:,} bytes instead of {expected.size:,}"
+    with path.open("rb") as file:
+        if expected.sha256 is not None:
+            name, wanted, digest = "SHA-256", expected.sha256, hashlib.file_digest(file, "sha256")
+        elif expected.git_sha1 is not None:
+            # git hashes a header with the length, then the content.
+            digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+            name, wanted = "git's SHA-1", expected.git_sha1
+            shutil.copyfileobj(file, _HashWriter(digest.update))
+        else:
+            return None
+    actual = digest.hexdigest()
+    return None if actual.startswith(wanted) else f"{name} {actual[:8]}… instead of {wanted[:8]}…"
+
+
+class _HashWriter:
+    """A file that only counts into a hash."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self.write = write
+
+
+def _some(listing: Listing) -> str:
+    """The first files of a listing, in words."""
+    names = sorted(listing.files)
+    if not names:
+        return "no file"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+
+
+def _patiently(function: Callable[[], Answer]) -> Answer:
+    """Call a function, and again after a pause while the hub is busy: as long as it asks for, or 1, 2, 4 … seconds."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for tried in range(1, TRIES + 1):
+        try:
+            return function()
+        except HfHubHTTPError as error:
+            status, seconds = _status(error), _retry_after(error, 2 ** (tried - 1))
+            if status not in BUSY or tried == TRIES or seconds > MAX_WAIT_SECONDS:
+                raise
+            print(f"the hub is busy ({status}); trying again in {seconds:g} s", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    raise AssertionError("the last try returns or raises")
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an error, if it has one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _retry_after(error: Exception, otherwise: float) -> float:
+    """The seconds that the hub asks to wait."""
+    text = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return float(text) if text.isdecimal() else otherwise
+
+
+@contextmanager
+def _sentences(
+    repository: str,
+    revision: str | None = None,
+    written: str = "a file",
+    *,
+    writes: bool = False,
+    place: str | None = None,
+) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one sentence; ``place`` is the address, by default that of the hub."""
+    from huggingface_hub import errors, get_token
+
+    place = place or endpoint()
+    token = "the token in use may not" if get_token() else "set HF_TOKEN to a token that may, or log in with hf auth login"
+    doing = "write to" if writes else "read"
+    try:
+        yield
+    except (HubError, KeyboardInterrupt):
+        raise
+    except errors.GatedRepoError as error:
+        who = "with the account of the token in use" if get_token() else "and set HF_TOKEN, or log in with hf auth login"
+        page = f"{place}/{repository}"
+        raise HubError(f"{repository} is only given to those who accept its terms: do that on {page} {who}") from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{repository} has no revision {revision}; give a branch, a tag or a commit of it") from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{repository} is not on {place}, or is private: check the name; to {doing} a private one {token}"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise HubError(f"{repository} has no such file ({first_line(error)})") from error
+    except errors.HfHubHTTPError as error:
+        status = _status(error)
+        if status in (401, 403):
+            raise HubError(f"{place} does not let this token {doing} {repository} ({status}); {token}") from error
+        if status in BUSY:
+            wait = _retry_after(error, 0)
+            pause = f" in {wait:,.0f} s" if wait else " later"
+            raise HubError(
+                f"{place} is busy and asks to wait ({status}); give the same command again{pause}, it continues"
+            ) from error
+        raise HubError(f"{place} refused to {doing} {repository}: {first_line(error)}") from error
+    except errors.HFValidationError as error:
+        raise HubError(f"{repository!r} cannot be a repository: {first_line(error)}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise Unreachable(f"{repository} cannot be fetched because HF_HUB_OFFLINE is set") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise ValueError(disk_error(error, written)) from error
+        if _is_connection_error(error):
+            raise Unreachable(_unreachable(repository, place, error)) from error
+        raise
+
+
+def _is_connection_error(error: Exception) -> bool:
+    """Return whether an error is a connection that was not made or broke: of the system, or of the client (requests, httpx)."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError | OfflineModeIsEnabled):
+        return False
+    client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return client or (isinstance(error, OSError) and error.errno not in DISK_ERRORS)
+
+
+def _unreachable(repository: str, place: str, error: Exception) -> str:
+    reason = first_line(error)
+    return f"{repository} cannot be fetched from {place} ({reason}); with a network give the same command again, it continues"

@@ -1,0 +1,26 @@
+"""What several tests of agents need."""
+
+from __future__ import annotations
+
+import pytest
+
+from far_env.agents.checkpoints import scorer_folder
+from far_env.agents.config import AgentTraining, PPOSettings
+from far_env.agents.trainer import train
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_host_folder, tmp_path_factory):
+    """A short run's folder."""
+    config = AgentTraining(
+        ppo=PPOSettings(total_timesteps=32, num_envs=4, n_steps=8, batch_size=16, n_epochs=1),
+        host=str(tiny_host_folder),
+        device="cpu",
+        run_dir=str(tmp_path_factory.mktemp("runs") / "run"),
+        train_clips=4,
+        validation_clips=2,
+        test_clips=2,
+        table=("recent_fill",),
+    )
+    train(config)
+    return scorer_folder(config.run_dir)
