@@ -23,6 +23,7 @@ ORDER = (
         "provenance",
         "events",
         "hub",
+        "hub_errors",
     },
     {"frame_meta", "metrics", "perceptual", "clips"},
     {"host"},
