@@ -10,42 +10,24 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
-import os
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 from urllib.parse import urlsplit
 
-from far_env.errors import first_line
-from far_env.io import DISK_ERRORS, cache_dir, disk_error, locked, read_json, write_json
+from far_env.hub_errors import HubError, Unreachable, endpoint, is_connection_error, patiently, sentences
+from far_env.io import cache_dir, locked, read_json, write_json
 
 PREFIX = "hub:"
 """The beginning of the names of policies, hosts and results in a repository: hub:user/name or hub:user/name@revision."""
 CONNECTION_SECONDS = 5
 """How long a request waits for the first answer."""
-TRIES = 4
-"""Of a request that is answered with one of `BUSY`."""
-BUSY = (429, 500, 502, 503, 504)
-MAX_WAIT_SECONDS = 300
-"""A hub that asks for a longer pause is not waited for."""
 _NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REFS_FILE = "revisions.json"
-Answer = TypeVar("Answer")
-
-
-class HubError(ValueError):
-    """A repository cannot be used; the message names it, the reason and the remedy."""
-
-
-class Unreachable(HubError):
-    """The hub did not answer, so that what is in the cache may be used instead."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +60,6 @@ class Listing:
     kind: str
     commit: str
     files: Mapping[str, HubFile]
-
-
-def endpoint() -> str:
-    """The hub's address, without a slash at its end: that of HF_ENDPOINT, else of huggingface_hub."""
-    from huggingface_hub import constants
-
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def is_hub_name(name: str) -> bool:
@@ -120,8 +95,8 @@ def list_files(repository: str, kind: str = "model", revision: str | None = None
             files[entry.rfilename] = HubFile(int(entry.size or 0), sha256, None if large else entry.blob_id)
         return Listing(repository, kind, info.sha or "", files)
 
-    with _sentences(repository, revision):
-        listing = _patiently(ask)
+    with sentences(repository, revision):
+        listing = patiently(ask)
     if not _COMMIT.fullmatch(listing.commit):
         raise HubError(f"{endpoint()} did not name a commit of {repository}; it is no Hugging Face hub, check HF_ENDPOINT")
     return listing
@@ -143,7 +118,7 @@ def fetch(listing: Listing, name: str, path: Path) -> None:
     if name not in listing.files:
         raise HubError(f"{listing.repository} holds no file {name} at commit {listing.commit[:10]}")
     url = hf_hub_url(listing.repository, name, repo_type=listing.kind, revision=listing.commit, endpoint=endpoint())
-    with _sentences(listing.repository, listing.commit, written=f"{path}.part"):
+    with sentences(listing.repository, listing.commit, written=f"{path}.part"):
         _fetch(url, path, listing.files[name], f"{name} of {listing.repository}", build_hf_headers())
 
 
@@ -158,7 +133,7 @@ def fetch_url(url: str, path: Path, sha256: str) -> None:
     """
     parts = urlsplit(url)
     name = PurePosixPath(parts.path).name
-    with _sentences(name, written=f"{path}.part", place=f"{parts.scheme}://{parts.netloc}"):
+    with sentences(name, written=f"{path}.part", place=f"{parts.scheme}://{parts.netloc}"):
         _fetch(url, path, HubFile(None, sha256, None), name, {})
 
 
@@ -184,14 +159,14 @@ def _fetch(url: str, path: Path, expected: HubFile, what: str, headers: dict[str
                 return
             except Exception as error:
                 # Some versions of huggingface_hub give up at the first break. A connection that brought something goes on.
-                if not _is_connection_error(error) or arrived() <= have:
+                if not is_connection_error(error) or arrived() <= have:
                     raise
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.exists() and expected.size is not None and part.stat().st_size > expected.size:
         part.unlink()
     if not part.exists() or _difference(part, expected) is not None:
-        _patiently(get)
+        patiently(get)
     if (wrong := _difference(part, expected)) is not None:
         part.unlink()
         raise HubError(f"{what} arrived with {wrong}: the transfer was damaged and is removed; try again")
@@ -280,14 +255,14 @@ def push(repository: str, files: Mapping[str, Path], message: str, *, private: b
         operations += [CommitOperationDelete(name) for name in stale]
         return str(api.create_commit(repository, operations, commit_message=message).oid)
 
-    with _sentences(repository, writes=True):
-        return _patiently(commit)
+    with sentences(repository, writes=True):
+        return patiently(commit)
 
 
 def _fetch_all(listing: Listing, names: Sequence[str], folder: Path) -> None:
     """Fetch files beside ``folder``, which they become when all are there."""
     unfinished = folder.with_name(f"{folder.name}.part")
-    with _sentences(listing.repository, written=str(unfinished)):
+    with sentences(listing.repository, written=str(unfinished)):
         unfinished.mkdir(parents=True, exist_ok=True)
         with locked(unfinished.parent):
             if folder.is_dir():  # another process was faster
@@ -335,99 +310,3 @@ def _some(listing: Listing) -> str:
     if not names:
         return "no file"
     return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
-
-
-def _patiently(function: Callable[[], Answer]) -> Answer:
-    """Call a function, and again after a pause while the hub is busy: as long as it asks for, or 1, 2, 4 … seconds."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for tried in range(1, TRIES + 1):
-        try:
-            return function()
-        except HfHubHTTPError as error:
-            status, seconds = _status(error), _retry_after(error, 2 ** (tried - 1))
-            if status not in BUSY or tried == TRIES or seconds > MAX_WAIT_SECONDS:
-                raise
-            print(f"the hub is busy ({status}); trying again in {seconds:g} s", file=sys.stderr, flush=True)
-            time.sleep(seconds)
-    raise AssertionError("the last try returns or raises")
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status of an error, if it has one."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _retry_after(error: Exception, otherwise: float) -> float:
-    """The seconds that the hub asks to wait."""
-    text = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    return float(text) if text.isdecimal() else otherwise
-
-
-@contextmanager
-def _sentences(
-    repository: str,
-    revision: str | None = None,
-    written: str = "a file",
-    *,
-    writes: bool = False,
-    place: str | None = None,
-) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence; ``place`` is the address, by default that of the hub."""
-    from huggingface_hub import errors, get_token
-
-    place = place or endpoint()
-    token = "the token in use may not" if get_token() else "set HF_TOKEN to a token that may, or log in with hf auth login"
-    doing = "write to" if writes else "read"
-    try:
-        yield
-    except (HubError, KeyboardInterrupt):
-        raise
-    except errors.GatedRepoError as error:
-        who = "with the account of the token in use" if get_token() else "and set HF_TOKEN, or log in with hf auth login"
-        page = f"{place}/{repository}"
-        raise HubError(f"{repository} is only given to those who accept its terms: do that on {page} {who}") from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repository} has no revision {revision}; give a branch, a tag or a commit of it") from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"{repository} is not on {place}, or is private: check the name; to {doing} a private one {token}"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise HubError(f"{repository} has no such file ({first_line(error)})") from error
-    except errors.HfHubHTTPError as error:
-        status = _status(error)
-        if status in (401, 403):
-            raise HubError(f"{place} does not let this token {doing} {repository} ({status}); {token}") from error
-        if status in BUSY:
-            wait = _retry_after(error, 0)
-            pause = f" in {wait:,.0f} s" if wait else " later"
-            raise HubError(
-                f"{place} is busy and asks to wait ({status}); give the same command again{pause}, it continues"
-            ) from error
-        raise HubError(f"{place} refused to {doing} {repository}: {first_line(error)}") from error
-    except errors.HFValidationError as error:
-        raise HubError(f"{repository!r} cannot be a repository: {first_line(error)}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise Unreachable(f"{repository} cannot be fetched because HF_HUB_OFFLINE is set") from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise ValueError(disk_error(error, written)) from error
-        if _is_connection_error(error):
-            raise Unreachable(_unreachable(repository, place, error)) from error
-        raise
-
-
-def _is_connection_error(error: Exception) -> bool:
-    """Return whether an error is a connection that was not made or broke: of the system, or of the client (requests, httpx)."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError | OfflineModeIsEnabled):
-        return False
-    client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-    return client or (isinstance(error, OSError) and error.errno not in DISK_ERRORS)
-
-
-def _unreachable(repository: str, place: str, error: Exception) -> str:
-    reason = first_line(error)
-    return f"{repository} cannot be fetched from {place} ({reason}); with a network give the same command again, it continues"

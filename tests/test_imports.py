@@ -24,6 +24,7 @@ ORDER = (
         "provenance",
         "events",
         "hub",
+        "hub_errors",
     },
     {"frame_meta", "metrics", "perceptual", "clips"},
     {"host"},

@@ -42,7 +42,7 @@ def report(args: Sequence[str]) -> None:
     if options.show_clips is not None and options.show_clips < 0:
         raise ValueError(f"--show-clips must be at least 0, got {options.show_clips}")
     names = [] if options.policies is None else split_list(options.policies, "policies", "policy")
-    results = select_policies(load(_folder(options.results)), names)
+    results = select_policies(load(options.results), names)
     if options.plots is not None:
         make_run_dir(options.plots)
     page = report_page(results, options.reference, options.show_clips)
@@ -51,11 +51,3 @@ def report(args: Sequence[str]) -> None:
     print(f"wrote {options.out} ({len(page.encode()) / 1e6:.1f} MB)")
     if options.plots is not None:
         print(f"wrote {len(plots)} plots into {options.plots}")
-
-
-def _folder(results: str) -> Path:
-    """The results folder, fetched from the hub if it is there."""
-    from far_env.evaluation.records import RECORDS_FILE, SETTINGS_FILE
-    from far_env.hub import is_hub_name, snapshot
-
-    return snapshot(results, (SETTINGS_FILE, RECORDS_FILE), ("frames/*",)).folder if is_hub_name(results) else Path(results)

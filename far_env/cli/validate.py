@@ -19,7 +19,7 @@ class ValidateOptions:
     """Play the records of a results folder again and compare; the exit status is 1 if any differs."""
 
     folder: tyro.conf.Positional[str]
-    """Results folder of far-env evaluate --out."""
+    """Results folder of far-env evaluate --out, or hub:USER/NAME[@REVISION] for one on the Hugging Face hub."""
     sample: int | None = None
     """Number of records to draw at random; all by default."""
     seed: int = 0

@@ -20,6 +20,7 @@ from PIL import Image
 from far_env.config import from_dict
 from far_env.contract import GENERATED, UNLIMITED_FRAMES
 from far_env.errors import short
+from far_env.hub import is_hub_name, snapshot
 from far_env.io import lock, make_run_dir, read_json, replacing, write_json
 
 FORMAT = 1
@@ -267,12 +268,14 @@ class Results:
 
 
 def load(folder: str | Path) -> Results:
-    """Read a results folder; a torn last line is left out.
+    """Read a results folder, or one that was shared as hub:user/name[@revision]; a torn last line is left out.
 
     Raises:
+        HubError: if the repository cannot be used.
         ValueError: one sentence, naming file and line, if the folder is not a results folder or is damaged.
     """
-    folder = Path(folder)
+    shared = is_hub_name(str(folder))
+    folder = snapshot(str(folder), (SETTINGS_FILE, RECORDS_FILE), ("frames/*",)).folder if shared else Path(folder)
     settings = _load_settings(folder / SETTINGS_FILE)
     return Results(settings, _parse(_read(folder / RECORDS_FILE), settings, folder / RECORDS_FILE), folder)
 

@@ -122,7 +122,8 @@ def test_pushed_results_are_reported_by_name(token, tiny_workload, tmp_path):
     assert f"| tiny_pan | 4 | recent_fill | {mean:.2f} | 2 |" in files["README.md"].decode()
     assert cli.main(["report", "hub:me/results", "--out", str(tmp_path / "report.html")]) == 0
     assert cli.main(["report", str(out), "--out", str(tmp_path / "local.html")]) == 0
-    fetched = far_hub.snapshot("hub:me/results", ("evaluation.json", "records.jsonl"), ("frames/*",)).folder
+    fetched = load("hub:me/results").folder
+    assert load("hub:me/results").records == load(out).records
     pages = [(tmp_path / page).read_text() for page in ("report.html", "local.html")]
     assert pages[0].replace(fetched.name, "results") == pages[1], "but for the name of the folder"
 
