@@ -57,10 +57,11 @@ def test_the_best_rules_of_the_readme_are_the_best():
     reads_latents = {"nearest_neighbour", "least_novel", "context_match"}
     reads_attention = {"h2o", "snapkv", "decoprune", "future_forcing", "deep_forcing", "flowcache_paper", "packforcing"}
     reads_attention |= {"relax_forcing"}
+    remembers = {"path_tracker", "scene_tracker"}
     for label, *_ in rows(README):
         if not label.startswith("best rule"):
             continue
-        allowed = reads_latents if "latents" in label else set()
+        excluded = remembers if "without a memory" in label else set()
         for (workload, budget), named in zip(
             [("pan", "4"), ("cuts", "4"), ("orbit", "8")], re.findall(r"`(\w+)`", label), strict=False
         ):
@@ -71,7 +72,8 @@ def test_the_best_rules_of_the_readme_are_the_best():
                 and "/" not in policy
                 and policy != "full_history"
                 and policy not in reads_attention
-                and (policy in allowed or policy not in reads_latents)
+                and (policy in reads_latents) == ("latents" in label)
+                and policy not in excluded
             }
             assert named == max(rules, key=rules.get), (workload, label)
 
