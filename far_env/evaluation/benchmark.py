@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -65,10 +65,12 @@ class BenchmarkScore:
     Attributes:
         values: key → value, in the order of the line; metrics that could not be computed are left out.
         unavailable: metric → why it could not be computed.
+        by_clip: the metrics of every clip that was played, in order.
     """
 
     values: dict[str, float | str]
     unavailable: dict[str, str]
+    by_clip: list[dict[str, float]] = field(default_factory=list)
 
     def line(self) -> str:
         """The line ``TEST_METRICS: …`` that the benchmark reads its numbers from."""
@@ -146,7 +148,7 @@ def run_benchmark(
         "n_clips": num_clips,
         "elapsed_s": elapsed,
     }
-    return BenchmarkScore(values, unavailable)
+    return BenchmarkScore(values, unavailable, scores)
 
 
 @torch.no_grad()
