@@ -46,9 +46,7 @@ class GivenClips:
 
 
 def part(weights, prefix: str) -> dict[str, torch.Tensor]:
-    return {
-        key.removeprefix(prefix): torch.from_numpy(weights[key]).float() for key in weights.files if key.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): torch.from_numpy(weights[key]).float() for key in weights.files if key.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
