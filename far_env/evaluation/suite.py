@@ -2,8 +2,8 @@
 
 The score is that of the task's ``score_spec.py`` with MLS-Bench's ``scoring/evaluate.py``. A number counts from the worst of
 the benchmark's four baselines (0) to its bound (1), raised to the power that gives their best one 0.5. A setting's score is the
-mean of those of quality (weight 2) and of peak memory (weight 0.5), the task's their geometric mean over settings. The baselines
-are played here: those of the published leaderboard were not made by rollouts.
+mean of those of quality (weight 2) and of peak memory (weight 0.5), the task's their geometric mean over settings. The
+baselines are played here: those of the published leaderboard were not made by rollouts.
 """
 
 from __future__ import annotations
