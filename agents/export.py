@@ -1,28 +1,44 @@
-"""A trained scorer as one self-contained Python file: NumPy only, weights inside the class, no import of far_env."""
+"""A trained scorer as one self-contained Python file: NumPy only, weights inside the class, no import of far_env.
+
+Weights are stored in half precision if the plans stay the same, and lines are kept below 100 characters, so that the class can
+be pasted.
+"""
 
 from __future__ import annotations
 
 import base64
+import copy
 import inspect
+import io
 import textwrap
+import tokenize
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.memory import HistoryMemory
 from far_env.agents.network import RetentionNetwork
+from far_env.agents.policies import AgentPolicy
 from far_env.agents.surroundings import compare
 from far_env.baselines.tracking import PathTracking, ShotTracking
 from far_env.births import FrameBirths
+from far_env.contract import RolloutState, apply_plan
+from far_env.frame_meta import frame_meta_list
 from far_env.io import write_text
+
+MAX_COLUMNS = 99
+CHECKED_EPISODES = 40
+"""Made episodes on which the plans of rounded weights must be those of the trained ones."""
 
 _TEMPLATE = '''\
 """A learned frame-retention policy for ar-video-kv-temporal-policy, exported by far-env.
 
 {provenance}
 
-Replace the benchmark's class of the same name by the class below, or import this file. It needs only NumPy.
+Paste the class below over the class of the same name in the benchmark's custom_video_eval.py, which does not
+import policies from other files. Other programs can import this file. It needs Python 3.10 or newer, and NumPy.
 """
 
 from dataclasses import dataclass, field
@@ -57,6 +73,7 @@ class VideoTemporalKVPolicy:
     NUM_LAYERS = {num_layers}
     SEQUENTIAL_EVICTION = {sequential_eviction}
     SHAPES = {shapes}
+    STORED_AS = "{stored_as}"
     WEIGHTS = (
 {weights}
     )
@@ -67,7 +84,8 @@ class VideoTemporalKVPolicy:
         import numpy as np
 
         self.memory = {memory}
-        flat = np.frombuffer(base64.b64decode(self.WEIGHTS), dtype="<f4")
+        stored = np.frombuffer(base64.b85decode(self.WEIGHTS), dtype=self.STORED_AS)
+        flat = stored.astype(np.float32)
         self.parameters, start = {{}}, 0
         for name, shape in self.SHAPES.items():
             size = int(np.prod(shape))
@@ -169,19 +187,93 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
             f"this policy needs {', '.join(spec.signals)}, which the benchmark does not provide; export one that was trained "
             "without signals"
         )
-    state = {name: value.detach().cpu().numpy().astype("<f4") for name, value in network.state_dict().items()}
-    packed = base64.b64encode(b"".join(array.tobytes() for array in state.values())).decode()
+    rounded = copy.deepcopy(network)
+    rounded.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
+    stored_as = "<f2" if same_plans(network, rounded) else "<f4"
+    state = {name: value.detach().cpu().numpy().astype(stored_as) for name, value in network.state_dict().items()}
+    packed = base64.b85encode(b"".join(array.tobytes() for array in state.values())).decode()
+    width = MAX_COLUMNS - len('        ""')
     text = _TEMPLATE.format(
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
         num_heads=network.num_heads,
         num_layers=len(network.blocks),
         sequential_eviction=network.sequential_eviction,
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
+        stored_as=stored_as,
         memory=f"self.HistoryMemory({spec.surroundings}, {spec.places}, {spec.path})" if spec.memory else None,
         members=_copied_members(network),
-        weights="\n".join(f'        "{line}"' for line in textwrap.wrap(packed, 100)),
+        weights="\n".join(f'        "{packed[start : start + width]}"' for start in range(0, len(packed), width)),
     )
-    write_text(path, text)
+    write_text(path, narrowed(text))
+
+
+def same_plans(network: RetentionNetwork, other: RetentionNetwork) -> bool:
+    """Whether two scorers keep the same frames in `CHECKED_EPISODES` made episodes with random features, at budgets 1 to 8."""
+    rng = np.random.default_rng(0)
+    for number in range(CHECKED_EPISODES):
+        max_frames = (1, 2, 4, 8)[number % 4]
+        num_context, total = (36, 36) if number % 5 == 4 else (5, 11)
+        policies = [AgentPolicy(scorer) for scorer in (network, other)]
+        features = rng.random((num_context, 4)) * (1, 1, 1, 3)
+        for step in range(total):
+            features = np.concatenate([features, rng.random((1, 4)) * (1, 1, 1, 3)])
+            if len(features) <= max_frames:
+                continue
+            features[0] = (0, 0, 1, 0)
+            metas = frame_meta_list(torch.from_numpy(features).float(), step, 1.0)
+            state = RolloutState(step, max_frames, total)
+            budget = {"max_frames": max_frames, "capacity_mb": float(max_frames)}
+            plans = [policy.build_temporal_cache_plan(metas, state, budget) for policy in policies]
+            kept, others = (apply_plan(plan, len(metas), max_frames) for plan in plans)
+            if kept != others:
+                return False
+            features = features[kept]
+    return True
+
+
+def narrowed(source: str) -> str:
+    """The same program in lines of at most `MAX_COLUMNS`, as far as there are places to break them.
+
+    Code is broken at spaces between two tokens in brackets, comments and docstrings at spaces.
+    """
+    places, prose = _breaks(source)
+    lines: list[str] = []
+    for number, line in enumerate(source.splitlines(), start=1):
+        indent = line[: len(line) - len(line.lstrip())]
+        if number in prose:
+            mark = "# " if line.lstrip().startswith("#") else ""
+            lines += textwrap.wrap(line, MAX_COLUMNS, subsequent_indent=indent + mark, break_on_hyphens=False) or [line]
+            continue
+        start = 0
+        while len(line) > MAX_COLUMNS:
+            fitting = [place - start for place in places.get(number, ()) if len(indent) + 8 < place - start <= MAX_COLUMNS]
+            if not fitting:
+                break
+            lines.append(line[: fitting[-1]].rstrip())
+            start += fitting[-1] - len(indent) - 8
+            line = indent + " " * 8 + line[fitting[-1] :]
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _breaks(source: str) -> tuple[dict[int, list[int]], set[int]]:
+    """Columns before which code may be broken, by line number, and the lines of comments and triple-quoted strings."""
+    places: dict[int, list[int]] = {}
+    prose: set[int] = set()
+    depth = in_fstring = 0
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name, (row, column) = tokenize.tok_name[token.type], token.start
+        if name == "STRING" and token.string.startswith('"""'):
+            prose.update(range(row, token.end[0] + 1))
+        elif name == "COMMENT" and not lines[row - 1][:column].strip():
+            prose.add(row)
+        elif depth and not in_fstring and name in ("NAME", "NUMBER", "STRING", "OP") and lines[row - 1][column - 1] == " ":
+            places.setdefault(row, []).append(column)
+        in_fstring += (name == "FSTRING_START") - (name == "FSTRING_END")
+        if name == "OP":
+            depth += (token.string in "([{") - (token.string in ")]}")
+    return places, prose
 
 
 def export_run(run: Path, path: Path, source: str | None = None) -> None:

@@ -47,7 +47,8 @@ class HistoryMemory(ShotTracking, PathTracking):
             the camera's path the frame is ahead of the newest (negative: behind) divided by 8, the length of the path divided
             by 16 if it is a ring, else zero, and 1.
         """
-        from math import log1p  # here, because an exported file contains the lines of the class and nothing else
+        # Here, because an exported file contains the lines of the class and nothing else.
+        from math import log1p
 
         num_frames = len(rows)
         rows = [tuple(float(value) for value in row) for row in rows]

@@ -44,7 +44,8 @@ class ShotTracking(FrameBirths):
                 self.places.append(self.place_of(i, drift, (similarity, motion)))
             elif i > 0:
                 current, before = self.places[i], self.places[i - 1]
-                same = before if similarity > self.SAME_PLACE_SIMILARITY else self.places[0] if drift < 1 else None
+                not_new = self.places[0] if drift < 1 else None
+                same = before if similarity > self.SAME_PLACE_SIMILARITY else not_new
                 if same not in (None, current):
                     self.places = [same if place == current else place for place in self.places]
                     merged = {
@@ -95,7 +96,8 @@ class PathTracking(FrameBirths):
     """Above this temporal_similarity the camera has not moved."""
     PATH_CHANGE_SPREAD = (0.004, 0.0012)
     """Typical difference of temporal_similarity and squashed motion when the same stretch of the path is passed again."""
-    FORWARD_COST, TURN_COST, NEW_STRETCH_COST, RING_COST, MAX_RING_MISFIT = 0.2, 1.5, 8.0, 3.0, 6.0
+    FORWARD_COST, TURN_COST, NEW_STRETCH_COST = 0.2, 1.5, 8.0
+    RING_COST, MAX_RING_MISFIT = 3.0, 6.0
     """Negative log-likelihoods of hypotheses: the camera kept its direction, turned, passed a stretch for the first time, the
     path is a ring; and the misfit from which on two ends of the path are not the same stretch of a ring."""
     SHORTEST_RING = 6

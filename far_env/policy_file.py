@@ -14,6 +14,8 @@ from pathlib import Path
 from far_env.contract import ChunkDecision, FrameMeta, RetentionPolicy, RolloutState, TemporalCachePlan
 
 BENCHMARK_CLASS = "VideoTemporalKVPolicy"
+HARNESS_FUNCTIONS = {"generate_with_policy", "run_evaluation"}
+"""Functions of the benchmark's program, by which it is told from a file with a policy."""
 _CONTRACT = {cls.__name__: cls for cls in (ChunkDecision, FrameMeta, RolloutState, TemporalCachePlan)}
 _MODULES = {
     **{name: name for name in ("argparse", "json", "math", "os", "sys", "time", "torch")},
@@ -30,6 +32,10 @@ _MEMBERS = {
 }
 
 
+class _WholeProgram(Exception):
+    """The file is the benchmark's program, not a policy."""
+
+
 def policy_from_file(path: Path) -> RetentionPolicy:
     """Run the file and make an instance of its class VideoTemporalKVPolicy, or of its one class that can plan.
 
@@ -40,7 +46,10 @@ def policy_from_file(path: Path) -> RetentionPolicy:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses search for their module there
     try:
-        vars(module).update(_benchmark_names(ast.parse(path.read_bytes())))
+        tree = ast.parse(path.read_bytes())
+        if {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} >= HARNESS_FUNCTIONS:
+            raise _WholeProgram
+        vars(module).update(_benchmark_names(tree))
         spec.loader.exec_module(module)
         classes = [
             value
@@ -51,6 +60,10 @@ def policy_from_file(path: Path) -> RetentionPolicy:
             classes = [cls for cls in classes if cls.__name__ == BENCHMARK_CLASS] or classes
         if len(classes) == 1:
             return classes[0]()
+    except _WholeProgram:
+        raise ValueError(
+            f"{path} is the benchmark's whole program; give a file that holds its class {BENCHMARK_CLASS} alone"
+        ) from None
     except Exception as error:
         raise ValueError(f"the policy file {path} cannot be loaded: {type(error).__name__}: {error}") from error
     raise ValueError(f"{path} must define exactly one class with build_temporal_cache_plan; it has {len(classes)}")

@@ -35,6 +35,9 @@ BUDGETS = {
 }
 NULL_CLASS = -1.0
 """The value of the guidance that means the null class on all frames."""
+PORTABLE, HARNESS = "portable", "harness"
+NOISES = (PORTABLE, HARNESS)
+"""Where noise is drawn: on the CPU in float32, the same for every device, or as the benchmark's program draws it."""
 BENCHMARK_WORKLOADS = ("ucf101_short_prediction", "dmlab_long_prediction")
 """Those of the benchmark ar-video-kv-temporal-policy."""
 
@@ -58,10 +61,12 @@ class Workload:
             place, so that errors do not accumulate. The metrics are still those of the generated frames. True and False, as
             YAML reads them, are accepted and stand for "true" and "generated".
         clip_options: those that it was made with, and the lengths if they were given, for the record.
+        noise: one of `NOISES`. "harness" draws it on the host's device in its dtype, so that numbers depend on these.
 
     Raises:
         ValueError: if a length or the number of steps is below 1, if the guidance is another number or needs actions that are
-            not used, if the host does not take actions, on another feedback, or on true frames in a workload of the benchmark.
+            not used, if the host does not take actions, on another feedback or noise, or on true frames in a workload of the
+            benchmark.
     """
 
     name: str
@@ -74,8 +79,11 @@ class Workload:
     actions: bool = False
     feedback: str = GENERATED
     clip_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    noise: str = PORTABLE
 
     def __post_init__(self) -> None:
+        if self.noise not in NOISES:
+            raise ValueError(unknown_name("noise", self.noise, NOISES))
         object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
         if self.feedback == TRUE and self.name in BENCHMARK_WORKLOADS:
             raise ValueError(

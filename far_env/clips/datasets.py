@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from far_env.clips.benchmark_files import VIDEO_SUBFOLDER
 from far_env.clips.clip import SPLITS
 from far_env.clips.recorder.folder import FACTS_FILE, read_facts
 from far_env.clips.recordings import Recording, find_recordings
@@ -21,11 +22,14 @@ class Recordings(VideoFolder):
 class UCF101(VideoFolder):
     """UCF-101, for short prediction: the original .avi files, FAR's .mp4 files with its lists, or any other folder of videos.
 
-    FAR tests on every tenth entry of its test list.
+    FAR tests on every tenth entry of its test list. The benchmark plays .mp4 files, of the subfolder video if there is one.
     """
 
     name = "ucf101"
     variable = "UCF101_DATA_DIR"
+    benchmark_clips = 50
+    benchmark_suffixes = (".mp4",)
+    benchmark_subfolder = VIDEO_SUBFOLDER
     preferred_lists = ("train03.json", "test03.json")
     test_stride = 10
 
@@ -49,6 +53,8 @@ class DMLab(VideoFolder):
 
     name = "dmlab"
     variable = "DMLAB_DATA_DIR"
+    benchmark_clips = 20
+    benchmark_suffixes = (".mp4", ".avi")
     preferred_lists = ("dmlab_train.json", "dmlab_val.json")
     num_actions = 4
 

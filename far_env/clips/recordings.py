@@ -112,9 +112,9 @@ def read_list(path: Path) -> list[Recording]:
         name = written["latent_path" if latent else "video_path"]
         if is_hidden(PurePath(name)):
             continue
-        frames = _locate(name, path.parent)
+        frames = locate(name, path.parent)
         if "action_path" in written:
-            actions = _locate(written["action_path"], path.parent)
+            actions = locate(written["action_path"], path.parent)
         else:
             actions = frames if frames.suffix.lower() == EPISODE_SUFFIX else None
         label = entry.get("label")
@@ -132,7 +132,7 @@ def _is_file_name(value: object) -> bool:
         return False
 
 
-def _locate(written: str, folder: Path) -> Path:
+def locate(written: str, folder: Path) -> Path:
     """The first of a/b/c, b/c and c that is a file in ``folder``, or folder/a/b/c."""
     parts = Path(written).parts
     for start in range(len(parts)):

@@ -6,19 +6,20 @@ import logging
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from far_env.clips.arrays import read_actions
+from far_env.clips.benchmark_files import benchmark_recordings, excluded_files, listed_recordings
 from far_env.clips.clip import SPLITS, Clip, check_clip_id
 from far_env.clips.data_folders import find_data
 from far_env.clips.index import Index, RecordingInfo
 from far_env.clips.latents import LatentHost, decode_latents, read_latents
 from far_env.clips.recordings import Recording, find_lists, find_recordings, read_list
-from far_env.clips.video import crop_centre, read_frames, squeeze
+from far_env.clips.video import crop_centre, frame_blocks, read_frames, to_pixels
 from far_env.errors import VideoError, unknown_name
 
 PROTOCOLS = ("benchmark", "far")
@@ -39,8 +40,10 @@ class VideoFolder:
 
     Protocols:
         benchmark: the sorted file list shuffled by ``random.Random(42)``, a random start per clip, frames squeezed to a square.
-            Of this order the first fifth is the test split (the benchmark's clips come first), the next tenth validation,
-            the rest train. Lists are ignored.
+            Lists are ignored. Of the data sets that the benchmark has (``benchmark_clips``), the clips that it plays are the
+            test split: those of the first files that are long enough and can be read, with starts that the same generator
+            draws one after the other. Of the other files in this order the first tenth is validation, the rest train. Of other
+            data sets the first fifth is test, the next tenth validation.
         far: clips start at frame 0, the short side is resized and the centre cropped. FAR's JSON lists in the folder (see
             `find_lists`) define the splits: every entry of the test list, or every tenth where FAR does so, is test;
             of the training list every tenth entry, from the second, is validation, the others train. Without lists every
@@ -59,16 +62,22 @@ class VideoFolder:
         num_frames: frames per clip.
         size: side of the square frames in pixels; by default that of the data set.
         train_list: name of the list in the folder that takes the place of FAR's training list, for the protocol far.
+        file_order: for the protocol benchmark, a list of the files before they are shuffled (see `listed_recordings`), to
+            repeat a run of the benchmark, which takes them as the file system lists them. Other files are not used.
+        exclude: a list of clips that ``far-env benchmark --list-clips`` wrote; their files are in no train or validation split.
 
     Raises:
-        ValueError: on an unknown protocol, a missing folder, an unfinished download, a damaged list, or a folder without a
-            usable video.
+        ValueError: on an unknown protocol, a missing folder, an unfinished download, a damaged list, a file order where there
+            is none, or a folder without a usable video.
 
     Attributes:
         test_stride: distance between entries of the test list that are used, 1 for all.
         preferred_lists: names of FAR's lists, used if a folder has several lists.
         num_actions: size of the action space, 0 for data whose actions are not read, None if it is unknown.
         remedy: what to do if there is no data.
+        benchmark_clips: how many clips the benchmark plays at most, None if it does not have this data set.
+        benchmark_suffixes: of the files that it reads.
+        found_by_benchmark: whether it would find files here; otherwise it has all that are there.
     """
 
     name = "videos"
@@ -78,6 +87,9 @@ class VideoFolder:
     preferred_lists: tuple[str, ...] = ()
     num_actions: int | None = 0
     remedy = "far-env data download fetches the data sets of FAR"
+    benchmark_clips: int | None = None
+    benchmark_suffixes: tuple[str, ...] = ()
+    benchmark_subfolder: str | None = None
 
     def __init__(
         self,
@@ -87,6 +99,8 @@ class VideoFolder:
         num_frames: int,
         size: int | None = None,
         train_list: str | None = None,
+        file_order: str | os.PathLike | None = None,
+        exclude: str | os.PathLike | None = None,
     ) -> None:
         if protocol not in PROTOCOLS:
             raise ValueError(unknown_name(f"{self.name} protocol", protocol, PROTOCOLS))
@@ -98,12 +112,25 @@ class VideoFolder:
         self._train_list = train_list
         self.host: LatentHost | None = None
         self.skipped: dict[Path, str] = {}
-        splits = self._splits_of_files()
+        self.found_by_benchmark = True
+        self._file_order = None if file_order is None else Path(file_order)
+        plays_benchmark = protocol == "benchmark" and self.benchmark_clips is not None
+        if self._file_order is not None and not plays_benchmark:
+            raise ValueError("a file order is for the benchmark's data sets, ucf101 and dmlab, with the protocol benchmark")
+        excluded = set() if exclude is None else excluded_files(Path(exclude), self.folder)
+        splits = self._benchmark_order() if plays_benchmark else self._splits_of_files()
+        for split in ("train", "validation") if excluded else ():
+            splits[split] = [recording for recording in splits[split] if recording.path.resolve() not in excluded]
         everything = [recording for split in SPLITS for recording in splits[split]]
-        info = dict(zip(everything, Index(self.folder).info(everything), strict=True))
-        self._splits = {
-            split: [entry for item in splits[split] if (entry := self._entry(item, info[item])) is not None] for split in SPLITS
-        }
+        index = Index(self.folder)
+        info = dict(zip(everything, index.info(everything), strict=True))
+        if plays_benchmark:
+            self._splits = self._benchmark_splits(splits["train"], info, index)
+        else:
+            self._splits = {
+                split: [entry for item in splits[split] if (entry := self._entry(item, info[item])) is not None]
+                for split in SPLITS
+            }
         if self.skipped:
             _logger.warning("%s: skipped %d of %d videos", self.folder, len(self.skipped), len(info))
         if not any(self._splits.values()):
@@ -127,12 +154,28 @@ class VideoFolder:
         if entry.recording.latent:
             frames, latents = self._decode(path, entry.start)
         else:
-            frames = self.fit(read_frames(path, entry.start, self.num_frames))
+            frames = self.read(path, entry.start, self.num_frames)
         return Clip(clip_id, frames, actions, latents)
 
-    def fit(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """Decoded frames, uint8 (H, W, 3), as square ones of the protocol, float32 (T, 3, size, size) in [0, 1]."""
-        return (squeeze if self.protocol == "benchmark" else crop_centre)(frames, self.size)
+    def read(self, path: Path, start: int, count: int, interval: int = 1) -> np.ndarray:
+        """Frames start … start+count-1 of a video or episode, or every ``interval``-th of them, as squares of the protocol.
+
+        Returns:
+            float32 (T, 3, size, size) in [0, 1].
+        """
+        return self._fit(read_frames(path, start, count, self._side)[::interval])
+
+    def read_blocks(self, path: Path, count: int, size: int) -> Iterator[np.ndarray]:
+        """The first ``count`` frames as `read` gives them, up to ``size`` at a time."""
+        return map(self._fit, frame_blocks(path, count, size, self._side))
+
+    @property
+    def _side(self) -> int | None:
+        """To what frames are squeezed while they are decoded, which is the benchmark's way."""
+        return self.size if self.protocol == "benchmark" else None
+
+    def _fit(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        return to_pixels(frames) if self.protocol == "benchmark" else crop_centre(frames, self.size)
 
     def recording(self, split: str, clip_id: int) -> tuple[Recording, int]:
         """The recording that a clip is cut from, without ``actions`` if it has none, and the number of its frames."""
@@ -151,8 +194,72 @@ class VideoFolder:
 
     def path(self, split: str, clip_id: int) -> Path:
         """The file a clip comes from."""
+        return self.place(split, clip_id)[0]
+
+    def place(self, split: str, clip_id: int) -> tuple[Path, int]:
+        """The file a clip comes from, and the number of its first frame there."""
         check_clip_id(self, split, clip_id)
-        return self._splits[split][clip_id].recording.path
+        entry = self._splits[split][clip_id]
+        return entry.recording.path, entry.start
+
+    def _benchmark_order(self) -> dict[str, list[Recording]]:
+        """All files of the benchmark in its order, as train."""
+        if self._file_order is not None:
+            recordings = listed_recordings(self.folder, self._file_order)
+        else:
+            subfolder = self.folder / (self.benchmark_subfolder or "")
+            folder = subfolder if subfolder.is_dir() else self.folder
+            recordings, self.found_by_benchmark = benchmark_recordings(folder, self.benchmark_suffixes)
+        return {"train": [self.as_read(recording) for recording in recordings], "validation": [], "test": []}
+
+    def _benchmark_splits(
+        self, recordings: list[Recording], info: dict[Recording, RecordingInfo], index: Index
+    ) -> dict[str, list[_Entry]]:
+        """The splits of the benchmark's files, given in the order before it shuffles them."""
+        # One generator shuffles and then draws starts, only for files that can be opened and are long enough; a file that
+        # turns out to be damaged has had its draw.
+        rng = random.Random(_SEED)
+        rng.shuffle(recordings)
+        following = iter(recordings)
+        test: list[_Entry] = []
+        while drawn := self._draw(following, info, rng, self.benchmark_clips - len(test)):
+            decoded = index.info([entry.recording for entry in drawn], whole=True)
+            for entry, entry_info in zip(drawn, decoded, strict=True):
+                if entry_info.damage and (reason := self._damage(entry)) is not None:
+                    self._skip(entry.recording, reason)
+                else:
+                    test.append(entry)
+        rest = list(following)
+        num_validation = math.ceil(0.1 * len(rest))
+        validation, train = (
+            [entry for item in part if (entry := self._entry(item, info[item])) is not None]
+            for part in (rest[:num_validation], rest[num_validation:])
+        )
+        return {"train": train, "validation": validation, "test": test}
+
+    def _draw(
+        self, recordings: Iterator[Recording], info: dict[Recording, RecordingInfo], rng: random.Random, count: int
+    ) -> list[_Entry]:
+        """Clips of the next ``count`` recordings that can be used, or of as many as there are."""
+        drawn: list[_Entry] = []
+        while len(drawn) < count and (recording := next(recordings, None)) is not None:
+            # The benchmark does not know of actions, and takes a video without them from its whole length.
+            known = info[recording]
+            length = known.length if recording.actions == recording.path else known.frames
+            if self._unusable(recording, known, length):
+                continue
+            start = rng.randint(0, length - self.num_frames)
+            has_actions = known.actions is not None and known.actions >= start + self.num_frames
+            drawn.append(_Entry(recording, start, has_actions, length))
+        return drawn
+
+    def _damage(self, entry: _Entry) -> str | None:
+        """Why the frames of a clip cannot be read, in a file that is damaged somewhere; None if they can."""
+        try:
+            read_frames(entry.recording.path, entry.start, self.num_frames)
+        except VideoError as error:
+            return str(error)
+        return None
 
     def _splits_of_files(self) -> dict[str, list[Recording]]:
         """The recordings of each split, usable or not."""
@@ -170,16 +277,11 @@ class VideoFolder:
             recordings = find_recordings(self.folder)
             if self.protocol == "benchmark":
                 random.Random(_SEED).shuffle(recordings)
-            splits = _benchmark_splits(recordings) if self.protocol == "benchmark" else _far_splits(recordings)
+            splits = _shuffled_splits(recordings) if self.protocol == "benchmark" else _far_splits(recordings)
         return {split: [self.as_read(recording) for recording in recordings] for split, recordings in splits.items()}
 
     def _entry(self, recording: Recording, info: RecordingInfo) -> _Entry | None:
-        reason = info.error
-        if reason is None and info.length < self.num_frames:
-            reason = f"{recording.path} has {info.length} frames, clips need {self.num_frames}"
-        if reason is not None:
-            self.skipped[recording.path] = reason
-            _logger.warning("skipping: %s", reason)
+        if self._unusable(recording, info, info.length):
             return None
         start = 0
         if self.protocol == "benchmark":
@@ -189,6 +291,17 @@ class VideoFolder:
             rng = random.Random(seed.encode("utf-8", "surrogateescape"))
             start = rng.randint(0, info.length - self.num_frames)
         return _Entry(recording, start, info.actions is not None, info.length)
+
+    def _unusable(self, recording: Recording, info: RecordingInfo, length: int) -> bool:
+        """Whether a recording cannot be opened or has fewer frames than a clip, which is noted."""
+        if info.error is None and length >= self.num_frames:
+            return False
+        self._skip(recording, info.error or f"{recording.path} has {length} frames, clips need {self.num_frames}")
+        return True
+
+    def _skip(self, recording: Recording, reason: str) -> None:
+        self.skipped[recording.path] = reason
+        _logger.warning("skipping: %s", reason)
 
     def _decode(self, path: Path, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames and scaled latents of a recording of latents."""
@@ -201,7 +314,7 @@ class VideoFolder:
         return decode_latents(latents, self.host)
 
 
-def _benchmark_splits(shuffled: list[Recording]) -> dict[str, list[Recording]]:
+def _shuffled_splits(shuffled: list[Recording]) -> dict[str, list[Recording]]:
     num_test, num_validation = math.ceil(0.2 * len(shuffled)), math.ceil(0.1 * len(shuffled))
     test, validation = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
     return {"train": shuffled[num_test + num_validation :], "validation": validation, "test": test}

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ import torch
 from far_env.clips.clip import check_clip_id
 from far_env.clips.data_folders import find_data
 from far_env.clips.datasets import UCF101, DMLab
+from far_env.clips.video_folder import VideoFolder
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, RolloutState, ask_policy
 from far_env.device import resolve_device
-from far_env.errors import unknown_name
+from far_env.errors import PolicyError, VideoError, unknown_name
 from far_env.evaluation.evaluate import available_metrics
 from far_env.frame_meta import frame_meta_list, frame_size_mb
 from far_env.host.weights import SHIPPED
@@ -28,7 +29,7 @@ from far_env.metrics import METRICS, clip_metrics
 from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import WORKLOADS, Workload, make_workload
+from far_env.workloads import PORTABLE, WORKLOADS, Workload, make_workload
 
 _BEST_PSNR = 40.0
 _FORMATS = {
@@ -46,18 +47,23 @@ _FORMATS = {
 
 @dataclass(frozen=True)
 class _Task:
-    """How the benchmark runs a workload: on how many clips, and which world replaces its data in a dry run."""
+    """How the benchmark runs a workload: on which data, and which world replaces them in a dry run."""
 
-    num_clips: int
-    data_variable: str
-    data: str
+    data: type[VideoFolder]
     world: str
 
+    @property
+    def num_clips(self) -> int:
+        """How many clips the benchmark plays, if there are as many."""
+        return self.data.benchmark_clips
 
-TASKS = {
-    "ucf101_short_prediction": _Task(50, UCF101.variable, UCF101.name, "pan"),
-    "dmlab_long_prediction": _Task(20, DMLab.variable, DMLab.name, "orbit"),
-}
+    @property
+    def data_variable(self) -> str:
+        """The environment variable with the folder of its data."""
+        return self.data.variable
+
+
+TASKS = {"ucf101_short_prediction": _Task(UCF101, "pan"), "dmlab_long_prediction": _Task(DMLab, "orbit")}
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,14 @@ class BenchmarkScore:
     Attributes:
         values: key → value, in the order of the line; metrics that could not be computed are left out.
         unavailable: metric → why it could not be computed.
+        by_clip: the metrics of every clip that was played, in order.
+        failed: number of a clip → why it is left out of the means.
     """
 
     values: dict[str, float | str]
     unavailable: dict[str, str]
+    by_clip: list[dict[str, float]] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
 
     def line(self) -> str:
         """The line ``TEST_METRICS: …`` that the benchmark reads its numbers from."""
@@ -78,28 +88,57 @@ class BenchmarkScore:
 
 
 def benchmark_workload(
-    name: str, host: str | None = None, *, device: str = "auto", precision: str | None = None, data_dir: str | None = None
+    name: str,
+    host: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str | None = None,
+    data_dir: str | None = None,
+    file_order: str | None = None,
+    num_steps: int | None = None,
+    noise: str = PORTABLE,
 ) -> tuple[Workload, bool]:
     """One of the benchmark's workloads, and whether it is a dry run: with a shipped host and no data, clips are of a world.
 
     Args:
         precision: bfloat16 on a GPU and float32 elsewhere by default.
+        file_order: see `VideoFolder`.
+        num_steps: ODE steps instead of the benchmark's 20.
+        noise: as in `Workload`.
 
     Raises:
-        ValueError: on a workload that the benchmark does not have, or as `make_workload`.
+        ValueError: on a workload that the benchmark does not have, a file order in a dry run, or as `make_workload`.
     """
-    if name not in TASKS:
-        raise ValueError(unknown_name("workload of the benchmark", name, list(TASKS)))
-    task, spec = TASKS[name], WORKLOADS[name]
+    task, spec = _task(name), WORKLOADS[name]
     if precision is None:
         precision = "bfloat16" if resolve_device(device).type == "cuda" else "float32"
     common = {"host": host, "device": device, "precision": precision}
-    has_data = data_dir or os.environ.get(task.data_variable) or find_data(task.data)
+    changes = {"noise": noise} | ({} if num_steps is None else {"num_steps": num_steps})
+    has_data = data_dir or os.environ.get(task.data_variable) or find_data(task.data.name)
     if not has_data and host in SHIPPED:
+        if file_order is not None:
+            raise ValueError("a dry run has no files to take in an order; give --data-dir as well")
         world = make_workload(task.world, **common)
         lengths = {"num_context": spec.num_context, "num_predict": spec.num_predict, "num_steps": spec.num_steps}
-        return replace(world, name=name, **lengths), True
-    return make_workload(name, **common, **({} if data_dir is None else {"data_dir": data_dir})), False
+        return replace(world, name=name, **lengths | changes), True
+    return replace(make_workload(name, **common, **_given(data_dir, file_order)), **changes), False
+
+
+def benchmark_clips(name: str, data_dir: str | None = None, file_order: str | None = None) -> VideoFolder:
+    """The clips of one of the benchmark's workloads, without a host. Raises ValueError as `benchmark_workload`."""
+    _task(name)
+    return WORKLOADS[name].clips(**_given(data_dir, file_order))
+
+
+def _task(name: str) -> _Task:
+    if name not in TASKS:
+        raise ValueError(unknown_name("workload of the benchmark", name, list(TASKS)))
+    return TASKS[name]
+
+
+def _given(data_dir: str | None, file_order: str | None) -> dict[str, str]:
+    options = {"data_dir": data_dir, "file_order": file_order}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def run_benchmark(
@@ -109,6 +148,7 @@ def run_benchmark(
     num_clips: int,
     *,
     metrics: Sequence[str] = METRICS,
+    lenient: bool = False,
     progress: bool = True,
 ) -> BenchmarkScore:
     """Play the first test clips sequentially and score them as the benchmark does.
@@ -116,9 +156,11 @@ def run_benchmark(
     Args:
         policy: None keeps everything.
         metrics: those that cannot be computed here are left out with the reason.
+        lenient: leave out clips on which the policy fails, or whose file cannot be read, as the benchmark does.
 
     Raises:
-        PolicyError: if the policy raises or its plan breaks the benchmark's rules. The benchmark would leave out the clip.
+        PolicyError: if the policy raises or its plan breaks the benchmark's rules; if ``lenient``, if it does so on all clips.
+        VideoError: if a clip's file cannot be read; if ``lenient``, if that is so of all clips.
         ClipIdError: if there are fewer clips.
         ValueError: without a clip, or if the workload feeds back true frames.
     """
@@ -129,9 +171,15 @@ def run_benchmark(
     check_clip_id(workload.clips, "test", num_clips - 1)
     names, unavailable = available_metrics(metrics)
     scores: list[dict[str, float]] = []
+    failed: dict[int, str] = {}
     start = time.perf_counter()
     for clip_id in show_progress(range(num_clips), unit="clips", description="benchmark", disable=not progress):
-        scores.append(_play_clip(workload, clip_id, policy, max_frames, names))
+        try:
+            scores.append(_play_clip(workload, clip_id, policy, max_frames, names))
+        except (PolicyError, VideoError) as error:
+            failed[clip_id] = str(error)
+            if not lenient or len(failed) == num_clips:
+                raise
     elapsed = time.perf_counter() - start
     means = {name: float(np.mean([score[name] for score in scores])) for name in names}
     for name in [name for name, mean in means.items() if not math.isfinite(mean)]:
@@ -143,13 +191,13 @@ def run_benchmark(
     values |= means
     values |= {
         "peak_kv_memory_mb": workload.capacity_mb(num_kept),
-        "fps": num_clips * workload.num_predict / elapsed,
+        "fps": len(scores) * workload.num_predict / elapsed,
         "n_frames_kept": num_kept,
         "eval_mode": "real_rollout",
-        "n_clips": num_clips,
+        "n_clips": len(scores),
         "elapsed_s": elapsed,
     }
-    return BenchmarkScore(values, unavailable)
+    return BenchmarkScore(values, unavailable, scores, failed)
 
 
 @torch.no_grad()

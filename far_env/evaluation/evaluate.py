@@ -158,6 +158,7 @@ def record_facts(workload: Workload) -> dict[str, object]:
         "guidance": workload.guidance,
         "actions": workload.actions,
         "feedback": workload.feedback,
+        "noise": workload.noise,
         **({"clip_options": options} if options else {}),
         "dtype": _dtype_name(workload),
         "device": str(host.device),

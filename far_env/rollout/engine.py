@@ -31,9 +31,9 @@ from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.context import context_latents
 from far_env.rollout.memo import FrameMemo, content_key
-from far_env.rollout.noise import rollout_noise
+from far_env.rollout.noise import harness_noise, rollout_noise
 from far_env.rollout.signals import RecordedSignals, SignalRecorder
-from far_env.workloads import Workload
+from far_env.workloads import HARNESS, Workload
 
 
 @dataclass
@@ -112,7 +112,7 @@ class RolloutBatch:
         self._rows = [self._unbegun() for _ in range(num_rows)]
         self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
         self._num_branches = 2 if self._sampler.guided else 1
-        self._origin = (self.memo.host_number(host), workload.num_steps, workload.guidance)
+        self._origin = (self.memo.host_number(host), workload.num_steps, workload.guidance, workload.noise)
         self._recorder = SignalRecorder(signals, self._sampler)
 
     def step(self, row: int) -> int:
@@ -343,7 +343,10 @@ class RolloutBatch:
         return Rollout(**lengths, steps=self.workload.num_predict, noise=self._empty[None], noise_seed=0)
 
     def _draw_noise(self, seed: int, num_predict: int) -> Tensor:
-        return rollout_noise(seed, num_predict, self.workload.host.latent_shape).to(self._empty)
+        host = self.workload.host
+        if self.workload.noise == HARNESS:
+            return harness_noise(seed, num_predict, host.latent_shape, host.device, host.dtype)
+        return rollout_noise(seed, num_predict, host.latent_shape).to(self._empty)
 
     def _chosen(self, rows: Sequence[int]) -> list[Rollout]:
         return [self._rows[row] for row in rows]

@@ -19,3 +19,16 @@ def rollout_noise(noise_seed: int, num_steps: int, latent_shape: tuple[int, int,
     """
     generator = torch.Generator().manual_seed(noise_seed)
     return torch.stack([torch.randn((1, 1, *latent_shape), generator=generator)[0, 0] for _ in range(num_steps)])
+
+
+@torch_defaults()
+def harness_noise(
+    noise_seed: int, num_steps: int, latent_shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The same as the benchmark's program draws it: on the device and in the dtype of the host, (num_steps, C, h, w).
+
+    Other numbers than `rollout_noise` on a GPU, where they come from CUDA's generator. In float32 on a CPU they are the same.
+    """
+    generator = torch.Generator(device).manual_seed(noise_seed)
+    draws = [torch.randn((1, 1, *latent_shape), generator=generator, device=device, dtype=dtype) for _ in range(num_steps)]
+    return torch.cat(draws)[:, 0]

@@ -218,6 +218,11 @@ def test_a_policy_that_fails_is_told_in_one_sentence(tmp_path, body, message):
         ("x = 1", "must define exactly one class with build_temporal_cache_plan; it has 0"),
         (PASTED.format(body="pass").replace("self.calls = 0", "1 / 0"), "cannot be loaded: ZeroDivisionError"),
         ("while True: pass", "took longer than 1 s"),
+        (
+            PASTED
+            + "\ndef generate_with_policy(): pass\ndef run_evaluation(): pass\nraise RuntimeError('Cannot find FAR repo.')",
+            "policy.py is the benchmark's whole program; give a file that holds its class VideoTemporalKVPolicy alone",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_told_in_one_sentence(tmp_path, text, message):

@@ -137,11 +137,11 @@ def test_a_policy_whose_path_holds_a_comma_is_evaluated_and_reported(capsys, tin
 
 @pytest.fixture
 def videos(tmp_path, tiny_host_folder):
-    """Fifteen videos, three of them test clips; the second test clip is damaged after its header."""
-    for i in range(15):
+    """Videos, three of them test clips of FAR's protocol; the second test clip is damaged after its header."""
+    for i in range(21):
         write_video(tmp_path / "videos" / f"{i:02d}.avi", 16)
     folder = str(tmp_path / "videos")
-    workload = make_workload("ucf101_short_prediction", host=tiny_host_folder, device="cpu", data_dir=folder)
+    workload = make_workload("ucf101_short_prediction", host=tiny_host_folder, device="cpu", data_dir=folder, protocol="far")
     damaged = workload.clips.path("test", 1)
     sound = damaged.read_bytes()
     content = bytearray(sound)
@@ -154,6 +154,7 @@ def videos(tmp_path, tiny_host_folder):
 def test_a_damaged_clip_is_left_out_and_added_once_it_is_restored(capsys, videos, tiny_host_folder, tmp_path):
     folder, damaged, sound = videos
     args = ["--workload", "ucf101_short_prediction", "--data-dir", str(folder), "--host", str(tiny_host_folder), "--clips", "3"]
+    args += ["--protocol", "far"]
     args += ["--policies", "recent_fill,random,full_history", "--device", "cpu", "--metrics", "psnr", "--show-clips", "0"]
     out = ["--out", str(tmp_path / "results")]
     assert cli.main(["evaluate", *args, *out]) == 1
@@ -179,6 +180,7 @@ def test_validation_names_the_clip_that_cannot_be_read_and_plays_the_others(caps
     broken = damaged.read_bytes()
     damaged.write_bytes(sound)
     args = ["--workload", "ucf101_short_prediction", "--data-dir", str(folder), "--host", str(tiny_host_folder), "--clips", "3"]
+    args += ["--protocol", "far"]
     args += ["--policies", "random", "--device", "cpu", "--metrics", "psnr", "--out", str(tmp_path / "results")]
     assert cli.main(["evaluate", *args]) == 0
     damaged.write_bytes(broken)
@@ -191,7 +193,9 @@ def test_validation_names_the_clip_that_cannot_be_read_and_plays_the_others(caps
 
 def test_numbers_without_a_damaged_clip_are_those_of_the_other_clips(videos, tiny_host_folder):
     folder, damaged, _ = videos
-    workload = make_workload("ucf101_short_prediction", host=tiny_host_folder, device="cpu", data_dir=str(folder))
+    workload = make_workload(
+        "ucf101_short_prediction", host=tiny_host_folder, device="cpu", data_dir=str(folder), protocol="far"
+    )
     policies = {name: baselines.make(name) for name in ("recent_fill", "random")}
     options = {"metrics": ["psnr"], "progress": False}
     evaluation = evaluate(workload, 4, policies, [0, 1, 2], **options)

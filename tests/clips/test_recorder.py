@@ -13,13 +13,14 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from far_env.cli import main
 from far_env.clips.recorder.behaviours import Scan
 from far_env.clips.recorder.player import as_rgb, resize
 from far_env.clips.recorder.run import record
 from far_env.clips.recorder.settings import RecordSettings
-from far_env.clips.video import squeeze
 from tests.clips.recorded_environments import DARK, MAPS, NUMBERS, WALK, colour
 
 FEW = {"train_episodes": 3, "validation_episodes": 1, "test_episodes": 2, "frames": 12, "size": 16}
@@ -223,7 +224,8 @@ def test_what_is_no_picture_is_refused(tmp_path, draws, sentence):
 def test_frames_are_resized_with_antialiasing():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)
-    by_torch = squeeze([pixels], 64)[0].transpose(1, 2, 0) * 255
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    by_torch = F.interpolate(batch, (64, 64), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
     assert np.abs(resize(pixels, 64) - by_torch).max() <= 1.0
     assert resize(pixels, 64).std() < 0.6 * pixels.std(), "neighbours are averaged"
     assert (as_rgb(pixels[..., 0]) == pixels[..., :1]).all()

@@ -10,16 +10,18 @@ import av
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from far_env.clips.benchmark_files import write_clip_list
 from far_env.clips.datasets import UCF101, DMLab
-from far_env.clips.video import VideoError, count_frames, crop_centre, read_frames, squeeze
+from far_env.clips.video import VideoError, count_frames, crop_centre, read_frames, to_pixels
 from far_env.contract import NewestFrames
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.host.weights import save_host
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 from far_env.workloads import make_workload
-from tests.conftest import TINY_DCAE, TINY_FAR_LONG
+from tests.conftest import DATA, TINY_DCAE, TINY_FAR_LONG
 
 
 def write_video(path, num_frames, width=96, height=64, codec="mpeg4"):
@@ -57,10 +59,22 @@ def test_frames_come_in_order_and_as_asked(tmp_path):
             read_frames(path, 15, 10)
 
 
-def test_squeezing_keeps_everything_and_cropping_keeps_the_aspect():
+def test_squeezed_frames_are_those_of_the_benchmarks_reader():
+    """What decord gave at width = height = 64, to the last bit; resizing RGB pixels with antialiasing is something else."""
+    expected = np.load(DATA / "harness" / "decode.npz")
+    start, frames = int(expected["start"]), expected["frames"]
+    squeezed = read_frames(DATA / "harness" / "decode.mp4", start, len(frames), 64)
+    np.testing.assert_array_equal(np.stack(squeezed), frames)
+    pixels = torch.from_numpy(np.stack(read_frames(DATA / "harness" / "decode.mp4", start, len(frames))))
+    resized = F.interpolate(pixels.permute(0, 3, 1, 2).float(), (64, 64), mode="bilinear", antialias=True)
+    assert np.abs(resized.permute(0, 2, 3, 1).numpy() - frames).mean() > 1
+
+
+def test_squeezing_keeps_everything_and_cropping_keeps_the_aspect(tmp_path):
     frames = np.zeros((2, 64, 128, 3), dtype=np.uint8)
     frames[:, :, :32] = 255  # the left quarter
-    squeezed, cropped = squeeze(frames, 64), crop_centre(frames, 64)
+    np.savez(tmp_path / "episode.npz", video=frames)
+    squeezed, cropped = to_pixels(read_frames(tmp_path / "episode.npz", 0, 2, 64)), crop_centre(frames, 64)
     assert squeezed.shape == cropped.shape == (2, 3, 64, 64)
     assert squeezed.dtype == np.float32 and squeezed.min() >= 0 and squeezed.max() <= 1
     assert squeezed[..., :14].min() > 0.9 and squeezed[..., 18:].max() < 0.1
@@ -68,25 +82,138 @@ def test_squeezing_keeps_everything_and_cropping_keeps_the_aspect():
     tall = crop_centre(frames.transpose(0, 2, 1, 3), 32)
     assert tall.shape == (2, 3, 32, 32) and tall[:, :, 2:].max() < 0.1
     noise = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
-    np.testing.assert_allclose(squeeze(noise, 64)[0], noise[0].transpose(2, 0, 1) / 255, atol=1e-6)
+    np.savez(tmp_path / "noise.npz", video=noise)
+    np.testing.assert_array_equal(read_frames(tmp_path / "noise.npz", 0, 1, 64), noise)
 
 
-def test_the_benchmark_protocol_shuffles_the_sorted_list(folder):
-    source = UCF101(folder, "benchmark", num_frames=16)
-    videos = sorted(p for p in folder.rglob("*.*"))
-    random.Random(42).shuffle(videos)
-    splits = {
-        split: [source.path(split, i) for i in range(source.num_clips(split))] for split in ("test", "validation", "train")
-    }
-    assert [len(paths) for paths in splits.values()] == [3, 2, 7]
-    assert [path for paths in splits.values() for path in paths] == videos
-    starts = []
-    for clip_id in range(7):
-        clip = source.clip("train", clip_id)
+LENGTHS = {f"c{i % 3}/v{i:02d}.mp4": 14 if i % 7 == 3 else 16 + 3 * (i % 5) for i in range(14)}
+"""Of videos, of which some are shorter than a clip."""
+
+
+class FewUCF101(UCF101):
+    benchmark_clips = 5
+
+
+class FewDMLab(DMLab):
+    benchmark_clips = 5
+
+
+def restated(files, lengths, num_clips, damaged=()):
+    """The benchmark's way from a list of files to its clips: one generator shuffles, then draws a start for every file that is
+    long enough; what cannot be read after its draw is left out."""
+    rng, files, clips = random.Random(42), list(files), []
+    rng.shuffle(files)
+    for place, name in enumerate(files):
+        if len(clips) == num_clips:
+            return clips, files[place:]
+        if lengths.get(name, 0) < 16:
+            continue
+        start = rng.randint(0, lengths[name] - 16)
+        if name not in damaged:
+            clips.append((name, start))
+    return clips, []
+
+
+def places(source, split="test"):
+    """File and first frame of every clip of a split."""
+    found = [source.place(split, i) for i in range(source.num_clips(split))]
+    return [(path.relative_to(source.folder).as_posix(), start) for path, start in found]
+
+
+@pytest.fixture
+def many(tmp_path):
+    for name, length in LENGTHS.items():
+        write_video(tmp_path / "ucf" / "video" / name, length)
+    (tmp_path / "ucf" / "video" / "c0" / "text.mp4").write_text("this is no video")
+    # Neither is found by the benchmark: another kind of file, and one beside the folder that it searches.
+    write_video(tmp_path / "ucf" / "video" / "c0" / "other.avi", 20)
+    write_video(tmp_path / "ucf" / "beside.mp4", 20)
+    return tmp_path / "ucf"
+
+
+def test_the_benchmarks_clips_are_drawn_as_it_draws_them(many):
+    source = FewUCF101(many, num_frames=16)
+    names = sorted([f"video/{name}" for name in LENGTHS] + ["video/c0/text.mp4"])
+    expected, rest = restated(names, {f"video/{name}": length for name, length in LENGTHS.items()}, 5)
+    assert places(source) == expected and len(expected) == 5
+    assert source.found_by_benchmark
+    usable = [name for name in rest if LENGTHS.get(name.removeprefix("video/"), 0) >= 16]
+    assert [name for split in ("validation", "train") for name, _ in places(source, split)] == usable
+    assert source.num_clips("validation") == 1 and len(usable) > 3
+    for clip_id, (_, start) in enumerate(expected):
+        clip = source.clip("test", clip_id)
         assert clip.frames.shape == (16, 3, 64, 64) and clip.actions is None
-        starts.append(round(clip.frames[0, :, 10:-10, 40:].mean() * 255 / 8))
-        np.testing.assert_array_equal(UCF101(folder, num_frames=16).clip("train", clip_id).frames, clip.frames)
-    assert len(set(starts)) > 1 and max(starts) <= 7
+        assert round(clip.frames[0, :, 10:-10, 40:].mean() * 255 / 8) == start
+    assert {start for _, start in expected} > {0}
+
+
+def test_where_there_are_fewer_files_the_benchmark_plays_them_all(many):
+    source = UCF101(many, num_frames=16)
+    assert source.num_clips("test") == sum(length >= 16 for length in LENGTHS.values()) == 12
+    assert source.num_clips("train") == source.num_clips("validation") == 0
+
+
+def test_a_file_that_is_damaged_in_its_clip_has_had_its_draw(many):
+    first, _ = places(FewUCF101(many, num_frames=16))[0]
+    content = bytearray((many / first).read_bytes())
+    for place in range(len(content) // 8, len(content) // 2, 5):
+        content[place] ^= 0xFF
+    (many / first).write_bytes(content)
+    source = FewUCF101(many, num_frames=16)
+    names = sorted([f"video/{name}" for name in LENGTHS] + ["video/c0/text.mp4"])
+    lengths = {f"video/{name}": length for name, length in LENGTHS.items()}
+    assert places(source) == restated(names, lengths, 5, damaged=(first,))[0]
+    assert many / first in source.skipped
+
+
+def test_dmlab_has_its_mp4_files_before_its_avi_files(tmp_path):
+    for i in range(9):
+        write_video(tmp_path / f"{i}{'.avi' if i < 4 else '.mp4'}", 20)
+    names = [f"{i}.mp4" for i in range(4, 9)] + [f"{i}.avi" for i in range(4)]
+    source = FewDMLab(tmp_path, num_frames=16)
+    assert places(source) == restated(names, dict.fromkeys(names, 20), 5)[0]
+
+
+def test_a_list_of_files_repeats_a_run(many, tmp_path):
+    """The order of another machine's file system, with its folders, and a file that is not here."""
+    names = [*reversed(LENGTHS), "c1/gone.mp4"]
+    order = tmp_path / "order.txt"
+    order.write_text("".join(f"/data/ucf101/video/{name}\n" for name in names) + "\n")
+    source = FewUCF101(many, file_order=order, num_frames=16)
+    lengths = {f"video/{name}": length for name, length in LENGTHS.items()}
+    listed = [f"video/{name}" for name in names]
+    assert places(source) == restated(listed, lengths, 5)[0] != places(FewUCF101(many, num_frames=16))
+    order.write_text("".join(f"{name}\n" for name in names))
+    assert places(FewUCF101(many, file_order=order, num_frames=16)) == places(source)
+    for text, message in (("\n", "names no file"), ("a.mp4\na.mp4\n", r"names .*a\.mp4 twice")):
+        order.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            UCF101(many, file_order=order, num_frames=16)
+    with pytest.raises(ValueError, match="cannot be read"):
+        UCF101(many, file_order=tmp_path / "gone.txt", num_frames=16)
+    with pytest.raises(ValueError, match="a file order is for the benchmark's data sets"):
+        UCF101(many, "far", file_order=order, num_frames=16)
+
+
+def test_files_that_the_benchmark_plays_can_be_kept_from_training_under_fars_protocol(many, tmp_path):
+    source = FewUCF101(many, num_frames=16)
+    played = [source.place("test", i) for i in range(5)]
+    write_clip_list(tmp_path / "clips.json", source.folder, "ucf101_short_prediction", 16, played)
+    whole, kept = UCF101(many, "far", num_frames=16), UCF101(many, "far", num_frames=16, exclude=tmp_path / "clips.json")
+    names = {path.relative_to(many).as_posix() for path, _ in played}
+    for split in ("train", "validation"):
+        assert places(kept, split) == [(name, start) for name, start in places(whole, split) if name not in names]
+    assert places(kept) == places(whole) and kept.num_clips("train") < whole.num_clips("train")
+    (tmp_path / "clips.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no list of clips; give a file that far-env benchmark --list-clips wrote"):
+        UCF101(many, "far", num_frames=16, exclude=tmp_path / "clips.json")
+
+
+def test_folders_without_files_of_the_benchmark_are_played_all_the_same(tmp_path):
+    for i in range(7):
+        write_video(tmp_path / f"{i}.avi", 18)
+    source = FewUCF101(tmp_path, num_frames=16)
+    assert not source.found_by_benchmark and source.num_clips("test") == 5
 
 
 def test_fars_protocol_takes_every_tenth_file_from_its_start(folder):
@@ -106,7 +233,7 @@ def test_unusable_files_are_skipped_counted_and_logged(folder, caplog):
     (folder / "cut.avi").write_bytes(good[:300])
     write_video(folder / "short.mp4", 15)
     with caplog.at_level(logging.WARNING):
-        source = UCF101(folder, num_frames=16)
+        source = UCF101(folder, "far", num_frames=16)
     reasons = {path.name: reason for path, reason in source.skipped.items()}
     assert set(reasons) == {"empty.mp4", "text.mp4", "cut.mp4", "cut.avi", "short.mp4"}
     assert reasons["empty.mp4"].endswith("is empty")

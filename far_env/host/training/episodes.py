@@ -19,7 +19,6 @@ from far_env.clips.clip import SPLITS, Clip
 from far_env.clips.datasets import DATASETS, Recordings
 from far_env.clips.latents import read_latents
 from far_env.clips.recordings import Recording
-from far_env.clips.video import frame_blocks, read_frames
 from far_env.clips.video_folder import PROTOCOLS, VideoFolder
 from far_env.clips.worlds import WORLDS, World
 from far_env.errors import unknown_name
@@ -201,8 +200,7 @@ class FolderEpisodes:
         if recording.latent:
             yield read_latents(recording.path, 0, length).numpy()
             return
-        for block in frame_blocks(recording.path, length, BLOCK_FRAMES):
-            frames = self._folder.fit(block)
+        for frames in self._folder.read_blocks(recording.path, length, BLOCK_FRAMES):
             yield frames[..., ::-1] if index >= self._num_files else frames
 
     def classes(self, index: int) -> Classes:
@@ -216,7 +214,7 @@ class FolderEpisodes:
         index = int(_order(self._num_files, turn)[place])
         recording, length = self._folder.recording("train", index)
         start = int(np.random.default_rng((3, number)).integers(length - self._span + 1))
-        return self._folder.fit(read_frames(recording.path, start, self._span)[:: self.interval])
+        return self._folder.read(recording.path, start, self._span, self.interval)
 
     def num_validation(self) -> int:
         """Number of files in the validation split."""
@@ -230,7 +228,7 @@ class FolderEpisodes:
             classes = replace(classes, actions=classes.actions[: self._span : self.interval])
         if recording.latent:
             return Window(None, read_latents(recording.path, 0, self._span).numpy()[:: self.interval], classes)
-        return Window(self._folder.fit(read_frames(recording.path, 0, self._span)[:: self.interval]), None, classes)
+        return Window(self._folder.read(recording.path, 0, self._span, self.interval), None, classes)
 
     def _classes(self, recording: Recording) -> Classes:
         actions = None
