@@ -164,7 +164,8 @@ class _Benchmark:
             elif isinstance(workload.clips, VideoFolder):
                 _remark_on_clips(workload.clips)
             precision = str(workload.host.dtype).removeprefix("torch.")
-            remark(f"noise: {workload.noise}; {workload.num_steps} ODE steps in {precision} on {workload.host.device}")
+            where = f"in {precision} on {workload.host.device}"
+            remark(f"{name}: noise {workload.noise}, {workload.num_steps} ODE steps {where}")
         workload = self._workloads[name]
         task_clips, available = TASKS[name].num_clips, workload.clips.num_clips("test")
         if options.clips is None and available < task_clips:

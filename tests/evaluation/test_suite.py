@@ -105,7 +105,7 @@ def test_the_suite_plays_all_settings_prints_scores_and_resumes(capsys, folders,
     assert lines[0] == "recent_fill, ucf-short: ucf101_short_prediction, 8 frames"
     (score,) = [line for line in lines if line.startswith("SUITE_SCORE: ")]
     assert score.startswith("SUITE_SCORE: policy=recent_fill card=") and all(f" {name}=" in score for name in SCORES)
-    assert err.count("no lpips") == 1 and "noise: portable; 1 ODE steps in float32 on cpu" in err
+    assert err.count("no lpips") == 1 and "ucf101_short_prediction: noise portable, 1 ODE steps in float32 on cpu" in err
     assert "the benchmark plays 50 clips, 2 are available" in err
     assert "with so few videos the benchmark would play made clips of plain colours" in err
     record = json.loads((out / "recent_fill" / "ucf-short.json").read_text())
