@@ -53,7 +53,7 @@ def test_shipped_files_are_small_and_described(name, megabytes):
 
 def test_the_quality_on_the_cards_meets_the_targets():
     """From the cards: the smallest full-history PSNR, and how much of it recency loses."""
-    for world, wanted, lost in (("pan", 32.5, 10), ("cuts", 28.0, 10), ("orbit", 16.0, 4), ("maze_retrieval", 15.0, 0)):
+    for world, wanted, lost in (("pan", 32.5, 10), ("cuts", 28.0, 10), ("orbit", 16.0, 4), ("maze_retrieval", 19.0, 2)):
         reconstruction, full, recent = card_row(world)
         assert reconstruction >= RECONSTRUCTION[world] and full >= wanted and full - recent >= lost
 
