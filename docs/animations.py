@@ -24,15 +24,15 @@ from far_env.workloads import make_workload
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
 ANIMATIONS = {
-    "pan": (4, "pretrained/pan-tight"),
-    "cuts": (4, "pretrained/cuts-tight"),
-    "orbit": (8, "pretrained/orbit"),
-    "maze_retrieval": (8, "nearest_neighbour"),
+    "pan": (4, "pretrained/pan-tight", 3),
+    "cuts": (4, "pretrained/cuts-tight", 3),
+    "orbit": (8, "pretrained/orbit", 3),
+    "maze_retrieval": (8, "nearest_neighbour", 2),
 }
-"""World → budget, and a policy that is shown beside the newest frames: a learned one where one was trained for the world."""
+"""World → budget, a policy that is shown beside the newest frames (a learned one where one was trained for the world), and the
+pixels of a frame's pixel, fewer where textures make files large."""
 CLIP_ID = 0
 """The first test clip of each world."""
-SCALE = 3
 THUMBNAILS_PER_ROW = 4
 THUMBNAIL = 44
 MARGIN = 8
@@ -47,13 +47,13 @@ TEXT = (230, 230, 230)
 MUTED = (150, 150, 155)
 
 
-def animate(world: str, budget: int, learned: str) -> list[Image.Image]:
+def animate(world: str, budget: int, policy: str, scale: int) -> list[Image.Image]:
     """Pictures of one test clip, one per frame: three panels, and below the two predictions the frames in the history."""
     workload = make_workload(world, device="cpu")
     clip = workload.clips.clip("test", CLIP_ID)
     truth = clip.frames[: workload.num_frames]
     panels = [("truth", truth, None)]
-    for name in ("recent_fill", learned):
+    for name in ("recent_fill", policy):
         rollouts, decisions = play(workload, [clip], [BENCHMARK_SEED + CLIP_ID], load_policy(name), budget)
         predicted = rollouts.decode([0])[0].float().cpu()
         score = psnr(predicted, torch.from_numpy(truth[workload.num_context :])).item()
@@ -62,11 +62,11 @@ def animate(world: str, budget: int, learned: str) -> list[Image.Image]:
         panels.append((f"{name}: {score:.1f} dB", frames, histories))
     first = max(0, workload.num_context - MAX_CONTEXT)
     last = min(workload.num_frames, workload.num_context + MAX_PREDICTED)
-    return [_picture(panels, frame, workload.num_context, budget) for frame in range(first, last)]
+    return [_picture(panels, frame, workload.num_context, budget, scale) for frame in range(first, last)]
 
 
-def _picture(panels: list, frame: int, num_context: int, budget: int) -> Image.Image:
-    side = panels[0][1].shape[-1] * SCALE
+def _picture(panels: list, frame: int, num_context: int, budget: int, scale: int) -> Image.Image:
+    side = panels[0][1].shape[-1] * scale
     rows = -(-budget // THUMBNAILS_PER_ROW)
     size = (len(panels) * (side + MARGIN) + MARGIN, side + 2 * CAPTION + rows * (THUMBNAIL + 4) + 3 * MARGIN)
     picture = Image.new("RGB", size, BACKGROUND)
@@ -102,11 +102,11 @@ def _image(frame: np.ndarray, side: int) -> Image.Image:
 
 def main() -> None:
     """Write every picture."""
-    budget, learned = ANIMATIONS["pan"]
+    budget, learned, _ = ANIMATIONS["pan"]
     policies = {name: load_policy(name) for name in ("recent_fill", learned)}
     save_comparison(DOCS / "comparison.png", make_workload("pan", device="cpu"), budget, policies, clip_id=CLIP_ID)
-    for world, (budget, learned) in ANIMATIONS.items():
-        pictures = animate(world, budget, learned)
+    for world, settings in ANIMATIONS.items():
+        pictures = animate(world, *settings)
         # One palette for all pictures, without dithering, keeps the files small.
         palette = _stacked(pictures).quantize(COLOURS, method=Image.Quantize.MEDIANCUT)
         quantized = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
