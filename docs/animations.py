@@ -34,7 +34,7 @@ pixels of a frame's pixel, fewer where textures make files large."""
 CLIP_ID = 0
 """The first test clip of each world."""
 THUMBNAILS_PER_ROW = 4
-THUMBNAIL = 44
+GAP = 4
 MARGIN = 8
 CAPTION = 16
 COLOURS = 64
@@ -67,8 +67,9 @@ def animate(world: str, budget: int, policy: str, scale: int) -> list[Image.Imag
 
 def _picture(panels: list, frame: int, num_context: int, budget: int, scale: int) -> Image.Image:
     side = panels[0][1].shape[-1] * scale
+    thumbnail = side // THUMBNAILS_PER_ROW - GAP
     rows = -(-budget // THUMBNAILS_PER_ROW)
-    size = (len(panels) * (side + MARGIN) + MARGIN, side + 2 * CAPTION + rows * (THUMBNAIL + 4) + 3 * MARGIN)
+    size = (len(panels) * (side + MARGIN) + MARGIN, side + 2 * CAPTION + rows * (thumbnail + GAP) + 3 * MARGIN)
     picture = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(picture)
     is_context = frame < num_context
@@ -87,8 +88,8 @@ def _picture(panels: list, frame: int, num_context: int, budget: int, scale: int
         draw.text((left, below), "frames in the history:" if kept else "nothing dropped yet", fill=MUTED)
         for place, number in enumerate(histories[max(kept)] if kept else ()):
             row, rank = divmod(place, THUMBNAILS_PER_ROW)
-            corner = (left + rank * (THUMBNAIL + 4), below + CAPTION + row * (THUMBNAIL + 4))
-            picture.paste(_image(frames[number], THUMBNAIL), corner)
+            corner = (left + rank * (thumbnail + GAP), below + CAPTION + row * (thumbnail + GAP))
+            picture.paste(_image(frames[number], thumbnail), corner)
     return picture
 
 
