@@ -33,7 +33,7 @@ def workload(request):
 
 def card_row(world: str) -> list[float]:
     """Reconstruction, full history and recency from the model card."""
-    card = (SHIPPED[WORLDS[world][0]] / "README.md").read_text()
+    card = (SHIPPED[WORLDS[world][0]] / "README.md").read_text().partition("## Next frame")[0]
     (row,) = re.findall(rf"^\| {world} \|(.*)\|$", card, re.MULTILINE)
     return [float(cell) for cell in row.split("|")]
 
