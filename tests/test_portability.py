@@ -35,7 +35,8 @@ def without_encoding(source: str) -> list[int]:
         elif isinstance(function, ast.Attribute) and function.attr == "open":
             module = function.value.id if isinstance(function.value, ast.Name) else ""
             # A `file` is an archive, whose members are opened as bytes.
-            text = module not in ("av", "Image", "os", "file", "tarfile") and "b" not in _mode(call, 1 if module == "gzip" else 0)
+            opens_bytes = module in ("av", "Image", "os", "file", "tarfile")
+            text = not opens_bytes and "b" not in _mode(call, 1 if module == "gzip" else 0)
         elif isinstance(function, ast.Attribute) and function.attr in ("read_text", "write_text"):
             text = len(call.args) < (1 if function.attr == "read_text" else 2)
         elif isinstance(function, ast.Attribute) and function.attr in ("run", "Popen", "check_output"):
