@@ -54,8 +54,6 @@ class HistoryMemory(ShotTracking, PathTracking):
         rows = [tuple(float(value) for value in row) for row in rows]
         if self.observe(num_frames, step):
             self.first_features, self.changes = [], {}
-            self.begin_places()
-            self.begin_path()
         num_new = num_frames - len(self.first_features)
         newest = self.births[-1]
         new_births, new_rows = self.births[num_frames - num_new :], rows[num_frames - num_new :]
@@ -106,5 +104,3 @@ class HistoryMemory(ShotTracking, PathTracking):
         """Record the rows of the last call that stay."""
         super().keep(ids)
         self.first_features = [self.first_features[i] for i in ids]
-        if self.with_places:
-            self.places = [self.places[i] for i in ids]

@@ -1,4 +1,4 @@
-"""Policies that infer what the camera does from what they were told, and keep what that says is worth keeping.
+"""Policies that infer what the camera does from all calls for a clip, and decide by that.
 
 They use the same information as a learned policy with memory: the changes between frames that were once neighbours, dropped
 ones included. Their models of the camera and its constants were fitted to the worlds pan, cuts and orbit, see
@@ -11,6 +11,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from math import copysign, log1p
+from typing import ClassVar
 
 from far_env.baselines.filling import FillingPolicy, History
 from far_env.baselines.tracking import PathTracking, ShotTracking
@@ -25,15 +26,14 @@ class _Tracker(FillingPolicy):
     source = "this project"
     tags = {"retention_family": "anchor"}
 
-    def __init__(self) -> None:
-        super().__init__()
+    tracking_class: ClassVar[type[FrameBirths]]
+    """What follows the camera."""
 
     def _choose(self, history: History) -> tuple[Sequence[int], Sequence[int]]:
-        tracking = copy.deepcopy(history.notes.get("tracking")) or self._new_tracking()
-        before = [] if tracking.observe(len(history), history.step) else history.notes["rows"]
-        if not before:
-            tracking = self._new_tracking()
-            tracking.observe(len(history), history.step)
+        tracking = copy.deepcopy(history.notes.get("tracking")) or self.tracking_class()
+        num_known = len(tracking.births)
+        if tracking.observe(len(history), history.step):
+            num_known = 0
         # As a policy sees them: motion without an upper limit is squashed to x / (1 + x).
         rows = [
             (
@@ -44,15 +44,11 @@ class _Tracker(FillingPolicy):
             )
             for meta in history.rows
         ]
-        self._follow(tracking, rows, len(history) - len(before))
+        self._follow(tracking, rows, len(history) - num_known)
         kept = self._chosen(tracking, len(history), history.max_frames)
-        self._keep(tracking, kept)
-        history.notes.update(tracking=tracking, rows=kept)
+        tracking.keep(kept)
+        history.notes["tracking"] = tracking
         return [], kept
-
-    @abstractmethod
-    def _new_tracking(self) -> FrameBirths:
-        """What follows the camera in a new clip."""
 
     @abstractmethod
     def _follow(self, tracking: FrameBirths, rows: list[tuple], num_new: int) -> None:
@@ -61,10 +57,6 @@ class _Tracker(FillingPolicy):
     @abstractmethod
     def _chosen(self, tracking: FrameBirths, num_rows: int, max_frames: int) -> list[int]:
         """The rows that stay, in order."""
-
-    def _keep(self, tracking: FrameBirths, kept: list[int]) -> None:
-        """Record which rows stay."""
-        tracking.keep(kept)
 
 
 class SceneTracker(_Tracker):
@@ -76,15 +68,13 @@ class SceneTracker(_Tracker):
     """
 
     name = "scene_tracker"
+    tracking_class = ShotTracking
 
     def __init__(self, fill: str = "newest") -> None:
         super().__init__()
         if fill not in ("newest", "shots"):
             raise ValueError(f"scene_tracker: {unknown_name('fill', fill, ['newest', 'shots'])}")
         self.fill = fill
-
-    def _new_tracking(self) -> ShotTracking:
-        return ShotTracking()
 
     def _follow(self, tracking: ShotTracking, rows: list[tuple], num_new: int) -> None:
         tracking.find_places(rows, num_new)
@@ -97,10 +87,6 @@ class SceneTracker(_Tracker):
             order.append((min(rank[row], 1) if self.fill == "newest" else rank[row], -row))
         return sorted(-row for _, row in sorted(order)[:max_frames])
 
-    def _keep(self, tracking: ShotTracking, kept: list[int]) -> None:
-        tracking.keep(kept)
-        tracking.places = [tracking.places[row] for row in kept]
-
 
 class PathTracker(_Tracker):
     """Keeps what lies evenly along the inferred path of the camera, which may be a ring: the newest frame, and others that are
@@ -112,6 +98,7 @@ class PathTracker(_Tracker):
     """
 
     name = "path_tracker"
+    tracking_class = PathTracking
 
     def __init__(self, near: float = 1.0, drop: str = "newer") -> None:
         super().__init__()
@@ -120,9 +107,6 @@ class PathTracker(_Tracker):
         if drop not in ("older", "newer"):
             raise ValueError(f"path_tracker: {unknown_name('drop', drop, ['older', 'newer'])}")
         self.near, self.drop = near, drop
-
-    def _new_tracking(self) -> PathTracking:
-        return PathTracking()
 
     def _follow(self, tracking: PathTracking, rows: list[tuple], num_new: int) -> None:
         for row, birth in list(zip(rows, tracking.births, strict=True))[len(rows) - num_new :]:

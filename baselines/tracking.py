@@ -1,4 +1,4 @@
-"""What a camera shows and where it goes, inferred from the changes between the frames that a policy is told of.
+"""What a camera shows and where it goes, inferred from the changes between the frames of a policy's calls.
 
 Two hand-written models: shots that a video cuts between (or places that a camera returns to at once), and a path that a camera
 goes back and forth on, possibly a ring. Their constants were fitted to the worlds pan, cuts and orbit. Standard library only:
@@ -30,6 +30,19 @@ class ShotTracking(FrameBirths):
     def __init__(self) -> None:
         super().__init__()
         self.begin_places()
+
+    def observe(self, num_frames: int, step: int) -> bool:
+        """Number the frames of a call, and forget the clip before where the call begins another."""
+        begins = super().observe(num_frames, step)
+        if begins:
+            self.begin_places()
+        return begins
+
+    def keep(self, ids: list) -> None:
+        """Record the rows of the last call that stay, and their places where they were found."""
+        super().keep(ids)
+        if self.places:
+            self.places = [self.places[i] for i in ids]
 
     def begin_places(self) -> None:
         """Forget the clip before."""
@@ -107,6 +120,13 @@ class PathTracking(FrameBirths):
     def __init__(self) -> None:
         super().__init__()
         self.begin_path()
+
+    def observe(self, num_frames: int, step: int) -> bool:
+        """Number the frames of a call, and forget the clip before where the call begins another."""
+        begins = super().observe(num_frames, step)
+        if begins:
+            self.begin_path()
+        return begins
 
     def begin_path(self) -> None:
         """Forget the clip before."""

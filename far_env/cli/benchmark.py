@@ -105,7 +105,7 @@ class _Benchmark:
         self._said: set[str] = set()
 
     def play(self, name: str, setting: Setting) -> bool:
-        """Play and print one run; False if one of all baselines cannot be played, which is told."""
+        """Play and print one run; False if one of all baselines cannot be played, for which the reason is printed."""
         from far_env.evaluation.suite import load_record, made_with, record_path, save_record
 
         options, path = self.options, None
@@ -147,7 +147,7 @@ class _Benchmark:
         print(score.line(), flush=True)
 
     def _workload(self, name: str) -> tuple[Workload, int]:
-        """A workload, and how many of its clips are played. What differs from the benchmark is told once."""
+        """A workload, and how many of its clips are played. What differs from the benchmark is printed once."""
         from far_env.clips.video_folder import VideoFolder
         from far_env.evaluation.benchmark import TASKS, benchmark_workload
 
@@ -201,7 +201,7 @@ def _of(options: BenchmarkOptions, workload: str, option: str) -> str | None:
 
 
 def _remark_on_clips(clips: VideoFolder) -> None:
-    """Tell what is played that the benchmark would not play."""
+    """Print what is played that the benchmark would not play."""
     if not clips.found_by_benchmark:
         kinds = " or ".join(clips.benchmark_suffixes)
         remark(f"the benchmark reads {kinds} files and finds none in {clips.folder}; the clips that are there are played")

@@ -175,7 +175,7 @@ def test_the_walk_to_the_farthest_cell_turns_on_the_spot_first_and_then_sees_the
     for seed in range(8):
         rng = np.random.default_rng(seed)
         walls = draw_walls(rng)
-        walker = explore_to_the_farthest(rng, walls, 700)
+        walker = explore_to_the_farthest(rng, walls, 700, 8.8, 0.33)
         poses, actions = np.stack(walker.poses), np.array(walker.actions)
         assert len(poses) == len(actions) == 700
         assert (actions[:21] == LEFT).all() and (poses[:21, :2] == poses[0, :2]).all()
@@ -192,7 +192,7 @@ def test_what_is_retraced_was_seen_in_the_context(num_frames, num_context):
     for seed in range(40):
         rng = np.random.default_rng(seed)
         walls = draw_walls(rng)
-        walker = explore_and_retrace(rng, walls, num_frames, num_context)
+        walker = explore_and_retrace(rng, walls, num_frames, num_context, 20, 0.34)
         poses, actions = np.stack(walker.poses), np.array(walker.actions)
         assert len(poses) == len(actions) == num_frames
         explored = {tuple(pose) for pose in poses[:num_context]}

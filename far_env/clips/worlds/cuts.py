@@ -1,4 +1,4 @@
-"""GridWorld cuts: a video cuts back and forth between a few shots."""
+"""World cuts: a video cuts back and forth between a few shots."""
 
 from __future__ import annotations
 

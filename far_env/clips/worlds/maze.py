@@ -114,9 +114,7 @@ class Walker:
         self.actions.pop()
 
 
-def explore_to_the_farthest(
-    rng: np.random.Generator, walls: np.ndarray, num_frames: int, turn: float = 8.8, step: float = 0.33
-) -> Walker:
+def explore_to_the_farthest(rng: np.random.Generator, walls: np.ndarray, num_frames: int, turn: float, step: float) -> Walker:
     """TECO's walk: turn left on the spot for 20 frames, then walk to the farthest cell that was not visited, again and again.
 
     On its way from cell to cell the walker turns until it faces the next one within 10°, then goes forward until it is within
@@ -164,7 +162,7 @@ def _way_to_the_farthest(walls: np.ndarray, start: tuple[int, int], visited: set
 
 
 def explore_and_retrace(
-    rng: np.random.Generator, walls: np.ndarray, num_frames: int, num_context: int, turn: float = 20, step: float = 0.34
+    rng: np.random.Generator, walls: np.ndarray, num_frames: int, num_context: int, turn: float, step: float
 ) -> Walker:
     """Explore within the context, then go back and forth on the same way, so that every predicted view was seen before.
 

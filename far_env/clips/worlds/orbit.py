@@ -1,4 +1,4 @@
-"""GridWorld orbit: a camera turns around a circular panorama."""
+"""World orbit: a camera turns around a circular panorama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GridWorld pan: a camera moves back and forth over a panorama."""
+"""World pan: a camera moves back and forth over a panorama."""
 
 from __future__ import annotations
 

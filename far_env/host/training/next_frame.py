@@ -21,6 +21,7 @@ from far_env.host.sampler import sample_next_frame
 from far_env.host.training.config import ValidationSettings
 from far_env.host.training.episodes import Classes, Episodes
 from far_env.host.training.loop import step_generator
+from far_env.metrics import psnr
 
 OLD_DECIBELS = 3.0
 """The evidence is old where the best copy is this much better than the best of the newest frames."""
@@ -115,7 +116,7 @@ class NextFrameTest:
                 histories = [self._history(window.latents, target, kind) for window in windows]
                 predictions[kind] += list(self._predict(model, windows, target, histories, noise))
         truth = torch.stack(truths)
-        decibels = {kind: _frame_psnr(torch.stack(predictions[kind]), truth).double().numpy() for kind in HISTORIES}
+        decibels = {kind: psnr(torch.stack(predictions[kind])[:, None], truth[:, None]).double().numpy() for kind in HISTORIES}
         # Those with old evidence first, as they show what memory does.
         shown = np.argsort(~np.array(old), kind="stable")[: self.settings.pictures]
         pictures = torch.stack([torch.stack([truths[i], *(predictions[kind][i] for kind in HISTORIES)]) for i in shown])
@@ -132,7 +133,7 @@ class NextFrameTest:
             new = self._sample(model, windows, latents, [np.arange(first + step + 1)] * len(windows), noise)
             latents = torch.cat([latents, new], dim=1)
             truth = torch.stack([window.continuation[step] for window in windows])
-            decibels.append(_frame_psnr(self._decode(new), truth).mean().item())
+            decibels.append(psnr(self._decode(new)[:, None], truth[:, None]).mean().item())
         return np.array(decibels)
 
     def _predict(self, model: FAR, windows: list[_Window], target: int, histories: list[np.ndarray], noise: Tensor) -> Tensor:
@@ -210,11 +211,6 @@ def right_frames(history: Tensor, target: Tensor, budget: int) -> np.ndarray:
         kept.append(int(cost.argmin()))
         covered = torch.minimum(covered, distance[kept[-1]])
     return np.sort(kept)
-
-
-def _frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
-    """PSNR (n,) in dB of frames (n, 3, H, W)."""
-    return -10 * (predicted - truth).square().mean(dim=(1, 2, 3)).log10()
 
 
 def _actions(window: _Window, model: FAR) -> np.ndarray:
