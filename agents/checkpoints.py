@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from far_env.agents.config import NetworkConfig
 from far_env.config import from_dict
+from far_env.contract import OF_LATENTS
 from far_env.errors import unknown_name
 from far_env.hub import Snapshot, is_hub_name, snapshot
 from far_env.io import read_json, write_json
@@ -59,17 +60,20 @@ def facts(name: str) -> dict[str, str]:
     Raises:
         ValueError: as `load`.
     """
-    from far_env.agents.observation_spec import tier
-
     folder = scorer_folder(name)
     network, about = load_scorer(folder)
     return {
         "family": "learned",
-        "tier": tier(network.spec.signals),
+        "tier": tier(network.config.signals),
         "source": source(name),
         "note": f"trained on {about.get('trained_on', 'unknown clips')}",
         "sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }
+
+
+def tier(signals: tuple[str, ...]) -> str:
+    """The tier of a policy that reads these signals: "M" (FrameMeta alone), "L" (latents) or "A" (attention)."""
+    return "M" if not signals else "L" if all(name in OF_LATENTS for name in signals) else "A"
 
 
 def source(name: str) -> str:
@@ -126,4 +130,4 @@ def load_scorer(folder: Path) -> tuple[RetentionNetwork, dict[str, Any]]:
     if not isinstance(about, dict) or "network" not in about:
         raise ValueError(f"{path} is damaged (it lacks 'network'); train the policy again")
     config = from_dict(NetworkConfig, about["network"], f"{path}: network")
-    return load_weights(RetentionNetwork(**asdict(config)), folder / WEIGHTS_FILE), about
+    return load_weights(RetentionNetwork(config), folder / WEIGHTS_FILE), about

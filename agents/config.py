@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,48 +18,53 @@ MAX_NETWORK = 2**26
 
 @dataclass(frozen=True)
 class ImitationSettings:
-    """Imitation of the expert by the scorer, before PPO if there is any. See `far_env.agents.imitation`."""
+    """Imitation of an expert that knows the true rest of the clip, before any PPO. See `far_env.agents.imitation`."""
 
-    rounds: int = 0
-    """Rounds of collecting decisions and learning from them; in the first the expert acts, then the scorer. 0 for none."""
     true_clips: int = 0
-    """Clips on whose true frames decisions are collected before the first round. No rollout is needed, so this is much faster.
-    A scorer that has learned from them then acts in the first round already."""
-    true_frame_replay_ratio: float = 0.0
-    """Decisions about true frames that are replayed together with those of the rounds, as a multiple of the latter; reduces
-    forgetting."""
+    """Clips on whose true frames the expert's decisions are collected first, without a host; shared by the workloads. 0 for no
+    imitation."""
+    true_rounds: int = 0
+    """Rounds of collecting decisions with the scorer, again on true frames, and learning from all so far."""
+    rounds: int = 0
+    """Rounds after those in which the scorer decides in rollouts of the host."""
     clips_per_round: int = 256
     """Clips on which decisions are collected in each round."""
-    candidates: int = 8
-    """Alternatives per decision whose costs are recorded."""
-    temperature: float = 1e-3
-    """Temperature of the target softmax(-cost / temperature), in units of mean squared pixel error per predicted frame."""
-    expected_cost_weight: float = 0.0
-    """Weight, beside the cross-entropy, of the expected cost of the scorer's choice among the alternatives, in units of the
-    temperature: it makes costly mistakes count more."""
-    epochs: int = 30
-    """Passes over all decisions so far, in every round. Each starts from a new scorer, or from that of the true frames."""
-    batch_size: int = 256
+    budgets_per_clip: int = 2
+    """Budgets under which each clip is played."""
+    temperature: float = 0.05
+    """Temperature of the target softmax(-cost / temperature); a cost is the logarithm of the expected error of the clip."""
+    expected_cost_weight: float = 1.0
+    """Weight, beside the cross-entropy, of the expected cost of the scorer's choice, in units of the temperature: it makes
+    costly mistakes count more."""
+    similarity_weight: float = 1.0
+    """Weight of the mean squared error of the similarities of every two frames, which the network learns beside."""
+    epochs: int = 8
+    """Passes over the expert's decisions."""
+    round_epochs: int = 3
+    """Passes over all decisions so far after each round, from the scorer of the round before."""
+    batch_size: int = 128
     """Decisions per optimiser step."""
     learning_rate: float = 2e-3
-    """Initial learning rate; it falls to zero along a cosine."""
+    """Highest learning rate; it rises at first and falls to zero along a cosine."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"rehearsal": "true_frame_replay_ratio", "regret": "expected_cost_weight"}
-    REMOVED: ClassVar[tuple[str, ...]] = ("label",)
+    RENAMED: ClassVar[dict[str, str]] = {"regret": "expected_cost_weight"}
+    REMOVED: ClassVar[tuple[str, ...]] = ("label", "candidates", "true_frame_replay_ratio", "rehearsal")
 
     def __post_init__(self) -> None:
-        if self.rounds < 0 or self.true_clips < 0:
-            raise ValueError(f"imitation: rounds and true_clips cannot be negative, got {self.rounds} and {self.true_clips}")
-        if self.true_clips and not self.rounds:
-            raise ValueError("imitation: true_clips prepare for rounds: set rounds above 0 as well")
-        if self.expected_cost_weight < 0:
-            raise ValueError(f"imitation: expected_cost_weight cannot be negative, got {self.expected_cost_weight}")
-        if self.true_frame_replay_ratio < 0 or (self.true_frame_replay_ratio and not self.true_clips):
+        if min(self.true_clips, self.true_rounds, self.rounds) < 0:
             raise ValueError(
-                "imitation: true_frame_replay_ratio must be 0 or more, and above 0 only with true_clips above 0; it is "
-                f"{self.true_frame_replay_ratio}"
+                "imitation: true_clips, true_rounds and rounds cannot be negative, got "
+                f"{self.true_clips}, {self.true_rounds} and {self.rounds}"
             )
-        require_positive(self, "clips_per_round", "candidates", "temperature", "epochs", "batch_size", "learning_rate")
+        if (self.true_rounds or self.rounds) and not self.true_clips:
+            raise ValueError("imitation: the scorer must have learned before it decides: set true_clips above 0 as well")
+        if self.expected_cost_weight < 0 or self.similarity_weight < 0:
+            raise ValueError(
+                "imitation: expected_cost_weight and similarity_weight cannot be negative, got "
+                f"{self.expected_cost_weight} and {self.similarity_weight}"
+            )
+        require_positive(self, "clips_per_round", "budgets_per_clip", "temperature", "epochs", "round_epochs")
+        require_positive(self, "batch_size", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -107,43 +111,54 @@ class PPOSettings:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The scorer, a set transformer over the frames of the history. See `far_env.agents.network.RetentionNetwork`."""
+    """The scorer, a set transformer over the frames seen so far and pairs of them. See `far_env.agents.network`."""
 
-    width: int = 64
+    width: int = 48
     """Features per frame inside the network."""
-    num_layers: int = 2
-    """Transformer layers; 0 for a linear scorer."""
+    edge_width: int = 16
+    """Features per pair of frames inside the network, an even number."""
+    num_layers: int = 3
+    """Layers that update pairs and frames."""
     num_heads: int = 4
     """Attention heads per layer."""
-    memory: bool = False
-    """Whether rows carry true ages and features at birth, which a `far_env.agents.memory.HistoryMemory` stores."""
-    attention: bool = True
-    """Whether rows attend to each other; without it each row is scored alone, for comparison."""
-    surroundings: bool = False
-    """With memory: whether rows also carry how frames changed around them, dropped frames included, and are compared by it."""
-    places: bool = False
-    """With surroundings: whether rows also carry which frames show the same place or shot, as inferred from the changes."""
-    path: bool = False
-    """With surroundings: whether rows also carry distances along the camera's path, as inferred from the changes."""
     signals: tuple[str, ...] = ()
     """Inputs beyond the benchmark's matrix, see `far_env.contract.SIGNALS`; a scorer with signals cannot be exported."""
-    sequential_eviction: bool = False
-    """Whether frames are dropped sequentially where several have to go; such a scorer learns by imitation alone."""
+    edges: bool = True
+    """Whether pairs of frames have features; without them a plain set transformer is left, for comparison."""
+    edge_updates: bool = True
+    """Whether pairs are updated by products over third frames; without, for comparison."""
+    dropped_frames: bool = True
+    """Whether frames that were dropped are still seen; without, for comparison."""
+    scaled: bool = True
+    """Whether changes are divided by the mean change of the clip; without, for comparison."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"one_by_one": "sequential_eviction", "statistics": "signals"}
-    REMOVED: ClassVar[tuple[str, ...]] = ("independent",)
+    RENAMED: ClassVar[dict[str, str]] = {"statistics": "signals"}
+    REMOVED: ClassVar[tuple[str, ...]] = (
+        "independent",
+        "one_by_one",
+        "sequential_eviction",
+        "memory",
+        "surroundings",
+        "places",
+        "path",
+        "attention",
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "width", "num_heads")
-        if self.num_layers < 0:
-            raise ValueError(f"NetworkConfig: num_layers cannot be negative, got {self.num_layers}")
+        require_positive(self, "width", "edge_width", "num_layers", "num_heads")
         if self.width**2 * (self.num_layers + 1) > MAX_NETWORK:
             raise ValueError(f"NetworkConfig: width {self.width} with num_layers {self.num_layers} is too large a network")
+        if self.edge_width > self.width:
+            raise ValueError(f"NetworkConfig: edge_width {self.edge_width} is above the width, {self.width}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
-        object.__setattr__(self, "signals", check_inputs(self.memory, self.surroundings, self.places, self.path, self.signals))
-        if self.sequential_eviction and self.signals:
-            raise ValueError("sequential_eviction is for scorers without signals")
+        if self.edge_width % 2:
+            raise ValueError(f"edge_width must be even, got {self.edge_width}")
+        names = check_signals(self.signals)
+        for name in names:
+            if name in UNUSABLE_SIGNALS:
+                raise ValueError(f"a scorer cannot read {name}, whose length depends on the host; use lat_cos or key_cos")
+        object.__setattr__(self, "signals", names)
 
 
 @dataclass(frozen=True)
@@ -234,13 +249,9 @@ class AgentTraining:
         if self.feedback is not None:
             object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
         decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
-        if decisions == 0 and self.imitation.rounds == 0:
+        if decisions == 0 and self.imitation.true_clips == 0:
             raise ValueError(
-                "nothing would be learned: set imitation.rounds or the total_timesteps of surrogate or ppo above 0"
-            )
-        if self.network.sequential_eviction and decisions:
-            raise ValueError(
-                "network.sequential_eviction is for imitation alone: set the total_timesteps of surrogate and ppo to 0"
+                "nothing would be learned: set imitation.true_clips or the total_timesteps of surrogate or ppo above 0"
             )
 
     @property
@@ -257,21 +268,3 @@ class AgentTraining:
         """All arguments of the workloads' clip sources, and their lengths."""
         options = {key: getattr(self, key) for key in ("data_dir", "protocol", "num_context", "num_predict")}
         return dict(self.clip_options or {}) | {key: value for key, value in options.items() if value is not None}
-
-
-def check_inputs(memory: bool, surroundings: bool, places: bool, path: bool, signals: Sequence[str]) -> tuple[str, ...]:
-    """The signals, each once.
-
-    Raises:
-        ValueError: on surroundings without memory, on places or path without surroundings, on an unknown signal, and on one
-            that a scorer cannot use.
-    """
-    if surroundings and not memory:
-        raise ValueError("surroundings need memory: set memory as well")
-    if (places or path) and not surroundings:
-        raise ValueError("places and path are inferred from surroundings: set surroundings as well")
-    names = check_signals(signals)
-    for name in names:
-        if name in UNUSABLE_SIGNALS:
-            raise ValueError(f"a scorer cannot read {name}, whose length depends on the host; use lat_cos or key_cos")
-    return names

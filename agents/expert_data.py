@@ -1,72 +1,88 @@
-"""Decisions with the costs of their alternatives, collected in rollouts of train clips or from the true frames of the clips."""
+"""Calls of a policy with the costs of dropping each frame, collected in rollouts of train clips or from their true frames.
+
+What is stored are the calls themselves, so that the network's inputs are made from them by `far_env.agents.observation`, as they
+are when a policy acts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from far_env.agents import observation_spec
+from far_env.agents.config import NetworkConfig
+from far_env.agents.graph_batches import Scores
 from far_env.agents.network import RetentionNetwork
-from far_env.agents.observation_spec import ObservationSpec
-from far_env.agents.oracle import Coverage, best_cover, coverage, pixel_error_scale
-from far_env.agents.policies import choose, observed_rows, remaining_rows
-from far_env.agents.subset_distribution import BudgetedSubset
+from far_env.agents.observation import FrameGraph, signal_arrays
+from far_env.agents.oracle import Coverage
 from far_env.clips.clip import Clip
-from far_env.envs.episodes import right_aligned
 from far_env.frame_meta import frame_features
+from far_env.latent_cells import cell_distances
 from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.signals import column_gaps, latent_cosines
 from far_env.workloads import Workload
 
-CHAIN_SIZES = 3
-"""Single evictions that are recorded of a large cut."""
-UNCUT_EVERY = 3
-"""Steps of a true clip between decisions about a history from which nothing was dropped yet."""
-EXPLORATION_PROBABILITY = 0.3
-"""Share of decisions about true clips in which a random recorded alternative acts, not the best one, so that histories vary."""
+DECISIONS_PER_CUT = 4
+"""Single evictions that are recorded where a call drops more than that."""
+DECISIONS_PER_ROLLOUT = 12
+"""Single evictions that are recorded in a rollout, chosen at random where there are more."""
+EXPLORATION_PROBABILITY = 0.15
+"""Share of evictions from true frames in which a random frame is dropped, not the cheapest, so that histories vary."""
+COST_FLOOR = 0.01
+"""Error that any host leaves, as a share of the clip's variance."""
 
 
 @dataclass(frozen=True)
 class ExpertData:
-    """Decisions and what their alternatives cost; histories are right-aligned like the environment's.
+    """Calls of policies in R rollouts of one workload, and D single evictions in them with what they cost.
 
     Attributes:
-        frames: float32 (D, slots, columns), mask: float32 (D, slots), budget: float32 (D, 3): observations.
-        max_frames: int64 (D,).
-        sets: bool (D, candidates, slots), the frames that each alternative keeps; the best comes first.
-        costs: float32 (D, candidates), expected squared pixel error per predicted frame; infinite where there is no
-            alternative.
+        rollout: int64 (K,), of each call; the calls of a rollout follow one another.
+        step: int64 (K,), the benchmark's step. length: int64 (K,), frames in the history.
+        features: float32 (K, slots, 4), as `far_env.frame_meta.frame_features`; here and below frames come first, then padding.
+        frame_signals: float32 (K, slots, F), pair_signals: float32 (K, slots, slots, P).
+        kept: bool (K, slots), the frames that stayed.
+        max_frames: int64 (R,), the budget. total_steps: int64 (1,).
+        similarity: float16 (R, T, T), how well the content of true frame i could be copied from true frame j, between 0 and 1.
+        call: int64 (D,). remaining: bool (D, slots), frames of the call that were not dropped yet.
+        costs: float32 (D, slots), the logarithm of the error to be expected where this frame is dropped next; infinite where
+            it cannot be.
     """
 
-    frames: Tensor
-    mask: Tensor
-    budget: Tensor
+    rollout: Tensor
+    step: Tensor
+    length: Tensor
+    features: Tensor
+    frame_signals: Tensor
+    pair_signals: Tensor
+    kept: Tensor
     max_frames: Tensor
-    sets: Tensor
+    total_steps: Tensor
+    similarity: Tensor
+    call: Tensor
+    remaining: Tensor
     costs: Tensor
 
     def __len__(self) -> int:
-        return len(self.frames)
-
-    def rows(self, indices: Tensor) -> ExpertData:
-        """The decisions with these indices."""
-        return ExpertData(*(getattr(self, name)[indices] for name in ExpertData.__dataclass_fields__))
-
-    def sample(self, count: int, seed: int) -> ExpertData:
-        """``count`` decisions drawn at random, or all if there are fewer."""
-        return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
+        return len(self.call)
 
     @staticmethod
     def join(parts: Sequence[ExpertData]) -> ExpertData:
-        """All decisions, one part after the other."""
-        return ExpertData(*(torch.cat([getattr(part, name) for part in parts]) for name in ExpertData.__dataclass_fields__))
+        """All of them, of one workload."""
+        offsets = {"rollout": 0, "call": 0}
+        pieces: dict[str, list[Tensor]] = {field.name: [] for field in fields(ExpertData)}
+        for part in parts:
+            for name, values in vars(part).items():
+                pieces[name].append(values + offsets.get(name, 0))
+            offsets = {"rollout": offsets["rollout"] + len(part.max_frames), "call": offsets["call"] + len(part.step)}
+        pieces["total_steps"] = pieces["total_steps"][:1]
+        return ExpertData(**{name: torch.cat(values) for name, values in pieces.items()})
 
 
 class Histories(Protocol):
@@ -153,248 +169,216 @@ def collect(
     budgets: Sequence[int],
     *,
     actor: RetentionNetwork | None,
-    spec: ObservationSpec,
-    candidates: int,
-    true_frames: bool = False,
-    sequential_eviction: bool = False,
-    slots: int | None = None,
+    config: NetworkConfig,
+    true_frames: bool,
+    seed: int = 0,
     batch_size: int = 32,
     progress: bool = True,
 ) -> ExpertData:
-    """Roll train clips out and record the expert's alternatives at every decision that matters.
+    """Roll train clips out and record, at every decision that matters, what dropping each frame would cost.
 
     Args:
-        clip_ids: of the train split.
+        clip_ids: of the train split; a clip may come more than once.
         budgets: one per clip.
-        actor: the scorer that decides; None lets the expert decide.
-        spec: the contents of observations.
-        candidates: alternatives recorded per decision.
+        actor: the scorer that decides; None lets the expert decide, which drops the frame that costs least, sometimes a random
+            one (`EXPLORATION_PROBABILITY`).
+        config: whose signals are recorded.
         true_frames: use the clip's frames in place of generated ones, which is much faster, and nearly what a policy observes
-            while the right frames are kept. The expert decides, sometimes at random (`EXPLORATION_PROBABILITY`). At every few
-            steps (`UNCUT_EVERY`) the last frames before anything was dropped, as many as there are slots, are recorded as a
-            first decision too, because large cuts are rare otherwise.
-        sequential_eviction: for a scorer that evicts sequentially: with true frames, large cuts are recorded as
-            some of the single evictions they consist of.
-        slots: rows of an observation; by default as many as an environment with these budgets has.
+            while the right frames are kept.
 
     Raises:
-        ValueError: if ``true_frames`` is combined with an actor, or with signals that only rollouts have.
+        ValueError: if ``true_frames`` is combined with signals that only rollouts have.
     """
-    slots = max(workload.num_context, *budgets) + 1 if slots is None else slots
-    if true_frames and (actor is not None or not set(spec.signals) <= set(TrueHistories.SIGNALS)):
-        raise ValueError("true frames are collected with the expert, and have no signals but lat_cos and column_gap")
-    task = _Task(workload, actor, spec, candidates, true_frames, sequential_eviction, slots)
-    records: list[tuple] = []
+    if true_frames and not set(config.signals) <= set(TrueHistories.SIGNALS):
+        raise ValueError("true frames have no signals but lat_cos and column_gap")
+    parts = []
     description = f"collect decisions in {'true clips' if true_frames else 'rollouts'}"
     with show_progress(total=len(clip_ids), description=description, unit="clips", disable=not progress) as bar:
         for first in range(0, len(clip_ids), batch_size):
             batch = slice(first, first + batch_size)
-            records += _play(task, clip_ids[batch], budgets[batch])
-            bar.set_postfix(decisions=f"{len(records):,}")
+            rng = np.random.default_rng((seed, first, 8))
+            parts.append(_play(workload, clip_ids[batch], budgets[batch], actor, config, true_frames, rng))
+            bar.set_postfix(decisions=f"{sum(map(len, parts)):,}")
             bar.update(len(clip_ids[batch]))
-    columns = [np.stack(column) for column in zip(*records, strict=True)]
-    return ExpertData(*(torch.from_numpy(column) for column in columns))
+    return ExpertData.join(parts)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """The arguments of `collect` that are the same for all clips; see there."""
+class _Recorder:
+    """Collects the fields of `ExpertData`."""
 
-    workload: Workload
-    actor: RetentionNetwork | None
-    spec: ObservationSpec
-    candidates: int
-    true_frames: bool
-    sequential_eviction: bool
-    slots: int
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.calls: list[tuple] = []
+        self.decisions: list[tuple] = []
+
+    def padded(self, values: np.ndarray, axes: int, fill: float = 0.0) -> np.ndarray:
+        """An array whose first axes are as long as there are slots."""
+        width = [(0, self.slots - values.shape[axis] if axis < axes else 0) for axis in range(values.ndim)]
+        return np.pad(values, width, constant_values=fill)
+
+    def call(self, row: int, step: int, features: np.ndarray, told: tuple, kept: np.ndarray) -> None:
+        """Record a call and the frames that stayed."""
+        count = len(features)
+        frame = np.stack([*told[0], np.zeros(count)], axis=-1)[..., :-1].astype(np.float32)
+        pair = np.stack([*told[1], np.zeros((count, count))], axis=-1)[..., :-1].astype(np.float32)
+        padded = self.padded(features, 1), self.padded(frame, 1), self.padded(pair, 2), self.padded(kept, 1)
+        self.calls.append((row, step, count, *padded))
+
+    def decision(self, call: int, remaining: np.ndarray, costs: np.ndarray) -> None:
+        """Record an eviction in a call, which may be recorded later."""
+        self.decisions.append((call, self.padded(remaining, 1), self.padded(costs.astype(np.float32), 1, np.inf)))
+
+    def data(self, max_frames: Sequence[int], total_steps: int, similarity: np.ndarray, rng: np.random.Generator) -> ExpertData:
+        """All of it, with the calls of a rollout one after the other."""
+        rollout, step, length, features, frame, pair, kept = (np.stack(column) for column in zip(*self.calls, strict=True))
+        order = np.argsort(rollout, kind="stable")
+        call, remaining, costs = (np.stack(column) for column in zip(*self.decisions, strict=True))
+        chosen = _at_most(DECISIONS_PER_ROLLOUT, rollout[call], rng)
+        call, remaining, costs = call[chosen], remaining[chosen], costs[chosen]
+        columns = [column[order] for column in (rollout, step, length, features, frame, pair, kept)]
+        shared = np.array(max_frames), np.array([total_steps]), similarity
+        return ExpertData(*map(torch.from_numpy, (*columns, *shared, np.argsort(order)[call], remaining, costs)))
 
 
-def _play(task: _Task, clip_ids: Sequence[int], budgets: Sequence[int]) -> list[tuple]:
-    """Records of the decisions about some clips, which are played in one batch."""
-    workload, spec, actor = task.workload, task.spec, task.actor
-    clips = [workload.clips.clip("train", clip_id) for clip_id in clip_ids]
-    host, context = workload.host, workload.num_context
+def _at_most(count: int, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices of at most so many members of each group, chosen at random, in order."""
+    order = rng.permutation(len(groups))
+    order = order[np.argsort(groups[order], kind="stable")]
+    _, first, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    rank = np.arange(len(order)) - np.repeat(first, sizes)
+    return np.sort(order[rank < count])
+
+
+def _play(
+    workload: Workload,
+    clip_ids: Sequence[int],
+    budgets: Sequence[int],
+    actor: RetentionNetwork | None,
+    config: NetworkConfig,
+    use_true_frames: bool,
+    rng: np.random.Generator,
+) -> ExpertData:
+    """Decisions about some clips, which are played in one batch."""
+    unique = list(dict.fromkeys(clip_ids))
+    clip_of_row = [unique.index(clip_id) for clip_id in clip_ids]
+    clips = [workload.clips.clip("train", clip_id) for clip_id in unique]
+    host, context, steps = workload.host, workload.num_context, workload.num_predict
     frames = torch.stack([true_frames(workload, clip) for clip in clips])
-    latents = host.autoencoder.encode(frames.to(host.dtype))
-    truth = latents[:, context:]
-    scale = pixel_error_scale(frames, truth) / workload.num_predict
-    batch: Histories
+    latents = host.autoencoder.encode(frames.to(host.dtype)).float()
     # Where true frames are fed back and no signal is the host's, generating frames would change nothing that is recorded.
-    if task.true_frames or (workload.true_feedback and set(spec.signals) <= set(TrueHistories.SIGNALS)):
-        batch = TrueHistories(latents, context)
+    histories: Histories
+    if use_true_frames or (workload.true_feedback and set(config.signals) <= set(TrueHistories.SIGNALS)):
+        histories = TrueHistories(latents[clip_of_row], context)
     else:
-        batch = RolloutBatch(workload, len(clips), signals=spec.signals)
-        batch.begin(range(len(clips)), clips, [BENCHMARK_SEED + clip_id for clip_id in clip_ids])
-    memories = [spec.new_memory() for _ in clips]
-    records = []
-    for step in range(workload.num_predict - 1):
-        batch.advance(range(len(clips)))
-        full = [row for row in range(len(clips)) if batch.history_length(row) > budgets[row]]
+        histories = RolloutBatch(workload, len(clip_ids), signals=config.signals)
+        seeds = [BENCHMARK_SEED + clip_id for clip_id in clip_ids]
+        histories.begin(range(len(clip_ids)), [clips[index] for index in clip_of_row], seeds)
+    expert = _Expert(latents, clip_of_row, context, isinstance(histories, TrueHistories))
+    recorder = _Recorder(max(context, *budgets) + 1)
+    graphs = [FrameGraph(config.dropped_frames) for _ in clip_ids]
+    rows = range(len(clip_ids))
+    for step in range(steps - 1):
+        histories.advance(rows)
+        expert.see(histories)
+        full = [row for row in rows if histories.history_length(row) > budgets[row]]
         if not full:
             continue
-        features = _squashed(batch.features(full))
-        histories, lengths = batch.history(full)
-        signals = batch.signals(full) if spec.signals else [{}] * len(full)
-        observed, recorded = [], []
+        features = histories.features(full)
+        by_name = histories.signals(full) if config.signals else [{}] * len(full)
+        told = [signal_arrays(signals, config.signals) for signals in by_name]
         for index, row in enumerate(full):
-            length = int(lengths[index])
-            rows = observed_rows(features[index, :length].tolist(), step, memories[row])
-            future = histories[index, :length], truth[row, step], truth[row, step + 1 :]
-            alternatives = _best_sets(*future, scale, budgets[row], task.candidates)
-            observed.append(rows)
-            recorded.append(_record(task, rows, signals[index], step, budgets[row], alternatives))
-        if actor is not None and actor.sequential_eviction:
-            progress = step / workload.num_predict
-            kept = [
-                choose(actor, rows, memories[row], budgets[row], progress) for row, rows in zip(full, observed, strict=True)
-            ]
-        else:
-            masks = _chosen_masks(recorded, actor)
-            if task.true_frames:
-                ids = [clip_ids[row] for row in full]
-                masks = [_with_exploration(*decision, step) for decision in zip(recorded, masks, ids, strict=True)]
-            starts = [task.slots - len(rows) for rows in observed]
-            kept = [(np.flatnonzero(mask) - start).tolist() for mask, start in zip(masks, starts, strict=True)]
-        for row, ids in zip(full, kept, strict=True):
-            batch.retain(row, ids)
-            if memories[row] is not None:
-                memories[row].keep(ids)
-        records += recorded
-    if task.true_frames:
-        for row, (clip_id, budget) in enumerate(zip(clip_ids, budgets, strict=True)):
-            records += _uncut(task, latents[row], clip_id, budget, scale)
-    return records
+            graphs[row].observe_frames(features[index, : histories.history_length(row)], step, *told[index])
+        situations = [(graphs[row], budgets[row], steps - step - 1) for row in full]
+        scores = None if actor is None else Scores(actor, situations)
+        remaining = _evict(recorder, expert, scores, full, graphs, [budgets[row] for row in full], step, rng)
+        for index, (row, stays) in enumerate(zip(full, remaining, strict=True)):
+            kept = np.flatnonzero(stays).tolist()
+            recorder.call(row, step, features[index, : len(stays)], told[index], stays)
+            histories.retain(row, kept)
+            graphs[row].keep(kept)
+    return recorder.data(budgets, steps, expert.similarity, rng)
 
 
-def _uncut(task: _Task, latents: Tensor, clip_id: int, budget: int, scale: float) -> list[tuple]:
-    """Records of first decisions, about the last true frames before anything was dropped, at every few steps of a clip.
-
-    Args:
-        latents: of the whole clip (T, C, h, w).
-    """
-    spec, context, records = task.spec, task.workload.num_context, []
-    for step in range(UNCUT_EVERY, task.workload.num_predict - 1, UNCUT_EVERY):
-        end = context + step + 1
-        length = min(task.slots, end)
-        if length <= budget:
-            continue
-        uncut, memory = TrueHistories(latents[None, end - length :], length), spec.new_memory()
-        rows = observed_rows(_squashed(uncut.features([0]))[0].tolist(), step, memory)
-        future = latents[end - length : end], latents[end - 1], latents[end:]
-        if task.sequential_eviction:
-            rng = np.random.default_rng((clip_id, step, 1))
-            sizes = set(rng.integers(budget + 1, length + 1, CHAIN_SIZES).tolist())
-            for rows_left, alternatives in _eviction_chain(coverage(*future), scale, budget, sizes, task.candidates):
-                remaining = remaining_rows(rows, rows_left, memory)
-                records.append(_record(task, remaining, {}, step, budget, alternatives, len(rows_left) - 1))
-        else:
-            signals = uncut.signals([0])[0] if spec.signals else {}
-            alternatives = _best_sets(*future, scale, budget, task.candidates)
-            records.append(_record(task, rows, signals, step, budget, alternatives))
-    return records
-
-
-def _eviction_chain(
-    cover: Coverage, scale: float, budget: int, sizes: Collection[int], candidates: int
-) -> Iterator[tuple[list[int], list[tuple[float, list[int]]]]]:
-    """Evict the frames of a history sequentially, the one with the lowest cost first.
-
-    Yields:
-        At each of ``sizes``: the rows that are left, and the best alternatives: the cost of each, and the positions among
-        these rows that it keeps.
-    """
-    rows_left = list(range(len(cover.distance)))
-    while len(rows_left) > budget:
-        costs = sorted((cost, position) for position, cost in enumerate(cover.costs_without(rows_left)[:-1].tolist()))
-        if len(rows_left) in sizes:
-            positions = range(len(rows_left))
-            yield (
-                list(rows_left),
-                [(scale * cost, [i for i in positions if i != evicted]) for cost, evicted in costs[:candidates]],
-            )
-        rows_left.pop(costs[0][1])
-
-
-def _squashed(features: np.ndarray) -> np.ndarray:
-    """`frame_features` with motion squashed as in observations; changed in place."""
-    features[..., 3] /= 1 + features[..., 3]
-    return features
-
-
-def _best_sets(
-    history: Tensor, newest: Tensor, future: Tensor, scale: float, budget: int, candidates: int
-) -> list[tuple[float, list[int]]]:
-    """The best sets to keep, each with its cost, in ascending order of cost."""
-    cover = coverage(history, newest, future)
-    return [(scale * cover.cost(kept), kept) for kept in best_cover(cover, budget, candidates)]
-
-
-def _record(
-    task: _Task,
-    rows: list[tuple[float, ...]],
-    signals: Mapping[str, np.ndarray],
+def _evict(
+    recorder: _Recorder,
+    expert: _Expert,
+    scores: Scores | None,
+    full: Sequence[int],
+    graphs: Sequence[FrameGraph],
+    budgets: Sequence[int],
     step: int,
-    budget: int,
-    alternatives: Sequence[tuple[float, list[int]]],
-    max_kept: int | None = None,
-) -> tuple[np.ndarray, ...]:
-    """One decision of `ExpertData`.
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Drop frames one by one until every history fits; record some of the decisions. Returns masks of the frames that stay."""
+    covers = [expert.cover(row, graphs[row].births, step) for row in full]
+    remaining = [np.ones(len(graphs[row].births), dtype=bool) for row in full]
+    sizes = [np.arange(budget + 1, len(stays) + 1) for budget, stays in zip(budgets, remaining, strict=True)]
+    recorded = [set(rng.permutation(choices)[:DECISIONS_PER_CUT].tolist()) for choices in sizes]
+    first_call = len(recorder.calls)
+    while any(stays.sum() > budget for stays, budget in zip(remaining, budgets, strict=True)):
+        chosen = None if scores is None else scores.lowest(remaining)
+        for index, row in enumerate(full):
+            stays = remaining[index]
+            left = np.flatnonzero(stays)
+            if len(left) <= budgets[index]:
+                continue
+            costs = np.full(len(stays), np.inf)
+            costs[left[:-1]] = expert.log_error(row, covers[index].costs_without(left)[:-1])
+            if len(left) in recorded[index]:
+                recorder.decision(first_call + index, stays.copy(), costs)
+            if chosen is not None:
+                stays[chosen[index]] = False
+            elif rng.random() < EXPLORATION_PROBABILITY:
+                stays[rng.choice(left[:-1])] = False
+            else:
+                stays[costs.argmin()] = False
+    return remaining
+
+
+class _Expert:
+    """Knows the true rest of the clips, and so what dropping a frame costs.
 
     Args:
-        rows: of `observed_rows`.
-        alternatives: cost and kept frames of each, in ascending order of cost.
-        max_kept: how many frames may stay, if not as many as the budget allows.
+        latents: of whole clips (C, T, C, h, w), each clip once.
+        clip: of each row, the index of its clip.
+        context: frames that are given.
+        true_frames: whether histories consist of true frames.
     """
-    slots, spec = task.slots, task.spec
-    length, num_columns = len(rows), spec.num_row_columns
-    aligned = {name: right_aligned(name, signals[name], slots) for name in spec.signals}
-    columns = observation_spec.columns(aligned, spec.signals) if aligned else np.zeros((slots, 0), dtype=np.float32)
-    frames, mask, shares, max_frames, sets, costs = record = _empty_record(
-        slots, num_columns + columns.shape[1], task.candidates
-    )
-    filled = slice(slots - length, slots)
-    frames[filled, :num_columns] = rows
-    frames[filled, 0] *= length / slots
-    frames[:, num_columns:] = columns
-    mask[filled] = 1
-    shares[:] = budget / slots, step / task.workload.num_predict, length / slots
-    max_frames[...] = budget if max_kept is None else max_kept
-    for index, (cost, kept) in enumerate(alternatives):
-        sets[index, slots - length + np.array(kept)] = True
-        costs[index] = cost
-    return record
 
+    def __init__(self, latents: Tensor, clip: Sequence[int], context: int, true_frames: bool) -> None:
+        self.clip, self.context, self.true_frames = list(clip), context, true_frames
+        self.truth = latents[:, context:]
+        num_steps = self.truth.shape[1]
+        self.unit = (latents.flatten(1).var(dim=1) * latents[0, 0].numel() * num_steps).tolist()
+        between = cell_distances(latents, latents)
+        mean = between.mean(dim=-1)
+        similarity = torch.exp(-mean / mean.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
+        self.similarity = similarity.half().cpu().numpy()[self.clip]
+        coming = range(context, latents.shape[1])
+        self.missing = torch.stack([between[:, frame, frame - 1] for frame in coming], dim=1).cpu().numpy()
+        if true_frames:
+            self.distances = between[:, context:].transpose(1, 2).cpu().numpy()
+        else:
+            self.distances = np.zeros((len(clip), latents.shape[1], *self.missing.shape[1:]), dtype=np.float32)
+            self.num_seen = 0
 
-def _with_exploration(record: tuple, best: np.ndarray, clip_id: int, step: int) -> np.ndarray:
-    """The best set, or one of the alternatives; which one is a function of clip and step."""
-    rng = np.random.default_rng((clip_id, step))
-    sets = record[4][np.isfinite(record[5])]
-    if rng.random() >= EXPLORATION_PROBABILITY:
-        return best
-    return sets[rng.integers(len(sets))]
+    def see(self, histories: Histories) -> None:
+        """Compare the newest frame of each row, at first also those before it, with the coming frames."""
+        if self.true_frames:
+            return
+        kept, lengths = histories.history(range(len(self.clip)))
+        if self.num_seen:
+            kept = torch.stack([history[length - 1 : length] for history, length in zip(kept, lengths, strict=True)])
+        found = cell_distances(self.truth[self.clip], kept).transpose(1, 2).cpu().numpy()
+        self.distances[:, self.num_seen : self.num_seen + found.shape[1]] = found
+        self.num_seen += found.shape[1]
 
+    def cover(self, row: int, births: Sequence[int], step: int) -> Coverage:
+        """How well these frames cover what comes after a step."""
+        distances = self.distances[self.clip[row] if self.true_frames else row]
+        coming = distances[list(births), step + 1 :].reshape(len(births), -1)
+        return Coverage(self.missing[self.clip[row], step + 1 :].ravel(), coming)
 
-def _empty_record(slots: int, width: int, candidates: int) -> tuple[np.ndarray, ...]:
-    """One decision of `ExpertData`, of zeros and no alternatives."""
-    return (
-        np.zeros((slots, width), dtype=np.float32),
-        np.zeros(slots, dtype=np.float32),
-        np.zeros(3, dtype=np.float32),
-        np.zeros((), dtype=np.int64),
-        np.zeros((candidates, slots), dtype=bool),
-        np.full(candidates, np.inf, dtype=np.float32),
-    )
-
-
-def _chosen_masks(records: list[tuple], actor: RetentionNetwork | None) -> np.ndarray:
-    """Keep masks (D, slots), bool: the expert's best sets, or the actor's most probable ones."""
-    if actor is None:
-        return np.stack([sets[0] for _, _, _, _, sets, _ in records])
-    columns = [torch.from_numpy(np.stack(column)) for column in zip(*records, strict=True)]
-    return subset_distribution(actor, ExpertData(*columns)).mode().numpy().astype(bool)
-
-
-def subset_distribution(network: RetentionNetwork, decisions: ExpertData) -> BudgetedSubset:
-    """The scorer's distribution over the sets to keep at each decision."""
-    logits = network(decisions.frames, decisions.mask, decisions.budget)
-    return BudgetedSubset.of_histories(logits, decisions.mask, decisions.max_frames)
+    def log_error(self, row: int, costs: np.ndarray) -> np.ndarray:
+        """The logarithm of the expected error of a rollout, from a cost of `Coverage`."""
+        return np.log(costs / self.unit[self.clip[row]] + COST_FLOOR)

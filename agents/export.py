@@ -6,6 +6,7 @@ be pasted.
 
 from __future__ import annotations
 
+import ast
 import base64
 import copy
 import inspect
@@ -13,22 +14,23 @@ import io
 import textwrap
 import tokenize
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 
+import far_env.births
+from far_env.agents import observation, runtime
 from far_env.agents.checkpoints import load_scorer
-from far_env.agents.memory import HistoryMemory
 from far_env.agents.network import RetentionNetwork
-from far_env.agents.policies import AgentPolicy
-from far_env.agents.surroundings import compare
-from far_env.baselines.tracking import PathTracking, ShotTracking
-from far_env.births import FrameBirths
+from far_env.agents.policies import AgentPolicy, scorer_options
 from far_env.contract import RolloutState, apply_plan
 from far_env.frame_meta import frame_meta_list
 from far_env.io import write_text
 
 MAX_COLUMNS = 99
+UNUSED = "similarity."
+"""Weights that only a training uses."""
 CHECKED_EPISODES = 40
 """Made episodes on which the plans of rounded weights must be those of the trained ones."""
 
@@ -37,11 +39,14 @@ _TEMPLATE = '''\
 
 {provenance}
 
-Paste the class below over the class of the same name in the benchmark's custom_video_eval.py, which does not
-import policies from other files. Other programs can import this file. It needs Python 3.10 or newer, and NumPy.
+Paste all that follows this text over the class VideoTemporalKVPolicy in the benchmark's custom_video_eval.py,
+which does not import policies from other files. Other programs can import this file. It needs Python 3.10 or
+newer, and NumPy.
 """
 
 from dataclasses import dataclass, field
+
+import numpy as np
 
 if "ChunkDecision" not in globals():
 
@@ -66,107 +71,41 @@ if "TemporalCachePlan" not in globals():
         compression_mode: str = "none"
 
 
-class VideoTemporalKVPolicy:
-    """Scores the kept frames with a small set transformer and keeps the newest and the best positive ones."""
+{modules}
 
-    NUM_HEADS = {num_heads}
-    NUM_LAYERS = {num_layers}
-    SEQUENTIAL_EVICTION = {sequential_eviction}
+class VideoTemporalKVPolicy:
+    """Scores the kept frames with a network over all frames seen so far; the lowest score is dropped, one by one."""
+
+    OPTIONS = {options}
     SHAPES = {shapes}
     STORED_AS = "{stored_as}"
     WEIGHTS = (
 {weights}
     )
-{members}
+
     def __init__(self):
         import base64
 
-        import numpy as np
-
-        self.memory = {memory}
         stored = np.frombuffer(base64.b85decode(self.WEIGHTS), dtype=self.STORED_AS)
-        flat = stored.astype(np.float32)
-        self.parameters, start = {{}}, 0
+        weights, start = {{}}, 0
         for name, shape in self.SHAPES.items():
             size = int(np.prod(shape))
-            array = flat[start : start + size].reshape(shape)
-            self.parameters[name] = np.ascontiguousarray(array.T)
+            weights[name] = stored[start : start + size].reshape(shape)
             start += size
+        self.scorer = GraphScorer(weights, **self.OPTIONS)
 
     def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
-        import numpy as np
-
-        n, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
-        progress = rollout_state.step / rollout_state.total_steps
         features = [
-            (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
+            (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength)
             for m in chunk_meta_list
         ]
-        recalled = [()] * n if self.memory is None else self.memory.recall(features, rollout_state.step)
-        left = list(range(n))
-        logits = self.logits(left, features, recalled, max_frames, progress)
-        while self.SEQUENTIAL_EVICTION and len(left) > max_frames + 1:
-            left.pop(int(np.argmin(logits[:-1])))
-            logits = self.logits(left, features, recalled, max_frames, progress)
-        last = len(left) - 1
-        order = np.argsort(-logits[:last], kind="stable")[: max(0, max_frames - 1)]
-        kept = {{left[last]}} | {{left[i] for i in order if logits[i] > 0}}
-        if self.memory is not None:
-            self.memory.keep(sorted(kept))
-        scores = dict(zip(left, logits.tolist()))
+        max_frames = int(budget_state["max_frames"])
+        kept = self.scorer.choose(features, rollout_state.step, rollout_state.total_steps, max_frames)
         decisions = [
-            ChunkDecision(meta.chunk_id, "keep" if i in kept else "drop", scores.get(i, 0.0))
+            ChunkDecision(meta.chunk_id, "keep" if i in kept else "drop", float(i in kept))
             for i, meta in enumerate(chunk_meta_list)
         ]
         return TemporalCachePlan(chunk_decisions=decisions, retention_family="anchor")
-
-    def logits(self, left, features, recalled, max_frames, progress):
-        import numpy as np
-
-        p, heads, n = self.parameters, self.NUM_HEADS, len(left)
-        shared = (np.log1p(max_frames) / 3, progress, np.log1p(n) / 3)
-        if self.memory is not None:
-            recalled = {{i: (*recalled[i][:2], gap, *recalled[i][3:]) for i, gap in zip(left, self.memory.gaps(left))}}
-        x = np.array(
-            [
-                (np.log1p(n - 1 - at) / 3, 1 / (n - at), *features[i], float(at == n - 1), *shared, *recalled[i])
-                for at, i in enumerate(left)
-            ],
-            dtype=np.float32,
-        )
-
-        def linear(name, y):
-            return y @ p[name + ".weight"] + p[name + ".bias"]
-
-        def norm(name, y):
-            centred = y - y.mean(axis=-1, keepdims=True)
-            scale = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + np.float32(1e-5))
-            return centred / scale * p[name + ".weight"] + p[name + ".bias"]
-
-        edges = None
-        if hasattr(self, "compare"):
-            rows, edges = self.compare(np, np.array([recalled[i] for i in left], dtype=np.float32))
-            x = np.concatenate([x, rows], axis=1)
-            if "embed_edges.0.weight" in p:
-                edges = linear("embed_edges.2", np.maximum(linear("embed_edges.0", edges), 0))
-        x = linear("embed", x)
-        width = x.shape[1]
-        for layer in range(self.NUM_LAYERS):
-            block = "blocks.%d." % layer
-            if block + "qkv.weight" in p:
-                qkv = linear(block + "qkv", norm(block + "norm1", x)).reshape(n, 3, heads, width // heads)
-                query, key, value = qkv.transpose(1, 2, 0, 3)
-                scores = query @ key.transpose(0, 2, 1) / np.float32((width // heads) ** 0.5)
-                if edges is not None:
-                    scores = scores + linear(block + "edge_scores", edges).transpose(2, 0, 1)
-                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-                weights = scores / scores.sum(axis=-1, keepdims=True)
-                mixed = (weights @ value).transpose(1, 0, 2).reshape(n, width)
-                if edges is not None:
-                    mixed = np.concatenate([mixed, (weights.transpose(1, 0, 2) @ edges).reshape(n, -1)], axis=1)
-                x = x + linear(block + "out", mixed)
-            x = x + linear(block + "down", np.maximum(linear(block + "up", norm(block + "norm2", x)), 0))
-        return linear("head", norm("norm", x))[:, 0]
 '''
 
 
@@ -181,27 +120,24 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
     Raises:
         ValueError: if the scorer needs inputs that the benchmark does not provide.
     """
-    spec = network.spec
-    if spec.signals:
+    if network.config.signals:
         raise ValueError(
-            f"this policy needs {', '.join(spec.signals)}, which the benchmark does not provide; export one that was trained "
-            "without signals"
+            f"this policy needs {', '.join(network.config.signals)}, which the benchmark does not provide; export one that was "
+            "trained without signals"
         )
     rounded = copy.deepcopy(network)
     rounded.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
     stored_as = "<f2" if same_plans(network, rounded) else "<f4"
-    state = {name: value.detach().cpu().numpy().astype(stored_as) for name, value in network.state_dict().items()}
+    used = {name: value for name, value in network.state_dict().items() if not name.startswith(UNUSED)}
+    state = {name: value.detach().cpu().numpy().astype(stored_as) for name, value in used.items()}
     packed = base64.b85encode(b"".join(array.tobytes() for array in state.values())).decode()
     width = MAX_COLUMNS - len('        ""')
     text = _TEMPLATE.format(
         provenance=provenance.replace("\\", "/").replace('"""', "'''"),
-        num_heads=network.num_heads,
-        num_layers=len(network.blocks),
-        sequential_eviction=network.sequential_eviction,
+        options=repr(scorer_options(network.config)),
         shapes=textwrap.indent(_shapes(state), "    ").lstrip(),
         stored_as=stored_as,
-        memory=f"self.HistoryMemory({spec.surroundings}, {spec.places}, {spec.path})" if spec.memory else None,
-        members=_copied_members(network),
+        modules="\n\n".join(map(_definitions, (far_env.births, observation, runtime))),
         weights="\n".join(f'        "{packed[start : start + width]}"' for start in range(0, len(packed), width)),
     )
     write_text(path, narrowed(text))
@@ -288,13 +224,11 @@ def export_run(run: Path, path: Path, source: str | None = None) -> None:
     export_policy(network, path, "\n".join(provenance))
 
 
-def _copied_members(network: RetentionNetwork) -> str:
-    """The source of the classes and functions that the file needs, as members of its class."""
-    classes = (FrameBirths, ShotTracking, PathTracking, HistoryMemory) if network.spec.memory else ()
-    members = [inspect.getsource(cls) for cls in classes]
-    if network.spec.surroundings:
-        members.append(f"@staticmethod\n{inspect.getsource(compare)}")
-    return "".join("\n" + textwrap.indent(member, "    ") for member in members)
+def _definitions(module: ModuleType) -> str:
+    """The source of a module's classes, functions and constants."""
+    source = inspect.getsource(module)
+    kept = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)]
+    return "\n\n".join(ast.get_source_segment(source, node) + "\n" for node in kept)
 
 
 def _shapes(state: dict[str, np.ndarray]) -> str:

@@ -1,8 +1,9 @@
-"""Imitation of the hindsight expert: decisions are collected with the costs of their alternatives, and the scorer learns them.
+"""Imitation of the hindsight expert: what dropping each frame costs is collected, and the scorer learns which costs least.
 
-The label of a decision is not one set of frames but the best few with their costs, because many sets are equally good:
-the target is softmax(−cost / temperature), the loss its cross-entropy under the budgeted-subset distribution.
-Rounds of collecting with the scorer and learning from all rounds are DAgger: Ross et al., arXiv 1011.0686.
+The label of a decision is not one frame but the cost of every one, because many are equally good: the target is
+softmax(−cost / temperature), the loss its cross-entropy under the scorer's softmax, plus the expected cost. Beside it the
+network learns how similar every two frames really are, of which a policy is told only a part. Rounds of collecting with the
+scorer and learning from all rounds are DAgger: Ross et al., arXiv 1011.0686.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
-from far_env.agents.expert_data import ExpertData, collect, subset_distribution
+from far_env.agents.expert_data import ExpertData, collect
+from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.io import read_json, write_json
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors, save_weights
-from far_env.workloads import Workload
+from far_env.workloads import Workload, deciding_budgets
 
 INDEX_FILE = "index.json"
-TRUE_FRAMES_SCORER_FILE = "true_frames_scorer.ckpt"
-SCORER_FILE = "scorer.ckpt"
-FINETUNE_LR_SCALE = 0.25
-"""Share of the learning rate for a scorer that has already learned from true frames."""
+LEARNING_FILE = "learning.ckpt"
+FINETUNE_LR_SCALE = 0.3
+"""Share of the learning rate for a scorer that has already learned."""
+WARMUP = 0.05
+"""Share of the batches in which the learning rate rises."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +51,43 @@ class ImitationStage:
         Returns:
             The scorer's weights.
         """
-        config, path = self.config, self.folder / SCORER_FILE
-        experiment = (config.imitation, config.network, self.workloads, self.budgets)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _check_index(self.folder, *experiment, config.seed, config.train_clips)
-        if path.exists() and (saved := load_tensors(path))["rounds"] == config.imitation.rounds:
-            return saved["weights"]
-        network = imitate(*experiment, self.folder, seed=config.seed, num_clips=config.train_clips)
-        save_tensors(path, {"rounds": config.imitation.rounds, "weights": network.state_dict()})
+        config = self.config
+        network = imitate(
+            config.imitation,
+            config.network,
+            self.workloads,
+            self.budgets,
+            self.folder,
+            seed=config.seed,
+            num_clips=config.train_clips,
+        )
         return network.state_dict()
 
 
-def imitation_loss(
-    network: RetentionNetwork, decisions: ExpertData, temperature: float, expected_cost_weight: float = 0.0
-) -> Tensor:
-    """Mean over decisions of the cross-entropy between softmax(−cost / temperature) and the scorer's distribution over sets.
-
-    ``expected_cost_weight`` times the mean over alternatives of (cost − lowest cost) / temperature is added, under the scorer's
-    probabilities renormalised over the alternatives.
+def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: ImitationSettings) -> Tensor:
+    """Cross-entropy between softmax(−cost / temperature) and the scorer's softmax(−score) over the frames that may be dropped,
+    plus ``expected_cost_weight`` times the expected cost in units of the temperature, plus ``similarity_weight`` times the mean
+    squared error of the similarities of frames; means over decisions.
     """
-    missing = decisions.costs.isinf()
-    extra = (decisions.costs - decisions.costs[:, :1]) / temperature
-    distribution = subset_distribution(network, decisions)
-    log_probs = torch.stack([distribution.log_prob(kept) for kept in decisions.sets.unbind(dim=1)], dim=1)
-    loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(missing, 0.0)).sum(dim=1)
-    if expected_cost_weight:
-        probabilities = log_probs.masked_fill(missing, -torch.inf).softmax(dim=1)
-        loss = loss + expected_cost_weight * (probabilities * extra.masked_fill(missing, 0.0)).sum(dim=1)
-    return loss.mean()
+    x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
+    scores = network.score(x, e, decisions.remaining)
+    fixed = decisions.costs.isinf()
+    extra = (decisions.costs - decisions.costs.amin(dim=1, keepdim=True)) / settings.temperature
+    log_probs = (-scores).masked_fill(fixed, -1e9).log_softmax(dim=1)
+    loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(fixed, 0.0)).sum(dim=1).mean()
+    expected_cost = (log_probs.exp() * extra.masked_fill(fixed, 0.0)).sum(dim=1).mean()
+    both = (decisions.mask[:, :, None] & decisions.mask[:, None]).float()
+    errors = (network.similarity(e)[..., 0] - decisions.similarity).square() * both
+    return loss + settings.expected_cost_weight * expected_cost + settings.similarity_weight * errors.sum() / both.sum()
+
+
+@torch.no_grad()
+def mean_regret(network: RetentionNetwork, decisions: Decisions) -> float:
+    """How much the expected logarithmic error of the scorer's choices is above that of the best, mean over decisions."""
+    scores = network(decisions.nodes, decisions.edges, decisions.mask, decisions.remaining)
+    chosen = scores.masked_fill(decisions.costs.isinf(), torch.inf).argmin(dim=1)
+    regret = decisions.costs.gather(1, chosen[:, None])[:, 0] - decisions.costs.amin(dim=1)
+    return float(regret.mean())
 
 
 def imitate(
@@ -88,12 +100,11 @@ def imitate(
     seed: int,
     num_clips: int,
 ) -> RetentionNetwork:
-    """Collect decisions round by round, each kept as a file in ``folder``, and learn from all of them.
+    """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
-    Until something has been learned the expert acts, later the scorer that has learned all before: from the true frames first,
-    if there are any, and starting from it from the rollouts of all rounds. The clips of a round are shared evenly among the
-    workloads, and each is played under one of the budgets, which alternate. A round whose file exists is not collected again,
-    so that a stopped run resumes where it stopped.
+    First the expert acts on true frames; then, round by round, the scorer that has learned all before: on true frames, then
+    in rollouts. The clips of a part are shared evenly among the workloads, and each is played under several of the budgets in
+    turn. What is finished is not made again, so that a stopped run resumes where it stopped.
 
     Args:
         num_clips: train clips to draw from; no clip comes twice before all have come.
@@ -103,97 +114,98 @@ def imitate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
+    rounds = ["true"] * settings.true_rounds + ["rollouts"] * settings.rounds
+    counts = [settings.true_clips, *[settings.clips_per_round] * len(rounds)]
     rng = np.random.default_rng((seed, 4))
-    num_clips_used = settings.true_clips + settings.rounds * settings.clips_per_round
-    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-num_clips_used // num_clips))]).tolist()
-    true_clips, order = order[: settings.true_clips], order[settings.true_clips :]
-    collecting = {
-        "spec": RetentionNetwork(**asdict(network_config)).spec,
-        "candidates": settings.candidates,
-        "sequential_eviction": network_config.sequential_eviction,
-        "slots": max(*(workload.num_context for workload in workloads), *budgets) + 1,
-    }
-    start, true_decisions = None, None
-    if true_clips:
-        path, scorer_path = folder / "true_frames.safetensors", folder / TRUE_FRAMES_SCORER_FILE
-        if settings.true_frame_replay_ratio or not scorer_path.exists():
-            true_decisions = _collected(path, workloads, budgets, true_clips, actor=None, true_frames=True, **collecting)
+    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-sum(counts) // num_clips))]).tolist()
+    decisions: list[GraphDecisions] = []
+    weights: Mapping[str, Tensor] | None = None
+    for number, (kind, count) in enumerate(zip(["expert", *rounds], counts, strict=True)):
+        clips, order = order[:count], order[count:]
+        scorer_path = folder / f"scorer_{number:02d}.ckpt"
+        actor = None if weights is None else network_with_weights(network_config, weights)
+        for index, workload in enumerate(workloads):
+            path = folder / f"{number:02d}_{kind}_{workload.name}.safetensors"
+            share = clips[index :: len(workloads)]
+            if not share:
+                continue
+            if not path.exists():
+                true_frames, of_workload = kind != "rollouts", deciding_budgets(workload, budgets)
+                repeats = settings.budgets_per_clip
+                ids = [clip for clip in share for _ in range(repeats)]
+                found = collect(
+                    workload,
+                    ids,
+                    [of_workload[(i // repeats + i) % len(of_workload)] for i in range(len(ids))],
+                    actor=actor,
+                    config=network_config,
+                    true_frames=true_frames,
+                    seed=int(np.random.default_rng((seed, number, 6)).integers(2**31)),
+                )
+                save_weights(vars(found), path)
+            if not scorer_path.exists() or number < len(rounds):
+                decisions.append(GraphDecisions(_load(path), network_config))
         if not scorer_path.exists():
-            save_tensors(scorer_path, fit(true_decisions, network_config, settings, seed).state_dict())
-        start = load_tensors(scorer_path)
-
-    def learned(parts: list[ExpertData]) -> RetentionNetwork:
-        if settings.true_frame_replay_ratio:
-            count = round(settings.true_frame_replay_ratio * sum(map(len, parts)))
-            parts = [*parts, true_decisions.sample(count, seed)]
-        return fit(ExpertData.join(parts), network_config, settings, seed, start)
-
-    parts: list[ExpertData] = []
-    actor = None if start is None else network_with_weights(network_config, start)
-    for number in range(settings.rounds):
-        path = folder / f"round_{number:03d}.safetensors"
-        if parts and not path.exists():
-            actor = learned(parts)
-        clips = order[number * settings.clips_per_round : (number + 1) * settings.clips_per_round]
-        parts.append(_collected(path, workloads, budgets, clips, actor=actor, **collecting))
-    return learned(parts)
+            network = fit(decisions, network_config, settings, seed, weights, folder / LEARNING_FILE)
+            save_tensors(scorer_path, dict(network.state_dict()))
+            (folder / LEARNING_FILE).unlink(missing_ok=True)
+        weights = load_tensors(scorer_path)
+    return network_with_weights(network_config, weights)
 
 
 def fit(
-    decisions: ExpertData,
+    parts: Sequence[GraphDecisions],
     network_config: NetworkConfig,
     settings: ImitationSettings,
     seed: int,
     start: Mapping[str, Tensor] | None = None,
+    checkpoint: Path | None = None,
 ) -> RetentionNetwork:
     """Train a scorer on the decisions; the same seed gives the same scorer.
 
     Args:
         start: weights to continue from, at `FINETUNE_LR_SCALE` of the learning rate; by default a new scorer learns.
+        checkpoint: written after every pass; a stopped training resumes from it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = RetentionNetwork(**asdict(network_config))
+        network = RetentionNetwork(network_config)
     learning_rate = settings.learning_rate
     if start is not None:
         network.load_state_dict(start)
         learning_rate *= FINETUNE_LR_SCALE
+    num_decisions = sum(map(len, parts))
+    epochs = settings.epochs if start is None else settings.round_epochs
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(seed)
-    batches = -(-len(decisions) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-    with show_progress(total=settings.epochs, description=f"imitate {len(decisions):,} decisions", unit="epochs") as bar:
-        for _ in range(settings.epochs):
+    batches = sum(-(-len(part) // settings.batch_size) for part in parts)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, epochs * batches, pct_start=WARMUP)
+    done = 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = load_tensors(checkpoint)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        done = saved["epochs"]
+    description = f"imitate {num_decisions:,} decisions"
+    with show_progress(total=epochs * num_decisions, description=description, unit="decisions") as bar:
+        bar.update(done * num_decisions)
+        for epoch in range(done, epochs):
+            rng = np.random.default_rng((seed, 5, epoch))
             losses = []
-            for rows in torch.randperm(len(decisions), generator=generator).split(settings.batch_size):
-                part = decisions.rows(rows)
-                loss = imitation_loss(network, part, settings.temperature, settings.expected_cost_weight)
+            for part, indices in shuffled_batches(parts, settings.batch_size, rng):
+                loss = imitation_loss(network, part.batch(indices), settings)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 losses.append(loss.item())
-            bar.set_postfix(loss=f"{np.mean(losses):.4g}")
-            bar.update()
+                bar.set_postfix(pass_=epoch + 1, loss=f"{np.mean(losses[-100:]):.4g}")
+                bar.update(len(indices))
+            if checkpoint is not None:
+                states = {"network": network, "optimizer": optimizer, "schedule": schedule}
+                save_tensors(checkpoint, {name: part.state_dict() for name, part in states.items()} | {"epochs": epoch + 1})
     return network.eval()
-
-
-def _collected(
-    path: Path, workloads: Sequence[Workload], budgets: Sequence[int], clips: list[int], **collecting: Any
-) -> ExpertData:
-    """The decisions in a file, which is collected and written first if it does not exist; workloads share the clips evenly."""
-    if not path.exists():
-        shares = [(workload, clips[index :: len(workloads)]) for index, workload in enumerate(workloads)]
-        collected = ExpertData.join(
-            [
-                collect(workload, ids, [budgets[i % len(budgets)] for i in range(len(ids))], **collecting)
-                for workload, ids in shares
-                if ids
-            ]
-        )
-        save_weights({name: getattr(collected, name) for name in ExpertData.__dataclass_fields__}, path)
-    return _load(path)
 
 
 def _check_index(
@@ -206,17 +218,16 @@ def _check_index(
     num_clips: int,
 ) -> None:
     """Record the settings of the decisions in a folder. Raises ValueError if the folder contains decisions made with others."""
-    index = {
+    index: dict[str, Any] = {
         "workloads": [workload.name for workload in workloads],
         "hosts": [workload.host.weights_hash for workload in workloads],
+        "feedback": [workload.feedback for workload in workloads],
         "budgets": list(budgets),
         "seed": seed,
         "train_clips": num_clips,
         "network": {**asdict(network_config), "signals": list(network_config.signals)},
-        "settings": {key: value for key, value in asdict(settings).items() if key != "rounds"},
+        "settings": asdict(settings),
     }
-    if any(workload.true_feedback for workload in workloads):  # older folders do not say that generated frames were fed back
-        index["feedback"] = [workload.feedback for workload in workloads]
     path = folder / INDEX_FILE
     if path.exists() and read_json(path, "choose another run folder") != index:
         raise ValueError(f"{folder} contains decisions made with other settings (see {INDEX_FILE}); choose another run folder")
@@ -227,4 +238,4 @@ def _load(path: Path) -> ExpertData:
     try:
         return ExpertData(**load_file(path))
     except (SafetensorError, OSError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to collect this round again") from error
+        raise ValueError(f"{path} cannot be read ({error}); delete it to collect it again") from error

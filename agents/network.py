@@ -1,184 +1,154 @@
-"""The scorer: a small set transformer over the rows of the FrameMeta matrix, one logit per history frame."""
+"""The scorer: an edge-conditioned set transformer over the frames that a policy has seen; it says which frame to drop next."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from far_env.agents import observation_spec
 from far_env.agents.config import NetworkConfig
-from far_env.agents.surroundings import (
-    NUM_EDGES,
-    NUM_PATH_EDGES,
-    NUM_PATH_ROWS,
-    NUM_PLACE_EDGES,
-    NUM_PLACE_ROWS,
-    NUM_ROWS,
-    compare,
-)
-from far_env.envs.episodes import ROW_FEATURES
+from far_env.agents.observation import FrameGraph
+from far_env.contract import OF_PAIRS
 
-EDGE_WIDTH = 8
-_MASKED = -1e9
+MASKED = -1e9
 
 
-def network_inputs(frames: Tensor, budget: Tensor) -> Tensor:
-    """Observations to network inputs (B, N, columns + 4): counts are made independent of the number of slots N.
+class EdgeUpdate(nn.Module):
+    """Edges see products over third nodes, and their two nodes.
 
-    Per row log(1 + age) / 3, the other features unchanged, then whether it is the newest, log(1 + budget) / 3, the step as a
-    share of the rollout, log(1 + frames) / 3, and the columns of memory.
-
-    Args:
-        frames: observation["frames"] (B, N, 6), or with the columns of `HistoryMemory.recall` appended.
-        budget: observation["budget"] (B, 3).
-    """
-    slots = frames.shape[1]
-    age = frames[..., :1] * slots
-    newest = torch.zeros_like(age)
-    newest[:, -1] = 1
-    counts = torch.log1p(budget[:, [0, 2]] * slots) / 3
-    shared = torch.stack([counts[:, 0], budget[:, 1], counts[:, 1]], dim=-1)[:, None].expand(-1, slots, -1)
-    features, remembered = frames[..., 1 : len(ROW_FEATURES)], frames[..., len(ROW_FEATURES) :]
-    return torch.cat([torch.log1p(age) / 3, features, newest, shared, remembered], dim=-1)
-
-
-class SetBlock(nn.Module):
-    """Pre-norm attention across the rows, unless left out, then a two-layer perceptron in each row.
-
-    Edges, features of pairs of rows, add to the attention scores, and their attention-weighted mean is appended to the values'.
+    The products are those of AlphaFold's triangle update (Jumper et al. 2021, supplement, algorithm 11).
     """
 
-    def __init__(self, width: int, num_heads: int, attention: bool, edge_width: int = 0) -> None:
+    def __init__(self, width: int, edge_width: int, products: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(edge_width)
+        self.factors = nn.Linear(edge_width, 2 * edge_width) if products else None
+        if products:
+            self.product_norm = nn.LayerNorm(edge_width // 2)
+            self.product_out = nn.Linear(edge_width // 2, edge_width)
+        self.norm2 = nn.LayerNorm(edge_width)
+        self.of_nodes = nn.Linear(width, 4 * edge_width)
+        self.up = nn.Linear(edge_width, 2 * edge_width)
+        self.down = nn.Linear(2 * edge_width, edge_width)
+
+    def forward(self, edges: Tensor, nodes: Tensor, both: Tensor, share: Tensor) -> Tensor:
+        """edges (B, N, N, c), nodes (B, N, width), both (B, N, N, 1) 1 where neither is padding, share (B, 1, 1, 1) 1 / √N."""
+        if self.factors is not None:
+            values, gates = self.factors(self.norm1(edges)).chunk(2, dim=-1)
+            first, second = ((values * gates.sigmoid()) * both).permute(0, 3, 1, 2).chunk(2, dim=1)
+            product = (first @ second).permute(0, 2, 3, 1) * share
+            edges = edges + self.product_out(self.product_norm(product))
+        one, other = self.of_nodes(nodes).chunk(2, dim=-1)
+        hidden = self.up(self.norm2(edges)) + one[:, :, None] + other[:, None]
+        return edges + self.down(F.relu(hidden))
+
+
+class NodeUpdate(nn.Module):
+    """Attention between nodes, with edges in the scores and in the values, then a two-layer perceptron in each node."""
+
+    def __init__(self, width: int, edge_width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention = attention
-        if attention:
-            self.norm1 = nn.LayerNorm(width)
-            self.qkv = nn.Linear(width, 3 * width)
-            self.out = nn.Linear(width + num_heads * edge_width, width)
-            self.edge_scores = nn.Linear(edge_width, num_heads) if edge_width else None
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.edge_scores = nn.Linear(edge_width, num_heads)
+        self.out = nn.Linear(width + num_heads * edge_width, width)
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, bias: Tensor, edges: Tensor | None = None) -> Tensor:
-        """x (B, N, width); bias (B, 1, 1, N) is very negative on padding; edges (B, N, N, edge_width)."""
-        if self.attention:
-            query, key, value = (
-                part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-            )
-            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias
-            if edges is None:
-                mixed = (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
-            else:
-                weights = (scores + self.edge_scores(edges).movedim(-1, 1)).softmax(dim=-1)
-                mixed_edges = (weights.transpose(1, 2) @ edges).flatten(2)
-                mixed = torch.cat([(weights @ value).transpose(1, 2).flatten(2), mixed_edges], dim=-1)
-            x = x + self.out(mixed)
-        return x + self.down(F.relu(self.up(self.norm2(x))))
+    def forward(self, nodes: Tensor, edges: Tensor, bias: Tensor) -> Tensor:
+        """nodes (B, N, width), edges (B, N, N, c), bias (B, 1, 1, N), very negative at nodes that are not to be seen."""
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(nodes)).chunk(3, dim=-1)
+        )
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + self.edge_scores(edges).movedim(-1, 1)
+        weights = (scores + bias).softmax(dim=-1)
+        mixed = (weights @ value).transpose(1, 2).flatten(2)
+        mixed_edges = (weights.transpose(1, 2) @ edges).flatten(2)
+        nodes = nodes + self.out(torch.cat([mixed, mixed_edges], dim=-1))
+        return nodes + self.down(F.relu(self.up(self.norm2(nodes))))
 
 
 class RetentionNetwork(nn.Module):
-    """Logits over history frames; frames with a positive one should stay. The order of the rows has no effect.
+    """Scores of the frames of a history: the one with the lowest is dropped next.
 
     Args:
-        width, num_layers, num_heads: size of the set transformer; the defaults make 67k weights.
-        memory: rows also carry true ages and features at birth, from a `HistoryMemory`.
-        attention: rows attend to each other. Without it each is scored alone: by a perceptron, or with no layers by a
-            (normalised) linear rule. These are for comparison.
-        surroundings: with memory, rows also carry how frames changed around them, and are compared by it.
-        places: with surroundings, rows also carry which of them show the same place.
-        path: with surroundings, rows also carry how far apart they are along the camera's path.
-        signals: names of `far_env.contract.SIGNALS`; their columns (`far_env.agents.observation_spec.columns`) come last.
-        sequential_eviction: where several frames have to go, drop the one with the lowest logit, score the rest again,
-            and so on (`far_env.agents.policies.choose`), so that one of several near-duplicates can stay.
-
-    Attributes:
-        spec: the contents of the scorer's observations.
-
-    Raises:
-        ValueError: if the heads do not share the width evenly, on an invalid observation spec, or on
-            sequential_eviction with signals.
+        config: sizes and inputs.
     """
 
-    def __init__(
-        self,
-        width: int = 64,
-        num_layers: int = 2,
-        num_heads: int = 4,
-        memory: bool = False,
-        attention: bool = True,
-        surroundings: bool = False,
-        signals: Sequence[str] = (),
-        sequential_eviction: bool = False,
-        places: bool = False,
-        path: bool = False,
-    ) -> None:
+    def __init__(self, config: NetworkConfig | None = None) -> None:
         super().__init__()
-        if sequential_eviction and signals:
-            raise ValueError("sequential_eviction is for scorers without signals")
-        self.num_heads, self.sequential_eviction = num_heads, sequential_eviction
-        self.spec = observation_spec.ObservationSpec(memory, surroundings, tuple(signals), places, path)
-        if width % num_heads:
-            raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
-        inputs, edges = self.spec.num_row_columns + 4, 0
-        if surroundings:
-            inputs += NUM_ROWS + NUM_PLACE_ROWS * places + NUM_PATH_ROWS * path
-            edges += NUM_EDGES + NUM_PLACE_EDGES * places + NUM_PATH_EDGES * path
-        if signals:
-            inputs, edges = inputs + observation_spec.num_row_inputs(signals), edges + observation_spec.num_edges(signals)
-        self.embed = nn.Linear(inputs, width)
-        self.embed_edges, edge_width = None, 0
-        if attention and edges:
-            edge_width = EDGE_WIDTH
-            self.embed_edges = nn.Sequential(nn.Linear(edges, 2 * EDGE_WIDTH), nn.ReLU(), nn.Linear(2 * EDGE_WIDTH, EDGE_WIDTH))
-        self.blocks = nn.ModuleList(SetBlock(width, num_heads, attention, edge_width) for _ in range(num_layers))
+        self.config = config = config or NetworkConfig()
+        width, edge_width, num_heads, signals = config.width, config.edge_width, config.num_heads, config.signals
+        num_pair_signals = sum(name in OF_PAIRS for name in signals)
+        self.embed_nodes = nn.Linear(FrameGraph.NODE_INPUTS + 2 * (len(signals) - num_pair_signals), width)
+        self.embed_edges = nn.Sequential(
+            nn.Linear(FrameGraph.EDGE_INPUTS + 2 * num_pair_signals, 2 * edge_width),
+            nn.ReLU(),
+            nn.Linear(2 * edge_width, edge_width),
+        )
+        self.edge_updates = nn.ModuleList(EdgeUpdate(width, edge_width, config.edge_updates) for _ in range(config.num_layers))
+        self.node_updates = nn.ModuleList(NodeUpdate(width, edge_width, num_heads) for _ in range(config.num_layers))
+        self.embed_remaining = nn.Linear(1, width)
+        self.decide = NodeUpdate(width, edge_width, num_heads)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1)
-        # Start close to uniform over sets that fill the budget: small scores, all positive.
+        self.similarity = nn.Linear(edge_width, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.constant_(self.head.bias, 1.0)
+        nn.init.zeros_(self.head.bias)
 
-    def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
-        """Observation parts, batched (see `far_env.envs.retention_env.FrameRetentionEnv`), to logits (B, N)."""
-        return self.head(self.encode(frames, mask, budget)).squeeze(-1)
+    def forward(self, nodes: Tensor, edges: Tensor, mask: Tensor, remaining: Tensor) -> Tensor:
+        """Scores (B, N) of the frames that remain; very negative numbers elsewhere have no meaning.
 
-    def encode(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
-        """Row representations (B, N, width)."""
-        bias = ((1 - mask) * _MASKED)[:, None, None, :]
-        num_columns = self.spec.num_row_columns
-        inputs, extra_inputs = network_inputs(frames[..., :num_columns], budget), []
-        if self.spec.surroundings:
-            extra_inputs.append(compare(torch, frames[..., len(ROW_FEATURES) : num_columns]))
-        if self.spec.signals:
-            extra_inputs.append(observation_spec.rows_and_edges(frames[..., num_columns:], mask, self.spec.signals))
-        x = self.embed(torch.cat([inputs, *(rows for rows, _ in extra_inputs)], dim=-1))
-        edges = None if self.embed_edges is None else self.embed_edges(torch.cat([edges for _, edges in extra_inputs], dim=-1))
-        for block in self.blocks:
-            x = block(x, bias, edges)
-        return self.norm(x)
+        Args:
+            nodes, edges: of `far_env.agents.observation.graph_inputs`, batched and padded.
+            mask: bool (B, N), false on padding.
+            remaining: bool (B, N), frames of the history that were not dropped yet.
+        """
+        return self.score(*self.encode(nodes, edges, mask), remaining)
+
+    def encode(self, nodes: Tensor, edges: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Representations of nodes (B, N, width) and edges (B, N, N, edge_width)."""
+        both = (mask[:, :, None] & mask[:, None]).float()[..., None]
+        share = mask.sum(dim=1).clamp(min=1).float().rsqrt()[:, None, None, None]
+        bias = (~mask * MASKED)[:, None, None]
+        x = self.embed_nodes(nodes)
+        e = self.embed_edges(edges if self.config.edges else torch.zeros_like(edges))
+        for edge_update, node_update in zip(self.edge_updates, self.node_updates, strict=True):
+            if self.config.edges:
+                e = edge_update(e, x, both, share)
+            x = node_update(x, e, bias)
+        return x, e
+
+    def score(self, x: Tensor, e: Tensor, remaining: Tensor) -> Tensor:
+        """Scores (B, N) from representations; see `forward`."""
+        return self.head(self.decision(x, e, remaining))[..., 0]
+
+    def decision(self, x: Tensor, e: Tensor, remaining: Tensor) -> Tensor:
+        """What the scores are read from: nodes (B, N, width) that have seen the remaining ones."""
+        count = torch.log1p(remaining.sum(dim=1).float())[:, None, None] / 3
+        return self.norm(self.decide(x + self.embed_remaining(count), e, (~remaining * MASKED)[:, None, None]))
 
 
 class ValueNetwork(nn.Module):
-    """The critic: the same trunk, the mean over rows, one number."""
+    """The critic: the same trunk, the mean over the remaining frames."""
 
-    def __init__(self, width: int = 64, **size: int) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.trunk = RetentionNetwork(width, **size)
+        self.trunk = RetentionNetwork(config)
         self.trunk.head = nn.Identity()
 
-    def forward(self, frames: Tensor, mask: Tensor, budget: Tensor) -> Tensor:
-        """Observation parts to pooled features (B, width)."""
-        rows = self.trunk.encode(frames, mask, budget) * mask[..., None]
-        return rows.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    def forward(self, nodes: Tensor, edges: Tensor, mask: Tensor, remaining: Tensor) -> Tensor:
+        """Pooled features (B, width)."""
+        rows = self.trunk.decision(*self.trunk.encode(nodes, edges, mask), remaining) * remaining[..., None]
+        return rows.sum(dim=1) / remaining.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def network_with_weights(config: NetworkConfig, weights: Mapping[str, Tensor]) -> RetentionNetwork:
     """A scorer with these weights, in eval mode."""
-    network = RetentionNetwork(**asdict(config))
+    network = RetentionNetwork(config)
     network.load_state_dict(weights)
     return network.eval()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
+from far_env.latent_cells import cell_distances
 from far_env.metrics import psnr
 from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
@@ -29,8 +30,8 @@ class Coverage:
     """The degree to which every frame of a history covers the content of the frames to come.
 
     Attributes:
-        missing: float32 (cells,), the squared distance of each latent cell of a coming frame to the nearest cell of the same
-            row in the true frame before it, which every rollout has without memory.
+        missing: float32 (cells,), the squared distance of each latent cell of a coming frame to the nearest cell in the true
+            frame before it, which every rollout has without memory.
         distance: float32 (history, cells), the same to the nearest cell in each frame of the history.
     """
 
@@ -50,27 +51,16 @@ class Coverage:
 
 
 def coverage(history: Tensor, newest: Tensor, future: Tensor) -> Coverage:
-    """Match the cells of coming frames with those of the history.
-
-    A cell is compared with all cells of the same row in a source, because a moving camera shifts content sideways. Rows are
-    matched separately, so that a row that differs in all frames does not hide what the other rows have in common.
+    """Match the cells of coming frames with those of the history, see `far_env.latent_cells.cell_distances`.
 
     Args:
         history: latents (n, C, h, w) of the frames that may be kept.
         newest: the true latent (C, h, w) of the frame generated last.
         future: true latents (m, C, h, w) of the frames still to come.
     """
-    targets = rows_of_cells(future)
-    before = rows_of_cells(torch.cat([newest[None], future[:-1]]))
-    missing = torch.cdist(targets, before).square().amin(dim=3)
-    sources = rows_of_cells(history)[:, :, None]
-    distance = torch.cdist(targets[:, None], sources).square().amin(dim=4)
+    missing = cell_distances(future[:, None], torch.cat([newest[None], future[:-1]])[:, None])[:, 0, 0]
+    distance = cell_distances(future[None], history[None])[0]
     return Coverage(missing.flatten().cpu().numpy(), distance.transpose(0, 1).flatten(1).cpu().numpy())
-
-
-def rows_of_cells(latents: Tensor) -> Tensor:
-    """Latents (n, C, h, w) as vectors of cells, with the rows of a frame as the first dimension: float32 (h, n, w, C)."""
-    return latents.permute(2, 0, 3, 1).float()
 
 
 def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[int]]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from far_env.agents.memory import HistoryMemory
+from far_env.agents.config import NetworkConfig
 from far_env.agents.network import RetentionNetwork
-from far_env.agents.observation_spec import columns
-from far_env.agents.subset_distribution import BudgetedSubset
+from far_env.agents.observation import signal_arrays
+from far_env.agents.runtime import GraphScorer
 from far_env.contract import FrameMeta, RetentionPolicy, RolloutState, TemporalCachePlan, ask_policy, copy_for_clip, make_plan
-from far_env.envs.episodes import ROW_FEATURES
 from far_env.errors import PolicyError
 from far_env.frame_meta import frame_meta_list
 
@@ -68,93 +65,35 @@ class PolicyAgent:
 
 
 class AgentPolicy:
-    """A trained scorer as a policy: the most probable set of frames."""
+    """A trained scorer as a policy; it acts as its exported file does."""
 
     def __init__(self, network: RetentionNetwork, name: str = "learned") -> None:
-        self.network = network.eval()
+        self.scorer = numpy_scorer(network)
         self.name = name
-        self.signals = network.spec.signals
-        self.memory = network.spec.new_memory()
+        self.signals = network.config.signals
 
-    @torch.no_grad()
     def build_temporal_cache_plan(
         self, chunk_meta_list: list[FrameMeta], rollout_state: RolloutState, budget_state: dict[str, float]
     ) -> TemporalCachePlan:
-        """Keep the newest frame and the up to budget − 1 others with the largest positive logits."""
-        num_frames, max_frames = len(chunk_meta_list), int(budget_state["max_frames"])
-        features = [
-            (m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength / (1 + m.motion_strength))
-            for m in chunk_meta_list
-        ]
-        rows = observed_rows(features, rollout_state.step, self.memory)
-        signal_columns = None
-        if self.signals:
-            available = getattr(rollout_state, "signals", {})
-            missing = [name for name in self.signals if name not in available]
-            if missing:
-                raise PolicyError(f"this agent needs {', '.join(missing)}, which this rollout does not provide")
-            signal_columns = torch.from_numpy(columns(available, self.signals))
-        progress = rollout_state.step / rollout_state.total_steps
-        kept = choose(self.network, rows, self.memory, max_frames, progress, signal_columns)
-        if self.memory is not None:
-            self.memory.keep(kept)
-        return make_plan(kept, num_frames, retention_family="anchor")
+        """Keep the newest frame and, up to the budget, those that are left after dropping the lowest score one by one."""
+        features = [(m.boundary_score, m.feature_drift, m.temporal_similarity, m.motion_strength) for m in chunk_meta_list]
+        available = getattr(rollout_state, "signals", {})
+        missing = [name for name in self.signals if name not in available]
+        if missing:
+            raise PolicyError(f"this agent needs {', '.join(missing)}, which this rollout does not provide")
+        signals = signal_arrays(available, self.signals)
+        situation = rollout_state.step, rollout_state.total_steps, int(budget_state["max_frames"])
+        kept = self.scorer.choose(np.array(features), *situation, signals)
+        return make_plan(kept, len(chunk_meta_list), retention_family="anchor")
 
 
-@torch.no_grad()
-def choose(
-    network: RetentionNetwork,
-    rows: Sequence[Sequence[float]],
-    memory: HistoryMemory | None,
-    max_frames: int,
-    progress: float,
-    signals: Tensor | None = None,
-) -> list[int]:
-    """Ids of the frames that a scorer keeps: the newest and the up to budget − 1 others with the largest positive logits.
-
-    With sequential eviction, the frame with the lowest logit is dropped and the rest scored again, until one too many is left.
-
-    Args:
-        rows: of `observed_rows`.
-        memory: that recalled their columns.
-        progress: the step as a share of the rollout.
-        signals: columns (N, C) of `far_env.agents.observation_spec.columns`.
-    """
-    remaining = list(range(len(rows)))
-    while True:
-        frames = torch.tensor([remaining_rows(rows, remaining, memory)])
-        if signals is not None:
-            frames = torch.cat([frames, signals[None]], dim=-1)
-        count = len(remaining)
-        mask = torch.ones(1, count)
-        logits = network(frames, mask, torch.tensor([(max_frames / count, progress, 1.0)]))
-        if not network.sequential_eviction or count <= max_frames + 1:
-            break
-        remaining.pop(int(logits[0, :-1].argmin()))
-    mode = BudgetedSubset.of_histories(logits, mask, torch.tensor([max_frames])).mode()[0]
-    return [remaining[position] for position in mode.nonzero().flatten().tolist()]
+def numpy_scorer(network: RetentionNetwork) -> GraphScorer:
+    """The network in NumPy."""
+    weights = {name: value.detach().cpu().numpy() for name, value in network.state_dict().items()}
+    return GraphScorer(weights, **scorer_options(network.config))
 
 
-def remaining_rows(
-    rows: Sequence[Sequence[float]], remaining: Sequence[int], memory: HistoryMemory | None
-) -> list[tuple[float, ...]]:
-    """`observed_rows` of the frames ``left``, with ages and gaps as if all others were dropped; other columns are unchanged."""
-    ages = [(age / len(remaining), 1 / (1 + age)) for age in range(len(remaining) - 1, -1, -1)]
-    if memory is None:
-        return [(*age, *rows[i][2:]) for age, i in zip(ages, remaining, strict=True)]
-    gap_column = len(ROW_FEATURES) + 2
-    changed = zip(ages, remaining, memory.gaps(remaining), strict=True)
-    return [(*age, *rows[i][2:gap_column], gap, *rows[i][gap_column + 1 :]) for age, i, gap in changed]
-
-
-def observed_rows(features: Sequence[Sequence[float]], step: int, memory: HistoryMemory | None) -> list[tuple[float, ...]]:
-    """The rows of the environment's observation of a history without padding, with the columns of memory: 6 or more per frame.
-
-    Args:
-        features: per frame boundary_score, feature_drift, temporal_similarity and squashed motion, see `ROW_FEATURES`.
-        memory: of this history; call its ``keep`` afterwards.
-    """
-    num_frames = len(features)
-    recalled = [()] * num_frames if memory is None else memory.recall(features, step)
-    rows = zip(range(num_frames - 1, -1, -1), features, recalled, strict=True)
-    return [(age / num_frames, 1 / (1 + age), *present, *remembered) for age, present, remembered in rows]
+def scorer_options(config: NetworkConfig) -> dict[str, int | bool]:
+    """The arguments of `GraphScorer` beside the weights."""
+    names = ("num_heads", "num_layers", "edges", "edge_updates", "dropped_frames", "scaled")
+    return {name: getattr(config, name) for name in names}

@@ -12,15 +12,13 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecMonitor
 
 from far_env.agents.config import AgentTraining, PPOSettings
-from far_env.agents.network import RetentionNetwork
-from far_env.agents.observation_wrapper import AgentVecEnv
-from far_env.agents.subset_policy import SubsetPolicy
+from far_env.agents.eviction_env import EvictionVecEnv
+from far_env.agents.eviction_policy import EvictionPolicy
 from far_env.agents.training_callbacks import TrainingProgress, ValidationCheckpoint, Weights, host_hashes
 from far_env.agents.training_logs import log_writers
-from far_env.envs.sb3 import JoinedVecEnv, SB3VecEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.tensor_files import load_tensors
-from far_env.workloads import Workload
+from far_env.workloads import Workload, deciding_budgets
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 
@@ -101,7 +99,7 @@ class PPOStage:
             self.env_class(
                 self.settings.num_envs // len(self.workloads),
                 workload,
-                self.budgets,
+                deciding_budgets(workload, self.budgets),
                 reward={reward.metric: reward.sign * reward.scale},
                 telescoping=reward.telescoping,
                 num_clips=self.config.train_clips,
@@ -113,20 +111,14 @@ class PPOStage:
 
     def _make_model(self, envs: Sequence[FrameRetentionVectorEnv]) -> ResumablePPO:
         """A new model that acts in these environments."""
-        network = asdict(self.config.network)
         options = asdict(self.settings)
         learning_rate = options.pop("learning_rate")
         for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates"):
             options.pop(not_in_sb3)
-        env = AgentVecEnv(
-            VecMonitor(JoinedVecEnv([SB3VecEnv(env) for env in envs])),
-            [workload.num_predict for workload in self.workloads for _ in range(envs[0].num_envs)],
-            RetentionNetwork(**network).spec,
-        )
         return ResumablePPO(
-            SubsetPolicy,
-            env,
-            policy_kwargs={"network": network},
+            EvictionPolicy,
+            VecMonitor(EvictionVecEnv(envs, self.config.network)),
+            policy_kwargs={"network": self.config.network},
             learning_rate=lambda remaining: learning_rate * remaining,
             seed=self.config.seed,
             device="cpu",

@@ -23,7 +23,6 @@ from far_env.agents.checkpoints import (
 )
 from far_env.agents.config import AgentTraining, NetworkConfig
 from far_env.config import load_yaml, save_yaml
-from far_env.envs.episodes import ROW_FEATURES
 from far_env.evaluation.table import markdown_table, source_lines
 from far_env.io import make_run_dir, read_json, write_text
 from far_env.provenance import load_facts
@@ -146,9 +145,9 @@ def card_text(name: str, settings: AgentTraining, about: dict[str, str], measure
     return f"""\
 # {name}
 
-A learned policy that decides which history frames an autoregressive video model keeps: a set transformer assigns a score to
-each frame of the history; the newest frame stays, and the budget is filled with the frames that have the highest positive
-scores.
+A learned policy that decides which history frames an autoregressive video model keeps: an edge-conditioned set
+transformer over the frames seen so far assigns a score to each frame of the history; the newest frame stays, and of the others
+the one with the lowest score is dropped, until the history fits the budget.
 
 - Trained on: {about["trained_on"]}.
 - Training: {_stages(settings)}.
@@ -179,9 +178,11 @@ def _stages(settings: AgentTraining) -> str:
     if imitation.true_clips:
         clips = f"{imitation.true_clips:,} clips"
         stages.append(f"imitation of an expert that uses the true rest of the clip, on the true frames of {clips}")
-    if imitation.rounds:
-        rounds = f"{imitation.rounds} round{'s' * (imitation.rounds > 1)}"
-        stages.append(f"{rounds} of imitation of the expert in rollouts")
+    for count, where in ((imitation.true_rounds, "true frames"), (imitation.rounds, "rollouts")):
+        if count:
+            stages.append(
+                f"{count} round{'s' * (count > 1)} of imitation of the expert's decisions in the scorer's own {where}"
+            )
     kept = (
         f"keeping the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
     )
@@ -193,26 +194,15 @@ def _stages(settings: AgentTraining) -> str:
 
 def _inputs(network: NetworkConfig) -> str:
     """The scorer's inputs."""
-    sentences = [f"of each kept frame the benchmark's {', '.join(ROW_FEATURES)}; the budget and the step"]
+    told = "of each kept frame the benchmark's feature_drift, temporal_similarity and motion_strength; the budget and the step"
     if network.signals:
-        sentences[0] += (
-            f"; beyond the benchmark {', '.join(network.signals)} of the kept frames, so that it cannot be exported."
-        )
+        told += f"; beyond the benchmark {', '.join(network.signals)} of the kept frames, so that it cannot be exported."
     else:
-        sentences[0] += "; no pixels, no latents, no attention."
-    if network.memory:
-        sentences.append(
-            "It remembers its decisions within a clip, and so the frames' true ages and each frame's features when it was new."
-        )
-    if network.surroundings:
-        sentences.append("It also remembers how frames changed around each one, and compares frames by these changes.")
-    if network.places:
-        sentences.append("From the changes it infers which frames show the same place or shot.")
-    if network.path:
-        sentences.append("From the changes it infers how far apart frames are along the camera's path.")
-    if network.sequential_eviction:
-        sentences.append("Where several frames have to go, it drops them sequentially and rescores the remaining ones.")
-    return " ".join(sentences)
+        told += "; no pixels, no latents, no attention."
+    remembers = (
+        "It remembers what it was told in all calls for a clip, of dropped frames too: which frames were compared, and how."
+    )
+    return f"{told} {remembers}" if network.dropped_frames else told
 
 
 def _training_time(run: Path, sessions: list[dict[str, Any]]) -> str:

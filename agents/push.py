@@ -95,7 +95,7 @@ def _policy_files(source: str, repository: str, scratch: Path) -> dict[str, Path
         card = (scratch / CARD_FILE).read_text(encoding="utf-8")
     write_text(scratch / CARD_FILE, _HEAD + card)
     network, _ = load_scorer(scratch)
-    if not network.spec.signals:
+    if not network.config.signals:
         export_run(scratch, scratch / EXPORTED_FILE)
     if (folder / RESULTS_FILE).exists():
         shutil.copy(folder / RESULTS_FILE, scratch / RESULTS_FILE)

@@ -1,9 +1,9 @@
 """A surrogate of the host that is much cheaper: rollouts of true frames, and an estimate of the errors a host would make.
 
 A video model can only reproduce content that its history contains. So the error of a frame is estimated from the kept frames:
-each latent cell could be copied from the most similar cell of the same row in a kept frame, and inherits that cell's error,
-unless the workload feeds back true frames, whose cells have none.
-Error that even the whole history would leave is not counted. PPO trains on the surrogate before it trains with the host.
+each latent cell could be copied from the most similar cell anywhere in a kept frame, and inherits that cell's error, unless the
+workload feeds back true frames, whose cells have none. Error that even the whole history would leave is not counted. No host
+generates a frame, and no constant of one enters. PPO trains on the surrogate before it trains with the host.
 """
 
 from __future__ import annotations
@@ -16,58 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from far_env.agents.expert_data import TrueHistories, true_frames
-from far_env.agents.oracle import pixel_error_scale, rows_of_cells
+from far_env.agents.expert_data import COST_FLOOR, TrueHistories, true_frames
 from far_env.clips.clip import Clip
 from far_env.envs.episodes import EpisodeBatch, Reward
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.frame_meta import FEATURES, frame_features
-from far_env.metrics import clip_metrics
+from far_env.latent_cells import nearest_cells
 from far_env.rollout.memo import FrameMemo, content_key
-from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.rollout.play import play
 from far_env.rollout.signals import column_gaps, latent_cosines
 from far_env.workloads import Workload
 
 ESTIMATE = "estimated_psnr"
 DRIFT, SIMILARITY = FEATURES.index("feature_drift"), FEATURES.index("temporal_similarity")
-CALIBRATION_CLIPS = 32
-"""Train clips on which the host's error without evictions is measured."""
 TOLERANCE = 0.04
 """Squared distance up to which two cells have the same content, as a share of the squared distance of unrelated cells."""
 MEMO_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class SurrogateCalibration:
-    """Constants of the estimate, for one host and world.
-
-    Attributes:
-        host_error: mean squared pixel error of a frame when nothing was dropped.
-        pixel_scale: mean squared pixel error per summed squared latent error of a frame.
-        tolerance: squared distance up to which two cells have the same content.
-    """
-
-    host_error: float
-    pixel_scale: float
-    tolerance: float
-
-    @staticmethod
-    def of(workload: Workload) -> SurrogateCalibration:
-        """Measure the constants in rollouts of the first train clips with full history."""
-        clips = [
-            workload.clips.clip("train", clip_id)
-            for clip_id in range(min(CALIBRATION_CLIPS, workload.clips.num_clips("train")))
-        ]
-        rollouts, _ = play(workload, clips, [BENCHMARK_SEED + clip.clip_id for clip in clips], None, 1)
-        frames = torch.stack([true_frames(workload, clip) for clip in clips])
-        scores = clip_metrics(rollouts.decode(range(len(clips))).float(), frames[:, workload.num_context :], ("psnr",))
-        latents = workload.host.autoencoder.encode(frames.to(workload.host.dtype))
-        return SurrogateCalibration(
-            host_error=float(10 ** -(np.mean([score["psnr"] for score in scores]) / 10)),
-            pixel_scale=pixel_error_scale(frames, latents),
-            tolerance=TOLERANCE * 2 * float(latents.float().var()) * latents.shape[2],
-        )
 
 
 @dataclass(frozen=True)
@@ -75,8 +38,8 @@ class FrameDistances:
     """Distances and other comparisons of every two frames of a clip.
 
     Attributes:
-        distance: float32 (T, T, h, w), of each cell of frame i the squared distance to the nearest cell of its row in frame j.
-        nearest: int8 (T, T, h, w), the index of that cell in the row.
+        distance: float32 (T, T, cells), of each cell of frame i the squared distance to the nearest cell in frame j.
+        nearest: int16 (T, T, cells), the index of that cell.
         features: float32 (T, T, 4), `frame_features` of frame i where frame j is both the one before it and the oldest.
         lat_cos, column_gap: float32 (T, T) and (T, T, w), see `far_env.contract.SIGNALS`.
     """
@@ -90,31 +53,30 @@ class FrameDistances:
     @staticmethod
     def of(latents: Tensor) -> FrameDistances:
         """Compare the frames of a clip (T, C, h, w)."""
-        cells = rows_of_cells(latents)
-        distance, nearest = torch.cdist(cells[:, :, None], cells[:, None]).square().min(dim=-1)
+        distance, nearest = (part[0] for part in nearest_cells(latents[None], latents[None]))
         count = len(latents)
         pairs = torch.stack([latents.repeat(count, 1, 1, 1), latents.repeat_interleave(count, dim=0)], dim=1)
         features = frame_features(pairs)[:, 1].unflatten(0, (count, count))
         signals = latent_cosines(latents[None])[0], column_gaps(latents[None])[0]
-        parts = (distance.permute(1, 2, 0, 3), nearest.permute(1, 2, 0, 3).to(torch.int8), features, *signals)
-        return FrameDistances(*(part.contiguous().numpy() for part in parts))
+        return FrameDistances(*(part.contiguous().numpy() for part in (distance, nearest.to(torch.int16), features, *signals)))
 
 
 class SurrogateRollouts(TrueHistories):
     """In place of `far_env.rollout.engine.RolloutBatch`: frames are the clip's true ones, with an estimated error of each cell.
 
     Attributes:
-        errors: float32 (rows, T, h, w), expected squared error of each cell of each frame.
+        errors: float32 (rows, T, cells), expected squared error of each cell of each frame, in units of the clip's: 1 where
+            nothing is known of it.
     """
 
-    def __init__(self, workload: Workload, num_rows: int, tolerance: float) -> None:
+    def __init__(self, workload: Workload, num_rows: int) -> None:
         self.workload = workload
-        self.tolerance = tolerance
         self.memo = FrameMemo(MEMO_BYTES)
         shape = workload.host.latent_shape
         super().__init__(torch.zeros(num_rows, workload.num_frames, *shape), workload.num_context)
         self.next = [workload.num_frames] * num_rows
-        self.errors = np.zeros((num_rows, workload.num_frames, *shape[1:]), dtype=np.float32)
+        self.errors = np.zeros((num_rows, workload.num_frames, shape[1] * shape[2]), dtype=np.float32)
+        self._units = np.ones(num_rows)
         self._distances = [FrameDistances(*[np.zeros(0)] * 5)] * num_rows
 
     def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
@@ -129,18 +91,21 @@ class SurrogateRollouts(TrueHistories):
         """Assign clips to rows: their latents and the comparisons of their frames."""
         for row, clip in zip(rows, clips, strict=True):
             self.latents[row], self._distances[row] = self._comparisons(clip)
+            self._units[row] = max(float(self.latents[row].var()) * self.latents.shape[2], 1e-12)
 
     def advance(self, rows: Sequence[int]) -> None:
         """Append the next true frame of each row, with the error expected from the history."""
         for row in rows:
             kept, frame, distances = self.kept[row], self.next[row], self._distances[row]
-            sources = distances.distance[frame, kept]
+            unit = self._units[row]
+            sources = distances.distance[frame, kept] / unit
             if not self.workload.true_feedback:
                 nearest = distances.nearest[frame, kept].astype(np.int64)
                 sources = sources + np.take_along_axis(self.errors[row, kept], nearest, axis=-1)
             missing = sources.min(axis=0)
-            missing -= distances.distance[frame, :frame].min(axis=0)
-            self.errors[row, frame] = np.maximum(missing - self.tolerance, 0)
+            missing -= distances.distance[frame, :frame].min(axis=0) / unit
+            # Two unrelated cells are twice the variance apart.
+            self.errors[row, frame] = np.maximum(missing - 2 * TOLERANCE, 0)
         super().advance(rows)
 
     def features(self, rows: Sequence[int]) -> np.ndarray:
@@ -213,8 +178,7 @@ class SurrogateEpisodes(EpisodeBatch):
         """Make rollouts of true frames in place of generated ones."""
         if unknown := sorted({*self.signals} - {*SurrogateRollouts.SIGNALS}):
             raise ValueError(f"the surrogate has no {', '.join(unknown)}: set surrogate.total_timesteps to 0")
-        self.calibration = SurrogateCalibration.of(self.workload)
-        return SurrogateRollouts(self.workload, num_rows, self.calibration.tolerance)
+        return SurrogateRollouts(self.workload, num_rows)
 
     def rewards(self, rows: Sequence[int]) -> tuple[np.ndarray, list[dict[str, float] | None]]:
         """Each row's reward since the last call, and the final estimate of rows that ended (else None)."""
@@ -230,10 +194,10 @@ class SurrogateEpisodes(EpisodeBatch):
         return earned, finals
 
     def estimate(self, row: int) -> float:
-        """Expected PSNR in dB of the frames so far."""
-        frames = self.rollouts.errors[row, self.workload.num_context : self.rollouts.next[row]]
-        error = self.calibration.host_error + self.calibration.pixel_scale * float(frames.sum(axis=(1, 2)).mean())
-        return -10 * float(np.log10(error))
+        """Expected PSNR in dB of the frames so far, whose error is the estimated one and `COST_FLOOR` of the clip's variance."""
+        errors = self.rollouts.errors[row, self.workload.num_context : self.rollouts.next[row]]
+        variance = float(self.clips[row].frames[: self.workload.num_frames].var())
+        return -10 * float(np.log10(max(variance, 1e-12) * (COST_FLOOR + float(errors.mean()))))
 
     def load_state_dict(self, state: dict) -> None:
         """Restore rows saved by `state_dict`."""

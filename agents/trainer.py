@@ -27,7 +27,7 @@ from far_env.evaluation.table import results_table
 from far_env.io import disk_errors, locked, make_run_dir, write_json, write_text
 from far_env.policies import load_policy
 from far_env.provenance import add_to_facts, run_facts, save_facts, session_precision
-from far_env.workloads import Workload, check_decides, make_workload, resolve_budgets
+from far_env.workloads import Workload, deciding_budgets, make_workload, resolve_budgets
 
 FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
 """Settings that may differ when a run is resumed; all others determine the training."""
@@ -81,7 +81,7 @@ def stages(run: Run) -> list[Stage]:
     """The configured stages of a run, in order: imitation, PPO with the surrogate, PPO with the host."""
     config, experiment = run.config, (run.config, run.workloads, run.budgets)
     planned: list[Stage] = []
-    if config.imitation.rounds:
+    if config.imitation.true_clips:
         planned.append(ImitationStage(*experiment, run.folder / EXPERT_DATA_FOLDER))
     if config.surrogate.total_timesteps:
         folder = run.folder / SURROGATE_FOLDER
@@ -107,12 +107,17 @@ def learn(run: Run) -> RetentionNetwork:
 def compare(run: Run, policies: dict[str, Any]) -> str:
     """Evaluate the policies on test clips of every workload under every budget; save results, return the tables."""
     clips = range(run.config.test_clips)
-    results = [evaluate(workload, budget, policies, clips) for workload in run.workloads for budget in run.budgets]
+    results = [
+        evaluate(workload, budget, policies, clips)
+        for workload in run.workloads
+        for budget in deciding_budgets(workload, run.budgets)
+    ]
     write_json(run.folder / RESULTS_FILE, {"tables": [result.summary() for result in results]})
     tables = "\n\n".join(map(results_table, results))
     write_text(run.folder / "results.txt", tables + "\n")
     pictured = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
-    save_comparison(run.folder / "comparison.png", run.workloads[0], run.budgets[0], pictured)
+    first = run.workloads[0]
+    save_comparison(run.folder / "comparison.png", first, deciding_budgets(first, run.budgets)[0], pictured)
     return tables
 
 
@@ -165,8 +170,7 @@ def check_run_dir(config: AgentTraining, folder: Path) -> None:
 
 def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int]) -> None:
     """Raise ValueError before the training about what would fail after it."""
-    for budget in budgets:
-        check_decides(workload, budget)
+    deciding_budgets(workload, budgets)
     if config.validation_clips < len(budgets):
         raise ValueError(
             f"validation_clips is {config.validation_clips}, fewer than the {len(budgets)} budgets that share them"

@@ -74,8 +74,8 @@ class ValidationCheckpoint(BaseCallback):
         # SB3 would reset the environment if it had no last observation.
         model._last_obs = {key: value.numpy() for key, value in saved["last_obs"].items()}
         model._last_episode_starts = saved["last_episode_starts"].numpy()
-        model.env.load_state_dict(saved["memories"], model._last_obs)
-        monitor = model.env.venv
+        monitor = model.env
+        monitor.venv.load_state_dict(saved["graphs"])
         monitor.episode_returns = saved["episode_returns"].numpy()
         monitor.episode_lengths = saved["episode_lengths"].numpy()
         torch.set_rng_state(saved["torch_rng"])
@@ -123,7 +123,7 @@ class ValidationCheckpoint(BaseCallback):
             self.logger.dump(self.num_timesteps)
 
     def _save(self) -> None:
-        model, monitor = self.model, self.model.env.venv
+        model, monitor = self.model, self.model.env
         name, keys, position, has_gauss, gauss = np.random.get_state()
         save_tensors(
             self.path,
@@ -137,7 +137,7 @@ class ValidationCheckpoint(BaseCallback):
                 "best_score": float(self.best_score),
                 "best_weights": self.best_weights,
                 "envs": [env.state_dict() for env in self.envs],
-                "memories": model.env.state_dict(),
+                "graphs": monitor.venv.state_dict(),
                 "last_obs": {key: torch.as_tensor(value) for key, value in model._last_obs.items()},
                 "last_episode_starts": torch.as_tensor(model._last_episode_starts),
                 "episode_infos": ([float(i["r"]) for i in model.ep_info_buffer], [int(i["l"]) for i in model.ep_info_buffer]),

@@ -9,7 +9,7 @@ from far_env.agents.network import RetentionNetwork
 from far_env.agents.policies import AgentPolicy
 from far_env.evaluation.evaluate import evaluate
 from far_env.progress import show_progress
-from far_env.workloads import Workload
+from far_env.workloads import Workload, deciding_budgets
 
 
 def validation_scores(
@@ -17,14 +17,15 @@ def validation_scores(
 ) -> dict[tuple[str, int], float]:
     """(workload, budget) → the scorer's mean of the reward's metric on validation clips.
 
-    Each clip is played under one of the budgets, so that several budgets cost no more than one.
+    Each clip is played under one of the budgets that leave something to decide, so that several cost no more than one.
     """
     metric, scores = config.reward.metric, {}
     total = len(workloads) * config.validation_clips
     with show_progress(total=total, description="validation", unit="clips") as bar:
         for workload in workloads:
-            for index, budget in enumerate(budgets):
-                clips = range(config.validation_clips)[index :: len(budgets)]
+            deciding = deciding_budgets(workload, budgets)
+            for index, budget in enumerate(deciding):
+                clips = range(config.validation_clips)[index :: len(deciding)]
                 policies = {"learned": AgentPolicy(scorer)}
                 result = evaluate(workload, budget, policies, clips, split="validation", metrics=(metric,), progress=False)
                 scores[workload.name, budget] = float(result.scores["learned"][metric].mean())

@@ -353,3 +353,11 @@ def check_decides(workload: Workload, max_frames: int) -> None:
             f"a budget of {max_frames} leaves nothing to decide in {workload.name}, whose clips have {workload.num_frames} "
             f"frames; use at most {workload.num_frames - 2}"
         )
+
+
+def deciding_budgets(workload: Workload, budgets: Sequence[int]) -> list[int]:
+    """The budgets under which a decision can influence a frame of the workload. Raises ValueError if there is none."""
+    deciding = [budget for budget in budgets if budget <= workload.num_frames - 2]
+    if not deciding:
+        check_decides(workload, min(budgets))
+    return deciding

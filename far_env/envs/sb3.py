@@ -37,7 +37,7 @@ class SB3VecEnv(VecEnv):
         options = {key: [row.get(key) for row in self._options] for key in keys}
         seeds = None if all(seed is None for seed in self._seeds) else self._seeds
         observations, infos = self.env.reset(seed=seeds, options=options)
-        self.reset_infos = [_row_info(infos, row) for row in range(self.num_envs)]
+        self.reset_infos = [row_info(infos, row) for row in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
         return observations
@@ -52,11 +52,11 @@ class SB3VecEnv(VecEnv):
         rows = []
         for row in range(self.num_envs):
             if terminations[row] or truncations[row]:
-                info = _row_info(infos["final_info"], row)
+                info = row_info(infos["final_info"], row)
                 info["terminal_observation"] = infos["final_obs"][row]
                 info["TimeLimit.truncated"] = bool(truncations[row] and not terminations[row])
             else:
-                info = _row_info(infos, row)
+                info = row_info(infos, row)
             rows.append(info)
         return observations, rewards.astype(np.float32), terminations | truncations, rows
 
@@ -162,7 +162,7 @@ def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def _row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
+def row_info(infos: dict[str, Any], row: int) -> dict[str, Any]:
     """Return one row's part of Gymnasium's dict of arrays."""
     row_info = {}
     for key, values in infos.items():

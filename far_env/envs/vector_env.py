@@ -126,8 +126,15 @@ class FrameRetentionVectorEnv(VectorEnv):
             infos = self._add_info(infos, self.episodes.info(row), row)
         return observations, infos
 
-    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Apply one decision in every row; ``autoreset_mode`` determines what happens to rows whose episode ended."""
+    def step(
+        self, actions: np.ndarray, *, rows: Sequence[int] | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Apply one decision in every row; ``autoreset_mode`` determines what happens to rows whose episode ended.
+
+        Args:
+            actions: keep masks (num_envs, N).
+            rows: only these rows decide; the others are unchanged, with a reward of zero and their actions ignored.
+        """
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {self.action_space.shape}, got {actions.shape}")
@@ -136,8 +143,10 @@ class FrameRetentionVectorEnv(VectorEnv):
         waiting = np.flatnonzero(self._done).tolist()
         if waiting and self.autoreset_mode != AutoresetMode.NEXT_STEP:
             raise gym.error.ResetNeeded(f"rows {waiting} have ended; reset them with options={{'reset_mask': …}} before step()")
+        deciding = set(range(self.num_envs) if rows is None else rows)
+        waiting = [row for row in waiting if row in deciding]
         rows = range(self.num_envs)
-        acting = [row for row in rows if not self._done[row]]
+        acting = [row for row in rows if row in deciding and not self._done[row]]
         repaired = {row: self.episodes.retain(row, actions[row]) for row in acting}
         self._begin(waiting, {})
         self.episodes.run(rows)
@@ -169,7 +178,7 @@ class FrameRetentionVectorEnv(VectorEnv):
             for row in ended:
                 row_infos[row] = self.episodes.info(row)
         if self.autoreset_mode != AutoresetMode.SAME_STEP:
-            self._done = done.copy()
+            self._done[list(deciding)] = done[list(deciding)]
         for row in rows:
             infos = self._add_info(infos, row_infos[row], row)
         return observations, rewards, terminations, truncations, infos

@@ -1,0 +1,192 @@
+"""The environment as a scorer learns in it: an action drops one frame, and observations are frame graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+from far_env.agents.config import NetworkConfig
+from far_env.agents.graph_batches import stacked
+from far_env.agents.observation import FrameGraph, signal_arrays
+from far_env.contract import OF_PAIRS
+from far_env.envs.sb3 import row_info
+from far_env.envs.vector_env import FrameRetentionVectorEnv
+
+
+class EvictionVecEnv(VecEnv):
+    """Rows of `FrameRetentionVectorEnv`s, of one or more workloads, for Stable-Baselines3.
+
+    An action is the node of a frame to drop, ``Discrete(N)``. A row's decision is complete, and its episode goes on, when its
+    history fits the budget; until then it is asked again, with a reward of zero. Observations are the arrays of
+    `FrameGraph.arrays`, padded to N nodes, with ``mask``, 1 at nodes, and ``remaining``, 1 at frames that were not dropped yet.
+
+    Args:
+        envs: with autoreset mode SAME_STEP; they may differ in workload, budgets and slots.
+        config: of the scorer: its signals, and whether it sees dropped frames.
+    """
+
+    def __init__(self, envs: Sequence[FrameRetentionVectorEnv], config: NetworkConfig) -> None:
+        self.envs, self.config = list(envs), config
+        sizes = [(env.episodes.num_slots, env.episodes.workload.num_frames) for env in envs]
+        self.num_nodes = max(max(slots, min(frames, FrameGraph.MAX_NODES)) for slots, frames in sizes)
+        self._rows = [(env, row) for env in self.envs for row in range(env.num_envs)]
+        self.graphs = [FrameGraph(config.dropped_frames) for _ in self._rows]
+        self.remaining: list[np.ndarray] = [np.zeros(0, dtype=bool) for _ in self._rows]
+        self.observations: list[dict] = [{} for _ in self._rows]
+        self._actions = np.zeros(len(self._rows), dtype=np.int64)
+        super().__init__(len(self._rows), self._space(), spaces.Discrete(self.num_nodes))
+
+    def reset(self) -> dict[str, np.ndarray]:
+        """Begin all episodes with the seeds that were set."""
+        start = 0
+        for env in self.envs:
+            seeds = self._seeds[start : start + env.num_envs]
+            observations, infos = env.reset(seed=None if all(seed is None for seed in seeds) else seeds)
+            for row in range(env.num_envs):
+                self._begin(start + row)
+                self._observe(start + row, observations, infos, row)
+            start += env.num_envs
+        self.reset_infos = [{} for _ in self._rows]
+        self._reset_seeds()
+        return self._stacked()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Remember the actions for `step_wait`."""
+        self._actions = np.asarray(actions)
+
+    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Drop a frame in every row; rows whose history fits go on to their next decision."""
+        rewards, dones = np.zeros(self.num_envs, dtype=np.float32), np.zeros(self.num_envs, dtype=bool)
+        row_infos: list[dict[str, Any]] = [{} for _ in self._rows]
+        start = 0
+        for env in self.envs:
+            ready = []
+            actions = np.zeros(env.action_space.shape, dtype=np.int8)
+            for row in range(env.num_envs):
+                index = start + row
+                self._drop(index, int(self._actions[index]))
+                kept = np.flatnonzero(self.remaining[index])
+                if len(kept) <= env.episodes.max_frames[row]:
+                    ready.append(row)
+                    actions[row, env.episodes.num_slots - len(self.remaining[index]) + kept] = 1
+                    self.graphs[index].keep(kept.tolist())
+            if ready:
+                observations, earned, terminated, truncated, infos = env.step(actions, rows=ready)
+                ended = terminated | truncated
+                for row in ready:
+                    index = start + row
+                    rewards[index], dones[index] = earned[row], ended[row]
+                    if ended[row]:
+                        row_infos[index] = row_info(infos["final_info"], row)
+                        row_infos[index]["terminal_observation"] = {
+                            key: value[0] for key, value in self._stacked([index]).items()
+                        }
+                        row_infos[index]["TimeLimit.truncated"] = bool(truncated[row] and not terminated[row])
+                        self._begin(index)
+                    self._observe(index, observations, infos, row)
+            start += env.num_envs
+        return self._stacked(), rewards, dones, row_infos
+
+    def action_masks(self) -> np.ndarray:
+        """bool (num_envs, N), the nodes that may be dropped: remaining frames but the newest."""
+        masks = np.zeros((self.num_envs, self.num_nodes), dtype=bool)
+        for mask, graph, remaining in zip(masks, self.graphs, self.remaining, strict=True):
+            mask[graph.rows()[np.flatnonzero(remaining)[:-1]]] = True
+        return masks
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The graphs and what remains of the histories, as tensors and plain values."""
+        return [
+            {
+                "graph": {name: _plain(value) for name, value in vars(graph).items()},
+                "remaining": torch.from_numpy(remaining.copy()),
+                "arrays": {name: torch.from_numpy(value.copy()) for name, value in arrays.items()},
+            }
+            for graph, remaining, arrays in zip(self.graphs, self.remaining, self.observations, strict=True)
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Restore what `state_dict` returned; the environments are restored separately."""
+        for index, saved in enumerate(state):
+            values = {name: value.numpy() if torch.is_tensor(value) else value for name, value in saved["graph"].items()}
+            vars(self.graphs[index]).update(values)
+            self.remaining[index] = saved["remaining"].numpy()
+            self.observations[index] = {name: value.numpy() for name, value in saved["arrays"].items()}
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self.envs:
+            env.close()
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """This environment's attribute, once per index."""
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Set an attribute for all rows."""
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
+        """Call a batched method once and return one row of the result per index."""
+        results = getattr(self, method_name)(*args, **kwargs)
+        return [results[row] for row in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type, indices: int | Iterable[int] | None = None) -> list[bool]:
+        """False for every index: rows are not single environments that could be wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+    def _begin(self, index: int) -> None:
+        """Forget a row's episode."""
+        self.graphs[index] = FrameGraph(self.config.dropped_frames)
+
+    def _drop(self, index: int, node: int) -> None:
+        """Drop the frame at a node, or the oldest that remains where it is none that may be dropped."""
+        remaining, rows = self.remaining[index], self.graphs[index].rows()
+        allowed = np.flatnonzero(remaining)[:-1]
+        chosen = allowed[rows[allowed] == node]
+        remaining[chosen[0] if len(chosen) else allowed[0]] = False
+
+    def _observe(self, index: int, observations: dict[str, np.ndarray], infos: dict[str, Any], row: int) -> None:
+        """Tell a row's graph about its present history."""
+        env, _ = self._rows[index]
+        count = int(observations["mask"][row].sum())
+        step, total_steps, max_frames = (int(infos[key][row]) for key in ("step", "total_steps", "max_frames"))
+        slots = env.episodes.num_slots
+        features = infos["frame_features"][row][slots - count :]
+        signals = {name: observations[name][row] for name in self.config.signals}
+        aligned = {name: value[slots - count :] for name, value in signals.items()}
+        aligned = {name: value[:, slots - count :] if value.ndim > 1 else value for name, value in aligned.items()}
+        graph = self.graphs[index]
+        graph.observe_frames(features, step, *signal_arrays(aligned, self.config.signals))
+        self.remaining[index] = np.ones(count, dtype=bool)
+        self.observations[index] = graph.arrays(total_steps - step - 1, max_frames)
+
+    def _stacked(self, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """The padded observations of these rows, by default of all, float32."""
+        rows = range(self.num_envs) if rows is None else rows
+        batch, mask = stacked([self.observations[row] for row in rows], self.num_nodes)
+        remaining = np.zeros_like(mask)
+        for index, row in enumerate(rows):
+            remaining[index, self.graphs[row].rows()[self.remaining[row]]] = True
+        parts = {**batch, "mask": mask, "remaining": remaining}
+        return {name: parts[name].astype(np.float32) for name in self.observation_space.spaces}
+
+    def _space(self) -> spaces.Dict:
+        """The arrays of `FrameGraph.arrays` by name, those of signals only where there are any, mask and remaining."""
+        example = FrameGraph(self.config.dropped_frames)
+        of_pairs = [name in OF_PAIRS for name in self.config.signals]
+        example.observe_frames(np.zeros((1, 4)), 0, [np.zeros(1)] * of_pairs.count(False), [np.zeros((1, 1))] * sum(of_pairs))
+        batch, mask = stacked([example.arrays(1, 1)], self.num_nodes)
+        parts = {**batch, "mask": mask, "remaining": mask}
+        shapes = {name: values.shape[1:] for name, values in parts.items() if values.size}
+        return spaces.Dict({name: spaces.Box(-np.inf, np.inf, shape, np.float32) for name, shape in shapes.items()})
+
+
+def _plain(value: Any) -> Any:
+    """An array as a tensor; anything else as it is."""
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
