@@ -75,6 +75,7 @@ class EvictionVecEnv(VecEnv):
                     ready.append(row)
                     actions[row, env.episodes.num_slots - len(self.remaining[index]) + kept] = 1
                     self.graphs[index].keep(kept.tolist())
+                    self.remaining[index] = np.ones(len(kept), dtype=bool)
             if ready:
                 observations, earned, terminated, truncated, infos = env.step(actions, rows=ready)
                 ended = terminated | truncated

@@ -1,7 +1,7 @@
 """Calls of a policy with the costs of dropping each frame, collected in rollouts of train clips or from their true frames.
 
-What is stored are the calls themselves, so that the network's inputs are made from them by `far_env.agents.observation`, as they
-are when a policy acts.
+What is stored are the calls themselves, so that the network's inputs are made from them by `far_env.agents.observation`, as
+they are when a policy acts.
 """
 
 from __future__ import annotations

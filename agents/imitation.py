@@ -70,14 +70,14 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: Im
     squared error of the similarities of frames; means over decisions.
     """
     x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
-    scores = network.score(x, e, decisions.remaining)
+    scores = network.score(x, e, decisions.remaining).float()
     fixed = decisions.costs.isinf()
     extra = (decisions.costs - decisions.costs.amin(dim=1, keepdim=True)) / settings.temperature
     log_probs = (-scores).masked_fill(fixed, -1e9).log_softmax(dim=1)
     loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(fixed, 0.0)).sum(dim=1).mean()
     expected_cost = (log_probs.exp() * extra.masked_fill(fixed, 0.0)).sum(dim=1).mean()
     both = (decisions.mask[:, :, None] & decisions.mask[:, None]).float()
-    errors = (network.similarity(e)[..., 0] - decisions.similarity).square() * both
+    errors = (network.similarity(e)[..., 0].float() - decisions.similarity).square() * both
     return loss + settings.expected_cost_weight * expected_cost + settings.similarity_weight * errors.sum() / both.sum()
 
 
@@ -103,8 +103,10 @@ def imitate(
     """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
     First the expert acts on true frames; then, round by round, the scorer that has learned all before: on true frames, then
-    in rollouts. The clips of a part are shared evenly among the workloads, and each is played under several of the budgets in
+    in rollouts. The clips of a part are shared among the workloads (`clip_shares`), and each is played under several of the budgets in
     turn. What is finished is not made again, so that a stopped run resumes where it stopped.
+
+    The networks learn in the precision of the first workload's host.
 
     Args:
         num_clips: train clips to draw from; no clip comes twice before all have come.
@@ -116,6 +118,7 @@ def imitate(
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     rounds = ["true"] * settings.true_rounds + ["rollouts"] * settings.rounds
     counts = [settings.true_clips, *[settings.clips_per_round] * len(rounds)]
+    shares, precision = clip_shares(workloads), workloads[0].host.dtype
     rng = np.random.default_rng((seed, 4))
     order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-sum(counts) // num_clips))]).tolist()
     decisions: list[GraphDecisions] = []
@@ -124,9 +127,10 @@ def imitate(
         clips, order = order[:count], order[count:]
         scorer_path = folder / f"scorer_{number:02d}.ckpt"
         actor = None if weights is None else network_with_weights(network_config, weights)
-        for index, workload in enumerate(workloads):
+        ends = np.round(np.cumsum(shares) * count).astype(int).tolist()
+        for workload, begin, end in zip(workloads, [0, *ends], ends, strict=False):
             path = folder / f"{number:02d}_{kind}_{workload.name}.safetensors"
-            share = clips[index :: len(workloads)]
+            share = clips[begin:end]
             if not share:
                 continue
             if not path.exists():
@@ -146,11 +150,17 @@ def imitate(
             if not scorer_path.exists() or number < len(rounds):
                 decisions.append(GraphDecisions(_load(path), network_config))
         if not scorer_path.exists():
-            network = fit(decisions, network_config, settings, seed, weights, folder / LEARNING_FILE)
+            network = fit(decisions, network_config, settings, seed, weights, folder / LEARNING_FILE, precision)
             save_tensors(scorer_path, dict(network.state_dict()))
             (folder / LEARNING_FILE).unlink(missing_ok=True)
         weights = load_tensors(scorer_path)
     return network_with_weights(network_config, weights)
+
+
+def clip_shares(workloads: Sequence[Workload]) -> np.ndarray:
+    """The share of the clips that each workload gets, so that all get about the same number of frames: float64 (workloads,)."""
+    shares = np.array([1 / workload.num_frames for workload in workloads])
+    return shares / shares.sum()
 
 
 def fit(
@@ -160,12 +170,14 @@ def fit(
     seed: int,
     start: Mapping[str, Tensor] | None = None,
     checkpoint: Path | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> RetentionNetwork:
     """Train a scorer on the decisions; the same seed gives the same scorer.
 
     Args:
         start: weights to continue from, at `FINETUNE_LR_SCALE` of the learning rate; by default a new scorer learns.
         checkpoint: written after every pass; a stopped training resumes from it.
+        precision: of matrix products; bfloat16 is faster on processors that have it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -193,7 +205,8 @@ def fit(
             rng = np.random.default_rng((seed, 5, epoch))
             losses = []
             for part, indices in shuffled_batches(parts, settings.batch_size, rng):
-                loss = imitation_loss(network, part.batch(indices), settings)
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                    loss = imitation_loss(network, part.batch(indices), settings)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

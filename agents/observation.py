@@ -31,7 +31,7 @@ class FrameGraph(FrameBirths):
         total: float64 (3,), the sum of the changes between consecutive frames so far and their count.
     """
 
-    MAX_NODES = 96
+    MAX_NODES = 64
     """Frames that are remembered. Of more, those that were dropped longest ago are forgotten; kept frames never are."""
     MEASUREMENTS = 3
     """Of a pair: 1 − cosine and mean absolute difference, known of frames that were neighbours in the history; and the distance

@@ -194,7 +194,7 @@ class SurrogateEpisodes(EpisodeBatch):
         return earned, finals
 
     def estimate(self, row: int) -> float:
-        """Expected PSNR in dB of the frames so far, whose error is the estimated one and `COST_FLOOR` of the clip's variance."""
+        """Expected PSNR in dB of the frames so far: of the estimated errors and `COST_FLOOR` of the clip's variance."""
         errors = self.rollouts.errors[row, self.workload.num_context : self.rollouts.next[row]]
         variance = float(self.clips[row].frames[: self.workload.num_frames].var())
         return -10 * float(np.log10(max(variance, 1e-12) * (COST_FLOOR + float(errors.mean()))))
