@@ -103,8 +103,8 @@ def imitate(
     """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
     First the expert acts on true frames; then, round by round, the scorer that has learned all before: on true frames, then
-    in rollouts. The clips of a part are shared among the workloads (`clip_shares`), and each is played under several of the budgets in
-    turn. What is finished is not made again, so that a stopped run resumes where it stopped.
+    in rollouts. The clips of a part are shared among the workloads (`clip_shares`), and each is played under several of the
+    budgets in turn. What is finished is not made again, so that a stopped run resumes where it stopped.
 
     The networks learn in the precision of the first workload's host.
 
