@@ -259,7 +259,7 @@ class AgentTraining:
         """The workloads, in order. Raises ValueError if the environments of a stage cannot be shared evenly among them."""
         names = [name.strip() for name in self.workload.split(",")]
         for stage, settings in (("surrogate", self.surrogate), ("ppo", self.ppo)):
-            if settings.num_envs % len(names):
+            if settings.total_timesteps and settings.num_envs % len(names):
                 raise ValueError(f"{stage}.num_envs is {settings.num_envs}, which {len(names)} workloads cannot share evenly")
         return names
 
