@@ -127,4 +127,7 @@ class GraphScorer:
         # A product with a vector of ones is faster than a mean over few entries.
         average = np.full((x.shape[-1], 1), 1 / x.shape[-1], dtype=np.float32)
         centred = x - x @ average
-        return centred / np.sqrt((centred * centred) @ average + np.float32(1e-5)) * self.weights[name + ".weight"] + self.weights[name + ".bias"]
+        return (
+            centred / np.sqrt((centred * centred) @ average + np.float32(1e-5)) * self.weights[name + ".weight"]
+            + self.weights[name + ".bias"]
+        )
