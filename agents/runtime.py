@@ -35,10 +35,12 @@ class GraphScorer:
         self.graph = FrameGraph(dropped_frames)
 
     def __deepcopy__(self, memo: dict) -> object:
-        """A scorer with the same weights, which never change, and no clip."""
+        """A scorer with the same weights, which never change, and a copy of the graph."""
+        from copy import deepcopy
+
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
-        copied.graph = FrameGraph(self.graph.max_nodes > 0)
+        copied.graph = deepcopy(self.graph, memo)
         return copied
 
     def choose(self, features: np.ndarray, step: int, total_steps: int, max_frames: int, signals: tuple = ((), ())) -> list:
