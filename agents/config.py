@@ -97,6 +97,8 @@ class PPOSettings:
     """Gradients are clipped to this norm."""
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
+    workload: str | None = None
+    """Workloads of the stage, some of the run's, separated by commas; by default all. Validation is always on all."""
 
     RENAMED: ClassVar[dict[str, str]] = {"critic_updates": "critic_warmup_updates"}
 
@@ -107,6 +109,10 @@ class PPOSettings:
                 f"{self.total_timesteps}, {self.critic_warmup_updates}"
             )
         require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate")
+
+    def workload_names(self, of_run: list[str]) -> list[str]:
+        """The workloads of the stage, given those of the run."""
+        return of_run if self.workload is None else _names(self.workload)
 
 
 @dataclass(frozen=True)
@@ -257,10 +263,13 @@ class AgentTraining:
     @property
     def workload_names(self) -> list[str]:
         """The workloads, in order. Raises ValueError if the environments of a stage cannot be shared evenly among them."""
-        names = [name.strip() for name in self.workload.split(",")]
+        names = _names(self.workload)
         for stage, settings in (("surrogate", self.surrogate), ("ppo", self.ppo)):
-            if settings.num_envs % len(names):
-                raise ValueError(f"{stage}.num_envs is {settings.num_envs}, which {len(names)} workloads cannot share evenly")
+            chosen = settings.workload_names(names)
+            if missing := [name for name in chosen if name not in names]:
+                raise ValueError(f"{stage}.workload names {', '.join(missing)}, which {self.workload} does not contain")
+            if settings.total_timesteps and settings.num_envs % len(chosen):
+                raise ValueError(f"{stage}.num_envs is {settings.num_envs}, which {len(chosen)} workloads cannot share evenly")
         return names
 
     @property
@@ -268,3 +277,7 @@ class AgentTraining:
         """All arguments of the workloads' clip sources, and their lengths."""
         options = {key: getattr(self, key) for key in ("data_dir", "protocol", "num_context", "num_predict")}
         return dict(self.clip_options or {}) | {key: value for key, value in options.items() if value is not None}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]

@@ -93,11 +93,12 @@ class PPOStage:
         return saved
 
     def _make_envs(self) -> list[FrameRetentionVectorEnv]:
-        """Make one vector environment per workload, with equal shares of the stage's environments."""
+        """Make one vector environment per workload of the stage, with equal shares of the stage's environments."""
         reward = self.config.reward
+        chosen = self.settings.workload_names(self.config.workload_names)
         return [
             self.env_class(
-                self.settings.num_envs // len(self.workloads),
+                self.settings.num_envs // len(chosen),
                 workload,
                 deciding_budgets(workload, self.budgets),
                 reward={reward.metric: reward.sign * reward.scale},
@@ -107,13 +108,14 @@ class PPOStage:
                 autoreset_mode="SAME_STEP",
             )
             for workload in self.workloads
+            if workload.name in chosen
         ]
 
     def _make_model(self, envs: Sequence[FrameRetentionVectorEnv]) -> ResumablePPO:
         """A new model that acts in these environments."""
         options = asdict(self.settings)
         learning_rate = options.pop("learning_rate")
-        for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates"):
+        for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates", "workload"):
             options.pop(not_in_sb3)
         return ResumablePPO(
             EvictionPolicy,
