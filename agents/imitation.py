@@ -140,7 +140,7 @@ def imitate(
                 found = collect(
                     workload,
                     ids,
-                    [of_workload[(i // repeats + i) % len(of_workload)] for i in range(len(ids))],
+                    [of_workload[i % len(of_workload)] for i in range(len(ids))],
                     actor=actor,
                     config=network_config,
                     true_frames=true_frames,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -200,13 +201,13 @@ def test_sizes_that_do_not_fit_are_refused():
             NetworkConfig(**options)
 
 
-def test_a_copy_of_the_numpy_scorer_shares_weights_and_begins_a_clip():
-    import copy
-
+def test_a_copy_of_the_numpy_scorer_shares_weights_and_has_a_graph_of_its_own():
     scorer = numpy_scorer(random_network(dataclasses.replace(SMALL, dropped_frames=False)))
     clip = made_clip(0)
     for call in clip.calls(4, 0):
         call.kept = scorer.choose(call.features, call.step, clip.total_steps, 4)
     copied = copy.deepcopy(scorer)
-    assert copied.weights is scorer.weights and copied.graph.births == [] and copied.graph.max_nodes == 0
-    assert len(scorer.graph.births) == 4
+    assert copied.weights is scorer.weights and copied.graph.births == scorer.graph.births
+    first = next(clip.calls(4, 1))
+    copied.choose(first.features, first.step, clip.total_steps, 4)
+    assert copied.graph.births != scorer.graph.births and len(scorer.graph.births) == 4
