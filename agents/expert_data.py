@@ -79,7 +79,7 @@ class ExpertData:
         pieces: dict[str, list[Tensor]] = {field.name: [] for field in fields(ExpertData)}
         for part in parts:
             for name, values in vars(part).items():
-                pieces[name].append(values + offsets.get(name, 0))
+                pieces[name].append(values + offsets[name] if name in offsets else values)
             offsets = {"rollout": offsets["rollout"] + len(part.max_frames), "call": offsets["call"] + len(part.step)}
         pieces["total_steps"] = pieces["total_steps"][:1]
         return ExpertData(**{name: torch.cat(values) for name, values in pieces.items()})
@@ -177,6 +177,8 @@ def collect(
 ) -> ExpertData:
     """Roll train clips out and record, at every decision that matters, what dropping each frame would cost.
 
+    Every rollout has random numbers of its own, so that ``batch_size`` changes none of them.
+
     Args:
         clip_ids: of the train split; a clip may come more than once.
         budgets: one per clip.
@@ -192,22 +194,28 @@ def collect(
     if true_frames and not set(config.signals) <= set(TrueHistories.SIGNALS):
         raise ValueError("true frames have no signals but lat_cos and column_gap")
     parts = []
+    slots = max(workload.num_context, *budgets) + 1
     description = f"collect decisions in {'true clips' if true_frames else 'rollouts'}"
     with show_progress(total=len(clip_ids), description=description, unit="clips", disable=not progress) as bar:
         for first in range(0, len(clip_ids), batch_size):
             batch = slice(first, first + batch_size)
-            rng = np.random.default_rng((seed, first, 8))
-            parts.append(_play(workload, clip_ids[batch], budgets[batch], actor, config, true_frames, rng))
+            recorder = _Recorder(slots, [np.random.default_rng((seed, row, 8)) for row in range(len(clip_ids))[batch]])
+            parts.append(_play(workload, clip_ids[batch], budgets[batch], actor, config, true_frames, recorder))
             bar.set_postfix(decisions=f"{sum(map(len, parts)):,}")
             bar.update(len(clip_ids[batch]))
     return ExpertData.join(parts)
 
 
 class _Recorder:
-    """Collects the fields of `ExpertData`."""
+    """Collects the fields of `ExpertData`.
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    Args:
+        slots: rows of its arrays.
+        generators: random numbers of each rollout.
+    """
+
+    def __init__(self, slots: int, generators: Sequence[np.random.Generator]) -> None:
+        self.slots, self.generators = slots, generators
         self.calls: list[tuple] = []
         self.decisions: list[tuple] = []
 
@@ -228,25 +236,22 @@ class _Recorder:
         """Record an eviction in a call, which may be recorded later."""
         self.decisions.append((call, self.padded(remaining, 1), self.padded(costs.astype(np.float32), 1, np.inf)))
 
-    def data(self, max_frames: Sequence[int], total_steps: int, similarity: np.ndarray, rng: np.random.Generator) -> ExpertData:
-        """All of it, with the calls of a rollout one after the other."""
+    def data(self, max_frames: Sequence[int], total_steps: int, similarity: np.ndarray) -> ExpertData:
+        """All of it, with the calls and the decisions of a rollout one after the other."""
         rollout, step, length, features, frame, pair, kept = (np.stack(column) for column in zip(*self.calls, strict=True))
         order = np.argsort(rollout, kind="stable")
         call, remaining, costs = (np.stack(column) for column in zip(*self.decisions, strict=True))
-        chosen = _at_most(DECISIONS_PER_ROLLOUT, rollout[call], rng)
+        chosen = _at_most(DECISIONS_PER_ROLLOUT, rollout[call], self.generators)
         call, remaining, costs = call[chosen], remaining[chosen], costs[chosen]
         columns = [column[order] for column in (rollout, step, length, features, frame, pair, kept)]
         shared = np.array(max_frames), np.array([total_steps]), similarity
         return ExpertData(*map(torch.from_numpy, (*columns, *shared, np.argsort(order)[call], remaining, costs)))
 
 
-def _at_most(count: int, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices of at most so many members of each group, chosen at random, in order."""
-    order = rng.permutation(len(groups))
-    order = order[np.argsort(groups[order], kind="stable")]
-    _, first, sizes = np.unique(groups[order], return_index=True, return_counts=True)
-    rank = np.arange(len(order)) - np.repeat(first, sizes)
-    return np.sort(order[rank < count])
+def _at_most(count: int, groups: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
+    """Indices of at most so many members of each group, chosen by the group's generator, group by group and in order."""
+    members = [np.flatnonzero(groups == group) for group in range(len(generators))]
+    return np.concatenate([np.sort(rng.permutation(own)[:count]) for own, rng in zip(members, generators, strict=True)])
 
 
 def _play(
@@ -256,7 +261,7 @@ def _play(
     actor: RetentionNetwork | None,
     config: NetworkConfig,
     use_true_frames: bool,
-    rng: np.random.Generator,
+    recorder: _Recorder,
 ) -> ExpertData:
     """Decisions about some clips, which are played in one batch."""
     unique = list(dict.fromkeys(clip_ids))
@@ -274,7 +279,6 @@ def _play(
         seeds = [BENCHMARK_SEED + clip_id for clip_id in clip_ids]
         histories.begin(range(len(clip_ids)), [clips[index] for index in clip_of_row], seeds)
     expert = _Expert(latents, clip_of_row, context, isinstance(histories, TrueHistories))
-    recorder = _Recorder(max(context, *budgets) + 1)
     graphs = [FrameGraph(config.dropped_frames) for _ in clip_ids]
     rows = range(len(clip_ids))
     for step in range(steps - 1):
@@ -290,13 +294,13 @@ def _play(
             graphs[row].observe_frames(features[index, : histories.history_length(row)], step, *told[index])
         situations = [(graphs[row], budgets[row], steps - step - 1) for row in full]
         scores = None if actor is None else Scores(actor, situations)
-        remaining = _evict(recorder, expert, scores, full, graphs, [budgets[row] for row in full], step, rng)
+        remaining = _evict(recorder, expert, scores, full, graphs, [budgets[row] for row in full], step)
         for index, (row, stays) in enumerate(zip(full, remaining, strict=True)):
             kept = np.flatnonzero(stays).tolist()
             recorder.call(row, step, features[index, : len(stays)], told[index], stays)
             histories.retain(row, kept)
             graphs[row].keep(kept)
-    return recorder.data(budgets, steps, expert.similarity, rng)
+    return recorder.data(budgets, steps, expert.similarity)
 
 
 def _evict(
@@ -307,18 +311,20 @@ def _evict(
     graphs: Sequence[FrameGraph],
     budgets: Sequence[int],
     step: int,
-    rng: np.random.Generator,
 ) -> list[np.ndarray]:
     """Drop frames one by one until every history fits; record some of the decisions. Returns masks of the frames that stay."""
     covers = [expert.cover(row, graphs[row].births, step) for row in full]
     remaining = [np.ones(len(graphs[row].births), dtype=bool) for row in full]
     sizes = [np.arange(budget + 1, len(stays) + 1) for budget, stays in zip(budgets, remaining, strict=True)]
-    recorded = [set(rng.permutation(choices)[:DECISIONS_PER_CUT].tolist()) for choices in sizes]
+    generators = [recorder.generators[row] for row in full]
+    recorded = [
+        set(rng.permutation(choices)[:DECISIONS_PER_CUT].tolist()) for rng, choices in zip(generators, sizes, strict=True)
+    ]
     first_call = len(recorder.calls)
     while any(stays.sum() > budget for stays, budget in zip(remaining, budgets, strict=True)):
         chosen = None if scores is None else scores.lowest(remaining)
         for index, row in enumerate(full):
-            stays = remaining[index]
+            stays, rng = remaining[index], generators[index]
             left = np.flatnonzero(stays)
             if len(left) <= budgets[index]:
                 continue

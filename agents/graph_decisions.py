@@ -11,7 +11,7 @@ from torch import Tensor
 
 from far_env.agents.config import NetworkConfig
 from far_env.agents.expert_data import ExpertData
-from far_env.agents.graph_batches import network_inputs, stacked
+from far_env.agents.graph_batches import PAIR_ARRAYS, network_inputs, stacked
 from far_env.agents.observation import FrameGraph
 
 BATCHES_SORTED_TOGETHER = 16
@@ -38,7 +38,10 @@ class Decisions:
 
 
 class GraphDecisions:
-    """The decisions of one workload, with the arrays of a frame graph at every call; in half precision, to save memory."""
+    """The decisions of one workload, with the arrays of a frame graph at every call.
+
+    Measurements of pairs are in half precision, to save memory.
+    """
 
     def __init__(self, data: ExpertData, config: NetworkConfig) -> None:
         self.data, self.config = data, config
@@ -55,7 +58,7 @@ class GraphDecisions:
             of_pairs = [pair_signals[call, :length, :length, i] for i in range(pair_signals.shape[3])]
             graph.observe_frames(features[call, :length], step, of_frames, of_pairs)
             arrays = graph.arrays(total_steps - step - 1, int(data.max_frames[rollout]))
-            self.arrays.append({name: _compact(values) for name, values in arrays.items()})
+            self.arrays.append({name: _compact(values, name in PAIR_ARRAYS) for name, values in arrays.items()})
             self.numbers.append(graph.numbers.copy())
             graph.keep(np.flatnonzero(kept[call]).tolist())
         self.sizes = np.array([len(numbers) for numbers in self.numbers])[data.call.numpy()]
@@ -97,6 +100,6 @@ def shuffled_batches(
         yield batches[index]
 
 
-def _compact(values: np.ndarray) -> np.ndarray:
-    """A copy, in half precision where it is an array of pairs."""
-    return values.astype(np.float16) if values.dtype == np.float32 and values.ndim == 3 else values.copy()
+def _compact(values: np.ndarray, of_pairs: bool) -> np.ndarray:
+    """A copy, in half precision where it has numbers of pairs."""
+    return values.astype(np.float16) if of_pairs and values.dtype == np.float32 else values.copy()

@@ -29,7 +29,6 @@ from far_env.tensor_files import load_tensors, save_tensors, save_weights
 from far_env.workloads import Workload, deciding_budgets
 
 INDEX_FILE = "index.json"
-LEARNING_FILE = "learning.ckpt"
 FINETUNE_LR_SCALE = 0.3
 """Share of the learning rate for a scorer that has already learned."""
 WARMUP = 0.05
@@ -140,7 +139,7 @@ def imitate(
                 found = collect(
                     workload,
                     ids,
-                    [of_workload[(i // repeats + i) % len(of_workload)] for i in range(len(ids))],
+                    [of_workload[i % len(of_workload)] for i in range(len(ids))],
                     actor=actor,
                     config=network_config,
                     true_frames=true_frames,
@@ -149,10 +148,11 @@ def imitate(
                 save_weights(vars(found), path)
             if not scorer_path.exists() or number < len(rounds):
                 decisions.append(GraphDecisions(_load(path), network_config))
+        checkpoint = folder / f"learning_{number:02d}.ckpt"
         if not scorer_path.exists():
-            network = fit(decisions, network_config, settings, seed, weights, folder / LEARNING_FILE, precision)
+            network = fit(decisions, network_config, settings, seed, weights, checkpoint, precision)
             save_tensors(scorer_path, dict(network.state_dict()))
-            (folder / LEARNING_FILE).unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         weights = load_tensors(scorer_path)
     return network_with_weights(network_config, weights)
 

@@ -1,9 +1,10 @@
-"""Imitation: the collected decisions, the loss, what is learned, and resuming a stopped collection."""
+"""Imitation: the loss, what is learned, and resuming where it was stopped."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,216 +12,219 @@ import torch
 
 from far_env.agents import imitation
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
-from far_env.agents.expert_data import ExpertData, TrueHistories, collect, subset_distribution
-from far_env.agents.imitation import ImitationStage, fit, imitate, imitation_loss
+from far_env.agents.expert_data import collect
+from far_env.agents.graph_decisions import GraphDecisions
+from far_env.agents.imitation import ImitationStage, clip_shares, fit, imitate, imitation_loss, mean_regret
 from far_env.agents.network import RetentionNetwork
-from far_env.agents.observation_spec import ObservationSpec
-from far_env.agents.oracle import search
-from far_env.rollout.engine import RolloutBatch
-from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.clips.worlds import WORLDS
+from far_env.workloads import Workload
+from tests.agents.test_network import random_network
 
-SETTINGS = ImitationSettings(rounds=2, clips_per_round=3, candidates=4, epochs=2, batch_size=16)
-NETWORK = NetworkConfig(width=16, memory=True)
+NETWORK = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)
+SETTINGS = ImitationSettings(
+    true_clips=3, true_rounds=1, rounds=1, clips_per_round=2, epochs=2, round_epochs=1, batch_size=16, learning_rate=5e-3
+)
 
 
 @pytest.fixture(scope="module")
-def collected(tiny_workload) -> ExpertData:
-    return collect(
-        tiny_workload, [0, 1, 2], [4, 4, 2], actor=None, spec=ObservationSpec(memory=True), candidates=4, progress=False
-    )
+def decisions(tiny_workload) -> GraphDecisions:
+    ids = [0, 1, 2, 3]
+    data = collect(tiny_workload, ids, [4, 2, 4, 6], actor=None, config=NETWORK, true_frames=True, progress=False)
+    return GraphDecisions(data, NETWORK)
 
 
-def test_every_decision_that_matters_is_recorded_with_legal_alternatives(collected):
-    assert len(collected) == 3 * 10, "from the first generated frame to the last but one"
-    assert collected.frames.shape == (30, 6, 13) and collected.sets.shape == (30, 4, 6)
-    assert sorted(collected.max_frames.tolist()) == [2] * 10 + [4] * 20
-    valid = ~collected.costs.isinf()
-    sizes = collected.sets.sum(dim=2)
-    assert (sizes[valid] == collected.max_frames[:, None].expand(-1, 4)[valid]).all()
-    assert collected.sets[..., -1][valid].all(), "the newest frame stays"
-    assert not (collected.sets & (collected.mask[:, None] == 0)).any(), "padding is never kept"
-    assert (collected.costs.diff(dim=1)[valid[:, 1:]] >= 0).all(), "the best comes first"
-
-
-def test_the_expert_acts_as_the_search_of_width_one(tiny_workload, collected):
-    clips = [tiny_workload.clips.clip("train", i) for i in (0, 1)]
-    rollouts = search(tiny_workload, clips, [BENCHMARK_SEED, BENCHMARK_SEED + 1], 4, width=1, branches=1, progress=False)
-    first = rollouts[0].decisions[0].kept
-    kept_first = collected.sets[0, 0].nonzero().flatten().tolist()
-    assert tuple(kept_first) == first, "six frames in six slots: places are true numbers"
-
-
-def test_with_feedback_of_true_frames_the_engine_would_record_the_same(tiny_workload, monkeypatch):
-    """Decisions are collected without a host there, unless a signal needs it."""
-    workload = dataclasses.replace(tiny_workload, feedback="true")
-    options = {"actor": None, "spec": ObservationSpec(memory=True), "candidates": 4, "progress": False}
-    with monkeypatch.context() as patch:
-        patch.setattr(RolloutBatch, "advance", lambda *_: pytest.fail("generates frames"))
-        quick = collect(workload, [0, 1, 2], [4, 4, 2], **options)
-    monkeypatch.setattr(TrueHistories, "SIGNALS", ())
-    monkeypatch.setattr(TrueHistories, "advance", lambda *_: pytest.fail("generates no frames"))
-    options["spec"] = ObservationSpec(signals=("lat_cos",))
-    slow = collect(workload, [0, 1, 2], [4, 4, 2], **options)
-    assert torch.equal(quick.sets, slow.sets)
-    torch.testing.assert_close(quick.costs, slow.costs)
-    torch.testing.assert_close(quick.frames[..., :6], slow.frames[..., :6], atol=1e-5, rtol=0)
-
-
-def test_the_loss_is_the_cross_entropy_over_all_sets(collected):
-    torch.manual_seed(0)
-    network = RetentionNetwork(**dataclasses.asdict(NETWORK))
-    part = collected.rows(torch.arange(5))
-    loss = imitation_loss(network, part, temperature=0.01)
-    expected = []
+def test_the_loss_is_that_of_each_decision_by_its_formula(decisions):
+    network = random_network(NETWORK)
+    settings = ImitationSettings(temperature=0.07, expected_cost_weight=0.5, similarity_weight=3.0)
+    batch = decisions.batch(np.arange(0, len(decisions), 5))
     with torch.no_grad():
-        logits = network(part.frames, part.mask, part.budget)
-    for row in range(5):
-        budget, places = int(part.max_frames[row]), part.mask[row].nonzero().flatten().tolist()
-        every = [set(chosen) | {5} for size in range(budget) for chosen in itertools.combinations(places[:-1], size)]
-        scores = torch.stack([logits[row, sorted(choice - {5})].sum() for choice in every]).log_softmax(dim=0)
-        costs = part.costs[row]
-        weights = torch.exp(-(costs - costs[0]) / 0.01)
-        weights /= weights.sum()
-        chosen = [set(kept.nonzero().flatten().tolist()) for kept in part.sets[row]]
-        pairs = zip(weights, chosen, costs, strict=True)
-        expected.append(-sum(weight * scores[every.index(choice)] for weight, choice, cost in pairs if not cost.isinf()))
-    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+        loss = imitation_loss(network, batch, settings)
+        x, e = network.encode(batch.nodes, batch.edges, batch.mask)
+        scores, guesses = network.score(x, e, batch.remaining).double(), network.similarity(e)[..., 0].double()
+    of_decisions, squares, regrets = [], [], []
+    for row in range(len(scores)):
+        allowed = [i for i in range(scores.shape[1]) if not batch.costs[row, i].isinf()]
+        costs = np.array([float(batch.costs[row, i]) for i in allowed]) / 0.07
+        target = np.exp(costs.min() - costs) / np.exp(costs.min() - costs).sum()
+        drop = np.exp([-float(scores[row, i]) for i in allowed])
+        drop /= drop.sum()
+        of_decisions.append(-(target * np.log(drop)).sum() + 0.5 * (drop * (costs - costs.min())).sum())
+        count = int(batch.mask[row].sum())
+        squares += ((guesses[row, :count, :count] - batch.similarity[row, :count, :count]) ** 2).flatten().tolist()
+        regrets.append(0.07 * (costs[drop.argmax()] - costs.min()))
+    assert float(loss) == pytest.approx(np.mean(of_decisions) + 3.0 * np.mean(squares), rel=1e-4)
+    assert mean_regret(network, batch) == pytest.approx(np.mean(regrets), rel=1e-4)
 
 
-def test_a_rule_on_the_inputs_is_learned():
-    """The expert keeps the frames with the largest drift."""
-    generator = torch.Generator().manual_seed(0)
-    count, slots = 400, 6
-    frames = torch.rand(count, slots, 6, generator=generator)
-    drift = frames[..., 3].clone()
-    drift[:, -1] = 2
-    best = torch.zeros(count, 1, slots, dtype=torch.bool).scatter_(2, drift.topk(3).indices[:, None], True)
-    ones = torch.ones(count, slots)
-    budget = torch.tensor([0.5, 0.0, 1.0]).expand(count, 3)
-    decisions = ExpertData(frames, ones, budget, torch.full((count,), 3), best, torch.zeros(count, 1))
-    held_out = decisions.rows(torch.arange(300, count))
-    training_rows = decisions.rows(torch.arange(300))
-    settings = ImitationSettings(epochs=40, batch_size=50, learning_rate=5e-3)
-    network = fit(training_rows, NetworkConfig(width=32), settings, seed=0)
-    agreement = (subset_distribution(network, held_out).mode().bool() == held_out.sets[:, 0]).all(dim=1)
-    assert agreement.float().mean() > 0.9
+def test_a_few_decisions_are_learned_by_heart(decisions):
+    network = fit([decisions], NETWORK, ImitationSettings(epochs=80, batch_size=64, learning_rate=2e-2), seed=0)
+    torch.manual_seed(0)
+    everything = decisions.batch(np.arange(len(decisions)))
+    before, after = (mean_regret(one, everything) for one in (RetentionNetwork(NETWORK).eval(), network))
+    assert before > 0.03 and after < 0.15 * before
 
 
-def test_a_stopped_collection_resumes_and_ends_with_the_same_scorer(tiny_workload, tmp_path):
-    def run(name, settings=SETTINGS):
-        return imitate(settings, NETWORK, [tiny_workload], [4], tmp_path / name, seed=0, num_clips=5)
+@pytest.mark.parametrize("stop_after", ["a pass", "a batch of the second pass"])
+def test_a_fit_that_was_stopped_ends_as_the_whole_one_bit_for_bit(decisions, tmp_path, monkeypatch, stop_after):
+    settings = dataclasses.replace(SETTINGS, epochs=3)
+    start = random_network(NETWORK).state_dict()
+    for begin in (None, start):
+        settings = dataclasses.replace(settings, round_epochs=3)
+        whole = fit([decisions], NETWORK, settings, 5, begin).state_dict()
+        calls, path = [], tmp_path / f"learning{begin is None}.ckpt"
+        name = "save_tensors" if stop_after == "a pass" else "imitation_loss"
+        original = getattr(imitation, name)
 
-    whole = run("whole")
-    run("stopped", dataclasses.replace(SETTINGS, rounds=1))
-    resumed = run("stopped")
-    for key, value in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[key], value)
-    names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert names == {"index.json", "round_000.safetensors", "round_001.safetensors"}
-    with pytest.raises(ValueError, match="decisions made with other settings"):
-        run("whole", dataclasses.replace(SETTINGS, temperature=1.0))
-    (tmp_path / "whole" / "round_001.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"round_001.safetensors cannot be read .*; delete it"):
-        run("whole")
+        def stopping(*arguments, original=original, calls=calls, name=name):
+            result = original(*arguments)
+            calls.append(1)
+            if len(calls) == (1 if name == "save_tensors" else 5):
+                raise KeyboardInterrupt
+            return result
 
-
-def test_a_finished_stage_returns_its_weights_without_learning_again(tiny_workload, tmp_path, monkeypatch):
-    config = AgentTraining(
-        imitation=dataclasses.replace(SETTINGS, rounds=1), network=NETWORK, ppo=PPOSettings(total_timesteps=0), train_clips=5
-    )
-    stage = ImitationStage(config, [tiny_workload], [4], tmp_path)
-    weights = stage.run(None)
-    monkeypatch.setattr(imitation, "imitate", lambda *_, **__: pytest.fail("imitated again"))
-    for key, value in stage.run(None).items():
-        assert torch.equal(value, weights[key])
-    more_rounds = dataclasses.replace(stage, config=dataclasses.replace(config, imitation=SETTINGS))
-    with pytest.raises(pytest.fail.Exception, match="imitated again"):
-        more_rounds.run(None)
+        with monkeypatch.context() as patch:
+            patch.setattr(imitation, name, stopping)
+            with pytest.raises(KeyboardInterrupt):
+                fit([decisions], NETWORK, settings, 5, begin, path)
+        assert path.exists()
+        resumed = fit([decisions], NETWORK, settings, 5, begin, path).state_dict()
+        assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
+        other = fit([decisions], NETWORK, settings, 6, begin).state_dict()
+        assert not all(torch.equal(value, whole[key]) for key, value in other.items())
 
 
-def test_the_weighted_cost_is_what_the_choice_among_the_alternatives_is_expected_to_cost():
-    """By enumeration: four frames, two of the three older ones kept, so three alternatives; one of them is not recorded."""
-    generator = torch.Generator().manual_seed(0)
-    frames, ones = torch.rand(1, 4, 6, generator=generator), torch.ones(1, 4)
-    sets = torch.tensor([[[1, 1, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0]]], dtype=torch.bool)
-    costs = torch.tensor([[2.0, 5.0, torch.inf]])
-    decisions = ExpertData(frames, ones, torch.tensor([[0.75, 0.0, 1.0]]), torch.tensor([3]), sets, costs)
-    network = RetentionNetwork(width=16, num_heads=2).eval()
-    scores = [(network(frames, ones, decisions.budget)[0] * kept).sum().exp().item() for kept in sets[0, :2].float()]
-    expected = 0.5 * 3.0 * scores[1] / sum(scores)
-    without, both = (imitation.imitation_loss(network, decisions, 2.0, weight).item() for weight in (0.0, 1.0))
-    assert both - without == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match=r"imitation: expected_cost_weight cannot be negative, got -1\.0"):
-        ImitationSettings(expected_cost_weight=-1.0)
+def run(folder, workloads, settings=SETTINGS, budgets=(2, 4), **options):
+    return imitate(settings, NETWORK, workloads, budgets, folder, **{"seed": 0, "num_clips": 20, **options}).state_dict()
 
 
-@torch.no_grad()
-def test_histories_of_true_frames_are_rollouts_of_a_perfect_host(tiny_workload):
-    """Same features and signals as of rollouts whose generated frames are replaced by the true ones."""
-    clips = [tiny_workload.clips.clip("train", i) for i in (0, 1)]
-    latents = torch.stack([tiny_workload.host.autoencoder.encode(torch.from_numpy(clip.frames)[None])[0] for clip in clips])
-    true, rolled = TrueHistories(latents, 5), RolloutBatch(tiny_workload, 2, signals=("lat_cos", "column_gap"))
-    rolled.begin([0, 1], clips, [1, 2])
-    for step in range(4):
-        true.advance([0, 1])
-        rolled.advance([0, 1])
-        for row in (0, 1):
-            rolled._rows[row].frames[-1] = latents[row, 5 + step]
-            assert true.kept[row] == rolled.frame_numbers(row) and true.history_length(row) == rolled.history_length(row)
-        for from_true, other in zip(true.history([0, 1]), rolled.history([0, 1]), strict=True):
-            torch.testing.assert_close(from_true, other)
-        np.testing.assert_allclose(true.features([0, 1]), rolled.features([0, 1]), atol=1e-6)
-        for from_true, other in zip(true.signals([1, 0]), rolled.signals([1, 0]), strict=True):
-            for name in from_true:
-                np.testing.assert_allclose(from_true[name], other[name], atol=1e-5)
-        for histories in (true, rolled):
-            histories.retain(0, [0, 2, 3])
-            histories.retain(1, [0, 2] if step else [1, 2, 4, 5])
+@pytest.fixture
+def collections(monkeypatch):
+    """Notes the arguments of every collection."""
+    noted, original = [], imitation.collect
+
+    def collecting(workload, clip_ids, budgets, *, actor, true_frames, **options):
+        noted.append((workload.name, true_frames, actor is not None, list(clip_ids), list(budgets)))
+        return original(workload, clip_ids, budgets, actor=actor, true_frames=true_frames, **options)
+
+    monkeypatch.setattr(imitation, "collect", collecting)
+    return noted
 
 
-def test_replay_adds_decisions_about_true_clips_to_those_of_the_rounds(tiny_workload, tmp_path, monkeypatch):
-    lessons, original = [], imitation.fit
-
-    def recorded(decisions, *arguments):
-        lessons.append(decisions)
-        return original(decisions, *arguments)
-
-    monkeypatch.setattr(imitation, "fit", recorded)
-    settings = dataclasses.replace(SETTINGS, true_clips=4, true_frame_replay_ratio=0.5)
-    imitate(settings, NETWORK, [tiny_workload], [4], tmp_path, seed=0, num_clips=20)
-    prepared, first, both = lessons
-    assert [len(lesson) for lesson in lessons] == [52, 30 + 15, 60 + 30]
-    prepared_rows = {row.numpy().tobytes() for row in prepared.frames}
-    for lesson, count in ((first, 30), (both, 60)):
-        rehearsed = [row.numpy().tobytes() for row in lesson.frames[count:]]
-        assert set(rehearsed) <= prepared_rows and len(set(rehearsed)) > len(rehearsed) / 2
-        assert not {row.numpy().tobytes() for row in lesson.frames[:count]} & prepared_rows
-    torch.testing.assert_close(both.frames[:30], first.frames[:30])
-    with pytest.raises(ValueError, match="true_frame_replay_ratio must be 0 or more, and above 0 only with true_clips above 0"):
-        dataclasses.replace(SETTINGS, true_frame_replay_ratio=1.0)
+def test_expert_true_rounds_and_rollouts_follow_one_another_and_are_not_made_again(tiny_workload, tmp_path, collections):
+    whole = run(tmp_path / "whole", [tiny_workload])
+    assert [noted[:3] for noted in collections] == [
+        ("tiny_pan", True, False),
+        ("tiny_pan", True, True),
+        ("tiny_pan", False, True),
+    ]
+    clips = [clip for noted in collections for clip in noted[3]]
+    assert set(Counter(clips).values()) == {2} and len(set(clips)) == 7, "each under two budgets, and no clip twice"
+    again = run(tmp_path / "whole", [tiny_workload])
+    assert len(collections) == 3 and all(torch.equal(value, again[key]) for key, value in whole.items())
+    parts = ["00_expert_tiny_pan", "01_true_tiny_pan", "02_rollouts_tiny_pan"]
+    names = {"index.json", *(f"{part}.safetensors" for part in parts), *(f"scorer_{number:02d}.ckpt" for number in range(3))}
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == names
 
 
-def test_decisions_about_true_clips_come_first_and_are_not_collected_again(tiny_workload, tmp_path, monkeypatch):
-    settings = dataclasses.replace(SETTINGS, true_clips=4)
-    calls, original = [], imitation.collect
+@pytest.mark.parametrize("stop", ["save_weights", "save_tensors"])
+def test_a_stage_stopped_anywhere_ends_with_the_same_scorer(tiny_workload, tmp_path, monkeypatch, stop):
+    whole = run(tmp_path / "whole", [tiny_workload])
+    original, stops = getattr(imitation, stop), 0
+    for number in range(1, 4):
 
-    def noted(workload, clip_ids, budgets, **options):
-        calls.append((options.get("true_frames", False), options["actor"] is not None, len(clip_ids)))
-        return original(workload, clip_ids, budgets, **options)
+        def stopping(*arguments, left=[number]):  # noqa: B006  (counts)
+            original(*arguments)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(imitation, "collect", noted)
-    whole = imitate(settings, NETWORK, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
-    assert calls == [(True, False, 4), (False, True, 3), (False, True, 3)], "the first rollouts are decided by what was learned"
-    noted_decisions = imitation._load(tmp_path / "whole" / "true_frames.safetensors")
-    uncut = noted_decisions.budget[:, 1] * 11 % 3 < 1e-4  # steps 0, 3, 6 and 9: as steps of a clip, and without cuts before
-    assert len(noted_decisions) == 4 * (10 + 3) and uncut.sum() == 4 * (4 + 3)
-    again = imitate(settings, NETWORK, [tiny_workload], [4], tmp_path / "whole", seed=0, num_clips=20)
-    assert len(calls) == 3
-    for key, value in whole.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[key], value)
-    with pytest.raises(ValueError, match="true_clips prepare for rounds"):
-        dataclasses.replace(settings, rounds=0)
-    with pytest.raises(ValueError, match="no signals but lat_cos and column_gap"):
-        collect(
-            tiny_workload, [0], [4], actor=None, spec=ObservationSpec(signals=("attn_mass",)), candidates=2, true_frames=True
+        with monkeypatch.context() as patch:
+            patch.setattr(imitation, stop, stopping)
+            try:
+                resumed = run(tmp_path / "stopped", [tiny_workload])
+            except KeyboardInterrupt:
+                stops += 1
+    resumed = run(tmp_path / "stopped", [tiny_workload])
+    assert stops >= 2 and all(torch.equal(value, whole[key]) for key, value in resumed.items())
+
+
+@pytest.mark.parametrize(("budgets", "repeats"), [((2, 3, 4), 2), ((2, 3, 4, 5, 6, 8), 2), ((2, 4), 1), ((2, 3, 4, 5), 3)])
+def test_every_budget_is_played_about_as_often_as_any_other(tiny_workload, tmp_path, monkeypatch, budgets, repeats):
+    def stopped(workload, clip_ids, played, **_):
+        assert Counter(clip_ids) == Counter({clip: repeats for clip in clip_ids})
+        counts = Counter(played)
+        assert set(counts) == set(budgets) and max(counts.values()) - min(counts.values()) <= 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imitation, "collect", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        settings = dataclasses.replace(SETTINGS, true_clips=13, budgets_per_clip=repeats)
+        run(tmp_path, [tiny_workload], settings, budgets)
+
+
+def test_workloads_share_the_clips_so_that_each_gets_as_many_frames(tiny_workload, tiny_host, tmp_path, collections):
+    longer = Workload("longer", WORLDS["orbit"], tiny_host, num_context=5, num_predict=27, num_steps=3)
+    np.testing.assert_allclose(clip_shares([tiny_workload, longer]), [2 / 3, 1 / 3])
+    np.testing.assert_allclose(clip_shares([tiny_workload] * 4), 0.25)
+    settings = dataclasses.replace(SETTINGS, true_clips=6, true_rounds=0, rounds=0, epochs=1)
+    run(tmp_path, [tiny_workload, longer], settings, budgets=(4, 20))
+    assert [(noted[0], len(set(noted[3])), sorted(set(noted[4]))) for noted in collections] == [
+        ("tiny_pan", 4, [4]),
+        ("longer", 2, [4, 20]),
+    ], "a budget that decides nothing in a workload is left out there"
+    assert not set(collections[0][3]) & set(collections[1][3])
+
+
+def test_decisions_of_other_settings_and_damaged_ones_are_refused(tiny_workload, tmp_path):
+    settings = dataclasses.replace(SETTINGS, true_rounds=0, rounds=0, epochs=1)
+    run(tmp_path / "run", [tiny_workload], settings)
+    for change in (
+        {"settings": dataclasses.replace(settings, temperature=1.0)},
+        {"budgets": (2, 6)},
+        {"seed": 1},
+        {"num_clips": 21},
+        {"workloads": [dataclasses.replace(tiny_workload, feedback="true")]},
+        {"workloads": [dataclasses.replace(tiny_workload, name="another")]},
+    ):
+        options = {"workloads": [tiny_workload], "settings": settings, **change}
+        with pytest.raises(ValueError, match="contains decisions made with other settings"):
+            run(tmp_path / "run", **options)
+    with pytest.raises(ValueError, match="contains decisions made with other settings"):
+        imitate(
+            settings,
+            dataclasses.replace(NETWORK, scaled=False),
+            [tiny_workload],
+            (2, 4),
+            tmp_path / "run",
+            seed=0,
+            num_clips=20,
         )
+    shutil.copytree(tmp_path / "run", tmp_path / "damaged")
+    (tmp_path / "damaged" / "scorer_00.ckpt").unlink()
+    (tmp_path / "damaged" / "00_expert_tiny_pan.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"00_expert_tiny_pan\.safetensors cannot be read .*; delete it to collect it again"):
+        run(tmp_path / "damaged", [tiny_workload], settings)
+
+
+def test_a_stage_gives_the_scorer_of_its_settings(tiny_workload, tmp_path):
+    settings = dataclasses.replace(SETTINGS, true_rounds=0, rounds=0)
+    config = AgentTraining(
+        imitation=settings, network=NETWORK, ppo=PPOSettings(total_timesteps=0), train_clips=20, seed=0, budget="2,4"
+    )
+    weights = ImitationStage(config, [tiny_workload], (2, 4), tmp_path / "stage").run(None)
+    expected = run(tmp_path / "own", [tiny_workload], settings)
+    assert weights.keys() == expected.keys() and all(torch.equal(value, expected[key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 1}, "the scorer must have learned before it decides: set true_clips above 0"),
+        ({"true_clips": -1}, "cannot be negative, got -1, 0 and 0"),
+        ({"expected_cost_weight": -1.0}, "expected_cost_weight and similarity_weight cannot be negative, got -1.0 and 1.0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImitationSettings(**options)

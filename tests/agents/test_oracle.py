@@ -15,15 +15,16 @@ from far_env.metrics import psnr
 from far_env.rollout.reference import reference_rollout
 
 
-def test_a_cell_is_compared_with_all_cells_of_its_row_in_a_source():
+def test_a_cell_is_compared_with_all_cells_of_a_source():
     generator = torch.Generator().manual_seed(0)
     history, newest, future = (torch.randn(n, 3, 2, 4, generator=generator) for n in (5, 1, 3))
     cover = coverage(history, newest[0], future)
     before = [newest[0], future[0], future[1]]
-    for index, (r, f, c) in enumerate(itertools.product(range(2), range(3), range(4))):
+    for index, (f, r, c) in enumerate(itertools.product(range(3), range(2), range(4))):
 
-        def nearest(source, target=future[f, :, r, c], r=r):
-            return min(float((source[:, r, k] - target).square().sum()) for k in range(4))
+        def nearest(source, target=future[f, :, r, c]):
+            places = itertools.product(range(2), range(4))
+            return min(float((source[:, row, column] - target).square().sum()) for row, column in places)
 
         assert cover.missing[index] == pytest.approx(nearest(before[f]), rel=1e-4)
         for row in range(5):
