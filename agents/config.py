@@ -98,7 +98,7 @@ class PPOSettings:
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
     workload: str | None = None
-    """Workloads of the stage, some of the run's, separated by commas; by default all. Validation is always on all."""
+    """Workloads of the stage and of its validation, some of the run's, separated by commas; by default all."""
 
     RENAMED: ClassVar[dict[str, str]] = {"critic_updates": "critic_warmup_updates"}
 

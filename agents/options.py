@@ -111,7 +111,7 @@ class RegretOptions:
     """Number of test clips, from the first on."""
     searches: tuple[str, ...] = ("1x1", "3x3")
     """Width × branches of each search, see `far_env.agents.oracle.search`; 1x1 is the hindsight expert alone."""
-    policies: tuple[str, ...] = ("recent_fill", "uniform", "nearest_neighbour", "pretrained/pan-tight", "full_history")
+    policies: tuple[str, ...] = ("recent_fill", "uniform", "nearest_neighbour", "pretrained/general", "full_history")
     """Policies whose regret is measured."""
     out: str = "RESULTS.md"
     """File whose section for this table is replaced, or added."""

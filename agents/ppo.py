@@ -50,6 +50,12 @@ class PPOStage:
     env_class: type[FrameRetentionVectorEnv]
     folder: Path
 
+    @property
+    def chosen_workloads(self) -> list[Workload]:
+        """The workloads of the stage."""
+        names = self.settings.workload_names(self.config.workload_names)
+        return [workload for workload in self.workloads if workload.name in names]
+
     def run(self, start: Weights | None) -> Weights:
         """Train, resuming from the stage's checkpoint if there is one.
 
@@ -69,7 +75,7 @@ class PPOStage:
         self.folder.mkdir(parents=True, exist_ok=True)
         envs = self._make_envs()
         model = self._make_model(envs)
-        validation = ValidationCheckpoint(self.config, self.workloads, self.budgets, self.settings, envs, path)
+        validation = ValidationCheckpoint(self.config, self.chosen_workloads, self.budgets, self.settings, envs, path)
         if saved is not None:
             validation.restore(model, saved)
         elif start is not None:
@@ -84,7 +90,7 @@ class PPOStage:
 
     def _load(self, path: Path) -> dict[str, Any]:
         """The checkpoint. Raises ValueError if it is damaged or was made with other hosts."""
-        saved, hosts = load_tensors(path), host_hashes(self.workloads)
+        saved, hosts = load_tensors(path), host_hashes(self.chosen_workloads)
         if saved["hosts"] != hosts:
             raise ValueError(
                 f"{path} was made with host {', '.join(saved['hosts'])}, this one is {', '.join(hosts)}; "
@@ -95,10 +101,9 @@ class PPOStage:
     def _make_envs(self) -> list[FrameRetentionVectorEnv]:
         """Make one vector environment per workload of the stage, with equal shares of the stage's environments."""
         reward = self.config.reward
-        chosen = self.settings.workload_names(self.config.workload_names)
         return [
             self.env_class(
-                self.settings.num_envs // len(chosen),
+                self.settings.num_envs // len(self.chosen_workloads),
                 workload,
                 deciding_budgets(workload, self.budgets),
                 reward={reward.metric: reward.sign * reward.scale},
@@ -107,8 +112,7 @@ class PPOStage:
                 signals=self.config.network.signals,
                 autoreset_mode="SAME_STEP",
             )
-            for workload in self.workloads
-            if workload.name in chosen
+            for workload in self.chosen_workloads
         ]
 
     def _make_model(self, envs: Sequence[FrameRetentionVectorEnv]) -> ResumablePPO:

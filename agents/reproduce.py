@@ -53,7 +53,9 @@ class Part:
     budgets: tuple[int, ...]
     policies: tuple[str, ...]
     clips: int = 512
-    """Number of test clips, from the first on."""
+    """Number of clips, from the first of the split on."""
+    split: str = "test"
+    """train, validation, test, or another split of the workload's clips."""
     seeds: tuple[int, ...] = (BENCHMARK_SEED,)
     """Clip i is played with the noise seeds s + i."""
     precision: str = "float32"
@@ -244,20 +246,21 @@ def _load(tables: Mapping[str, Table], agents: Mapping[str, str]) -> dict[str, R
 def _measure(
     table: Table, policies: Mapping[str, RetentionPolicy | None], folder: Path, options: ReproduceOptions
 ) -> list[dict[str, object]]:
-    """Summaries by part, workload and budget. Episodes with the same host, precision and feedback share a folder."""
+    """Summaries by part, workload and budget. Episodes with the same host, precision, feedback and split share a folder."""
     summaries = []
     for part in table.parts:
         for name in part.workloads:
             place = {"host": part.host, "device": options.device, "precision": part.precision}
             workload = make_workload(name, **place, feedback=part.feedback)
             dtype = str(workload.host.dtype).removeprefix("torch.")
-            protocol = "_true_frames" * workload.true_feedback
+            protocol = "_true_frames" * workload.true_feedback + f"_{part.split}" * (part.split != "test")
             results = evaluate_grid(
                 [workload],
                 part.budgets,
                 {policy: policies[policy] for policy in part.policies},
                 range(part.clips),
                 seeds=part.seeds,
+                split=part.split,
                 metrics=METRICS,
                 batch_size=options.batch_size,
                 out=folder / f"{workload.host.weights_hash}_{dtype}{protocol}",

@@ -159,9 +159,11 @@ def test_old_keys_and_flags_name_what_became_of_them(values, flag, message):
     ("old", "new"),
     [
         ({"stand_in": {}}, "surrogate"),
-        ({"imitation": {"rehearsal": 1.0}}, "true_frame_replay_ratio"),
+        ({"imitation": {"rehearsal": 1.0}}, "removed"),
         ({"imitation": {"regret": 1.0}}, "expected_cost_weight"),
-        ({"network": {"one_by_one": True}}, "sequential_eviction"),
+        ({"imitation": {"candidates": 8}}, "removed"),
+        ({"network": {"one_by_one": True}}, "removed"),
+        ({"network": {"surroundings": True}}, "removed"),
         ({"network": {"statistics": []}}, "signals"),
         ({"ppo": {"critic_updates": 4}}, "critic_warmup_updates"),
         ({"surrogate": {"critic_updates": 4}}, "critic_warmup_updates"),

@@ -26,7 +26,7 @@ ORDER = (
         "hub",
         "hub_errors",
     },
-    {"frame_meta", "metrics", "perceptual", "clips"},
+    {"frame_meta", "latent_cells", "metrics", "perceptual", "clips"},
     {"host"},
     {"workloads"},
     {"rollout"},

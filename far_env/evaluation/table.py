@@ -67,13 +67,19 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
     head = ["workload", "budget", "policy", "PSNR dB [95 %]", "SSIM [95 %]", f"PSNR − {reference} [95 %]"]
     lines = [head, ["---"] * len(head)]
     for summary in summaries:
-        workload = summary["workload"] + " (true frames fed back)" * (summary.get("feedback") == TRUE)
+        workload = _workload_label(summary)
         for name, scores in sorted(summary["policies"].items(), key=lambda item: -item[1]["psnr"]["mean"]):
             psnr, ssim = (Interval(**scores[metric]) for metric in ("psnr", "ssim"))
             difference = scores.get(f"psnr_minus_{reference}")
             paired = "" if difference is None else signed_interval_text(Interval(**difference))
             lines.append([workload, str(summary["budget"]), name, interval_text(psnr, 2), interval_text(ssim, 3), paired])
     return markdown_lines(lines)
+
+
+def _workload_label(summary: Mapping[str, Any]) -> str:
+    """A workload's name, with the split where it is another than test, and feedback where it is of true frames."""
+    remarks = [summary["split"]] * (summary["split"] != "test") + ["true frames fed back"] * (summary.get("feedback") == TRUE)
+    return summary["workload"] + f" ({', '.join(remarks)})" * bool(remarks)
 
 
 def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

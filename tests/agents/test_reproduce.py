@@ -133,6 +133,25 @@ def test_a_table_holds_both_protocols_of_feedback(reproduce, tmp_path, tables):
     assert len(re.findall(r"^- pan 4: 2 test clips, .* ODE steps, true frames fed back; host", text, re.MULTILINE)) == 1
 
 
+def test_a_table_holds_clips_of_several_splits(reproduce, tmp_path, tables):
+    part = tables["small"]["parts"][0] | {"budgets": [4], "clips": 2, "seeds": [42], "policies": ["recent_fill", "random"]}
+    both = {"small": tables["small"] | {"parts": [part, part | {"split": "validation"}]}}
+    assert reproduce("small", tables=both)[0] == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    means = {}
+    for folder in (path for path in (tmp_path / "runs/reproduce/small").iterdir() if path.is_dir()):
+        results = load(folder)
+        label = {"test": "pan", "validation": "pan (validation)"}[results.settings.split]
+        for name in ("recent_fill", "random"):
+            scores = [record.metrics["psnr"] for record in results.records if record.policy == name]
+            means[label, name] = f"{np.mean(scores):.2f}"
+    assert means["pan", "random"] != means["pan (validation)", "random"]
+    assert {(row[0], row[2]): row[3].split()[0] for row in rows(text)} == means
+    assert "- pan 4: 2 test clips, " in text and "- pan 4: 2 validation clips, " in text
+    bad = {"small": tables["small"] | {"parts": [part | {"split": "tset"}]}}
+    refused(reproduce("small", tables=bad), "unknown split 'tset'; did you mean 'test'")
+
+
 def test_the_list_says_how_many_frames_each_table_generates(reproduce, tmp_path):
     status, text, _ = reproduce()
     assert status == 0 and not (tmp_path / "runs").exists() and not (tmp_path / "RESULTS.md").exists()
@@ -174,16 +193,14 @@ def test_from_scratch_trains_once_and_compares_the_run_folder(reproduce, tables,
         f"--host {tiny_host_folder} --run-dir runs/again --ppo.total-timesteps 32 --ppo.num-envs 4 --ppo.n-steps 8 "
         "--ppo.batch-size 16 --train-clips 4 --validation-clips 2 --test-clips 2 --table recent_fill"
     )
-    mine = {"caption": "Learned.", "reference": "pretrained/pan-tight", "parts": tables["small"]["parts"]}
-    mine["parts"] = [mine["parts"][0] | {"policies": ["pretrained/pan-tight", "recent_fill"], "clips": 1}]
-    content = {"tables": {"learned": mine, **tables}, "agents": {"pretrained/pan-tight": arguments}}
+    mine = {"caption": "Learned.", "reference": "pretrained/general", "parts": tables["small"]["parts"]}
+    mine["parts"] = [mine["parts"][0] | {"policies": ["pretrained/general", "recent_fill"], "clips": 1}]
+    content = {"tables": {"learned": mine, **tables}, "agents": {"pretrained/general": arguments}}
     assert reproduce("learned", **content)[0] == 0
     shipped = (tmp_path / "RESULTS.md").read_text()
-    assert {row[2] for row in rows(shipped)} == {"pretrained/pan-tight", "recent_fill"}
-    assert (
-        f"pretrained/pan-tight: trained on pan, budget 4, first 4096 train clips, seed 0 by `python train_agent.py {arguments}`"
-        in (shipped)
-    )
+    assert {row[2] for row in rows(shipped)} == {"pretrained/general", "recent_fill"}
+    trained_on = json.loads((checkpoints.PRETRAINED_DIR / "general" / "policy.json").read_text())["trained_on"]
+    assert f"pretrained/general: trained on {trained_on} by `python train_agent.py {arguments}`" in shipped
 
     status, out, _ = reproduce("learned", "--from-scratch", **content)
     assert status == 0 and f"python train_agent.py {arguments}" in out
@@ -193,7 +210,7 @@ def test_from_scratch_trains_once_and_compares_the_run_folder(reproduce, tables,
     monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained again"))
     assert reproduce("learned", "--from-scratch", **content)[0] == 0
     assert (tmp_path / "RESULTS.md").read_text() == text
-    content["agents"] = {"pretrained/pan-tight": f"{arguments} --seed 1"}
+    content["agents"] = {"pretrained/general": f"{arguments} --seed 1"}
     refused(reproduce("learned", "--from-scratch", **content), "runs/again holds a run with other settings (seed)")
 
 

@@ -40,15 +40,13 @@ class Walk:
 def test_the_right_frames_are_the_newest_and_those_that_cover_the_target():
     rng = torch.Generator().manual_seed(0)
     history = torch.randn(7, 2, 3, 4, generator=rng)
-    target = torch.cat([history[2, :, :1], history[4, :, 1:2], history[5, :, 2:]], dim=1)  # a row of each
+    target = torch.cat([history[2, :, 2:], history[4, :, :1], history[5, :, 1:2]], dim=1).flip(2)  # a row of each, moved
     assert right_frames(history, target, 4).tolist() == [2, 4, 5, 6]
 
     def cost(kept, target):
-        cells = [history[k].permute(1, 2, 0) for k in kept]
-        return sum(
-            min(float((target[:, y, x] - source[y, other]).square().sum()) for source in cells for other in range(4))
-            for y, x in itertools.product(range(3), range(4))
-        )
+        places = list(itertools.product(range(3), range(4)))
+        sources = [history[k, :, y, x] for k in kept for y, x in places]
+        return sum(min(float((target[:, y, x] - source).square().sum()) for source in sources) for y, x in places)
 
     other = torch.randn(2, 3, 4, generator=rng)
     best = min((cost((k, 6), other), k) for k in range(6))[1]

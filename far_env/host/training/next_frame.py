@@ -21,6 +21,7 @@ from far_env.host.sampler import sample_next_frame
 from far_env.host.training.config import ValidationSettings
 from far_env.host.training.episodes import Classes, Episodes
 from far_env.host.training.loop import step_generator
+from far_env.latent_cells import cell_distances
 from far_env.metrics import psnr
 
 OLD_DECIBELS = 3.0
@@ -194,15 +195,13 @@ class NextFrameTest:
 def right_frames(history: Tensor, target: Tensor, budget: int) -> np.ndarray:
     """The newest frame and those that together cover the target best, in order, at most ``budget``; chosen one after the other.
 
-    A latent cell of the target is covered by the nearest cell of the same row in any kept frame, because a moving camera shifts
-    content sideways.
+    A latent cell of the target is covered by the nearest cell in any kept frame, see `far_env.latent_cells.cell_distances`.
 
     Args:
         history: latents (n, C, h, w).
         target: latent (C, h, w).
     """
-    cells = history.permute(0, 2, 3, 1)  # (n, h, w, C)
-    distance = torch.cdist(target.permute(1, 2, 0)[None], cells).amin(dim=-1).square().flatten(1)  # (n, h·w)
+    distance = cell_distances(target[None, None], history[None])[0, 0]  # (n, h·w)
     kept = [len(history) - 1]
     covered = distance[kept[0]]
     while len(kept) < min(budget, len(history)):
