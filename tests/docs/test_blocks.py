@@ -48,7 +48,7 @@ def parse_only(monkeypatch):
 def workplace(tmp_path, monkeypatch) -> Path:
     """A folder that has what the pages assume to be there: finished runs and a policy file."""
     for folder in RUN_FOLDERS:
-        shutil.copytree(ROOT / "agents" / "pretrained" / "pan-tight", tmp_path / folder)
+        shutil.copytree(ROOT / "agents" / "pretrained" / "general", tmp_path / folder)
     shutil.copy(EXAMPLE / "far_env_example" / "policies.py", tmp_path / "every_second.py")
     monkeypatch.chdir(tmp_path)
     return tmp_path
