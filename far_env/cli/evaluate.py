@@ -41,12 +41,15 @@ class EvaluateOptions:
     """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget; one or more."""
     seeds: str = "42"
     """Noise seeds; clip i is played with each of them plus i."""
+    trajectories: int = 1
+    """Continuations of every clip for each noise seed. With several, tables have the mean over them and the mean of every
+    clip's best one, as FAR's authors report (100 on UCF-101 and BAIR). A number can be raised later, with the same --out."""
     split: str = "test"
     """train, validation or test."""
     clips: int = 256
     """Number of clips, from the first of the split on."""
     metrics: str = "psnr,ssim,lpips"
-    """Comma-separated: psnr, ssim, lpips."""
+    """Comma-separated: psnr, ssim, lpips; far_psnr and far_lpips, as FAR's tables have them."""
     host: str | None = None
     """A shipped host, a released transformer (see far-env weights list), a plugin's host or a host folder; by default the
     host of the workload."""
@@ -86,12 +89,14 @@ def evaluate(args: Sequence[str]) -> int:
     from far_env.evaluation.comparison import tabulate
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.evaluation.records import cell, session_precision
+    from far_env.rollout.noise import trajectory_seeds
     from far_env.workloads import make_workload, resolve_budget
 
     names = split_list(options.policies, "policies", "policy")
     budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in split_list(options.budget, "budget", "budget")})
     limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
+    noise_seeds = [seed for first in seeds for seed in trajectory_seeds(first, options.trajectories)]
     metrics = split_list(options.metrics, "metrics", "metric")
     if not options.policy_seconds > 0:
         raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
@@ -117,7 +122,7 @@ def evaluate(args: Sequence[str]) -> int:
             limited,
             policies,
             range(options.clips),
-            seeds=seeds,
+            seeds=noise_seeds,
             split=options.split,
             metrics=metrics,
             batch_size=options.batch_size,
@@ -136,7 +141,8 @@ def evaluate(args: Sequence[str]) -> int:
     played = [where for where in cells if any((name, cell(*where)) not in failed for name in policies)]
     if not played:
         raise PolicyError(next(iter(failed.values())))
-    selection = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
+    selection = {"clip_ids": range(options.clips), "seeds": seeds, "trajectories": options.trajectories}
+    selection["seconds"] = seconds if len(cells) == 1 else None
     tables = [tabulate(results, name, budget, **selection) for name, budget in played]
     if options.json is None:
         print(_text(tables))

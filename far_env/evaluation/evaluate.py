@@ -23,12 +23,12 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
 from far_env.evaluation.records import Record, Recorder, Results, Settings, cell
-from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics
+from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, clip_metrics, lpips_unavailable, psnr, require_metrics
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
-from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.rollout.noise import BENCHMARK_SEED, trajectory
 from far_env.rollout.play import Decision, play
 from far_env.workloads import Workload
 
@@ -83,7 +83,7 @@ def evaluate_grid(
 
     Args:
         policies: name → policy; None is full history.
-        seeds: clip i is played with the noise seeds s + i.
+        seeds: clip i is played with the noise seeds s + i. Those of trajectories are `far_env.rollout.noise.trajectory_seeds`.
         metrics: those that cannot be computed here are left out with the reason.
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
         optional: names of policies that are left out where they fail, with a printed reason that is also in the results'
@@ -140,11 +140,11 @@ def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...],
         MetricUnavailable: if none of them can be computed.
     """
     unavailable = {}
-    if "lpips" in wanted and (reason := lpips_unavailable()):
-        unavailable["lpips"] = reason
+    if (needy := NEED_ALEXNET.intersection(wanted)) and (reason := lpips_unavailable()):
+        unavailable = {name: reason for name in wanted if name in needy}
     names = tuple(name for name in wanted if name not in unavailable)
     require_metrics(names or wanted)
-    return tuple(sorted(set(names), key=METRICS.index)), unavailable
+    return tuple(sorted(set(names), key=(*METRICS, *FAR_METRICS).index)), unavailable
 
 
 def record_facts(workload: Workload) -> dict[str, object]:
@@ -183,6 +183,10 @@ def frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
     return psnr(predicted[:, :, None], truth[:, :, None])
 
 
+_Episode = tuple[int, int]
+"""Clip and noise seed."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """One policy under one budget."""
@@ -209,42 +213,41 @@ class _Session:
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
     def play(self, workloads: Sequence[Workload], jobs: Sequence[_Job], batch_size: int) -> None:
-        """All jobs on one batch of clips after the other, so that they share frames and a stop leaves comparable results."""
-        asked = self.asked
-        batches = [asked.clips[first : first + batch_size] for first in range(0, len(asked.clips), batch_size)]
+        """All jobs on one batch of episodes after the other, so that they share frames and a stop leaves comparable results."""
+        episodes = list(itertools.product(self.asked.clips, self.asked.seeds))
+        batches = [episodes[first : first + batch_size] for first in range(0, len(episodes), batch_size)]
         total = sum(
-            workload.num_predict * len(self._missing(workload, job, seed, asked.clips))
-            for workload, job, seed in itertools.product(workloads, jobs, asked.seeds)
+            workload.num_predict * len(self._missing(workload, job, episodes))
+            for workload, job in itertools.product(workloads, jobs)
         )
         with show_progress(total=total, unit="frames", description="evaluate", disable=not self.progress) as bar:
             for workload in workloads:
                 facts, running = record_facts(workload), list(jobs)
-                for seed, clip_ids in itertools.product(asked.seeds, batches):
-                    self._play_batch(workload, seed, clip_ids, running, facts, bar)
+                for batch in batches:
+                    self._play_batch(workload, batch, running, facts, bar)
 
-    def _missing(self, workload: Workload, job: _Job, seed: int, clip_ids: Sequence[int]) -> list[int]:
-        return [i for i in clip_ids if (workload.name, job.budget, job.name, i, seed) not in self.done]
+    def _missing(self, workload: Workload, job: _Job, episodes: Sequence[_Episode]) -> list[_Episode]:
+        return [episode for episode in episodes if (workload.name, job.budget, job.name, *episode) not in self.done]
 
     def _play_batch(
         self,
         workload: Workload,
-        seed: int,
-        clip_ids: Sequence[int],
+        episodes: Sequence[_Episode],
         jobs: list[_Job],
         facts: dict[str, Any],
         bar: Progress,
     ) -> None:
-        """Play what these clips lack. A job that cannot run and need not is taken out of ``jobs``."""
+        """Play those of these episodes that are missing. A job that cannot run and need not is taken out of ``jobs``."""
         clips: dict[int, Clip] = {}
         for job in list(jobs):
-            missing = self._missing(workload, job, seed, clip_ids)
-            self._read_clips(workload, missing, clips, bar)
-            wanted = [i for i in missing if i in clips]
+            missing = self._missing(workload, job, episodes)
+            self._read_clips(workload, [i for i, _ in missing], clips, bar)
+            wanted = [episode for episode in missing if episode[0] in clips]
             if not wanted:
                 continue
             bar.set_postfix_str(f"{workload.name} {job.budget} {job.name}")
             try:
-                self._play_job(workload, seed, [clips[i] for i in wanted], job, facts, bar)
+                self._play_job(workload, [seed for _, seed in wanted], [clips[i] for i, _ in wanted], job, facts, bar)
             except PolicyError as error:
                 if job.name not in self.optional:
                     raise
@@ -288,10 +291,10 @@ class _Session:
         return clip
 
     def _play_job(
-        self, workload: Workload, seed: int, clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
+        self, workload: Workload, seeds: list[int], clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
     ) -> None:
-        seeds = [seed + clip.clip_id for clip in clips]
-        rollouts, decisions = play(workload, clips, seeds, job.policy, job.budget, memo=self.memo, on_frame=bar.update)
+        noise_seeds = [seed + clip.clip_id for seed, clip in zip(seeds, clips, strict=True)]
+        rollouts, decisions = play(workload, clips, noise_seeds, job.policy, job.budget, memo=self.memo, on_frame=bar.update)
         predicted = rollouts.decode(range(len(clips))).float()
         truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
         truth = torch.from_numpy(truth).to(predicted.device)
@@ -309,7 +312,7 @@ class _Session:
                     budget=job.budget,
                     policy=job.name,
                     clip=clip.clip_id,
-                    seed=seed,
+                    seed=seeds[row],
                     plan=[_entry(decision) for decision in decisions[row]],
                     metrics=scores[row],
                     psnr_per_frame=by_frame[row],
@@ -330,7 +333,7 @@ class _Session:
         self, recorder: Recorder, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
     ) -> None:
         for clip, record, frames in zip(clips, records, predicted, strict=True):
-            if clip.clip_id in self.shown:
+            if clip.clip_id in self.shown and trajectory(record.seed) == 0:
                 truth = self.results.truth_picture(workload.name, clip.clip_id)
                 if not truth.exists():
                     recorder.save_picture(truth, clip.frames[: workload.num_frames])

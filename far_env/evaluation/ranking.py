@@ -16,7 +16,13 @@ from far_env.evaluation.statistics import Interval, mean_intervals
 from far_env.metrics import LOWER_IS_BETTER
 
 _NO_CLIP = "no clip is finished with every noise seed"
-_FORMATS = {"psnr": ("PSNR", "dB", 2), "ssim": ("SSIM", "", 3), "lpips": ("LPIPS", "", 3)}
+_FORMATS = {
+    "psnr": ("PSNR", "dB", 2),
+    "ssim": ("SSIM", "", 3),
+    "lpips": ("LPIPS", "", 3),
+    "far_psnr": ("FAR's PSNR", "dB", 2),
+    "far_lpips": ("FAR's LPIPS", "", 3),
+}
 
 
 @dataclass(frozen=True)

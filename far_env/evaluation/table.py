@@ -17,7 +17,10 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     metrics = list(next(iter(result.scores.values())))
     formats = {name: metric_format(name) for name in metrics}
     compared = "psnr" in metrics and reference in result.scores
-    header = ["policy", *(f"{metric.label} {metric.unit}".rstrip() for metric in formats.values())]
+    labels = [f"{metric.label} {metric.unit}".rstrip() for metric in formats.values()]
+    header = ["policy", *labels]
+    if result.trajectories > 1:
+        header = ["policy", *(text for label in labels for text in (f"{label}, mean", f"best of {result.trajectories}"))]
     if compared:
         header.append(f"PSNR − {reference} [95 %]")
     header.append("ms/decision")
@@ -25,7 +28,12 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     rows = []
     sign = 1 if formats[metrics[0]].lower_is_better else -1
     for name in sorted(result.scores, key=lambda name: sign * means[name][metrics[0]]):
-        row = [name, *(f"{means[name][metric]:.{formats[metric].digits}f}" for metric in metrics)]
+        row = [name]
+        for metric in metrics:
+            columns = [means[name][metric]]
+            if result.trajectories > 1:
+                columns.append(mean_interval(result.best(name, metric)).mean)
+            row += [f"{value:.{formats[metric].digits}f}" for value in columns]
         if compared:
             row.append("" if name == reference else signed_interval_text(mean_interval(result.difference(name, reference))))
         row.append(f"{result.decision_ms[name]:.3f}" if name in result.decision_ms else "")
