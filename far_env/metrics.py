@@ -14,7 +14,7 @@ from far_env.perceptual import alexnet_path, perceptual_network
 METRICS = ("psnr", "ssim", "lpips")
 """As the benchmark computes them."""
 FAR_METRICS = ("far_psnr", "far_lpips")
-"""As the program of FAR's authors computes them (github.com/showlab/FAR), for comparison with their tables; its SSIM is ours."""
+"""As the program of FAR's authors (github.com/showlab/FAR) computes them, to compare with their tables; its SSIM is ours."""
 LOWER_IS_BETTER = ("lpips", "far_lpips")
 NEED_ALEXNET = frozenset({"lpips", "far_lpips"})
 _SSIM_RADIUS = 5
