@@ -349,7 +349,7 @@ def _lengths(name: str, spec: WorkloadSpec, num_context: int | None, num_predict
         spec.num_context if num_context is None else num_context,
         spec.num_predict if num_predict is None else num_predict,
     )
-    if min(lengths) < 1:
+    if spec.free_lengths and min(lengths) < 1:
         raise ValueError(f"num_context and num_predict must be at least 1, got {lengths[0]} and {lengths[1]}")
     return lengths
 

@@ -27,6 +27,8 @@ class Evaluation:
         decision_ms: policy name → mean milliseconds per decision; a policy that decided nothing is left out.
         failed: policy name → why it has no scores here.
         trajectories: continuations of every clip for each noise seed.
+        fvd: policy name → FVD of every noise seed, float64 (seeds,), see `far_env.evaluation.fvd`; empty where it was not asked
+            for or cannot be computed.
     """
 
     clip_ids: list[int]
@@ -36,6 +38,7 @@ class Evaluation:
     decision_ms: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     trajectories: int = 1
+    fvd: dict[str, np.ndarray] = field(default_factory=dict)
 
     def best(self, policy: str, metric: str) -> np.ndarray:
         """The best of every clip's trajectories, float64 (clips, seeds)."""
@@ -57,6 +60,8 @@ class Evaluation:
             policies[name] = {metric: asdict(mean_interval(values)) for metric, values in columns.items()}
             if self.trajectories > 1:
                 policies[name] |= {f"best_{metric}": asdict(mean_interval(self.best(name, metric))) for metric in columns}
+            if name in self.fvd:
+                policies[name]["fvd"] = {**_mean_and_deviation(self.fvd[name]), "by_seed": self.fvd[name].tolist()}
             if "psnr" in columns and reference in self.scores and name != reference:
                 policies[name][f"psnr_minus_{reference}"] = asdict(mean_interval(self.difference(name, reference)))
         return {
@@ -145,6 +150,11 @@ def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill")
             changes = [_side_by_side([table.difference(name, reference) for table in group]) for group in workloads.values()]
             pooled[name][f"psnr_minus_{reference}_iqm"] = iqm_interval(*changes)
     return pooled
+
+
+def _mean_and_deviation(values: np.ndarray) -> dict[str, float | None]:
+    """The mean and, of more than one value, the standard deviation (with n − 1)."""
+    return {"mean": float(values.mean()), "deviation": float(values.std(ddof=1)) if len(values) > 1 else None}
 
 
 def _side_by_side(matrices: Sequence[np.ndarray]) -> np.ndarray:

@@ -22,6 +22,7 @@ from far_env.clips.clip import Clip, check_clip_id
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
+from far_env.evaluation.fvd import FeatureStore
 from far_env.evaluation.records import Record, Recorder, Results, Settings, cell
 from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, clip_metrics, lpips_unavailable, psnr, require_metrics
 from far_env.policies import FULL_HISTORY
@@ -75,6 +76,7 @@ def evaluate_grid(
     out: Path | None = None,
     show_clips: int = 0,
     policy_facts: Mapping[str, dict[str, str]] | None = None,
+    features: FeatureStore | None = None,
 ) -> Results:
     """Play every policy under every budget on every clip of every workload with every noise seed.
 
@@ -91,12 +93,14 @@ def evaluate_grid(
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
         show_clips: how many of the first clips have pictures there.
         policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
+        features: receives the features of all videos, for FVD. Episodes that it lacks are played again, and their records stay.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.
         ClipIdError: on a clip id out of range.
         ValueError: on an unknown split or metric, without clips or policies, or if the folder cannot be used.
         VideoError: if no clip of a workload can be read.
+        ValueError: on metrics of single clips in a workload without given frames, which has no true continuation.
         MetricUnavailable: if no metric can be computed.
     """
     if not policies or not len(clip_ids) or not seeds or batch_size < 1:
@@ -105,6 +109,11 @@ def evaluate_grid(
             f"{len(clip_ids)} clips, {len(seeds)} seeds and batch size {batch_size}"
         )
     names, unavailable = available_metrics(metrics)
+    for workload in workloads:
+        if workload.num_context == 0 and (names or features is None):
+            raise ValueError(
+                f"{workload.name} generates videos from nothing, which have no true continuation: its only metric is fvd"
+            )
     for workload, clip_id in itertools.product(workloads, (min(clip_ids), max(clip_ids))):
         check_clip_id(workload.clips, split, clip_id)
     jobs = [_Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
@@ -127,7 +136,7 @@ def evaluate_grid(
     )
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
-        session = _Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress)
+        session = _Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress, features)
         session.play(workloads, jobs, batch_size)
         return session.results
 
@@ -200,7 +209,13 @@ class _Session:
     """Plays the episodes that are missing, and keeps them."""
 
     def __init__(
-        self, settings: Settings, recorder: Recorder | None, memo: FrameMemo, optional: frozenset[str], progress: bool
+        self,
+        settings: Settings,
+        recorder: Recorder | None,
+        memo: FrameMemo,
+        optional: frozenset[str],
+        progress: bool,
+        features: FeatureStore | None,
     ) -> None:
         self.asked = settings
         self.recorder = recorder
@@ -208,7 +223,9 @@ class _Session:
         self.memo = memo
         self.optional = optional
         self.progress = progress
-        self.done = {record.key for record in self.results.records}
+        self.features = features
+        self.recorded = {record.key for record in self.results.records}
+        self.done = self.recorded if features is None else self.recorded & features.episodes
         self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
@@ -322,12 +339,16 @@ class _Session:
                     facts=facts,
                 )
             )
+        if self.features is not None:
+            self.features.add(workload, job.budget, job.name, clips, seeds, predicted)
+        new = [record for record in records if record.key not in self.recorded]
         if self.recorder is None:
-            self.results.records.extend(records)
+            self.results.records.extend(new)
         else:
             self._save_pictures(self.recorder, workload, clips, records, predicted)
-            self.recorder.add(records)
-        self.done.update(record.key for record in records)
+            self.recorder.add(new)
+        self.recorded |= {record.key for record in new}
+        self.done |= {record.key for record in records}
 
     def _save_pictures(
         self, recorder: Recorder, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor

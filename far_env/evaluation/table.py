@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from far_env.contract import TRUE
 from far_env.evaluation.comparison import Evaluation, pooled_summary
@@ -21,19 +24,28 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     header = ["policy", *labels]
     if result.trajectories > 1:
         header = ["policy", *(text for label in labels for text in (f"{label}, mean", f"best of {result.trajectories}"))]
+    if result.fvd:
+        header.append("FVD")
     if compared:
         header.append(f"PSNR − {reference} [95 %]")
     header.append("ms/decision")
     means = {name: {metric: mean_interval(scores[metric]).mean for metric in metrics} for name, scores in result.scores.items()}
     rows = []
-    sign = 1 if formats[metrics[0]].lower_is_better else -1
-    for name in sorted(result.scores, key=lambda name: sign * means[name][metrics[0]]):
+    order = {name: result.fvd[name].mean() for name in result.fvd}
+    if metrics:
+        sign = 1 if formats[metrics[0]].lower_is_better else -1
+        order = {name: sign * means[name][metrics[0]] for name in means}
+    for name in sorted(result.scores, key=lambda name: order.get(name, math.inf)):
         row = [name]
         for metric in metrics:
             columns = [means[name][metric]]
             if result.trajectories > 1:
                 columns.append(mean_interval(result.best(name, metric)).mean)
             row += [f"{value:.{formats[metric].digits}f}" for value in columns]
+        if result.fvd:
+            values = result.fvd.get(name, np.zeros(0))
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            row.append(f"{values.mean():.1f}{spread}" if len(values) else "")
         if compared:
             row.append("" if name == reference else signed_interval_text(mean_interval(result.difference(name, reference))))
         row.append(f"{result.decision_ms[name]:.3f}" if name in result.decision_ms else "")
@@ -42,6 +54,10 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     footer = "\n{workload}, budget {budget}, ".format(**facts) + source_line(facts)
     if "seconds" in facts:
         footer += f"; {facts['seconds']} s"
+    if result.fvd:
+        footer += f"; FVD of {facts['clips']} videos to as many true ones, by {facts['fvd']}"
+        footer += ", mean over trajectories" * (result.trajectories > 1)
+        footer += ", mean and deviation over noise seeds" * any(len(values) > 1 for values in result.fvd.values())
     missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
     missing += [f"no row {name}: {reason}" for name, reason in result.failed.items()]
     if "damaged_clips" in facts:

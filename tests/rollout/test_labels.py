@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,13 @@ from far_env.clips.worlds import WORLDS
 from far_env.errors import PolicyError
 from far_env.host.far import FAR
 from far_env.host.sampler import sample_next_frame
+from far_env.host.zoo import RELEASED
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.play import play
-from far_env.workloads import Workload, check_decides
+from far_env.workloads import WORKLOADS, Workload, check_decides, make_workload
+from tests.clips.test_video import write_video
 from tests.conftest import TINY_FAR, randomise
 from tests.rollout.test_rollout import Sloppy, specified
 
@@ -116,3 +120,23 @@ def test_what_cannot_be_is_refused(label_host, tiny_host):
             workload.label_of(Clip(0, np.zeros((0, 3, 64, 64), dtype=np.float32), label=label))
     with pytest.raises(PolicyError, match="signals are not recorded in x"):
         play(workload, labelled_clips(0)[:1], [1], Signals(), 1)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_fars_generation_gives_labels_and_guidance_to_hosts_that_take_them(label_host, tiny_host, tmp_path, monkeypatch, size):
+    entries = []
+    for i, label in enumerate((0, 0, 1)):
+        write_video(tmp_path / f"{i}.mp4", 46)
+        entries.append({"video_path": f"datasets/ucf101/{i}.mp4", "label": label})
+    (tmp_path / "trainval.json").write_text(json.dumps(entries))
+    name = f"ucf101_c0p16_{size}"
+    assert WORKLOADS[name].host == f"far_l_ucf101_{size}_label" and WORKLOADS[name].num_steps == 50
+    released = RELEASED[WORKLOADS[name].host]
+    assert (released.frame_size, released.build().null_class) == (size, 101)
+    for host, labels, guidance in ((label_host, True, 2.0), (tiny_host, False, 1.0)):
+        monkeypatch.setattr("far_env.workloads.load_host", lambda *_, host=host: replace(host, frame_size=size))
+        workload = make_workload(name, data_dir=tmp_path)
+        assert (workload.labels, workload.guidance, workload.num_context, workload.num_predict) == (labels, guidance, 0, 16)
+    clips = [workload.clips.clip("test", i) for i in range(3)]
+    assert [clip.label for clip in clips] == [0, 1, 0] and clips[0].frames.shape == (16, 3, size, size)
+    assert gym.envs.registry.get(f"far_env/Ucf101C0p16{size}-v0") is None, "there is nothing to reward"
