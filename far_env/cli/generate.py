@@ -30,7 +30,7 @@ class GenerateOptions:
     """Write videos of any workload, policy and budget, or generate them from nothing.
 
     Without a workload, a host generates from 0 given frames: far-env generate --host far_l_ucf101_256_label --labels 0,7
-    --out videos.
+    --out videos. A clip whose file is damaged is left out, and the exit status is 1.
     """
 
     out: str
@@ -87,7 +87,7 @@ class GenerateOptions:
     """How long one call of a policy file may take; such files run in separate processes."""
 
 
-def generate(args: Sequence[str]) -> None:
+def generate(args: Sequence[str]) -> int:
     """Write videos of rollouts, or generate videos from nothing."""
     options = parse(GenerateOptions, args, "far-env generate", GenerateOptions.__doc__ or "")
     from far_env.clips.video_writing import MAX_FPS, WRITERS
@@ -113,14 +113,16 @@ def generate(args: Sequence[str]) -> None:
     with locked(folder), keeping_episodes(folder, "videos"):
         check_settings(folder, workload, options.split, form, facts, options.data_dir)
         save_facts(folder, run_facts(workload.host.device, workload.host.dtype))
-        new, kept = generate_videos(
+        written = generate_videos(
             workload, jobs, range(options.clips), seeds, folder, form, split=options.split, batch_size=options.batch_size
         )
     line = "host {host} ({weights}), {ode_steps} ODE steps, guidance {guidance}, {dtype} on {device}, commit {commit}"
     print(
-        f"{new + kept} rollouts in {folder} ({new} new): {workload.name}, {workload.num_context} + {workload.num_predict} "
-        f"frames, {options.clips} clips, noise seed {seeds_text(seeds)} + clip id; {line.format(**generation_facts(workload))}"
+        f"{written.new + written.kept} rollouts in {folder} ({written.new} new): {workload.name}, {workload.num_context} + "
+        f"{workload.num_predict} frames, {options.clips} clips, noise seed {seeds_text(seeds)} + clip id; "
+        + line.format(**generation_facts(workload))
     )
+    return int(bool(written.unreadable))
 
 
 def _jobs(options: GenerateOptions) -> list[VideoJob]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from far_env.clips.clip import Clip, check_clip_id
 from far_env.clips.video_writing import WRITERS, is_whole
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
+from far_env.errors import VideoError
 from far_env.evaluation.evaluate import record_facts
 from far_env.io import read_json, write_json
 from far_env.progress import show_progress
@@ -108,6 +110,20 @@ def check_settings(
     write_json(path, {"settings": settings, "policies": {**known, **policies}})
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `generate_videos` did.
+
+    Attributes:
+        new, kept: rollouts whose files were written, and those that had them.
+        unreadable: clip → why its file cannot be read; it has no new videos.
+    """
+
+    new: int
+    kept: int
+    unreadable: dict[int, str]
+
+
 def generate_videos(
     workload: Workload,
     jobs: Sequence[VideoJob],
@@ -119,19 +135,18 @@ def generate_videos(
     split: str = "test",
     batch_size: int = 16,
     progress: bool = True,
-) -> tuple[int, int]:
+) -> Written:
     """Write the videos of all jobs, clips and seeds; a file that is there and whole is not made again.
+
+    A clip whose file is damaged is left out, with the reason; the others are played.
 
     Args:
         seeds: clip i is played with the noise seeds s + i.
         batch_size: rollouts that are generated together.
 
-    Returns:
-        How many rollouts were generated, and how many had all their files.
-
     Raises:
         PolicyError: if a policy raises or answers an invalid plan.
-        ClipIdError, VideoError, ValueError: on a clip that does not exist or cannot be read, or a file that cannot be written.
+        ClipIdError, ValueError: on a clip that does not exist, or a file that cannot be written.
     """
     for clip_id in (min(clip_ids), max(clip_ids)):
         check_clip_id(workload.clips, split, clip_id)
@@ -141,15 +156,22 @@ def generate_videos(
         for job, episode in itertools.product(jobs, episodes)
         if not all(is_whole(video_path(folder, job, *episode, kind), workload.num_frames, form.fps) for kind in form.formats)
     }
-    memo, total = FrameMemo(), len(missing) * workload.num_predict
+    memo, new, unreadable = FrameMemo(), 0, dict[int, str]()
+    total = len(missing) * workload.num_predict
     with show_progress(total=total, unit="frames", description="generate", disable=not progress) as bar:
         for first in range(0, len(episodes), batch_size):
             batch, clips = episodes[first : first + batch_size], dict[int, Clip]()
             for job in jobs:
                 wanted = [episode for episode in batch if (job.folder, episode) in missing]
+                for clip_id in {i for i, _ in wanted} - clips.keys() - unreadable.keys():
+                    try:
+                        clips[clip_id] = workload.clips.clip(split, clip_id)
+                    except VideoError as error:
+                        unreadable[clip_id] = str(error)
+                        bar.write(f"left out clip {clip_id}: {error}", file=sys.stderr)
+                wanted = [episode for episode in wanted if episode[0] in clips]
                 if not wanted:
                     continue
-                clips |= {i: workload.clips.clip(split, i) for i in {i for i, _ in wanted} - clips.keys()}
                 rows = [clips[i] for i, _ in wanted]
                 noise_seeds = [seed + i for i, seed in wanted]
                 rollouts, _ = play(workload, rows, noise_seeds, job.policy, job.budget, memo=memo, on_frame=bar.update)
@@ -161,7 +183,8 @@ def generate_videos(
                         path = video_path(folder, job, *episode, kind)
                         path.parent.mkdir(parents=True, exist_ok=True)
                         WRITERS[kind](path, video, form.fps)
-    return len(missing), len(jobs) * len(episodes) - len(missing)
+                new += len(wanted)
+    return Written(new, len(jobs) * len(episodes) - len(missing), unreadable)
 
 
 def _check_numbers(pixels: np.ndarray, workload: Workload, job: VideoJob) -> None:

@@ -20,6 +20,7 @@ from far_env.policies import load_policy
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 from far_env.workloads import Workload, make_workload
+from tests.clips.test_video import write_video
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 
 LABELS = {**TINY_FAR, "condition_cfg": {"type": "label", "num_classes": 5}}
@@ -123,6 +124,26 @@ def test_a_stopped_command_keeps_its_videos_and_tells_how_to_go_on(capsys, tiny_
         status, _, error = generate(capsys, tiny_host_folder, tmp_path, *args)
     assert status == 130 and "the videos finished so far are in" in error and len(files(tmp_path)) == 2
     assert "(1 new)" in generate(capsys, tiny_host_folder, tmp_path, *args)[1]
+
+
+def test_a_clip_that_cannot_be_read_is_left_out(capsys, tiny_host_folder, tmp_path):
+    for split in ("train", "validation", "test"):
+        for i in range(2):
+            write_video(tmp_path / "data" / split / f"{i}.avi", 16)
+    damaged = tmp_path / "data" / "test" / "0.avi"
+    sound = damaged.read_bytes()
+    content = bytearray(sound)
+    for place in range(len(content) // 5, len(content) * 9 // 10, 11):  # after its header
+        content[place] ^= 0xFF
+    damaged.write_bytes(content)
+    args = ("--workload", "recorded", "--data-dir", str(tmp_path / "data"), "--num-context", "8", "--num-predict", "8")
+    args = (*args, "--clips", "2")
+    status, out, error = generate(capsys, tiny_host_folder, tmp_path / "videos", *args)
+    assert status == 1 and "left out clip 0" in error and "1 rollouts in" in out
+    assert files(tmp_path / "videos") == {"full_history/clip1_seed42_trajectory0.mp4"}
+    damaged.write_bytes(sound)
+    status, out, _ = generate(capsys, tiny_host_folder, tmp_path / "videos", *args)
+    assert status == 0 and "2 rollouts in" in out and "(1 new)" in out
 
 
 def test_from_nothing_each_video_has_its_label(capsys, label_host, tmp_path):
