@@ -29,7 +29,7 @@ from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
-from far_env.rollout.noise import BENCHMARK_SEED, trajectory
+from far_env.rollout.noise import BENCHMARK_SEED, TRAJECTORY_STRIDE, trajectory
 from far_env.rollout.play import Decision, play
 from far_env.workloads import Workload
 
@@ -354,7 +354,9 @@ class _Session:
         self, recorder: Recorder, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
     ) -> None:
         for clip, record, frames in zip(clips, records, predicted, strict=True):
-            if clip.clip_id in self.shown and trajectory(record.seed) == 0:
+            # Of several trajectories, the first is shown.
+            further = trajectory(record.seed) > 0 and record.seed % TRAJECTORY_STRIDE in self.asked.seeds
+            if clip.clip_id in self.shown and not further:
                 truth = self.results.truth_picture(workload.name, clip.clip_id)
                 if not truth.exists():
                     recorder.save_picture(truth, clip.frames[: workload.num_frames])

@@ -82,6 +82,13 @@ def test_of_a_distance_the_best_is_the_lowest(results, tiny_workload, random_ale
     np.testing.assert_array_equal(table.best("recent_fill", "lpips")[:, 1], scores[:, TRAJECTORIES:].min(axis=1))
 
 
+def test_a_large_seed_is_not_taken_for_a_trajectory(tiny_workload, tmp_path):
+    evaluate_grid(
+        [tiny_workload], [4], policies("recent_fill"), [0], seeds=[1_000_007], out=tmp_path, show_clips=1, progress=False
+    )
+    assert [path.name for path in tmp_path.rglob("s*.png")] == ["s1000007_c0.png"]
+
+
 def evaluate(capsys, host, *args):
     place = ["--host", str(host), "--device", "cpu", "--clips", "2", "--metrics", "psnr,far_psnr", "--policies", "recent_fill"]
     status = cli.main(["evaluate", *place, *args])
