@@ -15,11 +15,13 @@ from far_env.baselines import (
     benchmark,
     chunkwise,
     controls,
+    coverage,
     extended,
     forcing,
     queue,
     recency,
     redundancy,
+    similarity,
     tracker,
 )
 from far_env.contract import RetentionPolicy, TemporalCachePlan
@@ -55,6 +57,11 @@ _BASELINES: dict[str, type] = {
         redundancy.LeastChangeNext,
         redundancy.NearestNeighbour,
         redundancy.LeastNovel,
+        coverage.KCenter,
+        coverage.LatentRI,
+        coverage.Keepsake,
+        similarity.StableWorld,
+        similarity.DySink,
         tracker.SceneTracker,
         tracker.PathTracker,
     )

@@ -64,6 +64,7 @@ SPLITS = {
     "random_mid": ((1, 5, 2), (1, 2, 1)),
     "drift_match": ((1, 5, 2), (1, 2, 1)),
     "context_match": ((1, 5, 2), (1, 2, 1)),
+    "dysink": ((0, 4, 4), (0, 2, 2)),
 }
 
 
@@ -103,6 +104,11 @@ TAGS = {
     "random_mid": ("anchor", "first_frames", 5, 1 / 8, False, "none"),
     "drift_match": ("anchor", "first_frames", 5, 1 / 8, False, "none"),
     "context_match": ("anchor", "first_frames", 5, 1 / 8, False, "none"),
+    "dysink": ("anchor", "none", 4, 0.0, False, "none"),
+    "stableworld": ("anchor", "first_frames", 0, 0.0, False, "none"),
+    "k_center": ("anchor", "none", 0, 0.0, False, "none"),
+    "latent_ri": ("anchor", "none", 0, 0.0, False, "none"),
+    "keepsake": ("anchor", "none", 0, 0.0, False, "none"),
 }
 
 
