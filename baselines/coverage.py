@@ -70,6 +70,7 @@ class Keepsake(SequentialEviction):
 
     name = "keepsake"
     source = "Keepsake, arXiv 2610.06588, our adaptation of its appearance half"
+    remark = "appearance half"
     needs = {"L": ("column_gap",)}
 
     def __init__(self, tau: float = 0.25) -> None:

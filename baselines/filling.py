@@ -68,6 +68,7 @@ class FillingPolicy(ABC):
 
     Attributes:
         name, family, source: for listings. ``family`` is also the plans' tag, unless ``tags`` has another.
+        remark: follows the name in tables, where the source leaves open what the rule is; "" for none.
         tags: the plans' tags.
         needs: tier → the signals (see `far_env.contract.SIGNALS`) that it declares there. Tiers are M (FrameMeta rows alone),
             L (also latents) and A (also attention). Without its signals, as in the benchmark, a class that has tier M falls
@@ -78,6 +79,7 @@ class FillingPolicy(ABC):
     name: ClassVar[str]
     family: ClassVar[str]
     source: ClassVar[str]
+    remark: ClassVar[str] = ""
     tags: ClassVar[dict[str, Any]] = {}
     needs: ClassVar[dict[str, tuple[str, ...]]] = {"M": ()}
     equivalent_to: ClassVar[dict[str, int]] = {}

@@ -167,6 +167,7 @@ class FutureForcing(PartitionPolicy):
 
     name = "future_forcing"
     source = "Future Forcing, arXiv 2605.30083, our reconstruction"
+    remark = "reconstruction"
     needs = {"A": ("expected_mass", "expected_cos")}
 
     def __init__(self, f_sink: float = 0.125, f_recent: float = 0.25, tau: float = 0.9) -> None:

@@ -5,7 +5,7 @@ arguments and named by the entry point, or a collection: a module or object with
 
 - ``names() -> list[str]``: the policies that are listed,
 - ``load(name) -> RetentionPolicy``,
-- ``facts(name) -> dict[str, str]``: what results record of a policy (family, tier, source, note, sha256),
+- ``facts(name) -> dict[str, str]``: what results record of a policy (family, tier, source, note, remark, sha256),
 - optionally ``accepts(name) -> bool``: whether ``load`` also takes a name that is not listed, such as a run folder.
 """
 
@@ -23,6 +23,8 @@ from far_env.errors import PolicyError
 from far_env.plugins import POLICIES, distribution_name, entry_points, load
 from far_env.policy_process import CALL_SECONDS, IsolatedPolicy, PolicyProcess
 
+VALIDATION_ROLLOUTS = "validation_rollouts"
+"""The fact that says how many rollouts of validation clips a policy's parameters were chosen by."""
 FULL_HISTORY = "full_history"
 """The reference without a budget: this name means that no policy is asked and nothing is dropped."""
 

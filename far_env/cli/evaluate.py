@@ -124,7 +124,7 @@ def evaluate(args: Sequence[str]) -> int:
             optional=set(policies),
             out=None if options.out is None else Path(options.out),
             show_clips=options.show_clips,
-            policy_facts={} if options.out is None else {name: policy_facts(name) for name in policies},
+            policy_facts={name: policy_facts(name) for name in policies},
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.evaluation.aggregate import collect_episodes
+from far_env.evaluation.aggregate import Episodes, collect_episodes
 from far_env.evaluation.records import Record, Results, cell
 from far_env.evaluation.statistics import Interval, iqm_interval, mean_interval
 
@@ -23,6 +23,8 @@ class Evaluation:
         provenance: the facts of the records (host, weights, versions, …) and the requested clips and seeds.
         decision_ms: policy name → mean milliseconds per decision; a policy that decided nothing is left out.
         failed: policy name → why it has no scores here.
+        alike: policy name → an earlier one that made the same decisions in every episode, so that tables show both as one.
+        policies: policy name → `far_env.policies.policy_facts`, as far as they are known.
     """
 
     clip_ids: list[int]
@@ -31,6 +33,8 @@ class Evaluation:
     provenance: dict[str, object]
     decision_ms: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    alike: dict[str, str] = field(default_factory=dict)
+    policies: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def difference(self, policy: str, reference: str, metric: str = "psnr") -> np.ndarray:
         """Paired differences (clips, seeds) of one policy to another."""
@@ -48,6 +52,8 @@ class Evaluation:
             "decision_ms": self.decision_ms,
             "unavailable": self.unavailable,
             "failed": self.failed,
+            "alike": self.alike,
+            "policy_facts": self.policies,
             **self.provenance,
         }
 
@@ -104,7 +110,16 @@ def tabulate(
     decision_ms = {name: cost for name, cost in costs.items() if cost is not None}
     reasons = {name: where.get(cell(workload, budget)) for name, where in settings.failed.items() if name not in complete}
     failed = {name: reason for name, reason in reasons.items() if reason is not None}
-    return Evaluation(clip_ids, scores, settings.unavailable, facts, decision_ms, failed)
+    return Evaluation(
+        clip_ids,
+        scores,
+        settings.unavailable,
+        facts,
+        decision_ms,
+        failed,
+        alike=_alike(complete),
+        policies={name: settings.policies[name] for name in complete},
+    )
 
 
 def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill") -> dict[str, dict[str, Interval]]:
@@ -126,6 +141,20 @@ def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill")
             changes = [_side_by_side([table.difference(name, reference) for table in group]) for group in workloads.values()]
             pooled[name][f"psnr_minus_{reference}_iqm"] = iqm_interval(*changes)
     return pooled
+
+
+def _alike(complete: Mapping[str, Episodes]) -> dict[str, str]:
+    """Policies that kept the same frames as an earlier one at every decision, and so have its scores → that one."""
+    first: dict[tuple, str] = {}
+    alike = {}
+    for name, episodes in complete.items():
+        decisions = tuple(
+            (key, (*record.metrics.values(),), *((e["step"], *sorted({*e["kept"], *e["demoted"]})) for e in record.plan))
+            for key, record in sorted(episodes.records.items())
+        )
+        if (other := first.setdefault((episodes.budget, decisions), name)) != name:
+            alike[name] = other
+    return alike
 
 
 def _side_by_side(matrices: Sequence[np.ndarray]) -> np.ndarray:

@@ -90,7 +90,7 @@ def evaluate_grid(
             ``settings.failed``; the other policies are played.
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
         show_clips: how many of the first clips have pictures there.
-        policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
+        policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder and for tables.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.
@@ -113,7 +113,7 @@ def evaluate_grid(
     settings = Settings(
         workloads=[workload.name for workload in workloads],
         budgets=sorted({job.budget for job in jobs}),
-        policies={name: dict((policy_facts or {}).get(name, {})) for name in policies},
+        policies={name: _remark(policy) | dict((policy_facts or {}).get(name, {})) for name, policy in policies.items()},
         seeds=sorted(set(seeds)),
         split=split,
         clips=sorted({int(i) for i in clip_ids}),
@@ -335,6 +335,12 @@ class _Session:
                 if not truth.exists():
                     recorder.save_picture(truth, clip.frames[: workload.num_frames])
                 recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
+
+
+def _remark(policy: RetentionPolicy | None) -> dict[str, str]:
+    """The fact ``remark`` of a policy that has one."""
+    remark = getattr(policy, "remark", "")
+    return {"remark": remark} if remark and isinstance(remark, str) else {}
 
 
 def _made_with(workload: Workload) -> dict[str, object]:

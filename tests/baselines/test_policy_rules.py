@@ -212,7 +212,9 @@ class Spec:
             covered = {}
             for b in left[:-1]:
                 seen = {c: np.exp(-gaps(b, c) / scale) for c in left if c != b}
-                covered[b] = max(np.mean([max(x, y) for x, y in zip(seen[c], seen[d], strict=True)]) for c in seen for d in seen)
+                covered[b] = max(
+                    np.mean([max(x, y) for x, y in zip(seen[c], seen[d], strict=True)]) for c in seen for d in seen
+                )
             left.remove(max(covered, key=lambda b: (float(f"{covered[b]:.4e}"), -b)))
         return left
 
