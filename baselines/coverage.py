@@ -72,8 +72,9 @@ class Keepsake(SequentialEviction):
     source = "Keepsake, arXiv 2610.06588, our adaptation of its appearance half"
     remark = "appearance half"
     needs = {"L": ("column_gap",)}
+    GRID = {"tau": (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)}
 
-    def __init__(self, tau: float = 0.25) -> None:
+    def __init__(self, tau: float = 1.0) -> None:
         super().__init__()
         require(isinstance(tau, int | float) and tau > 0, self.name, "tau", tau, "a number above 0")
         self.tau = float(tau)

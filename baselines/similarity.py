@@ -29,6 +29,7 @@ class StableWorld(FillingPolicy):
     source = "StableWorld, arXiv 2601.15281"
     tags = {"anchor_preservation_rule": "first_frames"}
     needs = {"L": ("lat_cos",)}
+    GRID = {"threshold": (0.0, 0.2, 0.4, 0.6, 0.78, 0.9)}
 
     def __init__(self, threshold: float = 0.78) -> None:
         super().__init__()
@@ -60,6 +61,7 @@ class DySink(PartitionPolicy):
     source = "DySink, arXiv 2605.21028"
     tags = {"anchor_preservation_rule": "none", "long_term_budget_fraction": 0.0}
     needs = {"L": ("lat_cos",)}
+    GRID = {"f_recent": (0.25, 0.5, 0.75), "repeated": (0.7, 0.8, 0.9, 0.95)}
 
     def __init__(self, f_recent: float = 0.5, repeated: float = 0.95) -> None:
         super().__init__(0, share(self.name, "f_recent", f_recent), self._similarity)

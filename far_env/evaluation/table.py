@@ -93,12 +93,14 @@ def source_line(facts: Mapping[str, object]) -> str:
 def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "recent_fill") -> str:
     """Summaries of evaluations (`Evaluation.summary`) as one table: a row per workload, budget and policy, best first.
 
-    Policies that decided alike share a row.
+    Policies that decided alike share a row. Where a policy was tuned, a column has the validation rollouts that each received.
 
     Args:
         reference: the policy whose paired PSNR difference the summaries hold.
     """
     head = ["workload", "budget", "policy", "PSNR dB [95 %]", "SSIM [95 %]", f"PSNR − {reference} [95 %]"]
+    rollouts = _validation_rollouts(summaries)
+    head += ["validation rollouts"] * bool(rollouts)
     lines = [head, ["---"] * len(head)]
     for summary in summaries:
         workload = summary["workload"] + " (true frames fed back)" * (summary.get("feedback") == TRUE)
@@ -109,8 +111,16 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
             difference = scores.get(f"psnr_minus_{reference}")
             paired = "" if difference is None or reference in together[name] else signed_interval_text(Interval(**difference))
             label = row_label(together[name], summary.get("policy_facts", {}))
-            lines.append([workload, str(summary["budget"]), label, interval_text(psnr, 2), interval_text(ssim, 3), paired])
+            cells = [workload, str(summary["budget"]), label, interval_text(psnr, 2), interval_text(ssim, 3), paired]
+            cells += [" = ".join(rollouts.get(other, "0") for other in together[name])] * bool(rollouts)
+            lines.append(cells)
     return markdown_lines(lines)
+
+
+def _validation_rollouts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Tuned policies → the validation rollouts that tuning them took."""
+    facts = {name: values for summary in summaries for name, values in summary.get("policy_facts", {}).items()}
+    return {name: values[VALIDATION_ROLLOUTS] for name, values in facts.items() if VALIDATION_ROLLOUTS in values}
 
 
 def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -207,7 +207,7 @@ class Spec:
         def gaps(a, b):
             return ((columns[a][..., :, None] - columns[b][..., None, :]) ** 2).mean(axis=(0, 1)).min(axis=1)
 
-        scale = 0.25 * np.mean([gaps(a, b) for a in before for b in before if a != b])
+        scale = np.mean([gaps(a, b) for a in before for b in before if a != b])
         while len(left) > self.budget:
             covered = {}
             for b in left[:-1]:
