@@ -47,6 +47,9 @@ class EvaluateOptions:
     """Number of clips, from the first of the split on."""
     metrics: str = "psnr,ssim,lpips"
     """Comma-separated: psnr, ssim, lpips."""
+    intervene: str = "none"
+    """Comma-separated: swap, noise, blank, shuffle. A column has the PSNR of frames that are generated while the kept frames
+    but the newest are replaced by those of another clip, by noise, by grey, or put in another order; decisions stay."""
     host: str | None = None
     """A shipped host, a released transformer (see far-env weights list), a plugin's host or a host folder; by default the
     host of the workload."""
@@ -93,6 +96,7 @@ def evaluate(args: Sequence[str]) -> int:
     limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
     metrics = split_list(options.metrics, "metrics", "metric")
+    interventions = [] if options.intervene == "none" else split_list(options.intervene, "intervene", "intervention")
     if not options.policy_seconds > 0:
         raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
     policies, optional = _load_policies(names, budgets, options.policy_seconds)
@@ -120,6 +124,7 @@ def evaluate(args: Sequence[str]) -> int:
             seeds=seeds,
             split=options.split,
             metrics=metrics,
+            interventions=interventions,
             batch_size=options.batch_size,
             optional=set(policies),
             out=None if options.out is None else Path(options.out),

@@ -23,10 +23,12 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
 from far_env.evaluation.records import Record, Recorder, Results, Settings, cell
-from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics
+from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip
+from far_env.metrics import METRICS, lpips_unavailable, require_metrics
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
 from far_env.provenance import git_commit, machine, versions
+from far_env.rollout.intervention import IntervenedFrames, check_interventions, interventions_of, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import Decision, play
@@ -71,6 +73,7 @@ def evaluate_grid(
     batch_size: int = 64,
     memo_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
+    interventions: Sequence[str] = (),
     optional: Collection[str] = (),
     out: Path | None = None,
     show_clips: int = 0,
@@ -85,6 +88,8 @@ def evaluate_grid(
         policies: name → policy; None is full history.
         seeds: clip i is played with the noise seeds s + i.
         metrics: those that cannot be computed here are left out with the reason.
+        interventions: of `far_env.rollout.intervention.INTERVENTIONS`; PSNR is measured under each of them too, under a name
+            such as psnr_swap.
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
         optional: names of policies that are left out where they fail, with a printed reason that is also in the results'
             ``settings.failed``; the other policies are played.
@@ -104,6 +109,7 @@ def evaluate_grid(
             f"an evaluation needs a policy, a clip, a noise seed and a batch size of at least 1; got {len(policies)} policies, "
             f"{len(clip_ids)} clips, {len(seeds)} seeds and batch size {batch_size}"
         )
+    interventions = check_interventions(interventions)
     names, unavailable = available_metrics(metrics)
     for workload, clip_id in itertools.product(workloads, (min(clip_ids), max(clip_ids))):
         check_clip_id(workload.clips, split, clip_id)
@@ -117,7 +123,7 @@ def evaluate_grid(
         seeds=sorted(set(seeds)),
         split=split,
         clips=sorted({int(i) for i in clip_ids}),
-        metrics=list(names),
+        metrics=[*names, *map(metric_of, interventions)],
         unavailable=unavailable,
         num_context={workload.name: workload.num_context for workload in workloads},
         num_predict={workload.name: workload.num_predict for workload in workloads},
@@ -178,11 +184,6 @@ def latents_hash(latents: Tensor) -> str:
     return _digest(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
-    """PSNR in dB of every frame: (B, F, 3, H, W) in [0, 1] to (B, F)."""
-    return psnr(predicted[:, :, None], truth[:, :, None])
-
-
 @dataclass(frozen=True)
 class _Job:
     """One policy under one budget."""
@@ -206,6 +207,7 @@ class _Session:
         self.progress = progress
         self.done = {record.key for record in self.results.records}
         self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
+        self.partners: dict[tuple[str, int], Clip | None] = {}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
     def play(self, workloads: Sequence[Workload], jobs: Sequence[_Job], batch_size: int) -> None:
@@ -236,6 +238,7 @@ class _Session:
     ) -> None:
         """Play what these clips lack. A job that cannot run and need not is taken out of ``jobs``."""
         clips: dict[int, Clip] = {}
+        self.partners.clear()
         for job in list(jobs):
             missing = self._missing(workload, job, seed, clip_ids)
             self._read_clips(workload, missing, clips, bar)
@@ -266,7 +269,10 @@ class _Session:
                 continue
             try:
                 clips[clip_id] = self._clip(workload, clip_id)
+                partner = partner_clip(workload, self.asked.split, clip_id, self.asked.metrics)
+                self.partners[workload.name, clip_id] = partner
             except VideoError as error:
+                clips.pop(clip_id, None)
                 self.results.unreadable[workload.name, clip_id] = str(error)
                 bar.write(f"left out clip {clip_id} of {workload.name}: {error}", file=sys.stderr)
                 if all((workload.name, i) in self.results.unreadable for i in self.asked.clips):
@@ -291,11 +297,15 @@ class _Session:
         self, workload: Workload, seed: int, clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
     ) -> None:
         seeds = [seed + clip.clip_id for clip in clips]
-        rollouts, decisions = play(workload, clips, seeds, job.policy, job.budget, memo=self.memo, on_frame=bar.update)
+        names = interventions_of(self.asked.metrics)
+        partners = [self.partners[workload.name, clip.clip_id] for clip in clips]
+        intervened = IntervenedFrames(names, workload, seeds, partners, self.memo)
+        hooks = {"on_frame": bar.update, "before_frame": intervened}
+        rollouts, decisions = play(workload, clips, seeds, job.policy, job.budget, memo=self.memo, **hooks)
         predicted = rollouts.decode(range(len(clips))).float()
         truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
         truth = torch.from_numpy(truth).to(predicted.device)
-        scores = clip_metrics(predicted, truth, tuple(self.asked.metrics))
+        scores = all_metrics(predicted, truth, self.asked.metrics, intervened)
         by_frame = frame_psnr(predicted, truth).tolist()
         latents = rollouts.generated(range(len(clips)))
         records = []

@@ -14,6 +14,7 @@ from far_env.evaluation.aggregate import Episodes, collect_episodes
 from far_env.evaluation.records import Results
 from far_env.evaluation.statistics import Interval, mean_intervals
 from far_env.metrics import LOWER_IS_BETTER
+from far_env.rollout.intervention import interventions_of
 
 _NO_CLIP = "no clip is finished with every noise seed"
 _FORMATS = {"psnr": ("PSNR", "dB", 2), "ssim": ("SSIM", "", 3), "lpips": ("LPIPS", "", 3)}
@@ -32,6 +33,10 @@ class Metric:
 
 def metric_format(name: str) -> Metric:
     """Label, unit and decimals of a metric."""
+    if interventions_of([name]):
+        name_of, _, intervention = name.partition("_")
+        base = metric_format(name_of)
+        return replace(base, name=name, label=f"{base.label} {intervention}")
     label, unit, digits = _FORMATS.get(name, (name.upper(), "", 3))
     return Metric(name, label, unit, digits, name in LOWER_IS_BETTER)
 
