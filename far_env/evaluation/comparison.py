@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.evaluation.aggregate import Episodes, collect_episodes
+from far_env.evaluation.aggregate import alike, collect_episodes
 from far_env.evaluation.records import Record, Results, cell
 from far_env.evaluation.statistics import Interval, iqm_interval, mean_interval
 
@@ -117,7 +117,7 @@ def tabulate(
         facts,
         decision_ms,
         failed,
-        alike=_alike(complete),
+        alike=alike(complete.values()),
         policies={name: settings.policies[name] for name in complete},
     )
 
@@ -141,20 +141,6 @@ def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill")
             changes = [_side_by_side([table.difference(name, reference) for table in group]) for group in workloads.values()]
             pooled[name][f"psnr_minus_{reference}_iqm"] = iqm_interval(*changes)
     return pooled
-
-
-def _alike(complete: Mapping[str, Episodes]) -> dict[str, str]:
-    """Policies that kept the same frames as an earlier one at every decision, and so have its scores → that one."""
-    first: dict[tuple, str] = {}
-    alike = {}
-    for name, episodes in complete.items():
-        decisions = tuple(
-            (key, (*record.metrics.values(),), *((e["step"], *sorted({*e["kept"], *e["demoted"]})) for e in record.plan))
-            for key, record in sorted(episodes.records.items())
-        )
-        if (other := first.setdefault((episodes.budget, decisions), name)) != name:
-            alike[name] = other
-    return alike
 
 
 def _side_by_side(matrices: Sequence[np.ndarray]) -> np.ndarray:

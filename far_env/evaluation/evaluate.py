@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip, check_clip_id
+from far_env.clips.copying import evidence_gaps
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
@@ -207,6 +208,7 @@ class _Session:
         self.progress = progress
         self.done = {record.key for record in self.results.records}
         self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
+        self.gaps: dict[tuple[str, int], list[int | None]] = {}
         self.partners: dict[tuple[str, int], Clip | None] = {}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
@@ -291,6 +293,9 @@ class _Session:
                 f"clip {clip_id} of {workload.name} differs from {self.results.folder}, which was made with other data; "
                 "choose another folder"
             )
+        if (workload.name, clip_id) not in self.gaps:
+            lengths = (workload.num_context, workload.num_frames)
+            self.gaps[workload.name, clip_id] = evidence_gaps(workload.clips, clip, *lengths)
         return clip
 
     def _play_job(
@@ -327,6 +332,7 @@ class _Session:
                     clip_sha256=self.clip_hashes[workload.name, clip.clip_id],
                     latents_sha256=latents_hash(latents[row]),
                     facts=facts,
+                    evidence_gaps=self.gaps[workload.name, clip.clip_id],
                 )
             )
         if self.recorder is None:

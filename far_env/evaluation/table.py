@@ -10,6 +10,7 @@ from far_env.evaluation.comparison import Evaluation, pooled_summary
 from far_env.evaluation.ranking import metric_format
 from far_env.evaluation.statistics import Interval, mean_interval
 from far_env.policies import VALIDATION_ROLLOUTS
+from far_env.rollout.intervention import INTERVENTIONS, metric_of
 from far_env.text import markdown_lines, text_table
 
 
@@ -39,7 +40,7 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
             row.append("" if is_reference else signed_interval_text(mean_interval(result.difference(name, reference))))
         row.append(f"{result.decision_ms[name]:.3f}" if name in result.decision_ms else "")
         if tuned:
-            row.append(" = ".join(tuned.get(other, {}).get(VALIDATION_ROLLOUTS, "0") for other in together[name]))
+            row.append(_rollouts(together[name], result.policies))
         rows.append(row)
     facts = result.provenance
     footer = "\n{workload}, budget {budget}, ".format(**facts) + source_line(facts)
@@ -93,14 +94,19 @@ def source_line(facts: Mapping[str, object]) -> str:
 def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "recent_fill") -> str:
     """Summaries of evaluations (`Evaluation.summary`) as one table: a row per workload, budget and policy, best first.
 
-    Policies that decided alike share a row. Where a policy was tuned, a column has the validation rollouts that each received.
+    Policies that decided alike share a row. PSNR under interventions has columns. Where a policy was tuned, a column has the
+    validation rollouts that each received.
 
     Args:
         reference: the policy whose paired PSNR difference the summaries hold.
     """
     head = ["workload", "budget", "policy", "PSNR dB [95 %]", "SSIM [95 %]", f"PSNR − {reference} [95 %]"]
-    rollouts = _validation_rollouts(summaries)
-    head += ["validation rollouts"] * bool(rollouts)
+    facts = {name: values for summary in summaries for name, values in summary.get("policy_facts", {}).items()}
+    measured = [scores for summary in summaries for scores in summary["policies"].values()]
+    disturbed = [metric_of(name) for name in INTERVENTIONS if any(metric_of(name) in scores for scores in measured)]
+    head += [f"{metric_format(name).label} dB [95 %]" for name in disturbed]
+    is_tuned = any(VALIDATION_ROLLOUTS in values for values in facts.values())
+    head += ["validation rollouts"] * is_tuned
     lines = [head, ["---"] * len(head)]
     for summary in summaries:
         workload = summary["workload"] + " (true frames fed back)" * (summary.get("feedback") == TRUE)
@@ -112,15 +118,25 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
             paired = "" if difference is None or reference in together[name] else signed_interval_text(Interval(**difference))
             label = row_label(together[name], summary.get("policy_facts", {}))
             cells = [workload, str(summary["budget"]), label, interval_text(psnr, 2), interval_text(ssim, 3), paired]
-            cells += [" = ".join(rollouts.get(other, "0") for other in together[name])] * bool(rollouts)
+            cells += [interval_text(Interval(**scores[metric]), 2) if metric in scores else "" for metric in disturbed]
+            cells += [_rollouts(together[name], facts)] * is_tuned
             lines.append(cells)
     return markdown_lines(lines)
 
 
-def _validation_rollouts(summaries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Tuned policies → the validation rollouts that tuning them took."""
-    facts = {name: values for summary in summaries for name, values in summary.get("policy_facts", {}).items()}
-    return {name: values[VALIDATION_ROLLOUTS] for name, values in facts.items() if VALIDATION_ROLLOUTS in values}
+def policy_labels(policies: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """`policy_label` of every policy; its name where two labels would be the same."""
+    labels = {name: policy_label(name, facts) for name, facts in policies.items()}
+    return {name: label if list(labels.values()).count(label) == 1 else name for name, label in labels.items()}
+
+
+def _rollouts(names: Sequence[str], policies: Mapping[str, Mapping[str, str]]) -> str:
+    """The validation rollouts that the policies of a row received by tuning: 0 for defaults, "trained" for learned policies."""
+    texts = []
+    for name in names:
+        facts = policies.get(name, {})
+        texts.append(facts.get(VALIDATION_ROLLOUTS, "trained" if facts.get("family") == "learned" else "0"))
+    return " = ".join(dict.fromkeys(texts))
 
 
 def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -148,4 +148,8 @@ def test_tables_in_markdown_have_the_rollouts_of_tuned_policies_alone():
     plain = markdown_table([summary]).splitlines()
     head, _, default, tuned = markdown_table([summary | {"policy_facts": facts}]).splitlines()
     assert "validation rollouts" not in plain[0] and head.endswith("| validation rollouts |")
+    swapped = scores | {"psnr_swap": scores["psnr"] | {"mean": 12.0}}
+    with_swap = markdown_table([summary | {"policies": {"uniform": scores, "t.json": swapped}}]).splitlines()
+    assert with_swap[0].endswith("| PSNR swap dB [95 %] |") and with_swap[2].endswith("|  |")
+    assert with_swap[3].endswith("| 12.00 [29.00, 31.00] |")
     assert default.endswith("| 0 |") and tuned.endswith("| 77 |") and "| uniform tuned on pan 4 |" in tuned
