@@ -56,7 +56,9 @@ def evidence_gaps(clips: ClipSource, clip: Clip, num_context: int, num_frames: i
     pixels = clip.frames[:num_frames, :, :rows].reshape(num_frames, -1)
     gaps: list[int | None] = []
     for frame in range(num_context, num_frames):
-        if scenes is not None:
+        if frame == 0:
+            found = np.array([], dtype=np.int64)
+        elif scenes is not None:
             found = np.flatnonzero(scenes[:frame] == scenes[frame])
         else:
             errors = np.mean((pixels[:frame] - pixels[frame]) ** 2, axis=1)

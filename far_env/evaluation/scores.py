@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.metrics import METRICS, clip_metrics, psnr
+from far_env.metrics import clip_metrics, psnr
 from far_env.rollout.intervention import SWAP, IntervenedFrames, interventions_of, metric_of, partner_of
 from far_env.workloads import Workload
 
@@ -16,13 +16,17 @@ def all_metrics(
     predicted: Tensor, truth: Tensor, metrics: Sequence[str], intervened: IntervenedFrames
 ) -> list[dict[str, float]]:
     """`clip_metrics` of every clip, and PSNR under the interventions that are among ``metrics``."""
-    interventions = interventions_of(metrics)
-    scores = clip_metrics(predicted, truth, tuple(name for name in metrics if name in METRICS))
-    for name in interventions:
+    scores = clip_metrics(predicted, truth, undisturbed(metrics))
+    for name in interventions_of(metrics):
         disturbed = psnr(intervened.decode(name).float(), truth).tolist()
         for values, value in zip(scores, disturbed, strict=True):
             values[metric_of(name)] = value
     return scores
+
+
+def undisturbed(metrics: Sequence[str]) -> tuple[str, ...]:
+    """The metrics that are not measured under an intervention."""
+    return tuple(name for name in metrics if not interventions_of([name]))
 
 
 def frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from far_env.errors import VideoError
 from far_env.evaluation.evaluate import clip_hash, latents_hash, record_facts
 from far_env.evaluation.records import Record, Results, histories
-from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip
-from far_env.metrics import METRICS, require_metrics
+from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip, undisturbed
+from far_env.metrics import require_metrics
 from far_env.progress import Progress, show_progress
 from far_env.rollout.intervention import IntervenedFrames, interventions_of
 from far_env.rollout.memo import FrameMemo
@@ -78,7 +78,7 @@ def validate(
     Raises:
         ValueError: on a record of another host, or one whose metrics cannot be computed here.
     """
-    require_metrics([name for name in results.settings.metrics if name in METRICS])
+    require_metrics(undisturbed(results.settings.metrics))
     workloads = {name: make(name) for name in dict.fromkeys(record.workload for record in records)}
     for record in records:
         check_host(record, workloads[record.workload])

@@ -99,6 +99,8 @@ class Intervention:
             numbers: their true numbers.
             step: the number of the predicted frame that is generated next.
         """
+        if not kept:
+            return []
         *older, newest = kept
         if self.name == SHUFFLE:
             return [*(older[place] for place in self._order(len(older), step)), newest]

@@ -57,6 +57,7 @@ def test_the_newest_frame_that_is_as_good_as_the_best_copy_counts():
     # with rows that show something else the frames differ by it
     clip = Source.clip([0.1, 0.5, 0.1], below=[0.0, 1.0, 1.0])
     assert evidence_gaps(Source(), clip, 2, 3) == [None] and evidence_gaps(Source(view_rows=3), clip, 2, 3) == [2]
+    assert evidence_gaps(Source(), Source.clip([0.1, 0.1]), 0, 2) == [None, 1], "without context"
     scenes = Source(scenes=lambda clip: np.array([7, 8, 7, 9, 7]))
     assert evidence_gaps(scenes, Source.clip([0.1, 0.2, 0.3, 0.4, 0.5]), 2, 5) == [2, None, 2]
 

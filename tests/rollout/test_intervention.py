@@ -104,7 +104,7 @@ def test_only_the_frames_before_the_newest_are_replaced_and_by_what_is_said(tiny
     for name in INTERVENTIONS:
         frames = after(name)
         assert len(frames) == 4 and frames[-1] is kept[-1]
-        assert after(name, kept=kept[:1], numbers=[0]) == kept[:1]
+        assert after(name, kept=kept[:1], numbers=[0]) == kept[:1] and after(name, kept=[], numbers=[]) == []
     with torch.no_grad():
         true = tiny_workload.host.autoencoder.encode(torch.from_numpy(partners[0].frames)[None])[0]
         grey = tiny_workload.host.autoencoder.encode(torch.full((1, 1, 3, 64, 64), 0.5))[0, 0]
