@@ -50,6 +50,9 @@ class EvaluateOptions:
     """Number of clips, from the first of the split on."""
     metrics: str = "psnr,ssim,lpips"
     """Comma-separated: psnr, ssim, lpips; far_psnr and far_lpips, as FAR's tables have them; fvd, of all videos together."""
+    intervene: str = "none"
+    """Comma-separated: swap, noise, blank, shuffle. A column has the PSNR of frames that are generated while the kept frames
+    but the newest are replaced by those of another clip, by noise, by grey, or put in another order; decisions stay."""
     host: str | None = None
     """A shipped host, a released transformer (see far-env weights list), a plugin's host or a host folder; by default the
     host of the workload."""
@@ -103,6 +106,7 @@ def evaluate(args: Sequence[str]) -> int:
     if no_fvd and metrics == [FVD]:
         raise MetricUnavailable(no_fvd)
     clip_metrics = [metric for metric in metrics if metric != FVD]
+    interventions = [] if options.intervene == "none" else split_list(options.intervene, "intervene", "intervention")
     if not options.policy_seconds > 0:
         raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
     policies, optional = _load_policies(names, budgets, options.policy_seconds)
@@ -134,11 +138,12 @@ def evaluate(args: Sequence[str]) -> int:
             seeds=noise_seeds,
             split=options.split,
             metrics=clip_metrics,
+            interventions=interventions,
             batch_size=options.batch_size,
             optional=set(policies),
             out=None if options.out is None else Path(options.out),
             show_clips=options.show_clips,
-            policy_facts={} if options.out is None else {name: policy_facts(name) for name in policies},
+            policy_facts={name: policy_facts(name) for name in policies},
             features=features,
         )
     seconds = time.perf_counter() - start

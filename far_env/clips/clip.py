@@ -40,7 +40,12 @@ class Clip:
 
 
 class ClipSource(Protocol):
-    """A named, indexed collection of clips, the same on every machine and in every order of access."""
+    """A named, indexed collection of clips, the same on every machine and in every order of access.
+
+    A source may also know what its frames show: by a method ``scenes(clip)``, a number per frame that is the same for frames of
+    the same scene, or by an attribute ``view_rows``, the number of rows of pixels from the top that show it. See
+    `far_env.clips.copying.evidence_gaps`.
+    """
 
     name: str
     size: int

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.evaluation.aggregate import collect_episodes
+from far_env.evaluation.aggregate import alike, collect_episodes
 from far_env.evaluation.records import Record, Results, cell
 from far_env.evaluation.statistics import Interval, iqm_interval, mean_interval
 from far_env.metrics import LOWER_IS_BETTER
@@ -29,6 +29,8 @@ class Evaluation:
         trajectories: continuations of every clip for each noise seed.
         fvd: policy name → FVD of every noise seed, float64 (seeds,), see `far_env.evaluation.fvd`; empty where it was not asked
             for or cannot be computed.
+        alike: policy name → an earlier one that made the same decisions in every episode, so that tables show both as one.
+        policies: policy name → `far_env.policies.policy_facts`, as far as they are known.
     """
 
     clip_ids: list[int]
@@ -39,6 +41,8 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)
     trajectories: int = 1
     fvd: dict[str, np.ndarray] = field(default_factory=dict)
+    alike: dict[str, str] = field(default_factory=dict)
+    policies: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def best(self, policy: str, metric: str) -> np.ndarray:
         """The best of every clip's trajectories, float64 (clips, seeds)."""
@@ -69,6 +73,8 @@ class Evaluation:
             "decision_ms": self.decision_ms,
             "unavailable": self.unavailable,
             "failed": self.failed,
+            "alike": self.alike,
+            "policy_facts": self.policies,
             **self.provenance,
         }
 
@@ -128,7 +134,17 @@ def tabulate(
     decision_ms = {name: cost for name, cost in costs.items() if cost is not None}
     reasons = {name: where.get(cell(workload, budget)) for name, where in settings.failed.items() if name not in complete}
     failed = {name: reason for name, reason in reasons.items() if reason is not None}
-    return Evaluation(clip_ids, scores, settings.unavailable, facts, decision_ms, failed, trajectories)
+    return Evaluation(
+        clip_ids,
+        scores,
+        settings.unavailable,
+        facts,
+        decision_ms,
+        failed,
+        trajectories=trajectories,
+        alike=alike(complete.values()),
+        policies={name: settings.policies[name] for name in complete},
+    )
 
 
 def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill") -> dict[str, dict[str, Interval]]:

@@ -19,15 +19,18 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip, check_clip_id
+from far_env.clips.copying import evidence_gaps
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
 from far_env.evaluation.fvd import FeatureStore
 from far_env.evaluation.records import Record, Recorder, Results, Settings, cell
-from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, clip_metrics, lpips_unavailable, psnr, require_metrics
+from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip
+from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, lpips_unavailable, require_metrics
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
 from far_env.provenance import git_commit, machine, versions
+from far_env.rollout.intervention import IntervenedFrames, check_interventions, interventions_of, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED, TRAJECTORY_STRIDE, trajectory
 from far_env.rollout.play import Decision, play
@@ -72,6 +75,7 @@ def evaluate_grid(
     batch_size: int = 64,
     memo_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
+    interventions: Sequence[str] = (),
     optional: Collection[str] = (),
     out: Path | None = None,
     show_clips: int = 0,
@@ -87,12 +91,14 @@ def evaluate_grid(
         policies: name → policy; None is full history.
         seeds: clip i is played with the noise seeds s + i. Those of trajectories are `far_env.rollout.noise.trajectory_seeds`.
         metrics: those that cannot be computed here are left out with the reason.
+        interventions: of `far_env.rollout.intervention.INTERVENTIONS`; PSNR is measured under each of them too, under a name
+            such as psnr_swap.
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
         optional: names of policies that are left out where they fail, with a printed reason that is also in the results'
             ``settings.failed``; the other policies are played.
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
         show_clips: how many of the first clips have pictures there.
-        policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
+        policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder and for tables.
         features: receives the features of all videos, for FVD. Episodes that it lacks are played again, and their records stay.
 
     Raises:
@@ -108,9 +114,10 @@ def evaluate_grid(
             f"an evaluation needs a policy, a clip, a noise seed and a batch size of at least 1; got {len(policies)} policies, "
             f"{len(clip_ids)} clips, {len(seeds)} seeds and batch size {batch_size}"
         )
+    interventions = check_interventions(interventions)
     names, unavailable = available_metrics(metrics)
     for workload in workloads:
-        if workload.num_context == 0 and (names or features is None):
+        if workload.num_context == 0 and (names or interventions or features is None):
             raise ValueError(
                 f"{workload.name} generates videos from nothing, which have no true continuation: its only metric is fvd"
             )
@@ -122,11 +129,11 @@ def evaluate_grid(
     settings = Settings(
         workloads=[workload.name for workload in workloads],
         budgets=sorted({job.budget for job in jobs}),
-        policies={name: dict((policy_facts or {}).get(name, {})) for name in policies},
+        policies={name: _remark(policy) | dict((policy_facts or {}).get(name, {})) for name, policy in policies.items()},
         seeds=sorted(set(seeds)),
         split=split,
         clips=sorted({int(i) for i in clip_ids}),
-        metrics=list(names),
+        metrics=[*names, *map(metric_of, interventions)],
         unavailable=unavailable,
         num_context={workload.name: workload.num_context for workload in workloads},
         num_predict={workload.name: workload.num_predict for workload in workloads},
@@ -187,11 +194,6 @@ def latents_hash(latents: Tensor) -> str:
     return _digest(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
-    """PSNR in dB of every frame: (B, F, 3, H, W) in [0, 1] to (B, F)."""
-    return psnr(predicted[:, :, None], truth[:, :, None])
-
-
 _Episode = tuple[int, int]
 """Clip and noise seed."""
 
@@ -227,6 +229,8 @@ class _Session:
         self.recorded = {record.key for record in self.results.records}
         self.done = self.recorded if features is None else self.recorded & features.episodes
         self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
+        self.gaps: dict[tuple[str, int], list[int | None]] = {}
+        self.partners: dict[tuple[str, int], Clip | None] = {}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
     def play(self, workloads: Sequence[Workload], jobs: Sequence[_Job], batch_size: int) -> None:
@@ -256,6 +260,7 @@ class _Session:
     ) -> None:
         """Play those of these episodes that are missing. A job that cannot run and need not is taken out of ``jobs``."""
         clips: dict[int, Clip] = {}
+        self.partners.clear()
         for job in list(jobs):
             missing = self._missing(workload, job, episodes)
             self._read_clips(workload, [i for i, _ in missing], clips, bar)
@@ -286,7 +291,10 @@ class _Session:
                 continue
             try:
                 clips[clip_id] = self._clip(workload, clip_id)
+                partner = partner_clip(workload, self.asked.split, clip_id, self.asked.metrics)
+                self.partners[workload.name, clip_id] = partner
             except VideoError as error:
+                clips.pop(clip_id, None)
                 self.results.unreadable[workload.name, clip_id] = str(error)
                 bar.write(f"left out clip {clip_id} of {workload.name}: {error}", file=sys.stderr)
                 if all((workload.name, i) in self.results.unreadable for i in self.asked.clips):
@@ -305,17 +313,24 @@ class _Session:
                 f"clip {clip_id} of {workload.name} differs from {self.results.folder}, which was made with other data; "
                 "choose another folder"
             )
+        if (workload.name, clip_id) not in self.gaps:
+            lengths = (workload.num_context, workload.num_frames)
+            self.gaps[workload.name, clip_id] = evidence_gaps(workload.clips, clip, *lengths)
         return clip
 
     def _play_job(
         self, workload: Workload, seeds: list[int], clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
     ) -> None:
         noise_seeds = [seed + clip.clip_id for seed, clip in zip(seeds, clips, strict=True)]
-        rollouts, decisions = play(workload, clips, noise_seeds, job.policy, job.budget, memo=self.memo, on_frame=bar.update)
+        names = interventions_of(self.asked.metrics)
+        partners = [self.partners[workload.name, clip.clip_id] for clip in clips]
+        intervened = IntervenedFrames(names, workload, noise_seeds, partners, self.memo)
+        hooks = {"on_frame": bar.update, "before_frame": intervened}
+        rollouts, decisions = play(workload, clips, noise_seeds, job.policy, job.budget, memo=self.memo, **hooks)
         predicted = rollouts.decode(range(len(clips))).float()
         truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
         truth = torch.from_numpy(truth).to(predicted.device)
-        scores = clip_metrics(predicted, truth, tuple(self.asked.metrics))
+        scores = all_metrics(predicted, truth, self.asked.metrics, intervened)
         by_frame = frame_psnr(predicted, truth).tolist()
         latents = rollouts.generated(range(len(clips)))
         records = []
@@ -337,6 +352,7 @@ class _Session:
                     clip_sha256=self.clip_hashes[workload.name, clip.clip_id],
                     latents_sha256=latents_hash(latents[row]),
                     facts=facts,
+                    evidence_gaps=self.gaps[workload.name, clip.clip_id],
                 )
             )
         if self.features is not None:
@@ -361,6 +377,12 @@ class _Session:
                 if not truth.exists():
                     recorder.save_picture(truth, clip.frames[: workload.num_frames])
                 recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
+
+
+def _remark(policy: RetentionPolicy | None) -> dict[str, str]:
+    """The fact ``remark`` of a policy that has one."""
+    remark = getattr(policy, "remark", "")
+    return {"remark": remark} if remark and isinstance(remark, str) else {}
 
 
 def _made_with(workload: Workload) -> dict[str, object]:

@@ -190,6 +190,11 @@ class RolloutBatch:
         for other in onto:
             self._rows[other] = self._rows[row].copy()
 
+    def keyed_history(self, row: int) -> list[tuple[Tensor, str]]:
+        """The latents (C, h, w) of the row's history, oldest first, each with the key of its content."""
+        rollout = self._rows[row]
+        return [(rollout.frames[number], rollout.keys[number]) for number in rollout.kept]
+
     def history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Kept latents (R, K, C, h, w), oldest first, shorter rows padded with zeros at the end, and lengths (R,)."""
         histories = [[rollout.frames[number] for number in rollout.kept] for rollout in self._chosen(rows)]
@@ -217,29 +222,25 @@ class RolloutBatch:
     @torch.no_grad()
     def advance(self, rows: Sequence[int]) -> None:
         """Generate the next frame of each row and append it to its history."""
-        missing: dict[str, list[Rollout]] = {}
-        for rollout in self._chosen(rows):
-            kept_keys = [rollout.keys[number] for number in rollout.kept]
-            classes = rollout.visible_actions() if rollout.label is None else ("label", rollout.label)
-            key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *kept_keys, *classes)
-            latent = None if self._recorder.needs_probe else self.memo.get(key)
-            if latent is None:
-                missing.setdefault(key, []).append(rollout)
-            else:
-                self._append(rollout, latent, key)
-        if not missing:
-            return
-        # Rows that would become the same frame are computed once.
-        first = [alike[0] for alike in missing.values()]
-        self._encode_histories(first)
-        for (key, alike), latent in zip(missing.items(), self._sample(first), strict=True):
-            # A view would keep the frames of all rows alive for as long as one of them.
-            latent = latent.clone()
-            self.memo.put(key, latent)
-            for rollout in alike:
-                rollout.prefix, rollout.num_coarse = list(alike[0].prefix), alike[0].num_coarse
-                rollout.recorded = alike[0].recorded
-                self._append(rollout, latent, key)
+        chosen = self._chosen(rows)
+        for rollout, (key, latent) in zip(chosen, self._generate(chosen), strict=True):
+            self._append(rollout, latent, key)
+
+    @torch_defaults()
+    @torch.no_grad()
+    def next_frames(self, rows: Sequence[int], histories: Sequence[Sequence[tuple[Tensor, str]]]) -> list[Tensor]:
+        """The next frame (C, h, w) of each row if its history held other latents. The rows stay as they are.
+
+        Args:
+            histories: of each row, the latents in place of its frames, oldest first, with the keys of their contents.
+        """
+        others = []
+        for rollout, history in zip(self._chosen(rows), histories, strict=True):
+            other = replace(rollout.copy(), prefix=[], num_coarse=0)
+            for number, (latent, key) in zip(rollout.kept, history, strict=True):
+                other.frames[number], other.keys[number] = latent, key
+            others.append(other)
+        return [latent for _, latent in self._generate(others)]
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep the frames at these positions of the row's history, ascending."""
@@ -367,6 +368,33 @@ class RolloutBatch:
     def _steps(self, rollouts: Sequence[Rollout], first: int, last: int | None) -> range:
         """Steps first … last-1 of the longest of these rollouts."""
         return range(max(rollout.num_predict for rollout in rollouts))[first:last]
+
+    def _generate(self, rollouts: Sequence[Rollout]) -> list[tuple[str, Tensor]]:
+        """Key and latent (C, h, w) of each rollout's next frame. Rollouts that would become the same one are computed once."""
+        frames: dict[str, Tensor] = {}
+        missing: dict[str, list[Rollout]] = {}
+        keys = []
+        for rollout in rollouts:
+            kept_keys = [rollout.keys[number] for number in rollout.kept]
+            classes = rollout.visible_actions() if rollout.label is None else ("label", rollout.label)
+            key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *kept_keys, *classes)
+            keys.append(key)
+            latent = None if self._recorder.needs_probe else self.memo.get(key)
+            if latent is None:
+                missing.setdefault(key, []).append(rollout)
+            else:
+                frames[key] = latent
+        if missing:
+            first = [alike[0] for alike in missing.values()]
+            self._encode_histories(first)
+            for (key, alike), latent in zip(missing.items(), self._sample(first), strict=True):
+                # A view would keep the frames of all rows alive for as long as one of them.
+                frames[key] = latent.clone()
+                self.memo.put(key, frames[key])
+                for rollout in alike[1:]:
+                    rollout.prefix, rollout.num_coarse = list(alike[0].prefix), alike[0].num_coarse
+                    rollout.recorded = alike[0].recorded
+        return [(key, frames[key]) for key in keys]
 
     def _append(self, rollout: Rollout, latent: Tensor, key: str) -> None:
         rollout.kept.append(rollout.newest + 1)
