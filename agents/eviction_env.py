@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class EvictionVecEnv(VecEnv):
         self.remaining: list[np.ndarray] = [np.zeros(0, dtype=bool) for _ in self._rows]
         self.observations: list[dict] = [{} for _ in self._rows]
         self._actions = np.zeros(len(self._rows), dtype=np.int64)
+        self.render_mode = None
         super().__init__(len(self._rows), self._space(), spaces.Discrete(self.num_nodes))
 
     def reset(self) -> dict[str, np.ndarray]:
@@ -114,10 +116,13 @@ class EvictionVecEnv(VecEnv):
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Restore what `state_dict` returned; the environments are restored separately."""
         for index, saved in enumerate(state):
-            values = {name: value.numpy() if torch.is_tensor(value) else value for name, value in saved["graph"].items()}
+            values = {
+                name: value.numpy().copy() if torch.is_tensor(value) else deepcopy(value)
+                for name, value in saved["graph"].items()
+            }
             vars(self.graphs[index]).update(values)
-            self.remaining[index] = saved["remaining"].numpy()
-            self.observations[index] = {name: value.numpy() for name, value in saved["arrays"].items()}
+            self.remaining[index] = saved["remaining"].numpy().copy()
+            self.observations[index] = {name: value.numpy().copy() for name, value in saved["arrays"].items()}
 
     def close(self) -> None:
         """Close the environments."""
@@ -159,11 +164,9 @@ class EvictionVecEnv(VecEnv):
         step, total_steps, max_frames = (int(infos[key][row]) for key in ("step", "total_steps", "max_frames"))
         slots = env.episodes.num_slots
         features = infos["frame_features"][row][slots - count :]
-        signals = {name: observations[name][row] for name in self.config.signals}
-        aligned = {name: value[slots - count :] for name, value in signals.items()}
-        aligned = {name: value[:, slots - count :] if value.ndim > 1 else value for name, value in aligned.items()}
         graph = self.graphs[index]
-        graph.observe_frames(features, step, *signal_arrays(aligned, self.config.signals))
+        # Observations have zeros where a signal is NaN, which a policy is told.
+        graph.observe_frames(features, step, *signal_arrays(env.episodes.raw_signals[row], self.config.signals))
         self.remaining[index] = np.ones(count, dtype=bool)
         self.observations[index] = graph.arrays(total_steps - step - 1, max_frames)
 
@@ -189,5 +192,5 @@ class EvictionVecEnv(VecEnv):
 
 
 def _plain(value: Any) -> Any:
-    """An array as a tensor; anything else as it is."""
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+    """A copy, of an array as a tensor."""
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else deepcopy(value)

@@ -77,6 +77,7 @@ class EpisodeBatch:
     Attributes:
         max_frames: per row, the budget of its episode.
         decisions: per row, (step, true numbers of the frames that stayed) of every decision of its episode.
+        raw_signals: per row, the signals at its last observation, by name: of its frames alone, NaN where there is no value.
         num_slots: rows of an observation and bits of an action, max(n_context, *budgets) + 1. Histories are
             right-aligned: the newest frame is always in the last slot.
     """
@@ -112,6 +113,7 @@ class EpisodeBatch:
         self._pixels = torch.zeros(num_rows, workload.num_predict, 3, side, side, device=workload.host.device)
         self._decoded = np.zeros(num_rows, dtype=int)
         self._features = np.zeros((num_rows, self.num_slots, len(FEATURES)), dtype=np.float32)
+        self.raw_signals: list[dict[str, np.ndarray]] = [{} for _ in range(num_rows)]
 
     def new_rollouts(self, num_rows: int) -> RolloutBatch:
         """The object that generates the frames."""
@@ -211,7 +213,7 @@ class EpisodeBatch:
     def observe(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Observations of rows, stacked: frames (R, slots, 6), mask (R, slots), budget (R, 3) and signals, all float32.
 
-        Updates the ``frame_features`` of `info` too.
+        Updates the ``frame_features`` of `info` and `raw_signals` too.
         """
         slots = self.num_slots
         lengths = np.array([self.rollouts.history_length(row) for row in rows])
@@ -234,6 +236,8 @@ class EpisodeBatch:
         observation = {"frames": frames.clip(0, 1), "mask": mask, "budget": budget.astype(np.float32)}
         if self.signals:
             by_row = self.rollouts.signals(rows)
+            for row, signals in zip(rows, by_row, strict=True):
+                self.raw_signals[row] = signals
             for name in self.signals:
                 observation[name] = np.stack([right_aligned(name, signals[name], slots) for signals in by_row])
         return observation

@@ -25,7 +25,7 @@ EXTENDING = ROOT / "docs" / "extending.md"
 RUN_FOLDERS = ("runs/pan_tight", "runs/mine")
 SHRINK = {r"range\(64\)": "range(2)", r"learn\(6400\)": "learn(64)"}
 FEW = {"--clips": "2", "--sample": "2"}
-RUN = {"baselines", "benchmark", "evaluate", "export", "report", "validate"}
+RUN = {"baselines", "benchmark", "evaluate", "export", "report", "tune", "validate"}
 """Commands that are run; of the others, only the options are checked."""
 
 

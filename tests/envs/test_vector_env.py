@@ -272,3 +272,57 @@ def test_sb3_adapter_keeps_sb3s_conventions(make_vector, tiny_workload):
     assert len(env.env_method("action_masks", indices=[1])) == 1
     assert env.env_is_wrapped(gym.Wrapper, indices=1) == [False]
     assert env.has_attr("action_masks") and not env.has_attr("no_such_thing")
+
+
+def one_row_at_a_time(make, make_vector, mode, choose, **options):
+    """Rows decide by themselves, in an order that ``choose`` gives; compare each with a single environment."""
+    vector, singles = make_vector(3, autoreset_mode=mode, **options), [make(**options) for _ in range(3)]
+    observations, infos = vector.reset(seed=2)
+    seen = [env.reset(seed=2 + row)[0] for row, env in enumerate(singles)]
+    rng, over, steps = np.random.default_rng(0), [False] * 3, [0] * 3
+    for number in range(24):
+        deciding = choose(number)
+        actions = rng.integers(0, 2, (3, 6))
+        observations, rewards, terminations, truncations, infos = vector.step(actions, rows=deciding)
+        for row, env in enumerate(singles):
+            reward, terminated = 0.0, False
+            if row in deciding and over[row]:
+                (seen[row], _), over[row] = env.reset(), False
+            elif row in deciding:
+                seen[row], reward, terminated, _, info = env.step(actions[row])
+                steps[row] += 1
+                over[row] = terminated and mode == "NEXT_STEP"
+                assert mode == "SAME_STEP" or infos["repaired"][row] == info["repaired"]
+                if terminated and mode == "SAME_STEP":
+                    np.testing.assert_allclose(infos["final_obs"][row]["frames"], seen[row]["frames"], atol=1e-5)
+                    assert infos["final_info"]["psnr"][row] == pytest.approx(info["psnr"], abs=1e-3)
+                    seen[row], _ = env.reset()
+            assert rewards[row] == pytest.approx(reward, abs=1e-3) and terminations[row] == terminated
+            assert not truncations[row]
+            for key, value in seen[row].items():
+                np.testing.assert_allclose(observations[key][row], value, atol=1e-5)
+    return steps
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
+def test_rows_that_decide_by_themselves_are_single_environments(make, make_vector, mode):
+    order = np.random.default_rng(1)
+
+    def some(number):
+        return np.flatnonzero(order.random(3) < (0.9, 0.5, 0.3)).tolist()
+
+    steps = one_row_at_a_time(make, make_vector, mode, some)
+    assert steps[0] > steps[1] > steps[2] > 0, "they are at different decisions"
+    one_row_at_a_time(make, make_vector, mode, lambda number: range(3))
+
+
+def test_a_row_that_ended_waits_for_its_reset_while_others_decide_without_autoreset(make_vector):
+    env = make_vector(2, autoreset_mode="DISABLED", max_episode_steps=2)
+    env.reset(seed=0)
+    actions = np.ones((2, 6), dtype=np.int8)
+    assert [env.step(actions, rows=[0])[3].tolist() for _ in range(2)] == [[False, False], [True, False]]
+    with pytest.raises(gym.error.ResetNeeded, match=r"rows \[0\] have ended"):
+        env.step(actions, rows=[1])
+    env.reset(options={"reset_mask": np.array([True, False])})
+    assert [env.step(actions, rows=[1])[3].tolist() for _ in range(2)] == [[False, False], [False, True]]
+    assert env.state_dict()["elapsed_steps"] == [0, 2]
