@@ -83,9 +83,9 @@ def test_a_video_is_the_rollout_beside_the_truth(capsys, tiny_host_folder, tmp_p
 
 
 def test_policies_and_budgets_have_folders_of_their_own_and_share_the_batch(capsys, tiny_host_folder, tmp_path):
-    args = ("--workload", "pan", "--policies", "pretrained/pan-tight,full_history", "--budget", "4,6", "--clips", "1")
+    args = ("--workload", "pan", "--policies", "pretrained/general,full_history", "--budget", "4,6", "--clips", "1")
     assert generate(capsys, tiny_host_folder, tmp_path, *args)[0] == 0
-    folders = ("full_history", "pretrained%2Fpan-tight_budget4", "pretrained%2Fpan-tight_budget6")
+    folders = ("full_history", "pretrained%2Fgeneral_budget4", "pretrained%2Fgeneral_budget6")
     assert files(tmp_path) == {f"{folder}/clip0_seed42_trajectory0.mp4" for folder in folders}
     status, out, _ = generate(capsys, tiny_host_folder, tmp_path, *args[:3], "recent_fill", "--clips", "1")
     assert status == 0 and "(1 new)" in out and len(files(tmp_path)) == 4, "more can be added"
