@@ -161,11 +161,13 @@ def workloads() -> str:
             _host(spec),
             "–" if spec.num_steps is None else str(spec.num_steps),
             f"{spec.guidance:g}",
-            {True: "yes", False: "no", None: "if the host takes them"}[spec.actions],
+            "labels, if the host takes them"
+            if spec.labels
+            else {True: "yes", False: "no", None: "if the host takes them"}[spec.actions],
         )
         for name, spec in sorted(WORKLOADS.items(), key=lambda item: (item[0] not in WORLDS, item[0]))
     ]
-    return table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions"), rows)
+    return table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions or labels"), rows)
 
 
 def _host(spec: WorkloadSpec) -> str:

@@ -22,6 +22,7 @@ from far_env.evaluation.statistics import Interval
 from far_env.evaluation.table import policy_labels
 from far_env.io import replacing
 from far_env.progress import show_progress
+from far_env.rollout.noise import seeds_text
 
 COLOURS = ("#1f6fd1", "#b65100", "#17823f", "#8748c4", "#c62f3c", "#0b7d87", "#80631c", "#b8387f")
 MARKERS = "osD^vPX*"
@@ -273,7 +274,7 @@ def _title(group: Group, rows: Sequence[Row]) -> str:
 def _source(results: Results, workload: str) -> str:
     counts = facts(results).get(workload, {})
     facts_text = ", ".join(f"{name.replace('_', ' ')} {' and '.join(counts[name])}" for name in counts if name != "versions")
-    seeds = ", ".join(map(str, results.settings.seeds))
+    seeds = seeds_text(results.settings.seeds)
     return f"{workload}: {len(results.settings.clips)} {results.settings.split} clips, noise seeds {seeds}, {facts_text}"
 
 

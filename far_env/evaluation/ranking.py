@@ -18,7 +18,13 @@ from far_env.metrics import LOWER_IS_BETTER
 from far_env.rollout.intervention import interventions_of
 
 _NO_CLIP = "no clip is finished with every noise seed"
-_FORMATS = {"psnr": ("PSNR", "dB", 2), "ssim": ("SSIM", "", 3), "lpips": ("LPIPS", "", 3)}
+_FORMATS = {
+    "psnr": ("PSNR", "dB", 2),
+    "ssim": ("SSIM", "", 3),
+    "lpips": ("LPIPS", "", 3),
+    "far_psnr": ("FAR's PSNR", "dB", 2),
+    "far_lpips": ("FAR's LPIPS", "", 3),
+}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from far_env.evaluation.statistics import Interval
 from far_env.evaluation.table import policy_labels
 from far_env.policies import VALIDATION_ROLLOUTS
 from far_env.progress import show_progress
+from far_env.rollout.noise import seeds_text
 
 SCRIPTS = ("dom.js", "charts.js", "tables.js", "timeline.js", "player.js", "main.js")
 _TABLE_FACTS = ("family", "tier", "source", "note")
@@ -79,6 +80,7 @@ def report_data(
         "folder": "" if results.folder is None else results.folder.resolve().name,
         "split": settings.split,
         "seeds": settings.seeds,
+        "seedsText": seeds_text(settings.seeds),
         "clipCount": len(settings.clips),
         "unlimited": UNLIMITED_FRAMES,
         "metrics": [

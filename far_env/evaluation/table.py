@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from far_env.contract import TRUE
 from far_env.evaluation.comparison import Evaluation, pooled_summary
@@ -22,7 +25,12 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     metrics = list(next(iter(result.scores.values())))
     formats = {name: metric_format(name) for name in metrics}
     compared = "psnr" in metrics and reference in result.scores
-    header = ["policy", *(f"{metric.label} {metric.unit}".rstrip() for metric in formats.values())]
+    labels = [f"{metric.label} {metric.unit}".rstrip() for metric in formats.values()]
+    header = ["policy", *labels]
+    if result.trajectories > 1:
+        header = ["policy", *(text for label in labels for text in (f"{label}, mean", f"best of {result.trajectories}"))]
+    if result.fvd:
+        header.append("FVD")
     if compared:
         header.append(f"PSNR − {reference} [95 %]")
     header.append("ms/decision")
@@ -30,11 +38,22 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     header += ["validation rollouts"] * bool(tuned)
     means = {name: {metric: mean_interval(scores[metric]).mean for metric in metrics} for name, scores in result.scores.items()}
     rows = []
-    sign = 1 if formats[metrics[0]].lower_is_better else -1
+    order = {name: result.fvd[name].mean() for name in result.fvd}
+    if metrics:
+        sign = 1 if formats[metrics[0]].lower_is_better else -1
+        order = {name: sign * means[name][metrics[0]] for name in means}
     together = rows_of(result.scores, result.alike)
-    for name in sorted(together, key=lambda name: sign * means[name][metrics[0]]):
-        label = row_label(together[name], result.policies)
-        row = [label, *(f"{means[name][metric]:.{formats[metric].digits}f}" for metric in metrics)]
+    for name in sorted(together, key=lambda name: order.get(name, math.inf)):
+        row = [row_label(together[name], result.policies)]
+        for metric in metrics:
+            columns = [means[name][metric]]
+            if result.trajectories > 1:
+                columns.append(mean_interval(result.best(name, metric)).mean)
+            row += [f"{value:.{formats[metric].digits}f}" for value in columns]
+        if result.fvd:
+            values = result.fvd.get(name, np.zeros(0))
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            row.append(f"{values.mean():.1f}{spread}" if len(values) else "")
         if compared:
             is_reference = reference in together[name]
             row.append("" if is_reference else signed_interval_text(mean_interval(result.difference(name, reference))))
@@ -46,6 +65,10 @@ def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
     footer = "\n{workload}, budget {budget}, ".format(**facts) + source_line(facts)
     if "seconds" in facts:
         footer += f"; {facts['seconds']} s"
+    if result.fvd:
+        footer += f"; FVD of {facts['clips']} videos to as many true ones, by {facts['fvd']}"
+        footer += ", mean over trajectories" * (result.trajectories > 1)
+        footer += ", mean and deviation over noise seeds" * any(len(values) > 1 for values in result.fvd.values())
     tuning = [f"{policy_label(name, facts)} is {name}: {facts.get('parameters', '')}" for name, facts in tuned.items()]
     missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
     missing += [f"no row {name}: {reason}" for name, reason in result.failed.items()]

@@ -92,7 +92,7 @@ def reference_rollout(
         PolicyError: if the policy raises or answers an invalid plan.
         ValueError: if the workload needs actions and the clip has none that fit, or is too short for feedback of true frames.
     """
-    host = workload.host
+    host, label = workload.host, workload.label_of(clip)
     actions = workload.actions_of(clip, workload.num_frames)
     given = context_latents(host, [clip], workload.num_frames if workload.true_feedback else workload.num_context)[0]
     if workload.noise == HARNESS:
@@ -103,16 +103,17 @@ def reference_rollout(
     numbers = list(range(workload.num_context))
     generated, intervened, history = [], [], []
     wanted = wanted_signals(policy)
-    signals = make_signals(workload, wanted, torch.stack(kept), noise_seed, actions) if wanted and make_signals else None
+    signals = make_signals(workload, wanted, given[: len(kept)], noise_seed, actions) if wanted and make_signals else None
     for step in range(workload.num_predict):
         new = workload.num_context + step
         frame_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None
         with nullcontext() if signals is None else signals.generating():
-            frame = denoise_uncached(workload, torch.stack(kept), noise[step], frame_actions)
+            frames = torch.stack(kept) if kept else given[:0]
+            frame = denoise_uncached(workload, frames, noise[step], frame_actions, label)
         generated.append(frame)
         if replaced is not None:
-            others = torch.stack(replaced(kept, numbers, step))
-            intervened.append(denoise_uncached(workload, others, noise[step], frame_actions))
+            others = torch.stack(replaced(kept, numbers, step)) if kept else given[:0]
+            intervened.append(denoise_uncached(workload, others, noise[step], frame_actions, label))
         kept.append(given[new] if workload.true_feedback else frame)
         numbers.append(new)
         if signals is not None:
@@ -135,15 +136,22 @@ def reference_rollout(
 
 @torch_defaults()
 @torch.no_grad()
-def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None) -> Tensor:
+def denoise_uncached(
+    workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None, label: int | None = None
+) -> Tensor:
     """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence.
 
     Args:
-        actions: of the kept frames and the new one, K + 1; None for the null class on all of them.
+        actions: of the kept frames and the new one, K + 1.
+        label: of the clip. Without actions and label, the null class is on all frames.
     """
     transformer = workload.host.transformer
     null = transformer.null_conditions(1, len(kept) + 1, noise.device)
-    conditions = null if actions is None else {"action": torch.tensor([actions], device=noise.device)}
+    conditions = null
+    if actions is not None:
+        conditions = {"action": torch.tensor([actions], device=noise.device)}
+    elif label is not None:
+        conditions = {"label": torch.tensor([label], device=noise.device)}
     scheduler = make_scheduler(workload.num_steps, noise.device)
     frame = noise
     for time in scheduler.timesteps:

@@ -207,7 +207,7 @@ function renderFixed() {
   const parts = [
     data.workloads.map(({ name }) => name).join(", "),
     plural(data.clipCount, `${data.split} clip`),
-    `noise seed ${data.seeds.join(", ")} + clip number`,
+    `noise seed ${data.seedsText} + clip number`,
     hosts,
     `${all("ode_steps")} ODE steps`,
     all("feedback") && `feedback of ${all("feedback")} frames`,
@@ -227,7 +227,7 @@ function renderFixed() {
 function factsTable() {
   const lines = [
     ["clips", () => `${data.clipCount} of the ${data.split} split`],
-    ["noise seeds", () => `${data.seeds.join(", ")}, plus the clip's number`],
+    ["noise seeds", () => `${data.seedsText}, plus the clip's number`],
     ["frames", (one) => `${one.context} given, ${one.predict} predicted, ${one.size}×${one.size} pixels`],
     ["clip options", (one) => Object.keys(data.facts[one.name]?.clip_options ?? {}).join("; ") || "none"],
     ...["host", "weights", "ode_steps", "feedback", "dtype", "device", "machine", "commit", "versions"].map((fact) => [
