@@ -20,7 +20,7 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
 
 
 class EvictionVecEnv(VecEnv):
-    """Rows of `FrameRetentionVectorEnv`s, of one or more workloads, for Stable-Baselines3.
+    """Rows of one or more `FrameRetentionVectorEnv`, also of several workloads, for Stable-Baselines3.
 
     An action is the node of a frame to drop, ``Discrete(N)``. A row's decision is complete, and its episode goes on, when its
     history fits the budget; until then it is asked again, with a reward of zero. Observations are the arrays of

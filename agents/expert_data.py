@@ -30,7 +30,7 @@ from far_env.workloads import Workload
 
 DECISIONS_PER_CUT = 4
 """Single evictions that are recorded where a call drops more than that."""
-DECISIONS_PER_ROLLOUT = 12
+DECISIONS_PER_ROLLOUT = 16
 """Single evictions that are recorded in a rollout, chosen at random where there are more."""
 EXPLORATION_PROBABILITY = 0.15
 """Share of evictions from true frames in which a random frame is dropped, not the cheapest, so that histories vary."""

@@ -158,8 +158,11 @@ def imitate(
 
 
 def clip_shares(workloads: Sequence[Workload]) -> np.ndarray:
-    """The share of the clips that each workload gets, so that all get about the same number of frames: float64 (workloads,)."""
-    shares = np.array([1 / workload.num_frames for workload in workloads])
+    """The share of the clips that each workload gets, float64 (workloads,): one over the root of its number of frames.
+
+    Between equal numbers of clips and equal numbers of frames, which would leave few clips of the longest.
+    """
+    shares = np.array([workload.num_frames**-0.5 for workload in workloads])
     return shares / shares.sum()
 
 

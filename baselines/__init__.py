@@ -1,7 +1,8 @@
 """Hand-written retention policies, by name: policies from the literature, the benchmark's, and controls.
 
 The module is the collection ``baselines`` of the entry points ``far_env.policies`` (see `far_env.policies`). The policies
-import nothing of far_env but the contract.
+import nothing of far_env but the contract. A name may be followed by parameters, ``sink_recent:n_sink=2`` or
+``path_tracker:near=0.3:drop=older``.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from far_env.baselines import (
     attention,
     benchmark,
     chunkwise,
+    composed,
     controls,
+    coverage,
     extended,
     forcing,
     queue,
     recency,
     redundancy,
+    similarity,
     tracker,
 )
+from far_env.baselines.filling import FillingPolicy
 from far_env.contract import RetentionPolicy, TemporalCachePlan
 from far_env.errors import unknown_name
 
@@ -51,10 +56,16 @@ _BASELINES: dict[str, type] = {
         controls.Uniform,
         controls.DriftMatch,
         controls.ContextMatch,
+        composed.Partition,
         redundancy.LeastChangePrevious,
         redundancy.LeastChangeNext,
         redundancy.NearestNeighbour,
         redundancy.LeastNovel,
+        coverage.KCenter,
+        coverage.LatentRI,
+        coverage.Keepsake,
+        similarity.StableWorld,
+        similarity.DySink,
         tracker.SceneTracker,
         tracker.PathTracker,
     )
@@ -71,6 +82,7 @@ class BaselineInfo:
         tier: what it reads: M (FrameMeta rows alone), L (also latents), A (also attention); "A or M" works with either.
         note: what it does, what is faithful to its source and what is adapted.
         parameters: name → default.
+        grid: parameter → the values that tuning tries.
         equivalent_to: baseline with the same plans → the largest budget for which they are the same.
     """
 
@@ -80,6 +92,7 @@ class BaselineInfo:
     tier: str
     note: str
     parameters: dict[str, object]
+    grid: dict[str, tuple[object, ...]]
     equivalent_to: dict[str, int]
 
 
@@ -89,22 +102,84 @@ def names() -> list[str]:
 
 
 def accepts(name: str) -> bool:
-    """Return whether `load` accepts the name: that of a baseline, or of a policy for token budgets, which is not listed."""
-    return name in _BASELINES or name in extended.EXTENDED
+    """Return whether `load` accepts the name: that of a baseline, with parameters or without, or of a policy for token budgets,
+    which is not listed."""
+    return name.partition(":")[0] in _BASELINES or name in extended.EXTENDED
 
 
 def load(name: str) -> RetentionPolicy:
-    """A baseline with its default parameters, or a policy for token budgets. Raises ValueError on an unknown name."""
-    return make(name) if name in _BASELINES else extended.make(name)
+    """A baseline with its default parameters or those in its name, or a policy for token budgets.
+
+    Raises:
+        ValueError: on an unknown name, and as `make`.
+    """
+    if name.partition(":")[0] not in _BASELINES:
+        return extended.make(name)
+    baseline, parameters = parse(name)
+    return make(baseline, **parameters)
 
 
 def facts(name: str) -> dict[str, str]:
-    """Facts about a policy that results record: family, tier, source and the first line of its description."""
-    if name not in _BASELINES:
+    """Facts about a policy that results record: family, tier, source, the first line of its description, and its parameters
+    where they are in its name."""
+    if name.partition(":")[0] not in _BASELINES:
         policy = type(extended.make(name))
         return {"family": "token budget", "tier": "M", "source": policy.source, "note": _description(policy).split("\n")[0]}
-    baseline = info(name)
-    return {"family": baseline.family, "tier": baseline.tier, "source": baseline.source, "note": baseline.note.split("\n")[0]}
+    base, parameters = parse(name)
+    baseline = info(base)
+    facts = {"family": baseline.family, "tier": baseline.tier, "source": baseline.source, "note": baseline.note.split("\n")[0]}
+    if parameters:
+        facts["tier"] = " or ".join(getattr(make(base, **parameters), "needs", {"M": ()}))
+        facts["parameters"] = ", ".join(f"{key}={value}" for key, value in parameters.items())
+    return facts
+
+
+def variants(name: str, max_frames: int) -> list[str]:
+    """The forms of a baseline that tuning tries under a budget, the default first, as names with parameters.
+
+    Raises:
+        ValueError: if it has no parameters that are tuned.
+    """
+    cls = _find(name)
+    defaults = {key: parameter.default for key, parameter in _parameters(cls).items()}
+    tried = list(cls.grid(max_frames)) if issubclass(cls, FillingPolicy) else []
+    if not tried:
+        tunable = [other for other, policy in sorted(_BASELINES.items()) if getattr(policy, "GRID", {})]
+        raise ValueError(f"baseline {name} has no parameters that are tuned; these have: {', '.join(tunable)}")
+    others = [parameters for parameters in tried if {**defaults, **parameters} != defaults]
+    return [name, *(":".join([name, *(f"{key}={value}" for key, value in values.items())]) for values in others)]
+
+
+def parse(name: str) -> tuple[str, dict[str, object]]:
+    """The baseline and the parameters in a name such as ``sink_recent:n_sink=2``, each of the type of its default.
+
+    Raises:
+        ValueError: on an unknown name or parameter, a parameter that is named twice, or a text that is no such value.
+    """
+    base, *parts = name.split(":")
+    accepted, parameters = _parameters(_find(base)), {}
+    for part in parts:
+        key, equals, text = part.partition("=")
+        if not equals or key in parameters:
+            raise ValueError(f"{name!r} needs each parameter once, as NAME:parameter=value:parameter=value; {part!r} is not")
+        if key not in accepted:
+            make(base, **{key: text})  # whose error names the parameters
+        parameters[key] = _value(text, accepted[key].default, f"baseline {base}: {key}")
+    return base, parameters
+
+
+def _value(text: str, default: object, where: str) -> object:
+    """A parameter's value from text. Raises ValueError unless it is of the type of the default."""
+    if isinstance(default, str):
+        return text
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{where} must be {wanted}, got {text!r}") from error
 
 
 def info(name: str) -> BaselineInfo:
@@ -116,7 +191,8 @@ def info(name: str) -> BaselineInfo:
     tier = " or ".join(getattr(cls, "needs", {"M": ()}))
     note = _description(cls).partition("\n\nSource:")[0]
     parameters = {key: parameter.default for key, parameter in _parameters(cls).items()}
-    return BaselineInfo(name, family, cls.source, tier, note, parameters, dict(getattr(cls, "equivalent_to", {})))
+    grid, equivalent_to = (dict(getattr(cls, key, {})) for key in ("GRID", "equivalent_to"))
+    return BaselineInfo(name, family, cls.source, tier, note, parameters, grid, equivalent_to)
 
 
 def make(name: str, **params: object) -> RetentionPolicy:

@@ -20,6 +20,7 @@ class SinkRecent(PartitionPolicy):
 
     name = "sink_recent"
     source = "StreamingLLM, arXiv 2309.17453"
+    GRID = {"n_sink": (0, 1, 2, 4)}
 
     def __init__(self, n_sink: int = 1) -> None:
         super().__init__(sink=count(self.name, "n_sink", n_sink), recent=1, mid_score=None)
@@ -37,6 +38,7 @@ class RollingForcing(PartitionPolicy):
     name = "rolling_forcing"
     source = "Rolling Forcing, arXiv 2509.25161"
     equivalent_to = {"sink_recent": 3}
+    GRID = {"f_sink": (0.25, 0.5, 0.75)}
 
     def __init__(self, f_sink: float = 0.5) -> None:
         sink = share(self.name, "f_sink", f_sink)
@@ -60,6 +62,7 @@ class PackCachePaper(FillingPolicy):
     name = "packcache_paper"
     family = "anchor"
     source = "PackCache, arXiv 2601.04359"
+    GRID = {"n_anchor": (0, 1, 2), "tail": (1, 2, 4), "anchors": ("first", "last_context")}
 
     def __init__(
         self,
@@ -124,11 +127,13 @@ class DeCoPrune(PartitionPolicy):
     name = "decoprune"
     source = "DeCoPrune, decoprune.github.io"
     needs = {"A": ("denoise_gap",)}
+    GRID = {"n_sink": (0, 1, 2), "n_recent": (1, 2, 4)}
 
     def __init__(self, n_sink: int = 1, n_recent: int = 1) -> None:
         sink, recent = count(self.name, "n_sink", n_sink), count(self.name, "n_recent", n_recent, 1)
-        super().__init__(sink, recent, _denoise_gap)
+        super().__init__(sink, recent, denoise_gap)
 
 
-def _denoise_gap(history: History, parts: Parts) -> list[float]:
+def denoise_gap(history: History, parts: Parts) -> list[float]:
+    """The signal denoise_gap of the middle."""
     return [float(history.signals["denoise_gap"][i]) for i in parts.middle]

@@ -28,6 +28,7 @@ class H2O(PartitionPolicy):
     source = "H2O, arXiv 2306.14048"
     tags = {"anchor_preservation_rule": "none", "long_term_budget_fraction": 0.0}
     needs = {"A": ("attn_mass",)}
+    GRID = {"f_recent": (0.0, 0.25, 0.5, 0.75), "norm": ("sum", "exposure", "last")}
 
     def __init__(self, f_recent: float = 0.5, norm: Literal["sum", "exposure", "last"] = "sum") -> None:
         super().__init__(0, share(self.name, "f_recent", f_recent), self._received)
@@ -71,6 +72,7 @@ class SnapKV(PartitionPolicy):
     source = "SnapKV, arXiv 2404.14469"
     tags = {"anchor_preservation_rule": "none", "long_term_budget_fraction": 0.0}
     needs = {"A": ("attn_mass",)}
+    GRID = {"window": (1, 2, 4), "pool": (1, 3, 5)}
 
     def __init__(self, window: int = 2, pool: int = 3) -> None:
         super().__init__(0, count(self.name, "window", window, 1), self._smoothed)

@@ -28,6 +28,7 @@ class FlowCachePaper(FillingPolicy):
     source = "FlowCache, arXiv 2602.10825"
     tags = {"chunkwise_reuse": True, "compression_mode": "token_drop"}
     needs = {"A": ("attn_mass", "key_cos"), "M": ()}
+    GRID = {"lam": (0.07, 0.3, 0.5, 0.7), "protect": (1, 2), "iterative": (False, True)}
 
     def __init__(self, lam: float = 0.07, protect: int = 1, iterative: bool = False, tier: str = "A") -> None:
         super().__init__(tier)

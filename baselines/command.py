@@ -37,7 +37,9 @@ def listing(names: Sequence[str] = ()) -> str:
             f"{info.name} has the plans of {other} up to a budget of {most}" for other, most in info.equivalent_to.items()
         ]
     if names:
-        lines += [f"\n{info.name}: {info.note}" for info in infos]
+        for info in infos:
+            lines.append(f"\n{info.name}: {info.note}")
+            lines += [f"tuned: {key} in {', '.join(map(str, values))}" for key, values in info.grid.items()]
     else:
         lines.append("tier: M reads FrameMeta rows alone, L also latents, A also attention; A or M works without attention too")
     return "\n".join(lines)

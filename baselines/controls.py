@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from far_env.baselines.filling import History, count, share
-from far_env.baselines.partition import PartitionPolicy, Parts, drift_match, slots
+from far_env.baselines.partition import PartitionPolicy, Parts, drift_match, evenly_spaced, slots
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
 
 
@@ -46,6 +46,7 @@ class Uniform(PartitionPolicy):
 
     name = "uniform"
     source = "control"
+    GRID = {"n_sink": (1, 2, 4)}
 
     def __init__(self, n_sink: int = 1) -> None:
         super().__init__(count(self.name, "n_sink", n_sink, 1), 1, mid_score=None)
@@ -54,14 +55,7 @@ class Uniform(PartitionPolicy):
         return slots(max_frames, self.sink, self.recent)
 
     def _choose_middle(self, history: History, parts: Parts) -> list[int]:
-        births = history.births
-        remaining = [*parts.sink, *parts.middle, *parts.recent]
-        evictable = range(len(parts.sink), len(remaining) - len(parts.recent))
-        while len(evictable) > parts.places:
-            _, place = min((births[remaining[i + 1]] - births[remaining[i - 1]], i) for i in evictable)
-            del remaining[place]
-            evictable = evictable[:-1]
-        return remaining[len(parts.sink) : -len(parts.recent)]
+        return evenly_spaced(history, parts)
 
 
 class RandomMid(PartitionPolicy):
@@ -74,6 +68,7 @@ class RandomMid(PartitionPolicy):
 
     name = "random_mid"
     source = "control"
+    GRID = {"n_sink": (0, 1, 2), "f_recent": (0.25, 0.5, 0.75)}
 
     def __init__(self, n_sink: int = 1, f_recent: float = 0.25, seed: int = 0) -> None:
         sink, recent = count(self.name, "n_sink", n_sink), share(self.name, "f_recent", f_recent)
@@ -96,6 +91,7 @@ class DriftMatch(PartitionPolicy):
 
     name = "drift_match"
     source = "control"
+    GRID = {"n_sink": (1, 2), "f_recent": (0.25, 0.5, 0.75)}
 
     def __init__(self, n_sink: int = 1, f_recent: float = 0.25) -> None:
         sink, recent = count(self.name, "n_sink", n_sink, 1), share(self.name, "f_recent", f_recent)
@@ -111,12 +107,13 @@ class ContextMatch(PartitionPolicy):
     name = "context_match"
     source = "control"
     needs = {"L": ("lat_cos",)}
+    GRID = {"n_sink": (0, 1, 2), "f_recent": (0.25, 0.5, 0.75)}
 
     def __init__(self, n_sink: int = 1, f_recent: float = 0.25) -> None:
         sink, recent = count(self.name, "n_sink", n_sink), share(self.name, "f_recent", f_recent)
-        super().__init__(sink, recent, _context_similarity)
+        super().__init__(sink, recent, context_similarity)
 
 
-def _context_similarity(history: History, parts: Parts) -> np.ndarray:
+def context_similarity(history: History, parts: Parts) -> np.ndarray:
     """Mean cosine to the newest frames. It equals the cosine to the mean of their unit vectors up to a factor common to all."""
     return history.signals["lat_cos"][np.ix_(parts.middle, parts.recent)].astype(np.float64).mean(axis=1)

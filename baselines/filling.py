@@ -7,8 +7,9 @@ Exactly min(rows, budget) rows stay, the newest among them, so that the benchmar
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -68,18 +69,22 @@ class FillingPolicy(ABC):
 
     Attributes:
         name, family, source: for listings. ``family`` is also the plans' tag, unless ``tags`` has another.
+        remark: follows the name in tables, where the source leaves open what the rule is; "" for none.
         tags: the plans' tags.
         needs: tier → the signals (see `far_env.contract.SIGNALS`) that it declares there. Tiers are M (FrameMeta rows alone),
             L (also latents) and A (also attention). Without its signals, as in the benchmark, a class that has tier M falls
             back to it; any other raises ValueError.
+        GRID: parameter → the values that tuning tries, in all combinations; none for a rule without parameters.
         equivalent_to: name of a baseline with the same answers to the largest budget for which that holds.
     """
 
     name: ClassVar[str]
     family: ClassVar[str]
     source: ClassVar[str]
+    remark: ClassVar[str] = ""
     tags: ClassVar[dict[str, Any]] = {}
     needs: ClassVar[dict[str, tuple[str, ...]]] = {"M": ()}
+    GRID: ClassVar[dict[str, tuple[Any, ...]]] = {}
     equivalent_to: ClassVar[dict[str, int]] = {}
 
     def __init__(self, tier: str | None = None) -> None:
@@ -88,6 +93,13 @@ class FillingPolicy(ABC):
             raise ValueError(f"{self.name}: {unknown_name('tier', tier, list(self.needs))}")
         self.signals = self.needs[self.tier]
         self.begin_clip(FIRST_CLIP)
+
+    @classmethod
+    def grid(cls, max_frames: int) -> Iterator[dict[str, Any]]:
+        """Parameters that tuning tries under a budget; none without a `GRID`."""
+        if cls.GRID:
+            for values in itertools.product(*cls.GRID.values()):
+                yield dict(zip(cls.GRID, values, strict=True))
 
     def begin_clip(self, noise_seed: int) -> None:
         """Forget the clip before."""

@@ -14,11 +14,25 @@ from far_env.baselines.partition import PartitionPolicy, Parts, drift_match, ove
 EPS = 1e-12
 
 
-def _query_key(history: History, parts: Parts) -> Sequence[float]:
+def query_key(history: History, parts: Parts) -> Sequence[float]:
     """Products q·k with the queries of the newest frames, each from its first ODE step; without signals `drift_match`."""
     if not history.signals:
         return drift_match(history, parts)
     return over_last(history, "qk_first", len(parts.recent))[parts.middle]
+
+
+def similarity_difference(products: np.ndarray, parts: Parts, lam: float) -> np.ndarray:
+    """Product of the unit vector of each middle row with the unit mean of the sinks, minus ``lam`` times that of the tail.
+
+    Args:
+        products: of all pairs of unit vectors (rows, rows).
+    """
+
+    def to_mean(rows: list[int]) -> np.ndarray:
+        length = np.sqrt(max(products[np.ix_(rows, rows)].mean(), EPS))
+        return products[np.ix_(parts.middle, rows)].mean(axis=1) / length
+
+    return to_mean(parts.sink) - lam * to_mean(parts.recent)
 
 
 class PackForcing(PartitionPolicy):
@@ -37,10 +51,11 @@ class PackForcing(PartitionPolicy):
     name = "packforcing"
     source = "PackForcing, arXiv 2603.25730"
     needs = {"A": ("qk_first",), "M": ()}
+    GRID = {"f_sink": (0.25, 0.5, 0.75), "f_recent": (0.25, 0.5)}
 
     def __init__(self, f_sink: float = 0.5, f_recent: float = 0.25, tier: str = "A") -> None:
         sink, recent = share(self.name, "f_sink", f_sink, some=True), share(self.name, "f_recent", f_recent)
-        super().__init__(sink, recent, _query_key, tier)
+        super().__init__(sink, recent, query_key, tier)
 
 
 class DeepForcing(PartitionPolicy):
@@ -58,6 +73,7 @@ class DeepForcing(PartitionPolicy):
     name = "deep_forcing"
     source = "Deep Forcing, arXiv 2512.05081"
     needs = {"A": ("qk_first",), "M": ()}
+    GRID = {"f_sink": (0.25, 0.5, 0.625), "f_recent": (0.25, 0.5), "max_reuse": (3, 7, 1000)}
 
     def __init__(
         self,
@@ -69,7 +85,7 @@ class DeepForcing(PartitionPolicy):
     ) -> None:
         sink, recent = share(self.name, "f_sink", f_sink, some=True), share(self.name, "f_recent", f_recent)
         split = (10 / 13, 1) if clean_recent else (sink, recent)
-        super().__init__(*split, _query_key, tier)
+        super().__init__(*split, query_key, tier)
         self.max_reuse = count(self.name, "max_reuse", max_reuse, 1)
 
     def _choose_middle(self, history: History, parts: Parts) -> list[int]:
@@ -99,6 +115,7 @@ class RelaxForcing(PartitionPolicy):
     name = "relax_forcing"
     source = "Relax Forcing, arXiv 2603.21366"
     needs = {"A": ("key_proto",), "L": ("lat_cos",)}
+    GRID = {"lam": (0.5, 1.0, 2.0, 4.0), "f_sink": (0.25, 0.5), "f_recent": (0.25, 0.5)}
 
     def __init__(
         self,
@@ -134,21 +151,12 @@ class RelaxForcing(PartitionPolicy):
         return sorted([*chosen, *filling])
 
     def _similarity_difference(self, history: History, parts: Parts) -> Sequence[float]:
-        """Product of the unit vector of each middle row with the unit mean of the sinks, minus λ times that of the tail.
-
-        Both are computed from pairwise products.
-        """
         if self.tier == "A":
             vectors = history.signals["key_proto"].astype(np.float64)
             products = vectors @ vectors.T
         else:
             products = history.signals["lat_cos"].astype(np.float64)
-
-        def to_mean(rows: list[int]) -> np.ndarray:
-            length = np.sqrt(max(products[np.ix_(rows, rows)].mean(), EPS))
-            return products[np.ix_(parts.middle, rows)].mean(axis=1) / length
-
-        return to_mean(parts.sink) - self.lam * to_mean(parts.recent)
+        return similarity_difference(products, parts, self.lam)
 
 
 class FutureForcing(PartitionPolicy):
@@ -167,7 +175,9 @@ class FutureForcing(PartitionPolicy):
 
     name = "future_forcing"
     source = "Future Forcing, arXiv 2605.30083, our reconstruction"
+    remark = "reconstruction"
     needs = {"A": ("expected_mass", "expected_cos")}
+    GRID = {"f_sink": (0.125, 0.5), "f_recent": (0.25, 0.5), "tau": (0.8, 0.9, 0.97)}
 
     def __init__(self, f_sink: float = 0.125, f_recent: float = 0.25, tau: float = 0.9) -> None:
         sink, recent = share(self.name, "f_sink", f_sink), share(self.name, "f_recent", f_recent)

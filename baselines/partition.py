@@ -88,6 +88,19 @@ def drift_match(history: History, parts: Parts) -> list[float]:
     return [1 - abs(history.rows[i].feature_drift - newest) for i in parts.middle]
 
 
+def evenly_spaced(history: History, parts: Parts) -> list[int]:
+    """The rows of the middle that stay when the one whose removal leaves the smallest gap is dropped again and again, of equal
+    ones the older. Needs a sink."""
+    births = history.births
+    remaining = [*parts.sink, *parts.middle, *parts.recent]
+    evictable = range(len(parts.sink), len(remaining) - len(parts.recent))
+    while len(evictable) > parts.places:
+        _, place = min((births[remaining[i + 1]] - births[remaining[i - 1]], i) for i in evictable)
+        del remaining[place]
+        evictable = evictable[:-1]
+    return remaining[len(parts.sink) : -len(parts.recent)]
+
+
 def over_last(history: History, signal: str, num_frames: int) -> np.ndarray:
     """A signal of each row, summed over the last frames that were denoised: this one and those recorded at earlier calls.
 

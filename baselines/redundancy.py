@@ -56,7 +56,7 @@ class LeastChangeNext:
         return make_plan(_evict_smallest(changes, int(budget_state["max_frames"])), len(changes))
 
 
-class _SequentialEviction(FillingPolicy):
+class SequentialEviction(FillingPolicy):
     """Drops one row after another: the least novel of those that are left, of equal ones the older. The newest is kept."""
 
     family = "redundancy"
@@ -78,7 +78,7 @@ class _SequentialEviction(FillingPolicy):
         """Return how much a row differs from these others."""
 
 
-class NearestNeighbour(_SequentialEviction):
+class NearestNeighbour(SequentialEviction):
     """Drops the frame whose latent is most similar to that of another kept frame.
 
     Source: this project. Tier: L (lat_cos). No parameters.
@@ -91,7 +91,7 @@ class NearestNeighbour(_SequentialEviction):
         return -float(history.signals["lat_cos"][row, others].max())
 
 
-class LeastNovel(_SequentialEviction):
+class LeastNovel(SequentialEviction):
     """Drops the frame whose latent columns match best with columns of other kept frames, at whatever position.
 
     With a camera that moves sideways, the same content is at another position of another frame.

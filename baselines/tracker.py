@@ -69,6 +69,7 @@ class SceneTracker(_Tracker):
 
     name = "scene_tracker"
     tracking_class = ShotTracking
+    GRID = {"fill": ("newest", "shots")}
 
     def __init__(self, fill: str = "newest") -> None:
         super().__init__()
@@ -99,6 +100,7 @@ class PathTracker(_Tracker):
 
     name = "path_tracker"
     tracking_class = PathTracking
+    GRID = {"near": (0.0, 0.3, 1.0, 3.0), "drop": ("newer", "older")}
 
     def __init__(self, near: float = 1.0, drop: str = "newer") -> None:
         super().__init__()

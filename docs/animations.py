@@ -24,13 +24,13 @@ from far_env.workloads import make_workload
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
 ANIMATIONS = {
-    "pan": (4, "pretrained/pan-tight", 3),
-    "cuts": (4, "pretrained/cuts-tight", 3),
-    "orbit": (8, "pretrained/orbit", 3),
-    "maze_retrieval": (8, "nearest_neighbour", 2),
+    "pan": (4, "pretrained/general", 3),
+    "cuts": (4, "pretrained/general", 3),
+    "orbit": (8, "pretrained/general", 3),
+    "maze_retrieval": (8, "pretrained/general", 2),
 }
-"""World → budget, a policy that is shown beside the newest frames (a learned one where one was trained for the world), and the
-pixels of a frame's pixel, fewer where textures make files large."""
+"""World → budget, a policy that is shown beside the newest frames, and the pixels of a frame's pixel, fewer where textures make
+files large."""
 CLIP_ID = 0
 """The first test clip of each world."""
 THUMBNAILS_PER_ROW = 4

@@ -107,6 +107,8 @@ def all_baselines() -> str:
         facts += [("Parameters", ", ".join(f"`{key}={value!r}`" for key, value in info.parameters.items()))] * bool(
             info.parameters
         )
+        grid = "; ".join(f"`{key}` in {', '.join(f'`{value}`' for value in values)}" for key, values in info.grid.items())
+        facts += [("Tuned over", grid)] * bool(grid)
         facts += [("Faithful", faithful)] * bool(faithful) + [("Adapted", adapted)] * bool(adapted)
         facts += [("Same decisions as", f"`{other}` up to a budget of {most}") for other, most in info.equivalent_to.items()]
         parts += [f"({_anchor(info.name)})=\n## `{info.name}`", note, "\n".join(f"{key}\n: {value}\n" for key, value in facts)]
@@ -159,11 +161,13 @@ def workloads() -> str:
             _host(spec),
             "–" if spec.num_steps is None else str(spec.num_steps),
             f"{spec.guidance:g}",
-            {True: "yes", False: "no", None: "if the host takes them"}[spec.actions],
+            "labels, if the host takes them"
+            if spec.labels
+            else {True: "yes", False: "no", None: "if the host takes them"}[spec.actions],
         )
         for name, spec in sorted(WORKLOADS.items(), key=lambda item: (item[0] not in WORLDS, item[0]))
     ]
-    return table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions"), rows)
+    return table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions or labels"), rows)
 
 
 def _host(spec: WorkloadSpec) -> str:

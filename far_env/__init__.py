@@ -23,6 +23,8 @@ _ENVIRONMENT_NAMES = {
     "minecraft_c36p264": "MinecraftC36P264",
 }
 """Workloads whose environment is not called by the workload's name in camel case."""
+_WITHOUT_ENVIRONMENT = ("ucf101_c0p16_128", "ucf101_c0p16_256")
+"""Workloads that generate from nothing, so that there is nothing to reward."""
 
 
 def environment_id(workload: str) -> str:
@@ -40,6 +42,8 @@ def _register_environments() -> None:
         warnings.warn(f"no environments are registered: {error}", stacklevel=3)
         return
     for workload in workloads:
+        if workload in _WITHOUT_ENVIRONMENT:
+            continue
         environment = environment_id(workload)
         if environment not in gymnasium.registry:
             gymnasium.register(

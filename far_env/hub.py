@@ -122,11 +122,11 @@ def fetch(listing: Listing, name: str, path: Path) -> None:
         _fetch(url, path, listing.files[name], f"{name} of {listing.repository}", build_hf_headers())
 
 
-def fetch_url(url: str, path: Path, sha256: str) -> None:
+def fetch_url(url: str, path: Path, sha256: str | None) -> None:
     """Fetch a file from elsewhere, as `fetch` does; no token is sent.
 
     Args:
-        sha256: of its content, or the first hex digits of it.
+        sha256: of its content, or the first hex digits of it; None if it is unknown: a part of it is then not continued.
 
     Raises:
         HubError and ValueError: as `fetch`.
@@ -134,6 +134,8 @@ def fetch_url(url: str, path: Path, sha256: str) -> None:
     parts = urlsplit(url)
     name = PurePosixPath(parts.path).name
     with sentences(name, written=f"{path}.part", place=f"{parts.scheme}://{parts.netloc}"):
+        if sha256 is None:
+            path.with_name(f"{path.name}.part").unlink(missing_ok=True)
         _fetch(url, path, HubFile(None, sha256, None), name, {})
 
 

@@ -1,4 +1,4 @@
-"""Quality of predicted frames against the true continuation, per clip, as the benchmark computes it."""
+"""Quality of predicted frames against the true continuation, per clip, as the benchmark and as FAR's authors compute it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from far_env.errors import MetricUnavailable, unknown_name
 from far_env.perceptual import alexnet_path, perceptual_network
 
 METRICS = ("psnr", "ssim", "lpips")
-LOWER_IS_BETTER = ("lpips",)
+"""As the benchmark computes them."""
+FAR_METRICS = ("far_psnr", "far_lpips")
+"""As the program of FAR's authors (github.com/showlab/FAR) computes them, to compare with their tables; its SSIM is ours."""
+LOWER_IS_BETTER = ("lpips", "far_lpips")
+NEED_ALEXNET = frozenset({"lpips", "far_lpips"})
 _SSIM_RADIUS = 5
 _LPIPS_FRAMES = 256
 """Frames that LPIPS compares at once, so that its memory does not grow with the number of clips and their length."""
@@ -29,6 +33,11 @@ def psnr(predicted: Tensor, truth: Tensor) -> Tensor:
     """
     mse = (predicted.float() - truth.float()).square().flatten(-4).mean(dim=-1)
     return -10 * mse.log10()
+
+
+def far_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
+    """The mean over frames of every frame's PSNR in dB, (..., F, 3, H, W) to (...); never below `psnr`."""
+    return psnr(predicted.unsqueeze(-4), truth.unsqueeze(-4)).mean(dim=-1)
 
 
 def ssim(predicted: Tensor, truth: Tensor) -> float:
@@ -62,9 +71,9 @@ def lpips_unavailable() -> str | None:
 def require_metrics(names: tuple[str, ...] | list[str]) -> None:
     """Raise ValueError for an unknown metric and `MetricUnavailable` for one that cannot be computed here."""
     for name in names:
-        if name not in METRICS:
-            raise ValueError(unknown_name("metric", name, METRICS))
-    if "lpips" in names and (reason := lpips_unavailable()):
+        if name not in (*METRICS, *FAR_METRICS):
+            raise ValueError(unknown_name("metric", name, (*METRICS, *FAR_METRICS)))
+    if not NEED_ALEXNET.isdisjoint(names) and (reason := lpips_unavailable()):
         raise MetricUnavailable(reason)
 
 
@@ -89,15 +98,20 @@ def lpips(predicted: Tensor, truth: Tensor) -> Tensor:
     return distances.view(shape).mean(dim=-1)
 
 
+def far_lpips(predicted: Tensor, truth: Tensor) -> Tensor:
+    """`lpips` of pixels that are left in [0, 1], where the network expects [−1, 1]: the published numbers were measured so."""
+    return lpips((predicted + 1) / 2, (truth + 1) / 2)
+
+
 @torch_defaults()
 def clip_metrics(predicted: Tensor, truth: Tensor, names: tuple[str, ...]) -> list[dict[str, float]]:
     """The named metrics of every clip in a batch (B, F, 3, H, W), one dict per clip."""
     require_metrics(names)
     columns: dict[str, list[float]] = {}
-    if "psnr" in names:
-        columns["psnr"] = psnr(predicted, truth).tolist()
+    for name, function in (("psnr", psnr), ("far_psnr", far_psnr), ("lpips", lpips), ("far_lpips", far_lpips)):
+        if name in names:
+            columns[name] = function(predicted, truth).tolist()
     if "ssim" in names:
         columns["ssim"] = [ssim(a, b) for a, b in zip(predicted, truth, strict=True)]
-    if "lpips" in names:
-        columns["lpips"] = lpips(predicted, truth).tolist()
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    ordered = {name: columns[name] for name in (*METRICS, *FAR_METRICS) if name in columns}
+    return [{name: values[row] for name, values in ordered.items()} for row in range(len(predicted))]

@@ -1,12 +1,15 @@
-"""Policies by name: hand-written ones, learned ones, those of other distributions, and policy files.
+"""Policies by name: hand-written ones, learned ones, those of other distributions, policy files, and tuned forms.
 
 They are found through the entry points ``far_env.policies``. An entry point is a policy class, which is called without
 arguments and named by the entry point, or a collection: a module or object with
 
 - ``names() -> list[str]``: the policies that are listed,
 - ``load(name) -> RetentionPolicy``,
-- ``facts(name) -> dict[str, str]``: what results record of a policy (family, tier, source, note, sha256),
-- optionally ``accepts(name) -> bool``: whether ``load`` also takes a name that is not listed, such as a run folder.
+- ``facts(name) -> dict[str, str]``: what results record of a policy (family, tier, source, note, remark, sha256),
+- optionally ``accepts(name) -> bool``: whether ``load`` also takes a name that is not listed, such as a run folder,
+- optionally ``variants(name, max_frames) -> list[str]``: the names of a policy's forms that tuning tries, the default first.
+
+A tuned form is a JSON file that far-env tune wrote: the best of these forms on validation clips, and what finding it cost.
 """
 
 from __future__ import annotations
@@ -18,22 +21,26 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from far_env.config import from_dict
 from far_env.contract import RetentionPolicy
 from far_env.errors import PolicyError
+from far_env.io import read_json
 from far_env.plugins import POLICIES, distribution_name, entry_points, load
 from far_env.policy_process import CALL_SECONDS, IsolatedPolicy, PolicyProcess
 
+VALIDATION_ROLLOUTS = "validation_rollouts"
+"""The fact that says how many rollouts of validation clips a policy's parameters were chosen by."""
 FULL_HISTORY = "full_history"
 """The reference without a budget: this name means that no policy is asked and nothing is dropped."""
 
 
 def load_policy(name: str, policy_seconds: float = CALL_SECONDS) -> RetentionPolicy | None:
-    """The policy of this name: of a collection or a plugin, a Python file, or a run folder; None for `FULL_HISTORY`.
+    """The policy of this name: of a collection or plugin, a Python file, run folder or tuned form; None for `FULL_HISTORY`.
 
     A file is not trusted: it runs in a separate process, see `far_env.policy_process.IsolatedPolicy`.
 
     Args:
-        name: as listed by `policy_names`, or a path.
+        name: as listed by `policy_names`, a baseline with parameters (``sink_recent:n_sink=2``), or a path.
         policy_seconds: how long one call of a policy file may take.
 
     Raises:
@@ -46,6 +53,8 @@ def load_policy(name: str, policy_seconds: float = CALL_SECONDS) -> RetentionPol
             return IsolatedPolicy(PolicyProcess(Path(name), call_seconds=policy_seconds))
         except PolicyError as error:
             raise ValueError(str(error) if name in str(error) else f"the policy file {name} {error}") from error
+    if is_tuned_form(name):
+        return load_policy(load_tuned_form(name).policy, policy_seconds)
     return _find(name).load(name)
 
 
@@ -60,6 +69,15 @@ def policy_facts(name: str) -> dict[str, str]:
     if is_policy_file(name):
         path = Path(name)
         return {"family": "file", "source": str(path.resolve()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if is_tuned_form(name):
+        tuned = load_tuned_form(name)
+        return {
+            **policy_facts(tuned.policy),
+            "label": f"{tuned.default} tuned on {tuned.workload} {tuned.budget}",
+            "parameters": tuned.parameters,
+            VALIDATION_ROLLOUTS: str(tuned.validation_rollouts),
+            "sha256": hashlib.sha256(Path(name).read_bytes()).hexdigest(),
+        }
     return _find(name).facts(name)
 
 
@@ -73,6 +91,65 @@ def policy_names(collection: str | None = None) -> list[str]:
         return _source(entry_points(POLICIES)[collection]).names()
     sources, _ = _sources()
     return [*(name for source in sources for name in source.names()), FULL_HISTORY]
+
+
+@dataclass(frozen=True)
+class TunedForm:
+    """The best form of a policy on validation clips.
+
+    Attributes:
+        policy: its name.
+        default: the name of the form with default parameters.
+        parameters: in words.
+        workload, budget, weights: for which it was found, with the hash of the host's weights.
+        metric, value, default_value: the mean on the validation clips, of this form and of the default.
+        clips: validation clips on which these were measured.
+        seeds: noise seeds.
+        num_variants: forms that were tried.
+        validation_rollouts: rollouts that this took.
+    """
+
+    policy: str
+    default: str
+    parameters: str
+    workload: str
+    budget: int
+    weights: str
+    metric: str
+    value: float
+    default_value: float
+    clips: int
+    seeds: tuple[int, ...]
+    num_variants: int
+    validation_rollouts: int
+    format: int = 1
+
+
+def load_tuned_form(path: str) -> TunedForm:
+    """Read a tuned form. Raises ValueError if the file is not one."""
+    remedy = "give a file that far-env tune wrote"
+    values = read_json(Path(path), remedy)
+    if not isinstance(values, dict) or values.get("format") != 1 or is_tuned_form(str(values.get("policy"))):
+        raise ValueError(f"{path} is no tuned form of a policy; {remedy}")
+    return from_dict(TunedForm, values, f"{path}, a tuned form")
+
+
+def is_tuned_form(name: str) -> bool:
+    """Whether the name is the path of an existing JSON file."""
+    path = Path(name)
+    return path.suffix == ".json" and path.is_file()
+
+
+def policy_variants(name: str, max_frames: int) -> list[str]:
+    """The names of a policy's forms that tuning tries under a budget, the default first.
+
+    Raises:
+        ValueError: if the policy has no such forms, or as `load_policy`.
+    """
+    source = None if is_policy_file(name) or is_tuned_form(name) or name == FULL_HISTORY else _find(name)
+    if not hasattr(source, "variants"):
+        raise ValueError(f"{name} has no parameters that are tuned; far-env baselines lists policies that have some")
+    return source.variants(name, max_frames)
 
 
 @dataclass(frozen=True)

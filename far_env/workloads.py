@@ -50,13 +50,14 @@ class Workload:
         name: as registered.
         clips: where clips come from.
         host: the frozen video model.
-        num_context: true frames given at the start.
+        num_context: true frames given at the start; with 0 videos are generated from nothing, and have no true continuation.
         num_predict: frames generated after them.
         num_steps: ODE steps per generated frame.
         guidance: 1 for none; above 1 classifier-free guidance (arXiv 2207.12598), null + guidance · (conditional − null), with
             the null class on all frames; −1, as the benchmark writes it, for the null class on all frames and no guidance.
         actions: every frame conditions the host by its action, ``clip.actions[i]`` being that of frame i. Without, a host
             that takes classes gets the null class on all frames.
+        labels: the host is conditioned on the class of every clip, ``clip.label``; classes are given as with actions.
         feedback: "generated", or "true": after each generated frame the clip's true frame, encoded, enters the history in its
             place, so that errors do not accumulate. The metrics are still those of the generated frames. True and False, as
             YAML reads them, are accepted and stand for "true" and "generated".
@@ -64,9 +65,9 @@ class Workload:
         noise: one of `NOISES`. "harness" draws it on the host's device in its dtype, so that numbers depend on these.
 
     Raises:
-        ValueError: if a length or the number of steps is below 1, if the guidance is another number or needs actions that are
-            not used, if the host does not take actions, on another feedback or noise, or on true frames in a workload of the
-            benchmark.
+        ValueError: if a length or the number of steps is below 1 (0 frames may be given), if the guidance is another number or
+            needs classes that are not used, if the host does not take actions or labels, on another feedback or noise, or on
+            true frames in a workload of the benchmark.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Workload:
     feedback: str = GENERATED
     clip_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
     noise: str = PORTABLE
+    labels: bool = False
 
     def __post_init__(self) -> None:
         if self.noise not in NOISES:
@@ -90,12 +92,20 @@ class Workload:
                 f"{self.name} is a workload of the benchmark, which feeds back generated frames; use another workload for "
                 "feedback of true frames"
             )
-        require_positive(self, "num_context", "num_predict", "num_steps")
+        require_positive(self, "num_predict", "num_steps")
+        if self.num_context < 0 or (self.true_feedback and self.num_context == 0):
+            raise ValueError(f"num_context of {self.name} must be at least {int(self.true_feedback)}, got {self.num_context}")
         if self.guidance != NULL_CLASS and not 1 <= self.guidance < math.inf:
             raise ValueError(f"the guidance of {self.name} must be 1, above 1, or −1 for the null class, got {self.guidance}")
-        if (self.guidance > 1 and not self.actions) or (self.guidance == NULL_CLASS and self.actions):
-            use = "with" if self.actions else "without"
-            raise ValueError(f"{self.name} has guidance {self.guidance} {use} actions; above 1 needs them, −1 excludes them")
+        if (self.guidance > 1 and not self.classes) or (self.guidance == NULL_CLASS and self.classes):
+            use = "with" if self.classes else "without"
+            raise ValueError(
+                f"{self.name} has guidance {self.guidance} {use} actions or labels; above 1 needs them, −1 excludes them"
+            )
+        if self.labels and self.host.transformer.condition != "label":
+            raise ValueError(
+                f"{self.name} conditions its host on labels, which host {self.host.name} does not take; use a workload without"
+            )
         if self.actions and self.host.transformer.condition != "action":
             raise ValueError(
                 f"{self.name} conditions its host on actions, which host {self.host.name} does not take; use a workload without"
@@ -105,6 +115,11 @@ class Workload:
     def num_frames(self) -> int:
         """Context and predicted frames together."""
         return self.num_context + self.num_predict
+
+    @property
+    def classes(self) -> bool:
+        """Whether the host is conditioned on the clips' actions or labels."""
+        return self.actions or self.labels
 
     @property
     def true_feedback(self) -> bool:
@@ -133,6 +148,18 @@ class Workload:
             )
         return tuple(actions.tolist())
 
+    def label_of(self, clip: Clip) -> int | None:
+        """The clip's class; None if the workload does without. Raises ValueError if it has none that the host accepts."""
+        if not self.labels:
+            return None
+        num_classes = self.host.transformer.null_class
+        if clip.label is None or not 0 <= clip.label < num_classes:
+            raise ValueError(
+                f"{self.name} gives the label of clip {clip.clip_id} to its host, which accepts 0 to {num_classes - 1}; the "
+                f"clip has {'none' if clip.label is None else clip.label}"
+            )
+        return int(clip.label)
+
     def capacity_mb(self, max_frames: int) -> float:
         """MiB of float32 latents that a history of ``max_frames`` takes."""
         return max_frames * frame_size_mb(self.host.latent_shape)
@@ -149,6 +176,7 @@ class WorkloadSpec:
         num_steps: ODE steps; None leaves them to the host.
         guidance, feedback: as in `Workload`.
         actions: as in `Workload`; None if the host decides: one that takes actions gets them.
+        labels: a host that takes labels gets those of the clips, and the guidance; another one gets no guidance.
         free_lengths: other lengths may be asked for; the clip source then takes ``num_frames``.
     """
 
@@ -161,6 +189,7 @@ class WorkloadSpec:
     actions: bool | None = False
     feedback: str = GENERATED
     free_lengths: bool = False
+    labels: bool = False
 
 
 def _world(name: str) -> Callable[..., ClipSource]:
@@ -179,6 +208,12 @@ def _published(
     """One of FAR's evaluations: its protocol for clips, 50 ODE steps."""
     clips = partial(source, protocol="far", num_frames=num_context + num_predict)
     return WorkloadSpec(clips, num_context, num_predict, host, 50, guidance, actions)
+
+
+def _generation(size: int, host: str) -> WorkloadSpec:
+    """FAR's generation of UCF-101 from nothing; the clips of all classes in turn are what the videos are compared with."""
+    clips = partial(UCF101, protocol="far", num_frames=16, size=size, interval=3, class_list="trainval.json")
+    return WorkloadSpec(clips, 0, 16, host, 50, 2.0, labels=True)
 
 
 PAN = WorkloadSpec(_world("pan"), 5, 11)
@@ -200,8 +235,7 @@ DOOM = WorkloadSpec(Doom, 20, 20, host=None, actions=None, free_lengths=True)
 UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)
 DMLAB_LONG_PREDICTION = WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20, NULL_CLASS)
 
-# FAR's evaluations (arXiv 2503.19325), named by data, context frames (c) and predicted frames (p). A clip is continued once,
-# where FAR samples 100 continuations of a clip of UCF-101 or BAIR.
+# FAR's evaluations (arXiv 2503.19325), named by data, context frames (c) and predicted frames (p).
 UCF101_C4P12 = _published(UCF101, "far_b_ucf101", 4, 12)
 BAIR_C2P14 = _published(BAIR, "far_b_bair", 2, 14)
 BAIR_C2P28 = _published(BAIR, "far_b_bair", 2, 28)
@@ -209,6 +243,8 @@ DMLAB_C144P156 = _published(DMLab, "far_b_long_dmlab", 144, 156, 1.5, actions=Tr
 DMLAB_C36P264 = _published(DMLab, "far_b_long_dmlab", 36, 264, NULL_CLASS)
 MINECRAFT_C144P156 = _published(Minecraft, "far_m_long_minecraft", 144, 156, 1.5, actions=True)
 MINECRAFT_C36P264 = _published(Minecraft, "far_m_long_minecraft", 36, 264, 1.5, actions=True)
+UCF101_C0P16_128 = _generation(128, "far_l_ucf101_128_label")
+UCF101_C0P16_256 = _generation(256, "far_l_ucf101_256_label")
 
 
 class _Registry(Mapping[str, WorkloadSpec]):
@@ -298,8 +334,10 @@ def make_workload(
         clips.host = loaded
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
     actions = loaded.transformer.condition == "action" if spec.actions is None else spec.actions
+    labels = spec.labels and loaded.transformer.condition == "label"
+    guidance = 1.0 if spec.labels and not labels else spec.guidance
     feedback = spec.feedback if feedback is None else feedback
-    return Workload(name, clips, loaded, *lengths, num_steps, spec.guidance, actions, feedback, made_with)
+    return Workload(name, clips, loaded, *lengths, num_steps, guidance, actions, feedback, made_with, labels=labels)
 
 
 def _lengths(name: str, spec: WorkloadSpec, num_context: int | None, num_predict: int | None) -> tuple[int, int]:
@@ -311,7 +349,7 @@ def _lengths(name: str, spec: WorkloadSpec, num_context: int | None, num_predict
         spec.num_context if num_context is None else num_context,
         spec.num_predict if num_predict is None else num_predict,
     )
-    if min(lengths) < 1:
+    if spec.free_lengths and min(lengths) < 1:
         raise ValueError(f"num_context and num_predict must be at least 1, got {lengths[0]} and {lengths[1]}")
     return lengths
 
@@ -347,7 +385,9 @@ def resolve_budgets(budget: int | str | Sequence[int | str]) -> tuple[int, ...]:
 
 
 def check_decides(workload: Workload, max_frames: int) -> None:
-    """Raise ValueError if no decision under this budget can influence a frame of the workload."""
+    """Raise ValueError if no decision under this budget can influence a frame of the workload, or none can be rewarded."""
+    if workload.num_context == 0:
+        raise ValueError(f"{workload.name} generates videos from nothing: no true continuation tells which frames to keep")
     if max_frames > workload.num_frames - 2:
         raise ValueError(
             f"a budget of {max_frames} leaves nothing to decide in {workload.name}, whose clips have {workload.num_frames} "

@@ -67,8 +67,9 @@ def make_results(folder: Path, made: MadeUp | None = None) -> Results:
 
 
 def _records(made: MadeUp) -> Iterator[Record]:
-    rng = np.random.default_rng(0)
+    rng, gap_rng = np.random.default_rng(0), np.random.default_rng(1)
     for workload, (context, predict) in made.workloads.items():
+        gaps = [[int(gap) or None for gap in gap_rng.integers(0, 8, predict)] for _ in range(made.clips)]
         hardness = rng.normal(0, 4, made.clips)
         for budget in (*made.budgets, UNLIMITED_FRAMES):
             for name, gain in (made.policies if budget < UNLIMITED_FRAMES else {"full_history": 12.0}).items():
@@ -90,6 +91,7 @@ def _records(made: MadeUp) -> Iterator[Record]:
                             clip_sha256="0" * 16,
                             latents_sha256="0" * 16,
                             facts={**facts, "commit": "abc1234", "versions": {"torch": "2.9"}},
+                            evidence_gaps=gaps[clip],
                         )
 
 

@@ -29,7 +29,7 @@ from far_env.provenance import load_facts
 from tests.damage import assert_sentence, damaged
 from tests.results_folders import MadeUp, make_results
 
-POLICY = Path(__file__).parents[1] / "agents" / "pretrained" / "pan-tight"
+POLICY = Path(__file__).parents[1] / "agents" / "pretrained" / "general"
 SECONDS, MEBIBYTES = 10, 300
 """Of one file: more than any takes, less than an expanded alias bomb does."""
 

@@ -41,6 +41,31 @@ def test_ssim_agrees_with_torchmetrics(pair):
         assert metrics.ssim(predicted, truth) == pytest.approx(image.mean().item(), abs=1e-4)
 
 
+def test_fars_psnr_is_torchmetrics_per_frame(pair):
+    """As the program of FAR's authors computes them: PSNR per frame, then the mean."""
+    from torchmetrics.image import PeakSignalNoiseRatio
+
+    predicted, truth = (batch.flatten(0, 1) for batch in pair)
+    by_frame = PeakSignalNoiseRatio(data_range=1.0, reduction="none", dim=[1, 2, 3])(predicted, truth).view(3, 4)
+    torch.testing.assert_close(metrics.far_psnr(*pair), by_frame.mean(dim=1))
+    scores = metrics.clip_metrics(*pair, ("far_psnr", "ssim", "psnr"))
+    assert [list(row) for row in scores] == [["psnr", "ssim", "far_psnr"]] * 3
+    assert [row["far_psnr"] for row in scores] == pytest.approx(by_frame.mean(dim=1).tolist())
+
+
+def test_fars_lpips_is_that_of_pixels_that_were_not_scaled(random_alexnet, pair):
+    import lpips
+
+    plain = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    for _, module in plain.net.named_children():
+        for index, layer in module.named_children():
+            layer.load_state_dict(random_alexnet.features[int(index)].state_dict())
+    with torch.no_grad():
+        expected = torch.stack([plain.eval()(a, b).mean() for a, b in zip(*pair, strict=True)])
+    torch.testing.assert_close(metrics.far_lpips(*pair), expected, atol=1e-6, rtol=1e-5)
+    assert (metrics.far_lpips(*pair) - metrics.lpips(*pair)).abs().min() > 1e-5
+
+
 def test_without_its_weights_lpips_says_so_at_once_and_never_touches_the_network(monkeypatch, tmp_path, pair):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     start = time.monotonic()

@@ -160,7 +160,7 @@ def test_environment_names_follow_from_workload_names():
     assert far_env.environment_id("my_world-2") == "far_env/MyWorld2-v0"
     names = ["Pan", "Cuts", "Orbit", "UCF101Short", "DMLabLong", "UCF101C4P12", "BAIRC2P14", "BAIRC2P28", "DMLabC144P156"]
     names += ["DMLabC36P264", "MinecraftC144P156", "MinecraftC36P264", "PanWide", "CutsWide", "OrbitWide", "Recorded", "Doom"]
-    names += ["Maze", "MazeLong", "MazeRetrieval", "MazeRetrievalC36P36"]
+    names += ["Maze", "MazeLong", "MazeRetrieval", "MazeRetrievalC36P36", "Ucf101C0p16128", "Ucf101C0p16256"]
     built_in = [
         declared.name
         for declared in plugins.entry_points(plugins.WORKLOADS).values()
@@ -171,7 +171,7 @@ def test_environment_names_follow_from_workload_names():
 
 def test_policy_names_and_facts():
     names = policy_names()
-    assert {"recent_fill", "pretrained/pan-tight", "full_history"} <= set(names) and "far_coarse" not in names
+    assert {"recent_fill", "pretrained/general", "full_history"} <= set(names) and "far_coarse" not in names
     assert policy_facts("recent_fill")["tier"] == "M" and policy_facts("full_history") == {"note": "nothing is dropped"}
     assert policy_facts("far_coarse")["source"] == "FAR, arXiv 2503.19325" and load_policy("far_coarse").name == "far_coarse"
     assert load_policy("full_history") is None

@@ -61,7 +61,7 @@ def commands(place: Path) -> list[Command]:
     configs = {"transformer": TINY_FAR, "autoencoder": {**TINY_DCAE, "scaling_factor": 0.8}}
     save_host(host, transformer, autoencoder, configs, frame_size=64, num_steps=2)
     skipped, ppo = PPOSettings(total_timesteps=0), PPOSettings(64, num_envs=4, n_steps=4, batch_size=16, n_epochs=2)
-    imitation = ImitationSettings(rounds=2, clips_per_round=3, candidates=4, epochs=2, batch_size=16)
+    imitation = ImitationSettings(true_clips=3, true_rounds=1, rounds=1, clips_per_round=3, epochs=2, batch_size=16)
     stages = {
         "imitation": {"imitation": imitation, "ppo": skipped},
         "surrogate": {"surrogate": ppo, "ppo": skipped},
@@ -69,7 +69,7 @@ def commands(place: Path) -> list[Command]:
     }
     for name, stage in stages.items():
         sizes = {"train_clips": 6, "validation_clips": 2, "validate_every": 2, "test_clips": 2, "table": ("recent_fill",)}
-        network = NetworkConfig(width=16, memory=True)
+        network = NetworkConfig(width=16, edge_width=8)
         agent = AgentTraining(**stage, **sizes, network=network, host=str(host), device="cpu", resume=True)
         save_yaml(agent, place / f"{name}.yaml")
     training = HostTraining(

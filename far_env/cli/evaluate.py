@@ -15,7 +15,7 @@ from far_env.cli.console import keeping_episodes, remark
 from far_env.cli.options import ALL, split_list, whole_number
 from far_env.config import parse, parse_mapping
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
-from far_env.errors import PolicyError
+from far_env.errors import MetricUnavailable, PolicyError
 from far_env.io import make_run_dir, write_text
 from far_env.policies import FULL_HISTORY, is_policy_file, load_policy, policy_facts, policy_names
 
@@ -41,12 +41,18 @@ class EvaluateOptions:
     """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget; one or more."""
     seeds: str = "42"
     """Noise seeds; clip i is played with each of them plus i."""
+    trajectories: int = 1
+    """Continuations of every clip for each noise seed. With several, tables have the mean over them and the mean of every
+    clip's best one, as FAR's authors report (100 on UCF-101 and BAIR). A number can be raised later, with the same --out."""
     split: str = "test"
     """train, validation or test."""
     clips: int = 256
     """Number of clips, from the first of the split on."""
     metrics: str = "psnr,ssim,lpips"
-    """Comma-separated: psnr, ssim, lpips."""
+    """Comma-separated: psnr, ssim, lpips; far_psnr and far_lpips, as FAR's tables have them; fvd, of all videos together."""
+    intervene: str = "none"
+    """Comma-separated: swap, noise, blank, shuffle. A column has the PSNR of frames that are generated while the kept frames
+    but the newest are replaced by those of another clip, by noise, by grey, or put in another order; decisions stay."""
     host: str | None = None
     """A shipped host, a released transformer (see far-env weights list), a plugin's host or a host folder; by default the
     host of the workload."""
@@ -85,14 +91,22 @@ def evaluate(args: Sequence[str]) -> int:
     from far_env.clips.clip import check_clip_options
     from far_env.evaluation.comparison import tabulate
     from far_env.evaluation.evaluate import evaluate_grid
+    from far_env.evaluation.fvd import FVD, FeatureStore, VideoFeatures, fvd_unavailable, with_fvd
     from far_env.evaluation.records import cell, session_precision
+    from far_env.rollout.noise import trajectory_seeds
     from far_env.workloads import make_workload, resolve_budget
 
     names = split_list(options.policies, "policies", "policy")
     budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in split_list(options.budget, "budget", "budget")})
     limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
+    noise_seeds = [seed for first in seeds for seed in trajectory_seeds(first, options.trajectories)]
     metrics = split_list(options.metrics, "metrics", "metric")
+    no_fvd = fvd_unavailable() if FVD in metrics else "not asked for"
+    if no_fvd and metrics == [FVD]:
+        raise MetricUnavailable(no_fvd)
+    clip_metrics = [metric for metric in metrics if metric != FVD]
+    interventions = [] if options.intervene == "none" else split_list(options.intervene, "intervene", "intervention")
     if not options.policy_seconds > 0:
         raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
     policies, optional = _load_policies(names, budgets, options.policy_seconds)
@@ -110,6 +124,10 @@ def evaluate(args: Sequence[str]) -> int:
         **clip_options,
     }
     workloads = [make_workload(name, **common) for name in split_list(options.workload, "workload", "workload")]
+    features = None
+    if no_fvd is None:
+        extract = VideoFeatures(workloads[0].host.device)
+        features = FeatureStore(extract, extract.source, None if options.out is None else Path(options.out))
     start = time.perf_counter()
     with keeping_episodes(options.out):
         results = evaluate_grid(
@@ -117,14 +135,16 @@ def evaluate(args: Sequence[str]) -> int:
             limited,
             policies,
             range(options.clips),
-            seeds=seeds,
+            seeds=noise_seeds,
             split=options.split,
-            metrics=metrics,
+            metrics=clip_metrics,
+            interventions=interventions,
             batch_size=options.batch_size,
             optional=set(policies),
             out=None if options.out is None else Path(options.out),
             show_clips=options.show_clips,
-            policy_facts={} if options.out is None else {name: policy_facts(name) for name in policies},
+            policy_facts={name: policy_facts(name) for name in policies},
+            features=features,
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
@@ -136,8 +156,11 @@ def evaluate(args: Sequence[str]) -> int:
     played = [where for where in cells if any((name, cell(*where)) not in failed for name in policies)]
     if not played:
         raise PolicyError(next(iter(failed.values())))
-    selection = {"clip_ids": range(options.clips), "seeds": seeds, "seconds": seconds if len(cells) == 1 else None}
+    selection = {"clip_ids": range(options.clips), "seeds": seeds, "trajectories": options.trajectories}
+    selection["seconds"] = seconds if len(cells) == 1 else None
     tables = [tabulate(results, name, budget, **selection) for name, budget in played]
+    if FVD in metrics:
+        tables = [with_fvd(table, features, no_fvd, seeds, budget) for table, (_, budget) in zip(tables, played, strict=True)]
     if options.json is None:
         print(_text(tables))
         if options.out is not None:

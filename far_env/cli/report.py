@@ -43,6 +43,8 @@ def report(args: Sequence[str]) -> None:
         raise ValueError(f"--show-clips must be at least 0, got {options.show_clips}")
     names = [] if options.policies is None else split_list(options.policies, "policies", "policy")
     results = select_policies(load(options.results), names)
+    if not results.settings.metrics:
+        raise ValueError(f"{options.results} has no metric of single clips (psnr, ssim, lpips), which a report shows")
     if options.plots is not None:
         make_run_dir(options.plots)
     page = report_page(results, options.reference, options.show_clips)

@@ -25,12 +25,14 @@ class Clip:
         actions: int64 (T,) where the data has actions (``actions[i]`` leads to frame i), else None.
         latents: float32 (T, C, h, w), scaled as the host's, if the data is pre-encoded: a rollout's context is then taken from
             here, and ``frames`` are decoded from them by the host's autoencoder. Else None.
+        label: class of the whole clip, where the data has classes.
     """
 
     clip_id: int
     frames: np.ndarray
     actions: np.ndarray | None = None
     latents: np.ndarray | None = None
+    label: int | None = None
 
     def context(self, num_context: int) -> np.ndarray:
         """The first ``num_context`` frames: latents (n, C, h, w) if the clip has latents, else pixels (n, 3, H, W)."""
@@ -38,7 +40,12 @@ class Clip:
 
 
 class ClipSource(Protocol):
-    """A named, indexed collection of clips, the same on every machine and in every order of access."""
+    """A named, indexed collection of clips, the same on every machine and in every order of access.
+
+    A source may also know what its frames show: by a method ``scenes(clip)``, a number per frame that is the same for frames of
+    the same scene, or by an attribute ``view_rows``, the number of rows of pixels from the top that show it. See
+    `far_env.clips.copying.evidence_gaps`.
+    """
 
     name: str
     size: int

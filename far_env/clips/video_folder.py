@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ class _Entry:
     start: int
     has_actions: bool
     length: int
+    interval: int = 1
 
 
 class VideoFolder:
@@ -64,6 +66,9 @@ class VideoFolder:
         train_list: name of the list in the folder that takes the place of FAR's training list, for the protocol far.
         file_order: for the protocol benchmark, a list of the files before they are shuffled (see `listed_recordings`), to
             repeat a run of the benchmark, which takes them as the file system lists them. Other files are not used.
+        interval: for the protocol far, a clip is every ``interval``-th frame, or successive ones where a video is too short.
+        class_list: name of a list in the folder, for the protocol far, whose videos are the test split and have labels; clips
+            0, 1, 2, … are of one class after the other, so that any number of them has every class about equally often.
         exclude: a list of clips that ``far-env benchmark --list-clips`` wrote; their files are in no train or validation split.
 
     Raises:
@@ -100,6 +105,8 @@ class VideoFolder:
         size: int | None = None,
         train_list: str | None = None,
         file_order: str | os.PathLike | None = None,
+        interval: int = 1,
+        class_list: str | None = None,
         exclude: str | os.PathLike | None = None,
     ) -> None:
         if protocol not in PROTOCOLS:
@@ -109,11 +116,15 @@ class VideoFolder:
             raise ValueError(f"{self.name} needs a folder of videos: give data_dir, or set {self.variable}; {self.remedy}")
         self.folder, self.protocol, self.num_frames = Path(path), protocol, num_frames
         self.size = self.default_size if size is None else size
-        self._train_list = train_list
+        self._train_list, self._class_list, self._interval = train_list, class_list, interval
         self.host: LatentHost | None = None
         self.skipped: dict[Path, str] = {}
         self.found_by_benchmark = True
         self._file_order = None if file_order is None else Path(file_order)
+        if (interval != 1 or class_list is not None) and (protocol != "far" or self.num_actions != 0 or interval < 1):
+            raise ValueError(
+                f"interval (from 1 on) and class_list are for the protocol far, for data without actions ({self.name})"
+            )
         plays_benchmark = protocol == "benchmark" and self.benchmark_clips is not None
         if self._file_order is not None and not plays_benchmark:
             raise ValueError("a file order is for the benchmark's data sets, ucf101 and dmlab, with the protocol benchmark")
@@ -154,8 +165,9 @@ class VideoFolder:
         if entry.recording.latent:
             frames, latents = self._decode(path, entry.start)
         else:
-            frames = self.read(path, entry.start, self.num_frames)
-        return Clip(clip_id, frames, actions, latents)
+            count = (self.num_frames - 1) * entry.interval + 1
+            frames = self.read(path, entry.start, count, entry.interval)
+        return Clip(clip_id, frames, actions, latents, entry.recording.label)
 
     def read(self, path: Path, start: int, count: int, interval: int = 1) -> np.ndarray:
         """Frames start … start+count-1 of a video or episode, or every ``interval``-th of them, as squares of the protocol.
@@ -263,6 +275,9 @@ class VideoFolder:
 
     def _splits_of_files(self) -> dict[str, list[Recording]]:
         """The recordings of each split, usable or not."""
+        if self._class_list is not None:
+            labelled = _one_class_after_the_other(read_list(self.folder / self._class_list), self.folder / self._class_list)
+            return {"train": [], "validation": [], "test": [self.as_read(recording) for recording in labelled]}
         lists = find_lists(self.folder, self.preferred_lists) if self.protocol == "far" else {}
         if self._train_list is not None:
             lists["train"] = self.folder / self._train_list
@@ -290,7 +305,8 @@ class VideoFolder:
             seed = f"{_SEED} {recording.path.relative_to(self.folder).as_posix()}"
             rng = random.Random(seed.encode("utf-8", "surrogateescape"))
             start = rng.randint(0, info.length - self.num_frames)
-        return _Entry(recording, start, info.actions is not None, info.length)
+        long_enough = info.length >= (self.num_frames - 1) * self._interval + 1
+        return _Entry(recording, start, info.actions is not None, info.length, self._interval if long_enough else 1)
 
     def _unusable(self, recording: Recording, info: RecordingInfo, length: int) -> bool:
         """Whether a recording cannot be opened or has fewer frames than a clip, which is noted."""
@@ -312,6 +328,22 @@ class VideoFolder:
             shape, latent_shape = tuple(latents.shape[1:]), self.host.latent_shape
             raise VideoError(f"{path} holds latents {shape}, the host {self.host.name} has {latent_shape}")
         return decode_latents(latents, self.host)
+
+
+def _one_class_after_the_other(recordings: list[Recording], path: Path) -> list[Recording]:
+    """The first of each class in the order of their labels, then the second of each, …; within a class they are shuffled.
+
+    Raises:
+        ValueError: if one of them has no label, or is one of latents.
+    """
+    classes: dict[int, list[Recording]] = {}
+    for number, recording in enumerate(recordings):
+        if recording.label is None or recording.latent:
+            raise ValueError(f"the list {path}, entry {number}: needs a video with a label, as a list of classes")
+        classes.setdefault(recording.label, []).append(recording)
+    rng = random.Random(_SEED)
+    shuffled = [rng.sample(classes[label], len(classes[label])) for label in sorted(classes)]
+    return [recording for place in itertools.zip_longest(*shuffled) for recording in place if recording is not None]
 
 
 def _shuffled_splits(shuffled: list[Recording]) -> dict[str, list[Recording]]:

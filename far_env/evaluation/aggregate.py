@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,14 @@ class Episodes:
     def psnr_per_frame(self) -> np.ndarray:
         """PSNR in dB of every predicted frame of ``clips``, float64 (clips, seeds, frames)."""
         return np.array([[record.psnr_per_frame for record in row] for row in self._rows()], dtype=np.float64)
+
+    def evidence_gaps(self) -> np.ndarray | None:
+        """The gap of every predicted frame of ``clips``, float64 (clips, frames), NaN for what was not in view before.
+
+        None if a record has none.
+        """
+        rows = [record.evidence_gaps for record, *_ in self._rows()]
+        return None if any(gaps is None for gaps in rows) else np.array(rows, dtype=np.float64)
 
     def decision_ms(self) -> float | None:
         """Mean milliseconds per decision over all finished episodes; None if no episode has decisions."""
@@ -73,3 +81,17 @@ def collect_episodes(
         )
         for (policy, budget), records in sorted(by_policy.items(), key=lambda item: (order[item[0][0]], item[0][1]))
     ]
+
+
+def alike(all_episodes: Iterable[Episodes]) -> dict[str, str]:
+    """Policies that kept the same frames as an earlier one at every decision, and so have its scores → that one."""
+    first: dict[tuple, str] = {}
+    same = {}
+    for episodes in all_episodes:
+        decisions = tuple(
+            (key, (*record.metrics.values(),), *((e["step"], *sorted({*e["kept"], *e["demoted"]})) for e in record.plan))
+            for key, record in sorted(episodes.records.items())
+        )
+        if (other := first.setdefault((episodes.budget, decisions), episodes.policy)) != episodes.policy:
+            same[episodes.policy] = other
+    return same

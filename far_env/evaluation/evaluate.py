@@ -19,16 +19,20 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip, check_clip_id
+from far_env.clips.copying import evidence_gaps
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
+from far_env.evaluation.fvd import FeatureStore
 from far_env.evaluation.records import Record, Recorder, Results, Settings, cell
-from far_env.metrics import METRICS, clip_metrics, lpips_unavailable, psnr, require_metrics
+from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip
+from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, lpips_unavailable, require_metrics
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
 from far_env.provenance import git_commit, machine, versions
+from far_env.rollout.intervention import IntervenedFrames, check_interventions, interventions_of, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
-from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.rollout.noise import BENCHMARK_SEED, TRAJECTORY_STRIDE, trajectory
 from far_env.rollout.play import Decision, play
 from far_env.workloads import Workload
 
@@ -71,10 +75,12 @@ def evaluate_grid(
     batch_size: int = 64,
     memo_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
+    interventions: Sequence[str] = (),
     optional: Collection[str] = (),
     out: Path | None = None,
     show_clips: int = 0,
     policy_facts: Mapping[str, dict[str, str]] | None = None,
+    features: FeatureStore | None = None,
 ) -> Results:
     """Play every policy under every budget on every clip of every workload with every noise seed.
 
@@ -83,20 +89,24 @@ def evaluate_grid(
 
     Args:
         policies: name → policy; None is full history.
-        seeds: clip i is played with the noise seeds s + i.
+        seeds: clip i is played with the noise seeds s + i. Those of trajectories are `far_env.rollout.noise.trajectory_seeds`.
         metrics: those that cannot be computed here are left out with the reason.
+        interventions: of `far_env.rollout.intervention.INTERVENTIONS`; PSNR is measured under each of them too, under a name
+            such as psnr_swap.
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
         optional: names of policies that are left out where they fail, with a printed reason that is also in the results'
             ``settings.failed``; the other policies are played.
         out: results folder, to which finished episodes are added as they are played; those it holds are not played again.
         show_clips: how many of the first clips have pictures there.
-        policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder.
+        policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder and for tables.
+        features: receives the features of all videos, for FVD. Episodes that it lacks are played again, and their records stay.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.
         ClipIdError: on a clip id out of range.
         ValueError: on an unknown split or metric, without clips or policies, or if the folder cannot be used.
         VideoError: if no clip of a workload can be read.
+        ValueError: on metrics of single clips in a workload without given frames, which has no true continuation.
         MetricUnavailable: if no metric can be computed.
     """
     if not policies or not len(clip_ids) or not seeds or batch_size < 1:
@@ -104,7 +114,13 @@ def evaluate_grid(
             f"an evaluation needs a policy, a clip, a noise seed and a batch size of at least 1; got {len(policies)} policies, "
             f"{len(clip_ids)} clips, {len(seeds)} seeds and batch size {batch_size}"
         )
+    interventions = check_interventions(interventions)
     names, unavailable = available_metrics(metrics)
+    for workload in workloads:
+        if workload.num_context == 0 and (names or interventions or features is None):
+            raise ValueError(
+                f"{workload.name} generates videos from nothing, which have no true continuation: its only metric is fvd"
+            )
     for workload, clip_id in itertools.product(workloads, (min(clip_ids), max(clip_ids))):
         check_clip_id(workload.clips, split, clip_id)
     jobs = [_Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
@@ -113,11 +129,11 @@ def evaluate_grid(
     settings = Settings(
         workloads=[workload.name for workload in workloads],
         budgets=sorted({job.budget for job in jobs}),
-        policies={name: dict((policy_facts or {}).get(name, {})) for name in policies},
+        policies={name: _remark(policy) | dict((policy_facts or {}).get(name, {})) for name, policy in policies.items()},
         seeds=sorted(set(seeds)),
         split=split,
         clips=sorted({int(i) for i in clip_ids}),
-        metrics=list(names),
+        metrics=[*names, *map(metric_of, interventions)],
         unavailable=unavailable,
         num_context={workload.name: workload.num_context for workload in workloads},
         num_predict={workload.name: workload.num_predict for workload in workloads},
@@ -127,7 +143,7 @@ def evaluate_grid(
     )
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
-        session = _Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress)
+        session = _Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress, features)
         session.play(workloads, jobs, batch_size)
         return session.results
 
@@ -140,11 +156,11 @@ def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...],
         MetricUnavailable: if none of them can be computed.
     """
     unavailable = {}
-    if "lpips" in wanted and (reason := lpips_unavailable()):
-        unavailable["lpips"] = reason
+    if (needy := NEED_ALEXNET.intersection(wanted)) and (reason := lpips_unavailable()):
+        unavailable = {name: reason for name in wanted if name in needy}
     names = tuple(name for name in wanted if name not in unavailable)
     require_metrics(names or wanted)
-    return tuple(sorted(set(names), key=METRICS.index)), unavailable
+    return tuple(sorted(set(names), key=(*METRICS, *FAR_METRICS).index)), unavailable
 
 
 def record_facts(workload: Workload) -> dict[str, object]:
@@ -178,9 +194,8 @@ def latents_hash(latents: Tensor) -> str:
     return _digest(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def frame_psnr(predicted: Tensor, truth: Tensor) -> Tensor:
-    """PSNR in dB of every frame: (B, F, 3, H, W) in [0, 1] to (B, F)."""
-    return psnr(predicted[:, :, None], truth[:, :, None])
+_Episode = tuple[int, int]
+"""Clip and noise seed."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,13 @@ class _Session:
     """Plays the episodes that are missing, and keeps them."""
 
     def __init__(
-        self, settings: Settings, recorder: Recorder | None, memo: FrameMemo, optional: frozenset[str], progress: bool
+        self,
+        settings: Settings,
+        recorder: Recorder | None,
+        memo: FrameMemo,
+        optional: frozenset[str],
+        progress: bool,
+        features: FeatureStore | None,
     ) -> None:
         self.asked = settings
         self.recorder = recorder
@@ -204,47 +225,51 @@ class _Session:
         self.memo = memo
         self.optional = optional
         self.progress = progress
-        self.done = {record.key for record in self.results.records}
+        self.features = features
+        self.recorded = {record.key for record in self.results.records}
+        self.done = self.recorded if features is None else self.recorded & features.episodes
         self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
+        self.gaps: dict[tuple[str, int], list[int | None]] = {}
+        self.partners: dict[tuple[str, int], Clip | None] = {}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
     def play(self, workloads: Sequence[Workload], jobs: Sequence[_Job], batch_size: int) -> None:
-        """All jobs on one batch of clips after the other, so that they share frames and a stop leaves comparable results."""
-        asked = self.asked
-        batches = [asked.clips[first : first + batch_size] for first in range(0, len(asked.clips), batch_size)]
+        """All jobs on one batch of episodes after the other, so that they share frames and a stop leaves comparable results."""
+        episodes = list(itertools.product(self.asked.clips, self.asked.seeds))
+        batches = [episodes[first : first + batch_size] for first in range(0, len(episodes), batch_size)]
         total = sum(
-            workload.num_predict * len(self._missing(workload, job, seed, asked.clips))
-            for workload, job, seed in itertools.product(workloads, jobs, asked.seeds)
+            workload.num_predict * len(self._missing(workload, job, episodes))
+            for workload, job in itertools.product(workloads, jobs)
         )
         with show_progress(total=total, unit="frames", description="evaluate", disable=not self.progress) as bar:
             for workload in workloads:
                 facts, running = record_facts(workload), list(jobs)
-                for seed, clip_ids in itertools.product(asked.seeds, batches):
-                    self._play_batch(workload, seed, clip_ids, running, facts, bar)
+                for batch in batches:
+                    self._play_batch(workload, batch, running, facts, bar)
 
-    def _missing(self, workload: Workload, job: _Job, seed: int, clip_ids: Sequence[int]) -> list[int]:
-        return [i for i in clip_ids if (workload.name, job.budget, job.name, i, seed) not in self.done]
+    def _missing(self, workload: Workload, job: _Job, episodes: Sequence[_Episode]) -> list[_Episode]:
+        return [episode for episode in episodes if (workload.name, job.budget, job.name, *episode) not in self.done]
 
     def _play_batch(
         self,
         workload: Workload,
-        seed: int,
-        clip_ids: Sequence[int],
+        episodes: Sequence[_Episode],
         jobs: list[_Job],
         facts: dict[str, Any],
         bar: Progress,
     ) -> None:
-        """Play what these clips lack. A job that cannot run and need not is taken out of ``jobs``."""
+        """Play those of these episodes that are missing. A job that cannot run and need not is taken out of ``jobs``."""
         clips: dict[int, Clip] = {}
+        self.partners.clear()
         for job in list(jobs):
-            missing = self._missing(workload, job, seed, clip_ids)
-            self._read_clips(workload, missing, clips, bar)
-            wanted = [i for i in missing if i in clips]
+            missing = self._missing(workload, job, episodes)
+            self._read_clips(workload, [i for i, _ in missing], clips, bar)
+            wanted = [episode for episode in missing if episode[0] in clips]
             if not wanted:
                 continue
             bar.set_postfix_str(f"{workload.name} {job.budget} {job.name}")
             try:
-                self._play_job(workload, seed, [clips[i] for i in wanted], job, facts, bar)
+                self._play_job(workload, [seed for _, seed in wanted], [clips[i] for i, _ in wanted], job, facts, bar)
             except PolicyError as error:
                 if job.name not in self.optional:
                     raise
@@ -266,7 +291,10 @@ class _Session:
                 continue
             try:
                 clips[clip_id] = self._clip(workload, clip_id)
+                partner = partner_clip(workload, self.asked.split, clip_id, self.asked.metrics)
+                self.partners[workload.name, clip_id] = partner
             except VideoError as error:
+                clips.pop(clip_id, None)
                 self.results.unreadable[workload.name, clip_id] = str(error)
                 bar.write(f"left out clip {clip_id} of {workload.name}: {error}", file=sys.stderr)
                 if all((workload.name, i) in self.results.unreadable for i in self.asked.clips):
@@ -285,17 +313,24 @@ class _Session:
                 f"clip {clip_id} of {workload.name} differs from {self.results.folder}, which was made with other data; "
                 "choose another folder"
             )
+        if (workload.name, clip_id) not in self.gaps:
+            lengths = (workload.num_context, workload.num_frames)
+            self.gaps[workload.name, clip_id] = evidence_gaps(workload.clips, clip, *lengths)
         return clip
 
     def _play_job(
-        self, workload: Workload, seed: int, clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
+        self, workload: Workload, seeds: list[int], clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
     ) -> None:
-        seeds = [seed + clip.clip_id for clip in clips]
-        rollouts, decisions = play(workload, clips, seeds, job.policy, job.budget, memo=self.memo, on_frame=bar.update)
+        noise_seeds = [seed + clip.clip_id for seed, clip in zip(seeds, clips, strict=True)]
+        names = interventions_of(self.asked.metrics)
+        partners = [self.partners[workload.name, clip.clip_id] for clip in clips]
+        intervened = IntervenedFrames(names, workload, noise_seeds, partners, self.memo)
+        hooks = {"on_frame": bar.update, "before_frame": intervened}
+        rollouts, decisions = play(workload, clips, noise_seeds, job.policy, job.budget, memo=self.memo, **hooks)
         predicted = rollouts.decode(range(len(clips))).float()
         truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
         truth = torch.from_numpy(truth).to(predicted.device)
-        scores = clip_metrics(predicted, truth, tuple(self.asked.metrics))
+        scores = all_metrics(predicted, truth, self.asked.metrics, intervened)
         by_frame = frame_psnr(predicted, truth).tolist()
         latents = rollouts.generated(range(len(clips)))
         records = []
@@ -309,7 +344,7 @@ class _Session:
                     budget=job.budget,
                     policy=job.name,
                     clip=clip.clip_id,
-                    seed=seed,
+                    seed=seeds[row],
                     plan=[_entry(decision) for decision in decisions[row]],
                     metrics=scores[row],
                     psnr_per_frame=by_frame[row],
@@ -317,24 +352,37 @@ class _Session:
                     clip_sha256=self.clip_hashes[workload.name, clip.clip_id],
                     latents_sha256=latents_hash(latents[row]),
                     facts=facts,
+                    evidence_gaps=self.gaps[workload.name, clip.clip_id],
                 )
             )
+        if self.features is not None:
+            self.features.add(workload, job.budget, job.name, clips, seeds, predicted)
+        new = [record for record in records if record.key not in self.recorded]
         if self.recorder is None:
-            self.results.records.extend(records)
+            self.results.records.extend(new)
         else:
             self._save_pictures(self.recorder, workload, clips, records, predicted)
-            self.recorder.add(records)
-        self.done.update(record.key for record in records)
+            self.recorder.add(new)
+        self.recorded |= {record.key for record in new}
+        self.done |= {record.key for record in records}
 
     def _save_pictures(
         self, recorder: Recorder, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
     ) -> None:
         for clip, record, frames in zip(clips, records, predicted, strict=True):
-            if clip.clip_id in self.shown:
+            # Of several trajectories, the first is shown.
+            further = trajectory(record.seed) > 0 and record.seed % TRAJECTORY_STRIDE in self.asked.seeds
+            if clip.clip_id in self.shown and not further:
                 truth = self.results.truth_picture(workload.name, clip.clip_id)
                 if not truth.exists():
                     recorder.save_picture(truth, clip.frames[: workload.num_frames])
                 recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
+
+
+def _remark(policy: RetentionPolicy | None) -> dict[str, str]:
+    """The fact ``remark`` of a policy that has one."""
+    remark = getattr(policy, "remark", "")
+    return {"remark": remark} if remark and isinstance(remark, str) else {}
 
 
 def _made_with(workload: Workload) -> dict[str, object]:

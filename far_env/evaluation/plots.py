@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from far_env.contract import UNLIMITED_FRAMES
+from far_env.evaluation.gaps import NEW, gap_bins
 from far_env.evaluation.ranking import Group, Metric, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Results
 from far_env.evaluation.statistics import Interval
+from far_env.evaluation.table import policy_labels
 from far_env.io import replacing
 from far_env.progress import show_progress
+from far_env.rollout.noise import seeds_text
 
 COLOURS = ("#1f6fd1", "#b65100", "#17823f", "#8748c4", "#c62f3c", "#0b7d87", "#80631c", "#b8387f")
 MARKERS = "osD^vPX*"
@@ -60,8 +63,10 @@ def save_plots(results: Results, folder: Path, reference: str | None = None, pro
     Raises:
         ValueError: if the reference was not evaluated, or a file cannot be written.
     """
+    chosen = choose_reference(list(results.settings.policies), reference)
+    labels = policy_labels(results.settings.policies)
+    results, chosen = _labelled(results, labels), labels[chosen]
     settings = results.settings
-    chosen = choose_reference(list(settings.policies), reference)
     groups = make_groups(results)
     coloured = highlighted(groups, settings.metrics[0], chosen, count=len(COLOURS))
     source = "; ".join(_source(results, workload) for workload in settings.workloads)
@@ -89,6 +94,7 @@ def _figures(
         where = f"{group.workload}_{_budget(group.budget)}"
         first = results.settings.num_context[group.workload]
         yield f"frames_{where}", partial(frame_figure, group, first, styles)
+        yield f"gaps_{where}", partial(gap_figure, group, styles)
         for metric in metrics:
             yield f"ranking_{where}_{metric.name}", partial(ranking_figure, group, metric, reference)
 
@@ -167,6 +173,46 @@ def frame_figure(group: Group, first_frame: int, styles: dict[str, _Style]) -> F
     return figure
 
 
+def gap_figure(group: Group, styles: dict[str, _Style]) -> Figure | None:
+    """Mean PSNR of frames against how long ago their evidence was last in view; None where there is none.
+
+    The frames that were not in view before are apart from the curves. Intervals are over the clips that have frames of a gap.
+    """
+    rows = [row for row in group.rows if not isinstance(row.by_gap, str)]
+    names = gap_bins(rows)
+    if not names:
+        return None
+    figure, axes = _axes(5.6, 3.4)
+    coloured = [row for row in rows if _style(row.policy, row.budget >= UNLIMITED_FRAMES, styles).named]
+    for row in rows:
+        style = _style(row.policy, row.budget >= UNLIMITED_FRAMES, styles)
+        # Slightly shifted, so that intervals do not overlap.
+        shift = 0.05 * (coloured.index(row) - (len(coloured) - 1) / 2) if row in coloured else 0.0
+        for part in ([name for name in names if name != NEW], [NEW]):
+            found = [(place, row.by_gap[name]) for place, name in enumerate(names) if name in part and name in row.by_gap]
+            if not found:
+                continue
+            means = [interval.mean for _, interval in found]
+            errors = [[i.mean - i.low for _, i in found], [i.high - i.mean for _, i in found]]
+            axes.errorbar(
+                [place + shift for place, _ in found],
+                means,
+                yerr=errors if style.named else None,
+                color=style.colour,
+                linestyle=style.line,
+                marker=style.marker or ("." if style.named else ""),
+                markersize=4.5,
+                linewidth=style.width,
+                elinewidth=1,
+                label=row.policy if style.named else "others",
+                zorder=3 if style.named else 1,
+            )
+    axes.set_xticks(range(len(names)), names)
+    axes.set(xlabel="gap: frames since the evidence was last in view", ylabel="PSNR (dB)", title=_title(group, rows))
+    _legend(figure, axes)
+    return figure
+
+
 def ranking_figure(group: Group, metric: Metric, reference: str) -> Figure | None:
     """Policies from best to worst, mean and interval; the dotted line is the reference's mean. None without scores."""
     rows = [row for row in group.ranked(metric.name) if not isinstance(row.intervals[metric.name], str)]
@@ -186,6 +232,13 @@ def ranking_figure(group: Group, metric: Metric, reference: str) -> Figure | Non
     axes.grid(visible=False, axis="y")
     axes.set(xlabel=_axis_label(metric), title=_title(group, rows))
     return figure
+
+
+def _labelled(results: Results, labels: Mapping[str, str]) -> Results:
+    """Results whose policies are called as in tables."""
+    policies = {labels[name]: facts for name, facts in results.settings.policies.items()}
+    records = [replace(record, policy=labels[record.policy]) for record in results.records]
+    return replace(results, settings=replace(results.settings, policies=policies), records=records)
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -221,7 +274,7 @@ def _title(group: Group, rows: Sequence[Row]) -> str:
 def _source(results: Results, workload: str) -> str:
     counts = facts(results).get(workload, {})
     facts_text = ", ".join(f"{name.replace('_', ' ')} {' and '.join(counts[name])}" for name in counts if name != "versions")
-    seeds = ", ".join(map(str, results.settings.seeds))
+    seeds = seeds_text(results.settings.seeds)
     return f"{workload}: {len(results.settings.clips)} {results.settings.split} clips, noise seeds {seeds}, {facts_text}"
 
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES, NewestFrames
 from far_env.errors import unknown_name
-from far_env.evaluation.aggregate import Episodes, collect_episodes
+from far_env.evaluation.aggregate import Episodes, alike, collect_episodes
+from far_env.evaluation.gaps import psnr_by_gap
 from far_env.evaluation.records import Results
 from far_env.evaluation.statistics import Interval, mean_intervals
 from far_env.metrics import LOWER_IS_BETTER
+from far_env.rollout.intervention import interventions_of
 
 _NO_CLIP = "no clip is finished with every noise seed"
-_FORMATS = {"psnr": ("PSNR", "dB", 2), "ssim": ("SSIM", "", 3), "lpips": ("LPIPS", "", 3)}
+_FORMATS = {
+    "psnr": ("PSNR", "dB", 2),
+    "ssim": ("SSIM", "", 3),
+    "lpips": ("LPIPS", "", 3),
+    "far_psnr": ("FAR's PSNR", "dB", 2),
+    "far_lpips": ("FAR's LPIPS", "", 3),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,10 @@ class Metric:
 
 def metric_format(name: str) -> Metric:
     """Label, unit and decimals of a metric."""
+    if interventions_of([name]):
+        name_of, _, intervention = name.partition("_")
+        base = metric_format(name_of)
+        return replace(base, name=name, label=f"{base.label} {intervention}")
     label, unit, digits = _FORMATS.get(name, (name.upper(), "", 3))
     return Metric(name, label, unit, digits, name in LOWER_IS_BETTER)
 
@@ -47,6 +59,7 @@ class Row:
         scores: metric → float64 (clips,), or why there is none.
         intervals: metric → mean over clips with its interval, or why there is none.
         per_frame: PSNR of every predicted frame, or why there is none.
+        by_gap: PSNR of the frames whose evidence was last in view so long ago, see `psnr_by_gap`, or why there is none.
         decision_ms: mean milliseconds per decision, or None.
     """
 
@@ -57,16 +70,22 @@ class Row:
     scores: dict[str, np.ndarray | str]
     intervals: dict[str, Interval | str]
     per_frame: list[Interval] | str
+    by_gap: dict[str, Interval] | str
     decision_ms: float | None
 
 
 @dataclass(frozen=True)
 class Group:
-    """The policies that are compared: those of one workload under one budget, and full history."""
+    """The policies that are compared: those of one workload under one budget, and full history.
+
+    Attributes:
+        alike: policy → an earlier one that made the same decisions in every episode.
+    """
 
     workload: str
     budget: int
     rows: list[Row]
+    alike: dict[str, str] = field(default_factory=dict)
 
     def ranked(self, metric: str) -> list[Row]:
         """Rows by their mean, best first; rows without this metric last."""
@@ -123,10 +142,13 @@ def make_groups(results: Results) -> list[Group]:
     groups = []
     for workload in results.settings.workloads:
         rows: dict[int, list[Row]] = defaultdict(list)
+        played: dict[int, list[Episodes]] = defaultdict(list)
         for episodes in collect_episodes(results, workload):
-            rows[min(episodes.budget, UNLIMITED_FRAMES)].append(_row(results, episodes))
+            budget = min(episodes.budget, UNLIMITED_FRAMES)
+            rows[budget].append(_row(results, episodes))
+            played[budget].append(episodes)
         unlimited = rows.pop(UNLIMITED_FRAMES, [])
-        groups += [Group(workload, budget, [*rows[budget], *unlimited]) for budget in sorted(rows)]
+        groups += [Group(workload, budget, [*rows[budget], *unlimited], alike(played[budget])) for budget in sorted(rows)]
         if unlimited and not rows:
             groups.append(Group(workload, UNLIMITED_FRAMES, unlimited))
     return groups
@@ -145,6 +167,7 @@ def _row(results: Results, episodes: Episodes) -> Row:
         scores=scores,
         intervals=intervals,
         per_frame=_per_frame(episodes),
+        by_gap=psnr_by_gap(episodes),
         decision_ms=episodes.decision_ms(),
     )
 

@@ -125,6 +125,8 @@ class Record:
         decision_ms: mean milliseconds that the policy took per decision; None without decisions.
         clip_sha256, latents_sha256: first 16 hex digits, of the clip's true frames (float32) and of the generated latents.
         facts: how the episode was made: host, weights, ode_steps, dtype, device, machine, commit, versions and more.
+        evidence_gaps: of every predicted frame, see `far_env.clips.copying.evidence_gaps`; None in folders that were written
+            before they were recorded.
     """
 
     workload: str
@@ -139,6 +141,7 @@ class Record:
     clip_sha256: str
     latents_sha256: str
     facts: dict[str, Any]
+    evidence_gaps: list[int | None] | None = None
 
     @property
     def key(self) -> Key:
@@ -175,6 +178,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53)
 
 
+def _are_gaps(value: object, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(gap is None or (type(gap) is int and 1 <= gap <= MAX_FRAMES) for gap in value)
+    )
+
+
 def _record(values: object, settings: Settings) -> Record:
     """A record from the values of a line. Raises ValueError, in a few words, if they are not a record of these settings."""
     if not isinstance(values, dict):
@@ -195,7 +206,10 @@ def _record(values: object, settings: Settings) -> Record:
         raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {SETTINGS_FILE} has {', '.join(settings.metrics)}")
     if lacking := [name for name, kind in _FACTS.items() if not isinstance(values.get(name), kind)]:
         raise ValueError(f"lacks {', '.join(lacking)}")
-    record = Record(**fields, facts={**_OLDER_FACTS, **values})
+    gaps = values.pop("evidence_gaps", None)
+    if gaps is not None and not _are_gaps(gaps, num_predict):
+        raise ValueError(f"needs {num_predict} evidence_gaps, each null or a whole number from 1 on")
+    record = Record(**fields, facts={**_OLDER_FACTS, **values}, evidence_gaps=gaps)
     histories(record, settings.num_context[record.workload], num_predict)
     return record
 

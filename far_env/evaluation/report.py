@@ -18,10 +18,14 @@ from typing import Any
 from PIL import Image
 
 from far_env.contract import UNLIMITED_FRAMES
+from far_env.evaluation.gaps import MEASURE, gap_bins
 from far_env.evaluation.ranking import Group, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Record, Results
 from far_env.evaluation.statistics import Interval
+from far_env.evaluation.table import policy_labels
+from far_env.policies import VALIDATION_ROLLOUTS
 from far_env.progress import show_progress
+from far_env.rollout.noise import seeds_text
 
 SCRIPTS = ("dom.js", "charts.js", "tables.js", "timeline.js", "player.js", "main.js")
 _TABLE_FACTS = ("family", "tier", "source", "note")
@@ -66,6 +70,7 @@ def report_data(
     played = {row.policy for group in groups for row in group.rows}
     limited = {row.policy for group in groups for row in group.rows if row.budget < UNLIMITED_FRAMES}
     names = [name for name in settings.policies if name in played]
+    labels = policy_labels({name: settings.policies[name] for name in names})
     number = {name: i for i, name in enumerate(names)}
     chosen = choose_reference(names, reference)
     images: dict[str, int] = {}
@@ -75,6 +80,7 @@ def report_data(
         "folder": "" if results.folder is None else results.folder.resolve().name,
         "split": settings.split,
         "seeds": settings.seeds,
+        "seedsText": seeds_text(settings.seeds),
         "clipCount": len(settings.clips),
         "unlimited": UNLIMITED_FRAMES,
         "metrics": [
@@ -83,7 +89,12 @@ def report_data(
         ],
         "unavailable": settings.unavailable,
         "policies": [
-            {"name": name, "full": name not in limited, **{key: settings.policies[name].get(key) for key in _TABLE_FACTS}}
+            {
+                "name": labels[name],
+                "full": name not in limited,
+                **{key: settings.policies[name].get(key) for key in _TABLE_FACTS},
+                "rollouts": settings.policies[name].get(VALIDATION_ROLLOUTS),
+            }
             for name in names
         ],
         "workloads": [
@@ -97,6 +108,7 @@ def report_data(
         ],
         "reference": number[chosen],
         "highlighted": [number[name] for name in highlighted(groups, settings.metrics[0], chosen)],
+        "gapMeasure": MEASURE,
         "facts": facts(results),
         "warnings": warnings(results),
         "groups": [_group(group, number, settings.metrics) for group in _bar(groups, "intervals", progress)],
@@ -124,11 +136,14 @@ def _group(group: Group, number: dict[str, int], metrics: Sequence[str]) -> dict
     for metric in metrics:
         table = group.differences(metric)
         differences[metric] = [[None if d is None else [*_triple(d), d.n] for d in line] for line in table]
-    rows = [_row(row, number) for row in group.rows]
-    return {"workload": group.workload, "budget": group.budget, "rows": rows, "differences": differences}
+    bins = gap_bins(group.rows)
+    rows = [_row(row, number, bins) | {"same": number[group.alike.get(row.policy, row.policy)]} for row in group.rows]
+    named = {"workload": group.workload, "budget": group.budget, "gaps": bins}
+    return {**named, "rows": rows, "differences": differences}
 
 
-def _row(row: Row, number: dict[str, int]) -> dict[str, Any]:
+def _row(row: Row, number: dict[str, int], bins: Sequence[str]) -> dict[str, Any]:
+    by_gap = row.by_gap if isinstance(row.by_gap, str) else {bins.index(name): _triple(i) for name, i in row.by_gap.items()}
     return {
         "policy": number[row.policy],
         "budget": row.budget,
@@ -136,6 +151,7 @@ def _row(row: Row, number: dict[str, int]) -> dict[str, Any]:
         "missing": row.missing,
         "scores": {metric: value if isinstance(value, str) else _triple(value) for metric, value in row.intervals.items()},
         "perFrame": row.per_frame if isinstance(row.per_frame, str) else [_triple(value) for value in row.per_frame],
+        "byGap": by_gap,
         "ms": row.decision_ms,
     }
 

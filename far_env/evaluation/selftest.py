@@ -121,7 +121,7 @@ def full_size_workload(
     Raises:
         ValueError: on an unknown workload, one without a released host, a device that does not exist, or data without a clip.
     """
-    if name not in WORKLOADS or WORKLOADS[name].host not in RELEASED:
+    if name not in WORKLOADS or WORKLOADS[name].host not in RELEASED or not WORKLOADS[name].num_context:
         raise ValueError(unknown_name("workload with a released host", name, _workloads_of_released_hosts()))
     spec, place = WORKLOADS[name], resolve_device(device)
     on_gpu = place.type == "cuda"
@@ -149,7 +149,7 @@ def _workloads_of_released_hosts() -> list[str]:
     names = []
     for name in WORKLOADS:
         with contextlib.suppress(ValueError):
-            if WORKLOADS[name].host in RELEASED:
+            if WORKLOADS[name].host in RELEASED and WORKLOADS[name].num_context:
                 names.append(name)
     return names
 

@@ -2,43 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from far_env.contract import TRUE
 from far_env.evaluation.comparison import Evaluation, pooled_summary
 from far_env.evaluation.ranking import metric_format
 from far_env.evaluation.statistics import Interval, mean_interval
+from far_env.policies import VALIDATION_ROLLOUTS
+from far_env.rollout.intervention import INTERVENTIONS, metric_of
 from far_env.text import markdown_lines, text_table
 
 
 def results_table(result: Evaluation, reference: str = "recent_fill") -> str:
-    """Rows of policies, best first: mean metrics, the paired PSNR difference to ``reference`` with its interval, the cost."""
+    """Rows of policies, best first: mean metrics, the paired PSNR difference to ``reference`` with its interval, the cost.
+
+    Policies that decided alike share a row. Where a policy was tuned, a column has the validation rollouts that each received.
+    """
     metrics = list(next(iter(result.scores.values())))
     formats = {name: metric_format(name) for name in metrics}
     compared = "psnr" in metrics and reference in result.scores
-    header = ["policy", *(f"{metric.label} {metric.unit}".rstrip() for metric in formats.values())]
+    labels = [f"{metric.label} {metric.unit}".rstrip() for metric in formats.values()]
+    header = ["policy", *labels]
+    if result.trajectories > 1:
+        header = ["policy", *(text for label in labels for text in (f"{label}, mean", f"best of {result.trajectories}"))]
+    if result.fvd:
+        header.append("FVD")
     if compared:
         header.append(f"PSNR − {reference} [95 %]")
     header.append("ms/decision")
+    tuned = {name: facts for name, facts in result.policies.items() if VALIDATION_ROLLOUTS in facts}
+    header += ["validation rollouts"] * bool(tuned)
     means = {name: {metric: mean_interval(scores[metric]).mean for metric in metrics} for name, scores in result.scores.items()}
     rows = []
-    sign = 1 if formats[metrics[0]].lower_is_better else -1
-    for name in sorted(result.scores, key=lambda name: sign * means[name][metrics[0]]):
-        row = [name, *(f"{means[name][metric]:.{formats[metric].digits}f}" for metric in metrics)]
+    order = {name: result.fvd[name].mean() for name in result.fvd}
+    if metrics:
+        sign = 1 if formats[metrics[0]].lower_is_better else -1
+        order = {name: sign * means[name][metrics[0]] for name in means}
+    together = rows_of(result.scores, result.alike)
+    for name in sorted(together, key=lambda name: order.get(name, math.inf)):
+        row = [row_label(together[name], result.policies)]
+        for metric in metrics:
+            columns = [means[name][metric]]
+            if result.trajectories > 1:
+                columns.append(mean_interval(result.best(name, metric)).mean)
+            row += [f"{value:.{formats[metric].digits}f}" for value in columns]
+        if result.fvd:
+            values = result.fvd.get(name, np.zeros(0))
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            row.append(f"{values.mean():.1f}{spread}" if len(values) else "")
         if compared:
-            row.append("" if name == reference else signed_interval_text(mean_interval(result.difference(name, reference))))
+            is_reference = reference in together[name]
+            row.append("" if is_reference else signed_interval_text(mean_interval(result.difference(name, reference))))
         row.append(f"{result.decision_ms[name]:.3f}" if name in result.decision_ms else "")
+        if tuned:
+            row.append(_rollouts(together[name], result.policies))
         rows.append(row)
     facts = result.provenance
     footer = "\n{workload}, budget {budget}, ".format(**facts) + source_line(facts)
     if "seconds" in facts:
         footer += f"; {facts['seconds']} s"
+    if result.fvd:
+        footer += f"; FVD of {facts['clips']} videos to as many true ones, by {facts['fvd']}"
+        footer += ", mean over trajectories" * (result.trajectories > 1)
+        footer += ", mean and deviation over noise seeds" * any(len(values) > 1 for values in result.fvd.values())
+    tuning = [f"{policy_label(name, facts)} is {name}: {facts.get('parameters', '')}" for name, facts in tuned.items()]
     missing = [f"no {name} column: {reason}" for name, reason in result.unavailable.items()]
     missing += [f"no row {name}: {reason}" for name, reason in result.failed.items()]
     if "damaged_clips" in facts:
         missing.append(f"without the clips {', '.join(map(str, facts['damaged_clips']))}, whose files are damaged")
-    return "\n".join([text_table(header, rows), footer, *missing])
+    return "\n".join([text_table(header, rows), footer, *tuning, *missing])
+
+
+def rows_of(names: Iterable[str], alike: Mapping[str, str]) -> dict[str, list[str]]:
+    """The policies of each row of a table, by the first of them: ``alike`` names those that an earlier one stands for."""
+    rows: dict[str, list[str]] = {}
+    for name in names:
+        first = alike.get(name, name)
+        rows.setdefault(first, [first]).extend([name] * (name != first))
+    return rows
+
+
+def row_label(names: Sequence[str], policies: Mapping[str, Mapping[str, str]]) -> str:
+    """The first cell of a row of policies that decided alike."""
+    return " = ".join(policy_label(name, policies.get(name, {})) for name in names)
+
+
+def policy_label(name: str, facts: Mapping[str, str]) -> str:
+    """A policy's name in tables; with the fact ``remark`` where there is one, such as "reconstruction"."""
+    remark = f" ({facts['remark']})" if "remark" in facts else ""
+    return facts.get("label", name) + remark
 
 
 def source_line(facts: Mapping[str, object]) -> str:
@@ -61,18 +117,33 @@ def source_line(facts: Mapping[str, object]) -> str:
 def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "recent_fill") -> str:
     """Summaries of evaluations (`Evaluation.summary`) as one table: a row per workload, budget and policy, best first.
 
+    Policies that decided alike share a row. PSNR under interventions has columns. Where a policy was tuned, a column has the
+    validation rollouts that each received.
+
     Args:
         reference: the policy whose paired PSNR difference the summaries hold.
     """
     head = ["workload", "budget", "policy", "PSNR dB [95 %]", "SSIM [95 %]", f"PSNR − {reference} [95 %]"]
+    facts = {name: values for summary in summaries for name, values in summary.get("policy_facts", {}).items()}
+    measured = [scores for summary in summaries for scores in summary["policies"].values()]
+    disturbed = [metric_of(name) for name in INTERVENTIONS if any(metric_of(name) in scores for scores in measured)]
+    head += [f"{metric_format(name).label} dB [95 %]" for name in disturbed]
+    is_tuned = any(VALIDATION_ROLLOUTS in values for values in facts.values())
+    head += ["validation rollouts"] * is_tuned
     lines = [head, ["---"] * len(head)]
     for summary in summaries:
         workload = _workload_label(summary)
-        for name, scores in sorted(summary["policies"].items(), key=lambda item: -item[1]["psnr"]["mean"]):
+        together = rows_of(summary["policies"], summary.get("alike", {}))
+        for name in sorted(together, key=lambda name: -summary["policies"][name]["psnr"]["mean"]):
+            scores = summary["policies"][name]
             psnr, ssim = (Interval(**scores[metric]) for metric in ("psnr", "ssim"))
             difference = scores.get(f"psnr_minus_{reference}")
-            paired = "" if difference is None else signed_interval_text(Interval(**difference))
-            lines.append([workload, str(summary["budget"]), name, interval_text(psnr, 2), interval_text(ssim, 3), paired])
+            paired = "" if difference is None or reference in together[name] else signed_interval_text(Interval(**difference))
+            label = row_label(together[name], summary.get("policy_facts", {}))
+            cells = [workload, str(summary["budget"]), label, interval_text(psnr, 2), interval_text(ssim, 3), paired]
+            cells += [interval_text(Interval(**scores[metric]), 2) if metric in scores else "" for metric in disturbed]
+            cells += [_rollouts(together[name], facts)] * is_tuned
+            lines.append(cells)
     return markdown_lines(lines)
 
 
@@ -80,6 +151,21 @@ def _workload_label(summary: Mapping[str, Any]) -> str:
     """A workload's name, with the split where it is another than test, and feedback where it is of true frames."""
     remarks = [summary["split"]] * (summary["split"] != "test") + ["true frames fed back"] * (summary.get("feedback") == TRUE)
     return summary["workload"] + f" ({', '.join(remarks)})" * bool(remarks)
+
+
+def policy_labels(policies: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """`policy_label` of every policy; its name where two labels would be the same."""
+    labels = {name: policy_label(name, facts) for name, facts in policies.items()}
+    return {name: label if list(labels.values()).count(label) == 1 else name for name, label in labels.items()}
+
+
+def _rollouts(names: Sequence[str], policies: Mapping[str, Mapping[str, str]]) -> str:
+    """The validation rollouts that the policies of a row received by tuning: 0 for defaults, "trained" for learned policies."""
+    texts = []
+    for name in names:
+        facts = policies.get(name, {})
+        texts.append(facts.get(VALIDATION_ROLLOUTS, "trained" if facts.get("family") == "learned" else "0"))
+    return " = ".join(dict.fromkeys(texts))
 
 
 def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,10 +187,14 @@ def pooled_table(tables: Sequence[Evaluation], reference: str = "recent_fill") -
     compared = any(difference in intervals for intervals in pooled.values())
     header = ["policy", "PSNR dB [95 %]", *([f"PSNR − {reference} [95 %]"] if compared else [])]
     rows = []
-    for name, intervals in sorted(pooled.items(), key=lambda item: -item[1]["psnr_iqm"].mean):
-        row = [name, interval_text(intervals["psnr_iqm"], 2)]
+    alike = {name: first for name, first in tables[0].alike.items() if all(t.alike.get(name) == first for t in tables)}
+    together = rows_of(pooled, alike)
+    for name in sorted(together, key=lambda name: -pooled[name]["psnr_iqm"].mean):
+        intervals = pooled[name]
+        row = [row_label(together[name], tables[0].policies), interval_text(intervals["psnr_iqm"], 2)]
         if compared:
-            row.append(signed_interval_text(intervals[difference]) if difference in intervals else "")
+            is_compared = difference in intervals and reference not in together[name]
+            row.append(signed_interval_text(intervals[difference]) if is_compared else "")
         rows.append(row)
     cells = ", ".join(f"{table.provenance['workload']} {table.provenance['budget']}" for table in tables)
     return f"{text_table(header, rows)}\n\ninterquartile means over {cells}"

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from far_env.errors import VideoError
-from far_env.evaluation.evaluate import clip_hash, frame_psnr, latents_hash, record_facts
+from far_env.evaluation.evaluate import clip_hash, latents_hash, record_facts
 from far_env.evaluation.records import Record, Results, histories
-from far_env.metrics import clip_metrics, require_metrics
+from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip, undisturbed
+from far_env.metrics import require_metrics
 from far_env.progress import Progress, show_progress
+from far_env.rollout.intervention import IntervenedFrames, interventions_of
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import replay
 from far_env.workloads import Workload
@@ -76,7 +78,7 @@ def validate(
     Raises:
         ValueError: on a record of another host, or one whose metrics cannot be computed here.
     """
-    require_metrics(results.settings.metrics)
+    require_metrics(undisturbed(results.settings.metrics))
     workloads = {name: make(name) for name in dict.fromkeys(record.workload for record in records)}
     for record in records:
         check_host(record, workloads[record.workload])
@@ -105,10 +107,12 @@ def _play_again(
     bar: Progress,
 ) -> list[Finding]:
     settings = results.settings
-    clips, readable, findings = [], [], []
+    clips, partners, readable, findings = [], [], [], []
     for record in records:
         try:
+            partner = partner_clip(workload, settings.split, record.clip, settings.metrics)
             clips.append(workload.clips.clip(settings.split, record.clip))
+            partners.append(partner)
         except VideoError as error:
             findings.append(Finding(record, False, f"its clip cannot be read: {error}"))
         else:
@@ -118,12 +122,13 @@ def _play_again(
     records = readable
     seeds = [record.seed + record.clip for record in records]
     kept = [histories(record, workload.num_context, workload.num_predict) for record in records]
-    rollouts = replay(workload, clips, seeds, kept, memo=memo, on_frame=bar.update)
+    intervened = IntervenedFrames(interventions_of(settings.metrics), workload, seeds, partners, memo)
+    rollouts = replay(workload, clips, seeds, kept, memo=memo, on_frame=bar.update, before_frame=intervened)
     rows = range(len(records))
     predicted, latents = rollouts.decode(rows).float(), rollouts.generated(rows)
     truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
     truth = torch.from_numpy(truth).to(predicted.device)
-    scores = clip_metrics(predicted, truth, tuple(settings.metrics))
+    scores = all_metrics(predicted, truth, settings.metrics, intervened)
     by_frame = frame_psnr(predicted, truth).tolist()
     facts = record_facts(workload)
     for row, record in enumerate(records):

@@ -23,5 +23,7 @@ def context_latents(host: Host, clips: Sequence[Clip], num_context: int) -> Tens
     for clip in clips:
         if (available := len(clip.context(num_context))) < num_context:
             raise ValueError(f"clip {clip.clip_id} has {available} frames; a rollout needs {num_context} true ones")
+    if num_context == 0:
+        return torch.zeros((len(clips), 0, *host.latent_shape), device=host.device, dtype=host.dtype)
     context = torch.from_numpy(np.stack([clip.context(num_context) for clip in clips])).to(host.device, host.dtype)
     return host.autoencoder.encode(context) if clips[0].latents is None else context

@@ -5,7 +5,7 @@ What makes it fast, and exact:
 - Keys and values of clean frames are computed once per frame, not once per ODE step, and outlive an eviction as long as no
   frame before them was dropped.
 - Rows share every forward pass; shorter histories are padded and masked.
-- A latent is a pure function of host, clip, noise seed, step, kept frames and their actions: a memo under a hash of these
+- A latent is a pure function of host, clip, noise seed, step, kept frames and their classes: a memo under a hash of these
   returns what was computed before, for example for another policy. The same holds for its pixels.
 
 With feedback of true frames, the history holds the clip's encoded frames, which are given from the start, in place of generated
@@ -27,6 +27,7 @@ from torch import Tensor
 from far_env.clips.clip import Clip
 from far_env.contract import GENERATED
 from far_env.device import torch_defaults
+from far_env.errors import PolicyError
 from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.context import context_latents
@@ -50,6 +51,7 @@ class Rollout:
         generated: latents of the generated frames so far, by step.
         generated_keys: content keys of these.
         actions: of all frames, by true number; none where the host is not conditioned on actions.
+        label: of the clip; None where the host is not conditioned on labels.
         prefix: keys and values (layers, 2, branches, tokens, heads, d) of the first frames of the history, as many as are
             valid. There is one branch, or with guidance two, that of the null class first.
         num_coarse: how many of the history's oldest frames were coarse when these were computed.
@@ -72,6 +74,7 @@ class Rollout:
     prefix: list[Tensor] = field(default_factory=list)
     num_coarse: int = 0
     recorded: RecordedSignals = field(default_factory=RecordedSignals)
+    label: int | None = None
 
     @property
     def newest(self) -> int:
@@ -101,11 +104,16 @@ class RolloutBatch:
         memo: shared with other batches to reuse their frames, or None.
         signals: names of `far_env.contract.SIGNALS` to be recorded. Frames that are recorded while they are generated are
             computed even if the memo holds them.
+
+    Raises:
+        PolicyError: on signals of a workload without given frames or with labels, where they are not recorded.
     """
 
     @torch_defaults()
     def __init__(self, workload: Workload, num_rows: int, memo: FrameMemo | None = None, signals: Sequence[str] = ()) -> None:
         host = workload.host
+        if signals and (workload.labels or workload.num_context == 0):
+            raise PolicyError(f"signals are not recorded in {workload.name}: they need given frames, and a host without labels")
         self.workload = workload
         self.memo = FrameMemo(0) if memo is None else memo
         self._empty = torch.zeros(host.latent_shape, device=host.device, dtype=host.dtype)
@@ -149,9 +157,10 @@ class RolloutBatch:
         num_context = self.workload.num_context if num_context is None else num_context
         num_predict = self.workload.num_predict if num_predict is None else num_predict
         actions = [self.workload.actions_of(clip, num_context + num_predict) for clip in clips]
+        labels = [self.workload.label_of(clip) for clip in clips]
         num_given = num_context + (num_predict if self.workload.true_feedback else 0)
         contexts = [clip.context(num_given) for clip in clips]
-        keys = [content_key(*self._origin, context.data.cast("B")) for context in contexts]
+        keys = [content_key(*self._origin, context.data.cast("B") if num_given else b"") for context in contexts]
         latents_by_row = [self.memo.get(key) for key in keys]
         missing = [i for i, latents in enumerate(latents_by_row) if latents is None]
         if missing:
@@ -160,8 +169,8 @@ class RolloutBatch:
                 self.memo.put(keys[i], latents_by_row[i])
         context_by_row = [latents[:num_context] for latents in latents_by_row]
         recorded = self._recorder.begin(context_by_row, noise_seeds, actions if self.workload.actions else None)
-        begun = zip(rows, keys, latents_by_row, noise_seeds, actions, recorded, strict=True)
-        for row, key, latents, seed, row_actions, row_recorded in begun:
+        begun = zip(rows, keys, latents_by_row, noise_seeds, actions, labels, recorded, strict=True)
+        for row, key, latents, seed, row_actions, label, row_recorded in begun:
             self._rows[row] = Rollout(
                 num_context=num_context,
                 num_predict=num_predict,
@@ -173,12 +182,18 @@ class RolloutBatch:
                 frames=list(latents),
                 keys=[content_key(key, number) for number in range(num_given)],
                 recorded=row_recorded,
+                label=label,
             )
 
     def fork(self, row: int, onto: Sequence[int]) -> None:
         """Replace the rows ``onto`` by copies of ``row``. Nothing is computed, and only references are copied."""
         for other in onto:
             self._rows[other] = self._rows[row].copy()
+
+    def keyed_history(self, row: int) -> list[tuple[Tensor, str]]:
+        """The latents (C, h, w) of the row's history, oldest first, each with the key of its content."""
+        rollout = self._rows[row]
+        return [(rollout.frames[number], rollout.keys[number]) for number in rollout.kept]
 
     def history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Kept latents (R, K, C, h, w), oldest first, shorter rows padded with zeros at the end, and lengths (R,)."""
@@ -207,28 +222,25 @@ class RolloutBatch:
     @torch.no_grad()
     def advance(self, rows: Sequence[int]) -> None:
         """Generate the next frame of each row and append it to its history."""
-        missing: dict[str, list[Rollout]] = {}
-        for rollout in self._chosen(rows):
-            kept_keys = [rollout.keys[number] for number in rollout.kept]
-            key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *kept_keys, *rollout.visible_actions())
-            latent = None if self._recorder.needs_probe else self.memo.get(key)
-            if latent is None:
-                missing.setdefault(key, []).append(rollout)
-            else:
-                self._append(rollout, latent, key)
-        if not missing:
-            return
-        # Rows that would become the same frame are computed once.
-        first = [alike[0] for alike in missing.values()]
-        self._encode_histories(first)
-        for (key, alike), latent in zip(missing.items(), self._sample(first), strict=True):
-            # A view would keep the frames of all rows alive for as long as one of them.
-            latent = latent.clone()
-            self.memo.put(key, latent)
-            for rollout in alike:
-                rollout.prefix, rollout.num_coarse = list(alike[0].prefix), alike[0].num_coarse
-                rollout.recorded = alike[0].recorded
-                self._append(rollout, latent, key)
+        chosen = self._chosen(rows)
+        for rollout, (key, latent) in zip(chosen, self._generate(chosen), strict=True):
+            self._append(rollout, latent, key)
+
+    @torch_defaults()
+    @torch.no_grad()
+    def next_frames(self, rows: Sequence[int], histories: Sequence[Sequence[tuple[Tensor, str]]]) -> list[Tensor]:
+        """The next frame (C, h, w) of each row if its history held other latents. The rows stay as they are.
+
+        Args:
+            histories: of each row, the latents in place of its frames, oldest first, with the keys of their contents.
+        """
+        others = []
+        for rollout, history in zip(self._chosen(rows), histories, strict=True):
+            other = replace(rollout.copy(), prefix=[], num_coarse=0)
+            for number, (latent, key) in zip(rollout.kept, history, strict=True):
+                other.frames[number], other.keys[number] = latent, key
+            others.append(other)
+        return [latent for _, latent in self._generate(others)]
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep the frames at these positions of the row's history, ascending."""
@@ -281,6 +293,7 @@ class RolloutBatch:
             "keys": [list(rollout.keys) for rollout in self._rows],
             "noise_seeds": [rollout.noise_seed for rollout in self._rows],
             "actions": [list(rollout.actions) for rollout in self._rows],
+            "labels": [rollout.label for rollout in self._rows],
             "frames": [_stacked(rollout.frames) for rollout in self._rows],
             "generated": [_stacked(rollout.generated) if self.workload.true_feedback else None for rollout in self._rows],
             "generated_keys": [list(rollout.generated_keys) for rollout in self._rows],
@@ -324,6 +337,7 @@ class RolloutBatch:
                 outputs, generated_keys = state["generated"][row], list(state["generated_keys"][row])
                 generated = [] if outputs is None else list(outputs.to(self._empty))
             self._rows[row] = Rollout(
+                label=state.get("labels", [None] * len(self._rows))[row],
                 num_context=num_context,
                 num_predict=num_predict,
                 steps=state["steps"][row],
@@ -354,6 +368,33 @@ class RolloutBatch:
     def _steps(self, rollouts: Sequence[Rollout], first: int, last: int | None) -> range:
         """Steps first … last-1 of the longest of these rollouts."""
         return range(max(rollout.num_predict for rollout in rollouts))[first:last]
+
+    def _generate(self, rollouts: Sequence[Rollout]) -> list[tuple[str, Tensor]]:
+        """Key and latent (C, h, w) of each rollout's next frame. Rollouts that would become the same one are computed once."""
+        frames: dict[str, Tensor] = {}
+        missing: dict[str, list[Rollout]] = {}
+        keys = []
+        for rollout in rollouts:
+            kept_keys = [rollout.keys[number] for number in rollout.kept]
+            classes = rollout.visible_actions() if rollout.label is None else ("label", rollout.label)
+            key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *kept_keys, *classes)
+            keys.append(key)
+            latent = None if self._recorder.needs_probe else self.memo.get(key)
+            if latent is None:
+                missing.setdefault(key, []).append(rollout)
+            else:
+                frames[key] = latent
+        if missing:
+            first = [alike[0] for alike in missing.values()]
+            self._encode_histories(first)
+            for (key, alike), latent in zip(missing.items(), self._sample(first), strict=True):
+                # A view would keep the frames of all rows alive for as long as one of them.
+                frames[key] = latent.clone()
+                self.memo.put(key, frames[key])
+                for rollout in alike[1:]:
+                    rollout.prefix, rollout.num_coarse = list(alike[0].prefix), alike[0].num_coarse
+                    rollout.recorded = alike[0].recorded
+        return [(key, frames[key]) for key in keys]
 
     def _append(self, rollout: Rollout, latent: Tensor, key: str) -> None:
         rollout.kept.append(rollout.newest + 1)
@@ -394,10 +435,19 @@ class RolloutBatch:
 
     def _context_conditions(self, rollouts: Sequence[Rollout], num_known: int) -> dict[str, Any]:
         """Arguments of `FAR.encode_context` for the rollouts' frames after the first ``num_known`` kept ones."""
+        if self.workload.labels:
+            labels = self._labels(rollouts)
+            return {"label": with_null_class(self._sampler.model, labels) if self._sampler.guided else labels}
         if not self.workload.actions:
             return {"shared": self._sampler.shared_modulations}
         actions = torch.tensor([rollout.visible_actions()[num_known:-1] for rollout in rollouts], device=self._empty.device)
         return {"action": with_null_class(self._sampler.model, actions) if self._sampler.guided else actions}
+
+    def _labels(self, rollouts: Sequence[Rollout]) -> Tensor | None:
+        """Labels (R,), where the host is conditioned on them."""
+        return (
+            torch.tensor([rollout.label for rollout in rollouts], device=self._empty.device) if self.workload.labels else None
+        )
 
     def _sample(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The next latent (R, C, h, w) of rollouts whose histories are encoded."""
@@ -418,7 +468,8 @@ class RolloutBatch:
         if self.workload.actions:
             action = torch.tensor([rollout.visible_actions()[-1:] for rollout in rollouts], device=noise.device)
         probe = self._recorder.probe([[block.shape[3] for block in rollout.prefix] for rollout in rollouts], num_tokens, noise)
-        latents = self._sampler(memory, noise, [len(rollout.kept) for rollout in rollouts], action=action, probe=probe)
+        lengths, label = [len(rollout.kept) for rollout in rollouts], self._labels(rollouts)
+        latents = self._sampler(memory, noise, lengths, label=label, action=action, probe=probe)
         if probe is not None:
             recorded = self._recorder.record(probe, [rollout.recorded for rollout in rollouts], memory, latents)
             for rollout, row_recorded in zip(rollouts, recorded, strict=True):

@@ -147,12 +147,14 @@ def play_extended(
 
     Raises:
         ValueError: if the host is not a FAR-Long, the budget cannot hold a frame, clips and seeds differ in number, or the
-            workload feeds back true frames.
+            workload feeds back true frames or gives none.
         PolicyError: if the policy raises or answers an invalid plan.
     """
     counts = check_token_budget(workload.host, token_budget)
     if workload.true_feedback:
         raise ValueError(f"extended rollouts feed back generated frames alone; {workload.name} was made with true ones")
+    if workload.num_context == 0:
+        raise ValueError(f"extended rollouts need given frames; {workload.name} generates videos from nothing")
     if len(clips) != len(noise_seeds):
         raise ValueError(
             f"a rollout needs a noise seed for every clip, got {len(clips)} clips and {len(noise_seeds)} noise seeds"

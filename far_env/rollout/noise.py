@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,35 @@ from far_env.device import torch_defaults
 
 BENCHMARK_SEED = 42
 """The benchmark seeds clip number i with 42 + i."""
+TRAJECTORY_STRIDE = 1_000_000
+"""Between the noise seeds of a clip's trajectories; clips and seeds count less, so that no two trajectories share noise."""
+
+
+def trajectory_seeds(seed: int, count: int) -> list[int]:
+    """Noise seeds of ``count`` continuations of every clip; clip i is played with each of them plus i. The first is ``seed``.
+
+    Raises:
+        ValueError: if there is none, or if the seed is so large that it could be that of another trajectory.
+    """
+    if count < 1:
+        raise ValueError(f"the number of trajectories must be at least 1, got {count}")
+    if count > 1 and seed >= TRAJECTORY_STRIDE:
+        raise ValueError(f"with several trajectories, noise seeds must be below {TRAJECTORY_STRIDE:,}, got {seed}")
+    return [seed + number * TRAJECTORY_STRIDE for number in range(count)]
+
+
+def trajectory(noise_seed: int) -> int:
+    """The number of the trajectory that has this noise seed, from 0 on."""
+    return noise_seed // TRAJECTORY_STRIDE
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Noise seeds as text; those of trajectories as the seed that they belong to, and how many there are."""
+    first = sorted({seed % TRAJECTORY_STRIDE for seed in seeds})
+    count = len(seeds) // len(first) if first else 0
+    if count < 2 or sorted(seeds) != sorted(seed for base in first for seed in trajectory_seeds(base, count)):
+        return ", ".join(map(str, seeds))
+    return f"{', '.join(map(str, first))} ({count} trajectories{' each' if len(first) > 1 else ''})"
 
 
 @torch_defaults()

@@ -40,11 +40,13 @@ class Rollout:
         latents: generated latents (n_predict, C, h, w), whatever was fed back.
         frames: the same, decoded, (n_predict, 3, H, W) in [0, 1].
         kept: per policy call, (step, true frame numbers that stayed); context frames are 0 … n_context-1.
+        intervened: latents of the frames that were generated from replaced histories, or None.
     """
 
     latents: Tensor
     frames: Tensor
     kept: list[tuple[int, list[int]]]
+    intervened: Tensor | None = None
 
 
 class SignalSource(Protocol):
@@ -63,6 +65,9 @@ class SignalSource(Protocol):
 MakeSignals = Callable[[Workload, Sequence[str], Tensor, int, Sequence[int]], SignalSource]
 """From the workload, the wanted names, context latents (n, C, h, w), the noise seed and the actions of all frames."""
 
+Replaced = Callable[[Sequence[Tensor], Sequence[int], int], Sequence[Tensor]]
+"""From the kept latents (C, h, w), their true numbers and the step to as many latents in their place."""
+
 
 @torch.no_grad()
 def reference_rollout(
@@ -72,6 +77,7 @@ def reference_rollout(
     max_frames: int,
     noise_seed: int,
     make_signals: MakeSignals | None = None,
+    replaced: Replaced | None = None,
 ) -> Rollout:
     """Generate the clip's continuation under a policy; ``policy`` None or a budget of 9999 keeps everything.
 
@@ -80,12 +86,13 @@ def reference_rollout(
     Args:
         make_signals: computes what the policy declares as ``signals``; without, it receives a plain `RolloutState`, as from
             the benchmark.
+        replaced: an intervention on the memory: from each history a frame is generated that enters no history.
 
     Raises:
         PolicyError: if the policy raises or answers an invalid plan.
         ValueError: if the workload needs actions and the clip has none that fit, or is too short for feedback of true frames.
     """
-    host = workload.host
+    host, label = workload.host, workload.label_of(clip)
     actions = workload.actions_of(clip, workload.num_frames)
     given = context_latents(host, [clip], workload.num_frames if workload.true_feedback else workload.num_context)[0]
     if workload.noise == HARNESS:
@@ -94,15 +101,19 @@ def reference_rollout(
         noise = rollout_noise(noise_seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
     kept = list(given[: workload.num_context])
     numbers = list(range(workload.num_context))
-    generated, history = [], []
+    generated, intervened, history = [], [], []
     wanted = wanted_signals(policy)
-    signals = make_signals(workload, wanted, torch.stack(kept), noise_seed, actions) if wanted and make_signals else None
+    signals = make_signals(workload, wanted, given[: len(kept)], noise_seed, actions) if wanted and make_signals else None
     for step in range(workload.num_predict):
         new = workload.num_context + step
         frame_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None
         with nullcontext() if signals is None else signals.generating():
-            frame = denoise_uncached(workload, torch.stack(kept), noise[step], frame_actions)
+            frames = torch.stack(kept) if kept else given[:0]
+            frame = denoise_uncached(workload, frames, noise[step], frame_actions, label)
         generated.append(frame)
+        if replaced is not None:
+            others = torch.stack(replaced(kept, numbers, step))
+            intervened.append(denoise_uncached(workload, others, noise[step], frame_actions))
         kept.append(given[new] if workload.true_feedback else frame)
         numbers.append(new)
         if signals is not None:
@@ -120,20 +131,27 @@ def reference_rollout(
     latents = torch.stack(generated)
     with torch_defaults():
         frames = host.autoencoder.decode(latents[None])[0]
-    return Rollout(latents, frames, history)
+    return Rollout(latents, frames, history, torch.stack(intervened) if intervened else None)
 
 
 @torch_defaults()
 @torch.no_grad()
-def denoise_uncached(workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None) -> Tensor:
+def denoise_uncached(
+    workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None, label: int | None = None
+) -> Tensor:
     """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence.
 
     Args:
-        actions: of the kept frames and the new one, K + 1; None for the null class on all of them.
+        actions: of the kept frames and the new one, K + 1.
+        label: of the clip. Without actions and label, the null class is on all frames.
     """
     transformer = workload.host.transformer
     null = transformer.null_conditions(1, len(kept) + 1, noise.device)
-    conditions = null if actions is None else {"action": torch.tensor([actions], device=noise.device)}
+    conditions = null
+    if actions is not None:
+        conditions = {"action": torch.tensor([actions], device=noise.device)}
+    elif label is not None:
+        conditions = {"label": torch.tensor([label], device=noise.device)}
     scheduler = make_scheduler(workload.num_steps, noise.device)
     frame = noise
     for time in scheduler.timesteps:

@@ -146,4 +146,4 @@ def test_results_tell_family_tier_and_source():
     about = baselines.info("packforcing")
     assert (facts["family"], facts["tier"], facts["source"]) == (about.family, about.tier, about.source)
     assert about.note.startswith(facts["note"]) and "\n" not in facts["note"]
-    assert policy_facts("pretrained/pan-tight")["family"] == "learned"
+    assert policy_facts("pretrained/general")["family"] == "learned"

@@ -64,6 +64,8 @@ SPLITS = {
     "random_mid": ((1, 5, 2), (1, 2, 1)),
     "drift_match": ((1, 5, 2), (1, 2, 1)),
     "context_match": ((1, 5, 2), (1, 2, 1)),
+    "dysink": ((0, 4, 4), (0, 2, 2)),
+    "partition": ((1, 5, 2), (1, 2, 1)),
 }
 
 
@@ -103,6 +105,12 @@ TAGS = {
     "random_mid": ("anchor", "first_frames", 5, 1 / 8, False, "none"),
     "drift_match": ("anchor", "first_frames", 5, 1 / 8, False, "none"),
     "context_match": ("anchor", "first_frames", 5, 1 / 8, False, "none"),
+    "partition": ("anchor", "first_frames", 5, 1 / 8, False, "none"),
+    "dysink": ("anchor", "none", 4, 0.0, False, "none"),
+    "stableworld": ("anchor", "first_frames", 0, 0.0, False, "none"),
+    "k_center": ("anchor", "none", 0, 0.0, False, "none"),
+    "latent_ri": ("anchor", "none", 0, 0.0, False, "none"),
+    "keepsake": ("anchor", "none", 0, 0.0, False, "none"),
 }
 
 
@@ -174,7 +182,7 @@ def test_declared_equivalences_hold_up_to_their_budget_and_not_beyond():
     assert declared == 3
 
 
-DROP_NEWER = ("packcache_paper", "path_tracker", "random_mid", "uniform")
+DROP_NEWER = ("packcache_paper", "partition", "path_tracker", "random_mid", "uniform")
 
 
 @pytest.mark.parametrize("name", [name for name in FILLING if name not in DROP_NEWER])

@@ -183,6 +183,61 @@ class Spec:
             left.remove(min(novelty, key=lambda b: (float(f"{novelty[b]:.4e}"), b)))
         return left
 
+    def cosine(self, a, b):
+        one, other = (self.world.latents[i].flatten().numpy().astype(float) for i in (a, b))
+        return one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+
+    def k_center(self, step, before):
+        kept = before[-1:]
+        while len(kept) < self.budget:
+            distance = {b: min(1 - self.cosine(b, c) for c in kept) for b in before if b not in kept}
+            kept.append(max(distance, key=lambda b: (float(f"{distance[b]:.5e}"), b)))
+        return sorted(kept)
+
+    def latent_ri(self, step, before):
+        left = list(before)
+        while len(left) > self.budget:
+            index = {b: sum(self.cosine(b, c) for c in left if c != b) for b in left[:-1]}
+            left.remove(max(index, key=lambda b: (float(f"{index[b]:.5e}"), -b)))
+        return left
+
+    def keepsake(self, step, before):
+        columns, left = self.world.latents.numpy().astype(float), list(before)
+
+        def gaps(a, b):
+            return ((columns[a][..., :, None] - columns[b][..., None, :]) ** 2).mean(axis=(0, 1)).min(axis=1)
+
+        scale = np.mean([gaps(a, b) for a in before for b in before if a != b])
+        while len(left) > self.budget:
+            covered = {}
+            for b in left[:-1]:
+                seen = {c: np.exp(-gaps(b, c) / scale) for c in left if c != b}
+                covered[b] = max(
+                    np.mean([max(x, y) for x, y in zip(seen[c], seen[d], strict=True)]) for c in seen for d in seen
+                )
+            left.remove(max(covered, key=lambda b: (float(f"{covered[b]:.4e}"), -b)))
+        return left
+
+    def stableworld(self, step, before, threshold=0.78):
+        left = list(before)
+        while len(left) > self.budget:
+            window = len(left) + 1
+            later = 13 if window >= 20 else 2 * window // 3
+            later = min(later, len(left) - 2)
+            left.pop(later if self.cosine(left[0], left[later]) > threshold else 0)
+        return left
+
+    def dysink(self, step, before, repeated=0.95):
+        _, middle, recent = halves(before, 0, self.budget // 2)
+        bank = []
+        for b in middle:
+            if all(self.cosine(b, c) < repeated for c in bank):
+                bank.append(b)
+        relevance = {b: np.mean([self.cosine(b, c) for c in recent]) for b in middle}
+        chosen = top(bank, relevance.get, min(len(bank), self.budget - len(recent)))
+        again = top([b for b in middle if b not in bank], relevance.get, self.budget - len(recent) - len(chosen))
+        return sorted(chosen + again) + recent
+
 
 SPECIFIED = [
     ("packcache_paper", {}, None),
@@ -203,6 +258,13 @@ SPECIFIED = [
     ("drift_match", {}, None),
     ("nearest_neighbour", {}, None),
     ("least_novel", {}, None),
+    ("k_center", {}, None),
+    ("latent_ri", {}, None),
+    ("keepsake", {}, None),
+    ("stableworld", {}, None),
+    ("stableworld", {"threshold": 0.2}, lambda spec, *call: spec.stableworld(*call, threshold=0.2)),
+    ("dysink", {}, None),
+    ("dysink", {"repeated": 0.6}, lambda spec, *call: spec.dysink(*call, repeated=0.6)),
 ]
 
 

@@ -206,7 +206,7 @@ def test_a_stopped_evaluation_tells_how_to_go_on(capsys, tiny_host_folder, tmp_p
         (["--policies", "recent_fill", "--batch-size", "0"], ["batch size 0"]),
         (["--policies", "recent_fill", "--json", "/dev/null/results.json"], ["/dev/null cannot be written"]),
         (["--policies", "recent_fill", "--split", "dev"], ["unknown split 'dev'"]),
-        (["--policies", "recent_fill", "--metrics", "fvd"], ["unknown metric 'fvd'"]),
+        (["--policies", "recent_fill", "--metrics", "fid"], ["unknown metric 'fid'"]),
         (["--policies", "recent_fill", "--device", "tpu9"], ["device 'tpu9'"]),
         (
             ["--policies", "recent_fill", "--workload", "ucf101_short_prediction", "--data-dir", "/nowhere"],

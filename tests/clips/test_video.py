@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from dataclasses import replace
@@ -366,3 +367,27 @@ def test_a_host_for_other_frame_sizes_is_refused(tmp_path, monkeypatch, tiny_hos
     monkeypatch.setattr("far_env.workloads.load_host", lambda *_: replace(tiny_host, frame_size=128))
     with pytest.raises(ValueError, match="works on frames of 128², the clips of dmlab_long_prediction have 64²"):
         make_workload("dmlab_long_prediction", data_dir=str(tmp_path))
+
+
+def test_clips_of_all_classes_in_turn_at_an_interval(tmp_path):
+    """FAR's generation of UCF-101: every third frame from the first on, or successive ones of a video that is too short."""
+    entries = []
+    for i, (label, length) in enumerate([(7, 20), (7, 20), (2, 20), (7, 8), (5, 20), (2, 5), (9, 4)]):
+        write_video(tmp_path / f"{i}.mp4", length)
+        entries.append({"video_path": f"datasets/ucf101/{i}.mp4", "label": label})
+    (tmp_path / "trainval.json").write_text(json.dumps(entries))
+    source = UCF101(tmp_path, "far", num_frames=5, interval=3, class_list="trainval.json")
+    clips = [source.clip("test", i) for i in range(source.num_clips("test"))]
+    assert [clip.label for clip in clips] == [2, 5, 7, 2, 7, 7], "6.mp4 has too few frames for any clip"
+    for i, clip in enumerate(clips):
+        numbers = np.arange(5) * (1 if source.path("test", i).stem in ("3", "5") else 3)
+        assert clip.frames.shape == (5, 3, 64, 64)
+        np.testing.assert_allclose(255 * clip.frames[:, :, :, 40:].mean(axis=(1, 2, 3)), 8 * numbers, atol=4)
+    again = UCF101(tmp_path, "far", num_frames=5, interval=3, class_list="trainval.json")
+    assert [again.path("test", i) for i in range(6)] == [source.path("test", i) for i in range(6)]
+    for options, sentence in (({"interval": 0}, "from 1 on"), ({"protocol": "benchmark", "interval": 2}, "protocol far")):
+        with pytest.raises(ValueError, match=sentence):
+            UCF101(tmp_path, **{"protocol": "far", "num_frames": 5} | options)
+    (tmp_path / "trainval.json").write_text(json.dumps([{"video_path": "0.mp4"}]))
+    with pytest.raises(ValueError, match=r"trainval.json, entry 0: needs a video with a label"):
+        UCF101(tmp_path, "far", num_frames=5, class_list="trainval.json")

@@ -25,7 +25,7 @@ EXTENDING = ROOT / "docs" / "extending.md"
 RUN_FOLDERS = ("runs/pan_tight", "runs/mine")
 SHRINK = {r"range\(64\)": "range(2)", r"learn\(6400\)": "learn(64)"}
 FEW = {"--clips": "2", "--sample": "2"}
-RUN = {"baselines", "benchmark", "evaluate", "export", "report", "validate"}
+RUN = {"baselines", "benchmark", "evaluate", "export", "report", "tune", "validate"}
 """Commands that are run; of the others, only the options are checked."""
 
 
@@ -48,7 +48,7 @@ def parse_only(monkeypatch):
 def workplace(tmp_path, monkeypatch) -> Path:
     """A folder that has what the pages assume to be there: finished runs and a policy file."""
     for folder in RUN_FOLDERS:
-        shutil.copytree(ROOT / "agents" / "pretrained" / "pan-tight", tmp_path / folder)
+        shutil.copytree(ROOT / "agents" / "pretrained" / "general", tmp_path / folder)
     shutil.copy(EXAMPLE / "far_env_example" / "policies.py", tmp_path / "every_second.py")
     monkeypatch.chdir(tmp_path)
     return tmp_path

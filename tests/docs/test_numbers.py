@@ -78,13 +78,17 @@ def test_the_best_rules_of_the_readme_are_the_best():
             assert named == max(rules, key=rules.get), (workload, label)
 
 
-def test_the_training_table_of_the_readme_is_that_of_the_card():
-    card = measured((ROOT / "agents/pretrained/pan-tight/README.md").read_text(encoding="utf-8"))
-    printed = re.findall(r"^(\w+) +(\d+\.\d+)  (\d\.\d+)", README, re.MULTILINE)
-    assert len(printed) == 6
-    for policy, psnr, _ in printed:
-        name = "pretrained/pan-tight" if policy == "learned" else policy
-        assert f"{interval(card['pan', '4', name][0])[0]:.2f}" == psnr, policy
+def test_the_training_table_of_the_readme_is_that_of_its_configuration():
+    """It is of half as many clips as in RESULTS.md, and in bfloat16, which changes a mean by about 0.2 dB (docs/scaling.md)."""
+    config = yaml.safe_load((ROOT / "configs/pan_tight.yaml").read_text(encoding="utf-8"))
+    printed = {name: float(psnr) for name, psnr in re.findall(r"^(\w+) +(\d+\.\d+)  \d\.\d+", README, re.MULTILINE)}
+    assert printed.keys() == {"learned", *config["table"]}
+    results = {name: measured(RESULTS).get((config["workload"], str(config["budget"]), name)) for name in config["table"]}
+    assert sum(map(bool, results.values())) >= 3
+    assert f"{config['workload']}, budget {config['budget']}, {config['test_clips']} test clips" in README
+    for name in filter(results.get, results):
+        low, high = interval(results[name][0])[1:]
+        assert low - (high - low) - 0.2 <= printed[name] <= high + (high - low) + 0.2, name
 
 
 @pytest.mark.parametrize("card", POLICY_CARDS, ids=lambda card: card.parent.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from far_env.evaluation.gaps import gap_bins
 from far_env.evaluation.ranking import make_groups
 from far_env.evaluation.records import load
 from far_env.evaluation.report import report_page
@@ -125,6 +127,13 @@ def test_it_opens_with_the_ranking(open_page, results):
     assert "abc1234" in page.locator("#facts").inner_text()
     assert NASTY in page.locator("#reference").inner_text()
     assert page.locator("#budget-charts svg").count() == 2 and page.locator("#frame-charts svg").count() == 4
+    gaps = page.locator("#gap-charts figure")
+    assert gaps.count() == 4 and "within 1 dB of the best one" in page.locator("#gap-measure").inner_text()
+    group = make_groups(results)[0]
+    row = next(row for row in group.rows if row.policy == "full_history")
+    cells = gaps.first.locator("tbody tr").filter(has_text="full_history").locator("td").all_text_contents()
+    heads = gaps.first.locator("thead th").all_text_contents()
+    assert heads[1:] == gap_bins(group.rows) and cells == [f"{row.by_gap[name].mean:.2f}" for name in heads[1:]]
 
 
 def test_differences_follow_the_chosen_reference_and_columns_sort(open_page, results):
@@ -348,3 +357,24 @@ def test_every_control_has_a_name_and_can_be_reached(open_page):
     assert page.evaluate("document.activeElement.className") == "skip"
     page.keyboard.press("Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_policies_that_decided_alike_share_a_row_and_tuned_ones_have_a_column(results, browser, tmp_path):
+    twin = [dataclasses.replace(r, policy="twin") for r in results.records if (r.policy, r.budget) == ("uniform", 4)]
+    facts = {"label": "uniform tuned on pan 4", "family": "anchor", "validation_rollouts": "64"}
+    settings = dataclasses.replace(results.settings, policies={**results.settings.policies, "twin": facts})
+    changed = dataclasses.replace(results, settings=settings, records=[*results.records, *twin])
+    path = tmp_path / "report.html"
+    path.write_text(report_page(changed, progress=False), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(path.as_uri())
+    assert names(page, 0).count("uniform tuned on pan 4") == 0 and len(names(page, 0)) == 5
+    assert len(names(page, 1)) == 5  # budget 4: six policies, two of which decided alike
+    row = page.locator("table.scores").nth(1).locator("tr[data-policy=uniform]")
+    assert "= uniform tuned on pan 4" in row.locator("th").inner_text()
+    heads = page.locator("table.scores").nth(1).locator("thead th").all_inner_texts()
+    cells = page.locator("table.scores").nth(1).locator("tr[data-policy=learned]").locator("th, td").all_inner_texts()
+    assert cells[heads.index("Validation rollouts")] == "trained"
+    page.locator("#filter-text").fill("tuned on pan")
+    assert names(page, 0) == ["uniform tuned on pan 4"]
+    page.close()

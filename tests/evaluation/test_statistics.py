@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import bootstrap, trim_mean
@@ -13,7 +15,7 @@ from far_env.evaluation.statistics import (
     mean_interval,
     mean_intervals,
 )
-from far_env.evaluation.table import pooled_table, results_table
+from far_env.evaluation.table import markdown_table, pooled_table, results_table
 
 
 def test_the_interval_is_that_of_the_normal_approximation_for_many_clips():
@@ -176,3 +178,25 @@ def test_tables_show_costs_and_differing_facts():
     (row,) = [line for line in table.splitlines() if line.startswith("full_history")]
     assert row.rstrip().endswith("+7.00]")
     assert "noise seed 1, 2 + clip id" in table and "commit another, c" in table and "no lpips column: no weights" in table
+
+
+def test_policies_that_decide_alike_share_a_row_and_remarks_are_shown():
+    results = made_up()
+    twins = [dataclasses.replace(record, policy="twin") for record in results.records if record.policy == "recent_fill"]
+    twins[-1] = dataclasses.replace(twins[-1], metrics={"psnr": 1.0})  # at budget 8 on cuts alone
+    results.records.extend(twins)
+    results.settings.policies.update(twin={"remark": "reconstruction"})
+    tables = {(name, budget): tabulate(results, name, budget) for name in ("pan", "cuts") for budget in (4, 8)}
+    assert tables["pan", 4].alike == {"twin": "recent_fill"} and tables["cuts", 8].alike == {}
+    rows = [line.split("  ")[0] for line in results_table(tables["pan", 4]).splitlines()[2:5]]
+    assert rows == ["full_history", "good", "recent_fill = twin (reconstruction)"]
+    rows = [line.split("  ")[0] for line in results_table(tables["cuts", 8]).splitlines()[2:6]]
+    assert rows == ["full_history", "good", "recent_fill", "twin (reconstruction)"]
+    assert "recent_fill = twin (reconstruction)" in pooled_table([tables["pan", 4], tables["pan", 8]])
+    assert "recent_fill = twin" not in pooled_table(list(tables.values()))
+    summaries = [table.summary() for table in tables.values()]
+    for summary in summaries:
+        for scores in summary["policies"].values():
+            scores["ssim"] = scores["psnr"]
+    lines = markdown_table(summaries).splitlines()
+    assert sum("| recent_fill = twin (reconstruction) |" in line for line in lines) == 3 and len(lines) == 2 + 3 + 3 + 3 + 4

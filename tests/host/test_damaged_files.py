@@ -20,7 +20,7 @@ from far_env.tensor_files import file_hash, load_tensors, load_weights, save_ten
 from tests.conftest import TINY_FAR
 from tests.damage import assert_sentence, damaged, write_code
 
-POLICY = Path(__file__).parents[2] / "agents" / "pretrained" / "pan-tight" / "policy.safetensors"
+POLICY = Path(__file__).parents[2] / "agents" / "pretrained" / "general" / "policy.safetensors"
 
 
 class Holder(nn.Module):

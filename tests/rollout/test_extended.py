@@ -220,6 +220,8 @@ def test_what_cannot_be_is_one_sentence(tiny_workload, tiny_long_workload):
     for tokens in (FINE - 1, 64.0, True):
         with pytest.raises(ValueError, match="hold the newest frame, which has 16 tokens"):
             played(tiny_long_workload, NewestFrames(), tokens)
+    with pytest.raises(ValueError, match="generates videos from nothing"):
+        played(replace(tiny_long_workload, num_context=0), NewestFrames(), 64)
     with pytest.raises(ValueError, match="1 clips and 0 noise seeds"):
         play_extended(tiny_long_workload, [tiny_long_workload.clips.clip("test", 0)], [], NewestFrames(), 64)
     with pytest.raises(PolicyError, match=r"clip 0, step -1: decided about chunk id 9"):

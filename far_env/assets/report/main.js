@@ -112,6 +112,7 @@ function renderCharts() {
     data.workloads.filter(({ name }) => passes.workload(name)).map(({ name }) => budgetChart(name)),
   );
   drawCharts("frame-charts", shownGroups().map(frameChart));
+  drawCharts("gap-charts", shownGroups().map(gapChart));
 }
 
 function drawCharts(id, charts) {
@@ -172,6 +173,25 @@ function frameChart(group) {
   };
 }
 
+function gapChart(group) {
+  const rows = shownRows(group).filter((row) => typeof row.byGap === "object" && Object.keys(row.byGap).length);
+  const series = rows.map((row) =>
+    seriesOf(
+      row.policy,
+      Object.entries(row.byGap).map(([bin, value]) => ({ x: Number(bin), value })),
+    ),
+  );
+  return {
+    title: groupTitle(data, group),
+    subtitle: "PSNR in dB, mean over clips",
+    label: `PSNR of frames by how long ago their evidence was in view, ${groupTitle(data, group)}`,
+    series,
+    bands: false,
+    x: { ticks: group.gaps.map((label, at) => ({ at, label })), name: "gap", label: "frames since the evidence was last in view" },
+    y: { digits: 2, unit: "dB" },
+  };
+}
+
 function render() {
   const count = data.policies.filter((_, index) => passes.policy(index)).length;
   byId("count").textContent = `${count} of ${data.policies.length} policies`;
@@ -187,7 +207,7 @@ function renderFixed() {
   const parts = [
     data.workloads.map(({ name }) => name).join(", "),
     plural(data.clipCount, `${data.split} clip`),
-    `noise seed ${data.seeds.join(", ")} + clip number`,
+    `noise seed ${data.seedsText} + clip number`,
     hosts,
     `${all("ode_steps")} ODE steps`,
     all("feedback") && `feedback of ${all("feedback")} frames`,
@@ -200,13 +220,14 @@ function renderFixed() {
     make("p", { class: "hint" }, `No ${name.toUpperCase()} column: ${reason}`),
   );
   byId("absent").replaceChildren(...absent);
+  byId("gap-measure").textContent = `Evidence: ${data.gapMeasure}.`;
   byId("facts").replaceChildren(factsTable());
 }
 
 function factsTable() {
   const lines = [
     ["clips", () => `${data.clipCount} of the ${data.split} split`],
-    ["noise seeds", () => `${data.seeds.join(", ")}, plus the clip's number`],
+    ["noise seeds", () => `${data.seedsText}, plus the clip's number`],
     ["frames", (one) => `${one.context} given, ${one.predict} predicted, ${one.size}×${one.size} pixels`],
     ["clip options", (one) => Object.keys(data.facts[one.name]?.clip_options ?? {}).join("; ") || "none"],
     ...["host", "weights", "ode_steps", "feedback", "dtype", "device", "machine", "commit", "versions"].map((fact) => [

@@ -3,6 +3,7 @@
 function rankingTable(data, state, group, rows, actions) {
   const metric = data.metrics[state.metric];
   const reference = group.rows.findIndex((row) => row.policy === state.reference);
+  const tuned = data.policies.some((policy) => policy.rollouts);
   const ranks = new Map(ranked(rows, metric).map((row, place) => [row, hasScore(row, metric) ? place + 1 : null]));
   const columns = [
     { key: "rank", title: "#", text: false, value: (row) => ranks.get(row), cell: (row) => [ranks.get(row) ?? "–"] },
@@ -26,6 +27,7 @@ function rankingTable(data, state, group, rows, actions) {
     { key: "whisker", title: "95 % interval", cell: (row) => [whisker(rows, row, metric, group.rows[reference])] },
     ...data.metrics.filter((one) => one !== metric).map(scoreColumn),
     { key: "ms", title: "ms/decision", value: (row) => row.ms, cell: (row) => [row.ms === null ? "–" : fixed(row.ms, 3)] },
+    ...(tuned ? [rolloutsColumn(data)] : []),
     {
       key: "clips",
       title: "Clips",
@@ -34,7 +36,9 @@ function rankingTable(data, state, group, rows, actions) {
     },
   ];
   const sort = columns.find((column) => column.key === state.sort.key && column.value) ?? columns[0];
-  const shown = [...rows].sort((a, b) => {
+  // policies that decided alike in every episode share a row: that of the first which is shown
+  const once = rows.filter((row, i) => rows.findIndex((one) => one.same === row.same && one.budget === row.budget) === i);
+  const shown = once.sort((a, b) => {
     const [u, v] = [sort.value(a), sort.value(b)];
     if (u === null || v === null) return (u === null) - (v === null);
     return (u < v ? -1 : u > v ? 1 : ranks.get(a) - ranks.get(b)) * state.sort.direction;
@@ -71,6 +75,12 @@ function rankingTable(data, state, group, rows, actions) {
     make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Table of ${label}` }, table),
     make("ul", { class: "notes" }, notesOf(data, rows)),
   );
+}
+
+function rolloutsColumn(data) {
+  const value = (row) => Number(data.policies[row.policy].rollouts ?? 0);
+  const cell = (row) => [data.policies[row.policy].family === "learned" ? "trained" : `${value(row)}`];
+  return { key: "rollouts", title: "Validation rollouts", value, cell };
 }
 
 const hasScore = (row, metric) => Array.isArray(row.scores[metric.name]);
@@ -140,7 +150,9 @@ function nameCell(data, state, group, row, actions) {
   const about = [policy.name, policy.source, policy.note].filter(Boolean).join(" · ");
   const watch = actions.canWatch(group.workload, row) ? watchButton(policy, () => actions.watch(group.workload, row)) : null;
   const kind = make("span", { class: "kind" }, [policy.family, policy.tier].filter(Boolean).join(", "));
-  const label = make("span", { class: "label", title: about }, shortened(policy.name, 30), kind);
+  const others = group.rows.filter((one) => one !== row && one.same === row.same && one.budget === row.budget);
+  const same = others.map((one) => ` = ${data.policies[one.policy].name}`).join("");
+  const label = make("span", { class: "label", title: about }, shortened(policy.name, 30), same, kind);
   return make("th", { scope: "row", class: "name" }, make("div", { class: "name-cell" }, swatch, label, watch));
 }
 

@@ -100,6 +100,8 @@ class GridWorld(World):
     """
 
     num_frames: ClassVar[int] = RING
+    view_rows: ClassVar[int] = (SCENERY_ROWS + 2) * GRID
+    """Scenery and ruler; the schedule strip below them does not depend on what is in view."""
 
     objects: int = 0
     """At most so many blocks cross the scenery, 8 to 16 px a side, each in one colour, direction and speed of up to 8 px per

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from far_env.clips.clip import Clip
 from far_env.clips.worlds.base import (
     CELLS,
     GRID,
@@ -51,6 +52,10 @@ class Cuts(GridWorld):
             check_range(self, "shot_frames", 1, self.num_frames)
         check_pixels(self, "block_pixels", SIZE)
         check_flag(self, "diagonal")
+
+    def scenes(self, clip: Clip) -> np.ndarray:
+        """The shot of each frame, int64 (T,)."""
+        return clip.actions
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         fewest, most = self.num_shots
