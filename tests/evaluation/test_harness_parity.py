@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from far_env.agents import checkpoints
-from far_env.agents.export import export_run
 from far_env.clips.clip import Clip
-from far_env.contract import FrameMeta, TemporalCachePlan, apply_plan
+from far_env.contract import FrameMeta, TemporalCachePlan, apply_plan, make_plan
 from far_env.evaluation.benchmark import run_benchmark
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.weights import Host
 from far_env.metrics import psnr, ssim
 from far_env.policies import load_policy
-from far_env.policy_file import policy_from_file
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.reference import reference_rollout
 from far_env.workloads import Workload
@@ -84,17 +80,19 @@ class Recording:
         return plan
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """The policy that was pasted into the harness, exported anew: its file is of another form now."""
-    path = tmp_path_factory.mktemp("export") / "policy.py"
-    export_run(Path(checkpoints.__file__).parent / "pretrained" / "pan-tight", path)
-    return path
+class Replayed:
+    """Keeps what a learned policy kept in the harness that is no longer shipped."""
+
+    def __init__(self, kept: list[list[list[int]]]) -> None:
+        self.calls = iter([places for clip in kept for places in clip])
+
+    def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state) -> TemporalCachePlan:
+        return make_plan(next(self.calls), len(chunk_meta_list))
 
 
 @pytest.mark.parametrize("run", EXPECTED["runs"], ids=lambda run: f"{run['policy']}-{run['max_frames']}")
-def test_whole_runs_make_the_harness_calls_keep_its_frames_and_score_as_it_does(workload, exported, run):
-    policy = policy_from_file(exported) if run["policy"] == "pan-tight" else load_policy(run["policy"])
+def test_whole_runs_make_the_harness_calls_keep_its_frames_and_score_as_it_does(workload, run):
+    policy = Replayed(run["kept"]) if run["policy"] == "pan-tight" else load_policy(run["policy"])
     recording = Recording(policy)
     num_clips, tolerance = len(run["psnr"]), EXPECTED["tolerances"]
     played = None if policy is None else recording
