@@ -85,16 +85,12 @@ def test_a_video_is_the_rollout_beside_the_truth(capsys, tiny_host_folder, tmp_p
         assert shuffled > 2 * difference.max(), "other frames are far from these"
 
 
-<<<<<<< HEAD
-def test_policies_and_budgets_have_folders_of_their_own_and_share_the_batch(capsys, tiny_host_folder, tmp_path):
-=======
 def test_policies_and_budgets_have_folders_of_their_own_and_share_the_batch(capsys, tiny_host_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "shipped")
     (tmp_path / "shipped" / "general").mkdir(parents=True)
     network = RetentionNetwork(NetworkConfig(width=16, num_layers=1))
     checkpoints.save_scorer(network, network.config, {"trained_on": "nothing"}, tmp_path / "shipped" / "general")
     tmp_path = tmp_path / "videos"
->>>>>>> tst
     args = ("--workload", "pan", "--policies", "pretrained/general,full_history", "--budget", "4,6", "--clips", "1")
     assert generate(capsys, tiny_host_folder, tmp_path, *args)[0] == 0
     folders = ("full_history", "pretrained%2Fgeneral_budget4", "pretrained%2Fgeneral_budget6")

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from far_env.clips.clip import Clip
-from far_env.contract import FrameMeta, TemporalCachePlan, apply_plan, make_plan
+from far_env.contract import FrameMeta, TemporalCachePlan, apply_plan
 from far_env.evaluation.benchmark import run_benchmark
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.weights import Host
 from far_env.metrics import psnr, ssim
 from far_env.policies import load_policy
+from far_env.policy_file import policy_from_file
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.reference import reference_rollout
 from far_env.workloads import Workload
@@ -80,25 +81,9 @@ class Recording:
         return plan
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("run", EXPECTED["runs"], ids=lambda run: f"{run['policy']}-{run['max_frames']}")
 def test_whole_runs_make_the_harness_calls_keep_its_frames_and_score_as_it_does(workload, run):
     policy = policy_from_file(FOLDER / "pan_tight.py") if run["policy"] == "pan-tight" else load_policy(run["policy"])
-=======
-class Replayed:
-    """Keeps what a learned policy kept in the harness that is no longer shipped."""
-
-    def __init__(self, kept: list[list[list[int]]]) -> None:
-        self.calls = iter([places for clip in kept for places in clip])
-
-    def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state) -> TemporalCachePlan:
-        return make_plan(next(self.calls), len(chunk_meta_list))
-
-
-@pytest.mark.parametrize("run", EXPECTED["runs"], ids=lambda run: f"{run['policy']}-{run['max_frames']}")
-def test_whole_runs_make_the_harness_calls_keep_its_frames_and_score_as_it_does(workload, run):
-    policy = Replayed(run["kept"]) if run["policy"] == "pan-tight" else load_policy(run["policy"])
->>>>>>> tst
     recording = Recording(policy)
     num_clips, tolerance = len(run["psnr"]), EXPECTED["tolerances"]
     played = None if policy is None else recording
