@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from far_env.agents.config import AgentTraining
+from far_env.agents.expert_data import check_true_signals
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.ppo import PPOStage
 from far_env.agents.run_costs import HostCosts, RolloutCosts, host_costs, measured_flops, on_meta, rollout_costs, scorer_flops
@@ -96,6 +97,8 @@ def check_folder(folder: Path) -> Path:
 
 def estimate(run: Run, tflops: float | None = None) -> RunCost:
     """Count a run's stages and their costs."""
+    if run.config.imitation.true_clips:
+        check_true_signals(run.config.network.signals)
     workloads = [on_meta(workload) for workload in run.workloads]
     planned = [stage for stage in stages(replace(run, workloads=workloads)) if isinstance(stage, PPOStage)]
     envs = {stage.name: stage.make_envs() for stage in planned}
@@ -132,7 +135,7 @@ def _stage_cost(
     for name, counts in stage.by_workload.items():
         host, made = hosts[name], rollouts[name]
         host_flops += host_work(counts, host)
-        forward = scorer_flops(config.network, made.nodes, learn=False)
+        forward = scorer_flops(config.network, made.nodes if is_ppo else made.mean_nodes, learn=False)
         speed = made.learn_flops / made.learn_seconds
         if is_ppo:
             # Scorer and critic decide, and both learn, on graphs padded to the largest.

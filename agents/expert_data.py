@@ -164,6 +164,12 @@ def uses_true_frames(workload: Workload, signals: Sequence[str]) -> bool:
     return workload.true_feedback and set(signals) <= set(TrueHistories.SIGNALS)
 
 
+def check_true_signals(signals: Sequence[str]) -> None:
+    """Raise ValueError on signals that only rollouts of a host have."""
+    if not set(signals) <= set(TrueHistories.SIGNALS):
+        raise ValueError("true frames have no signals but lat_cos and column_gap")
+
+
 def true_frames(workload: Workload, clip: Clip) -> Tensor:
     """The clip's frames that correspond to a rollout's, (T, 3, H, W), on the host's device."""
     return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
@@ -198,8 +204,8 @@ def collect(
     Raises:
         ValueError: if ``true_frames`` is combined with signals that only rollouts have.
     """
-    if true_frames and not set(config.signals) <= set(TrueHistories.SIGNALS):
-        raise ValueError("true frames have no signals but lat_cos and column_gap")
+    if true_frames:
+        check_true_signals(config.signals)
     parts = []
     slots = max(workload.num_context, *budgets) + 1
     description = f"collect decisions in {'true clips' if true_frames else 'rollouts'}"

@@ -61,7 +61,7 @@ class RolloutCosts:
         collect_seconds: to decide and record on true frames. file_bytes, memory_bytes: of the recorded decisions.
         begin_seconds, evict_seconds: to begin an episode with the surrogate, and for one eviction in it; zero where a reward or
             signals are not the surrogate's.
-        nodes: most nodes of a frame graph.
+        nodes: most nodes of a frame graph. mean_nodes: of recorded decisions.
         learn_flops: operations to learn from one recorded decision. learn_seconds: the time that takes.
     """
 
@@ -71,6 +71,7 @@ class RolloutCosts:
     begin_seconds: float
     evict_seconds: float
     nodes: int
+    mean_nodes: int
     learn_flops: int
     learn_seconds: float
 
@@ -147,6 +148,7 @@ def rollout_costs(
         begin,
         evict,
         nodes,
+        round(float(decisions.sizes.mean())),
         learn_flops,
         _learning_seconds(decisions, config, settings, workload.host.dtype),
     )
