@@ -127,7 +127,8 @@ def export_policy(network: RetentionNetwork, path: Path, provenance: str) -> Non
         )
     rounded = copy.deepcopy(network)
     rounded.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
-    stored_as = "<f2" if same_plans(network, rounded) else "<f4"
+    finite = all(value.isfinite().all() for value in rounded.state_dict().values())
+    stored_as = "<f2" if finite and same_plans(network, rounded) else "<f4"
     used = {name: value for name, value in network.state_dict().items() if not name.startswith(UNUSED)}
     state = {name: value.detach().cpu().numpy().astype(stored_as) for name, value in used.items()}
     packed = base64.b85encode(b"".join(array.tobytes() for array in state.values())).decode()

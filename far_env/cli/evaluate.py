@@ -102,11 +102,11 @@ def evaluate(args: Sequence[str]) -> int:
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
     noise_seeds = [seed for first in seeds for seed in trajectory_seeds(first, options.trajectories)]
     metrics = split_list(options.metrics, "metrics", "metric")
+    interventions = [] if options.intervene == "none" else split_list(options.intervene, "intervene", "intervention")
     no_fvd = fvd_unavailable() if FVD in metrics else "not asked for"
     if no_fvd and metrics == [FVD]:
         raise MetricUnavailable(no_fvd)
     clip_metrics = [metric for metric in metrics if metric != FVD]
-    interventions = [] if options.intervene == "none" else split_list(options.intervene, "intervene", "intervention")
     if not options.policy_seconds > 0:
         raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
     policies, optional = _load_policies(names, budgets, options.policy_seconds)

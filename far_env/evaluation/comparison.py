@@ -26,11 +26,11 @@ class Evaluation:
         provenance: the facts of the records (host, weights, versions, …) and the requested clips and seeds.
         decision_ms: policy name → mean milliseconds per decision; a policy that decided nothing is left out.
         failed: policy name → why it has no scores here.
+        alike: policy name → an earlier one that made the same decisions in every episode, so that tables show both as one.
+        policies: policy name → `far_env.policies.policy_facts`, as far as they are known.
         trajectories: continuations of every clip for each noise seed.
         fvd: policy name → FVD of every noise seed, float64 (seeds,), see `far_env.evaluation.fvd`; empty where it was not asked
             for or cannot be computed.
-        alike: policy name → an earlier one that made the same decisions in every episode, so that tables show both as one.
-        policies: policy name → `far_env.policies.policy_facts`, as far as they are known.
     """
 
     clip_ids: list[int]
@@ -39,10 +39,10 @@ class Evaluation:
     provenance: dict[str, object]
     decision_ms: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    trajectories: int = 1
-    fvd: dict[str, np.ndarray] = field(default_factory=dict)
     alike: dict[str, str] = field(default_factory=dict)
     policies: dict[str, dict[str, str]] = field(default_factory=dict)
+    trajectories: int = 1
+    fvd: dict[str, np.ndarray] = field(default_factory=dict)
 
     def best(self, policy: str, metric: str) -> np.ndarray:
         """The best of every clip's trajectories, float64 (clips, seeds)."""

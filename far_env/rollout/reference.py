@@ -112,8 +112,8 @@ def reference_rollout(
             frame = denoise_uncached(workload, frames, noise[step], frame_actions, label)
         generated.append(frame)
         if replaced is not None:
-            others = torch.stack(replaced(kept, numbers, step))
-            intervened.append(denoise_uncached(workload, others, noise[step], frame_actions))
+            others = torch.stack(replaced(kept, numbers, step)) if kept else given[:0]
+            intervened.append(denoise_uncached(workload, others, noise[step], frame_actions, label))
         kept.append(given[new] if workload.true_feedback else frame)
         numbers.append(new)
         if signals is not None:

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from far_env.agents import checkpoints, commands
 from far_env.agents.config import NetworkConfig
 from far_env.agents.network import RetentionNetwork
 
+SMALL = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)
 COMMANDS = ("train", "export", "publish", "push", "sweep", "regret", "learning_curves", "reproduce")
 
 
@@ -44,7 +44,7 @@ def test_the_collection_lists_shipped_policies_and_accepts_run_folders(tmp_path,
     assert not checkpoints.accepts("recent_fill") and not checkpoints.accepts(str(tmp_path / "nothing"))
     old = os.umask(0o022)
     try:
-        checkpoints.save_scorer(RetentionNetwork(width=16), NetworkConfig(width=16), {"trained_on": "x"}, tmp_path)
+        checkpoints.save_scorer(RetentionNetwork(SMALL), SMALL, {"trained_on": "x"}, tmp_path)
     finally:
         os.umask(old)
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
@@ -54,14 +54,18 @@ def test_the_collection_lists_shipped_policies_and_accepts_run_folders(tmp_path,
     assert checkpoints.accepts(str(tmp_path))
     facts = checkpoints.facts(str(tmp_path))
     assert facts["family"] == "learned" and facts["tier"] == "M" and facts["note"] == "trained on x"
-    assert isinstance(checkpoints.load(str(tmp_path)).network, torch.nn.Module)
+    policy, (network, _) = checkpoints.load(str(tmp_path)), checkpoints.load_scorer(tmp_path)
+    assert policy.scorer.weights.keys() == network.state_dict().keys() and network.config == SMALL
 
 
 def test_old_keys_of_a_saved_scorer_are_named(tmp_path):
-    checkpoints.save_scorer(RetentionNetwork(width=16), NetworkConfig(width=16), {}, tmp_path)
+    checkpoints.save_scorer(RetentionNetwork(SMALL), SMALL, {}, tmp_path)
     path = tmp_path / checkpoints.CONFIG_FILE
-    path.write_text(path.read_text().replace("sequential_eviction", "one_by_one"))
-    with pytest.raises(ValueError, match=r"policy\.json: network: the key 'one_by_one' was renamed; use 'sequential_eviction'"):
+    path.write_text(path.read_text().replace("signals", "statistics"))
+    with pytest.raises(ValueError, match=r"policy\.json: network: the key 'statistics' was renamed; use 'signals'"):
+        checkpoints.load(str(tmp_path))
+    path.write_text(path.read_text().replace("statistics", "surroundings"))
+    with pytest.raises(ValueError, match=r"policy\.json: network: the option 'surroundings' was removed; delete it"):
         checkpoints.load(str(tmp_path))
 
 

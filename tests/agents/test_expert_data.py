@@ -159,10 +159,14 @@ def test_the_expert_drops_what_costs_least_and_sometimes_another(tiny_workload, 
     )
 
 
-def test_few_single_evictions_are_recorded_of_each_call_and_rollout(collected):
-    decisions = np.bincount(collected.rollout[collected.call].numpy(), minlength=4)
-    # budgets 2 and 1: four of the first cut and nine after it; 8: from the fourth step on
-    assert decisions.tolist() == [12, 7, 11, 12] == [min(count, DECISIONS_PER_ROLLOUT) for count in (13, 7, 11, 13)]
+def test_few_single_evictions_are_recorded_of_each_call_and_rollout(collected, tiny_workload, monkeypatch):
+    # budgets 2 and 1: four of the first cut and nine after it; 8: from the fourth step on; 4: two of the first cut
+    counts = np.array([13, 7, 11, 13])
+    for limit in (DECISIONS_PER_ROLLOUT, 12, 5):
+        monkeypatch.setattr(expert_data, "DECISIONS_PER_ROLLOUT", limit)
+        data = collected if limit == DECISIONS_PER_ROLLOUT else gather(tiny_workload, IDS, BUDGETS)
+        decisions = np.bincount(data.rollout[data.call].numpy(), minlength=4)
+        assert decisions.tolist() == np.minimum(counts, limit).tolist()
     of_calls = np.bincount(collected.call.numpy())
     assert of_calls.max() <= DECISIONS_PER_CUT < 5
     assert len(

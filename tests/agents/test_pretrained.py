@@ -41,7 +41,7 @@ def directory(tmp_path, monkeypatch):
 def test_a_policy_is_shipped_and_no_name_is_that_of_a_baseline():
     from far_env import baselines
 
-    assert "pretrained/pan-tight" in NAMES
+    assert "pretrained/general" in NAMES
     assert not set(NAMES) & set(baselines.names())
 
 
@@ -90,8 +90,10 @@ def test_cards_have_the_words_of_the_template(name):
     assert publish.card_text(name, settings, facts, measured) == card
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if policy_facts(name)["tier"] == "M"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_exported_file_decides_as_the_policy(name, tmp_path):
+    if policy_facts(name)["tier"] != "M":
+        pytest.skip("it has signals, so that it is not exported")
     commands.export([name, "--out", str(tmp_path / "policy.py")])
     settings = load_yaml(AgentTraining, scorer_folder(name) / checkpoints.SETTINGS_FILE)
     workload = make_workload(settings.workload.split(",")[0].strip(), host=settings.host, device="cpu")
@@ -139,10 +141,10 @@ def test_runs_without_a_recorded_time_have_that_of_their_logs(finished, tmp_path
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pretrained/pan-tigt", "unknown pretrained policy 'pretrained/pan-tigt'; did you mean 'pretrained/pan-tight'"),
+        ("pretrained/generl", "unknown pretrained policy 'pretrained/generl'; did you mean 'pretrained/general'"),
         ("pretrained/", "unknown pretrained policy 'pretrained/'"),
         ("pretrained/../runs", "unknown pretrained policy"),
-        ("nothing_like_it", "no policy .*pretrained/pan-tight"),
+        ("nothing_like_it", "no policy .*pretrained/general"),
     ],
 )
 def test_errors_about_unknown_names_suggest_known_ones(name, message):

@@ -72,11 +72,12 @@ def test_a_pushed_run_is_a_policy_by_name_at_its_commit(token, finished, tiny_wo
         load_policy("hub:me/other")
 
 
+@pytest.mark.usefixtures("shipped")
 def test_a_branch_is_recorded_as_the_commit_that_it_was(token, monkeypatch):
-    push_folder("pretrained/pan-tight", "hub:me/shipped")
+    push_folder("pretrained/general", "hub:me/shipped")
     commit = token.repos["model", "me/shipped"].commit_id(1)
     card = token.files("me/shipped")["README.md"].decode()
-    assert "pretrained/pan-tight" not in card and "hub:me/shipped" in card
+    assert "pretrained/general" not in card and "hub:me/shipped" in card
     assert policy_facts("hub:me/shipped")["source"] == f"hub:me/shipped@{commit}"
     token.add("me/shipped", {})
     assert load_policy("hub:me/shipped") is not None, "one process uses one commit"
@@ -87,7 +88,7 @@ def test_a_branch_is_recorded_as_the_commit_that_it_was(token, monkeypatch):
 def test_a_policy_that_needs_signals_has_no_exported_file_and_says_why(token, tmp_path, capsys):
     config, folder = NetworkConfig(signals=tuple(SIGNALS)[:1]), tmp_path / "signals"
     folder.mkdir()
-    save_scorer(RetentionNetwork(**vars(config)), config, {"host": "nothing"}, folder)
+    save_scorer(RetentionNetwork(config), config, {"host": "nothing"}, folder)
     token.add("me/signals", {path.name: path.read_bytes() for path in folder.iterdir()})
     assert cli.run_guarded("far-env", lambda: commands.export(["hub:me/signals", "--out", str(tmp_path / "p.py")])) == 2
     assert f"this policy needs {config.signals[0]}, which the benchmark does not provide" in capsys.readouterr().err
@@ -136,7 +137,7 @@ def test_what_cannot_be_pushed_is_one_sentence(hub, token, finished, tmp_path, c
         ([str(run), "--to", "hub:me/it"], "only a finished run can be published"),
         ([str(finished), "--to", "me/it"], "'me/it' is no repository; the form is hub:user/name"),
         ([str(finished), "--to", "hub:me/it@main"], "a push makes a new commit; give hub:me/it without @main"),
-        (["pretrained/pan-tigt", "--to", "hub:me/it"], "did you mean 'pretrained/pan-tight'"),
+        (["pretrained/generl", "--to", "hub:me/it"], "did you mean 'pretrained/general'"),
     ):
         assert cli.run_guarded("far-env", lambda args=args: commands.push(args)) == 2
         assert message in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
+from far_env.agents.ppo import PPOStage
 from far_env.agents.trainer import make_workloads, train
 from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.clips.worlds import WORLDS
@@ -134,8 +135,8 @@ def config(tiny_host_folder, tmp_path) -> AgentTraining:
         workload="pan,cuts",
         budget="2,6",
         ppo=PPOSettings(total_timesteps=96, num_envs=4, n_steps=8, batch_size=16, n_epochs=2),
-        imitation=ImitationSettings(rounds=1, clips_per_round=6, epochs=2, candidates=3),
-        network=NetworkConfig(width=16, num_layers=1, memory=True),
+        imitation=ImitationSettings(true_clips=4, rounds=1, clips_per_round=4, epochs=1),
+        network=NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2),
         host=str(tiny_host_folder),
         device="cpu",
         run_dir=str(tmp_path / "run"),
@@ -183,3 +184,17 @@ def test_rows_are_shared_evenly(config):
         train(dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, num_envs=5)))
     assert [workload.name for workload in make_workloads(config)] == ["pan", "cuts"]
     assert make_workload("pan", host=config.host).num_predict == 11
+
+
+def test_a_stage_of_ppo_may_use_some_of_the_workloads(config, tmp_path):
+    some = dataclasses.replace(config.ppo, workload="cuts", num_envs=3)
+    chosen = dataclasses.replace(config, ppo=some)
+    workloads = make_workloads(chosen)
+    stage = PPOStage("PPO", chosen, workloads, (2, 6), some, FrameRetentionVectorEnv, tmp_path)
+    assert [(env.episodes.workload.name, env.num_envs) for env in stage._make_envs()] == [("cuts", 3)]
+    both = dataclasses.replace(stage, config=config, settings=config.ppo)
+    assert [(env.episodes.workload.name, env.num_envs) for env in both._make_envs()] == [("pan", 2), ("cuts", 2)]
+    with pytest.raises(ValueError, match=r"ppo\.workload names orbit, which pan,cuts does not contain"):
+        make_workloads(dataclasses.replace(config, ppo=dataclasses.replace(some, workload="cuts,orbit")))
+    with pytest.raises(ValueError, match=r"surrogate\.num_envs is 3, which 2 workloads cannot share evenly"):
+        make_workloads(dataclasses.replace(config, surrogate=dataclasses.replace(config.ppo, num_envs=3)))

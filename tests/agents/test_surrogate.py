@@ -105,14 +105,14 @@ def test_telescoping_rewards_add_up_and_restored_rows_continue(tiny_workload):
 
 
 def test_the_estimate_ranks_clips_and_policies_as_the_embedded_host_does():
-    workload, clips = make_workload("pan", device="cpu"), range(12)
+    workload, clips = make_workload("pan", device="cpu"), range(8)
     policies = {name: load_policy(name) for name in ("recent_fill", "uniform")}
     real = evaluate(workload, 4, policies, clips, split="train", metrics=("psnr",), progress=False)
     estimated = {}
     for name in policies:
-        env = SurrogateVectorEnv(12, workload, (4,), **{**OPTIONS, "num_clips": 12})
+        env = SurrogateVectorEnv(8, workload, (4,), **{**OPTIONS, "num_clips": 8})
         observations, infos = env.reset(options={"clip_id": list(clips)})
-        agent, done = PolicyAgent(policies[name]), np.zeros(12, dtype=bool)
+        agent, done = PolicyAgent(policies[name]), np.zeros(8, dtype=bool)
         while not done.all():
             observations, _, done, _, infos = env.step(agent.predict(observations, infos))
         estimated[name], measured = infos[ESTIMATE], real.scores[name]["psnr"].flatten()
@@ -137,13 +137,14 @@ SMALL = PPOSettings(total_timesteps=32, num_envs=4, n_steps=4, batch_size=16, n_
 
 
 @pytest.fixture
-def config(tmp_path) -> AgentTraining:
+def config(tmp_path, tiny_host_folder) -> AgentTraining:
     return AgentTraining(
         network=NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2),
         surrogate=SMALL,
         ppo=dataclasses.replace(SMALL, total_timesteps=16, critic_warmup_updates=9),
         reward=RewardSettings(telescoping=True),
         precision="float32",
+        host=str(tiny_host_folder),
         device="cpu",
         train_clips=8,
         validation_clips=2,

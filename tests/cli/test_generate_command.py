@@ -10,6 +10,9 @@ import torch
 from PIL import Image, ImageSequence
 
 from far_env import cli
+from far_env.agents import checkpoints
+from far_env.agents.config import NetworkConfig
+from far_env.agents.network import RetentionNetwork
 from far_env.clips.blank import Blank
 from far_env.clips.video import read_frames
 from far_env.clips.video_writing import is_whole, write_gif, write_mp4
@@ -82,10 +85,15 @@ def test_a_video_is_the_rollout_beside_the_truth(capsys, tiny_host_folder, tmp_p
         assert shuffled > 2 * difference.max(), "other frames are far from these"
 
 
-def test_policies_and_budgets_have_folders_of_their_own_and_share_the_batch(capsys, tiny_host_folder, tmp_path):
-    args = ("--workload", "pan", "--policies", "pretrained/pan-tight,full_history", "--budget", "4,6", "--clips", "1")
+def test_policies_and_budgets_have_folders_of_their_own_and_share_the_batch(capsys, tiny_host_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", tmp_path / "shipped")
+    (tmp_path / "shipped" / "general").mkdir(parents=True)
+    network = RetentionNetwork(NetworkConfig(width=16, num_layers=1))
+    checkpoints.save_scorer(network, network.config, {"trained_on": "nothing"}, tmp_path / "shipped" / "general")
+    tmp_path = tmp_path / "videos"
+    args = ("--workload", "pan", "--policies", "pretrained/general,full_history", "--budget", "4,6", "--clips", "1")
     assert generate(capsys, tiny_host_folder, tmp_path, *args)[0] == 0
-    folders = ("full_history", "pretrained%2Fpan-tight_budget4", "pretrained%2Fpan-tight_budget6")
+    folders = ("full_history", "pretrained%2Fgeneral_budget4", "pretrained%2Fgeneral_budget6")
     assert files(tmp_path) == {f"{folder}/clip0_seed42_trajectory0.mp4" for folder in folders}
     status, out, _ = generate(capsys, tiny_host_folder, tmp_path, *args[:3], "recent_fill", "--clips", "1")
     assert status == 0 and "(1 new)" in out and len(files(tmp_path)) == 4, "more can be added"

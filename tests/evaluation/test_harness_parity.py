@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from far_env.agents import checkpoints
-from far_env.agents.export import export_run
 from far_env.clips.clip import Clip
 from far_env.contract import FrameMeta, TemporalCachePlan, apply_plan
 from far_env.evaluation.benchmark import run_benchmark
@@ -84,17 +81,9 @@ class Recording:
         return plan
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """The policy that was pasted into the harness, exported anew: its file is of another form now."""
-    path = tmp_path_factory.mktemp("export") / "policy.py"
-    export_run(Path(checkpoints.__file__).parent / "pretrained" / "pan-tight", path)
-    return path
-
-
 @pytest.mark.parametrize("run", EXPECTED["runs"], ids=lambda run: f"{run['policy']}-{run['max_frames']}")
-def test_whole_runs_make_the_harness_calls_keep_its_frames_and_score_as_it_does(workload, exported, run):
-    policy = policy_from_file(exported) if run["policy"] == "pan-tight" else load_policy(run["policy"])
+def test_whole_runs_make_the_harness_calls_keep_its_frames_and_score_as_it_does(workload, run):
+    policy = policy_from_file(FOLDER / "pan_tight.py") if run["policy"] == "pan-tight" else load_policy(run["policy"])
     recording = Recording(policy)
     num_clips, tolerance = len(run["psnr"]), EXPECTED["tolerances"]
     played = None if policy is None else recording

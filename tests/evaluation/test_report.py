@@ -195,7 +195,7 @@ def test_the_command_writes_the_page_and_the_plots(tmp_path, capsys):
     assert f"wrote {out}" in capsys.readouterr().out
     data = embedded(out.read_text(encoding="utf-8"))
     assert data["policies"][data["reference"]]["name"] == "learned"
-    stems = ["budget_pan_psnr", "budget_pan_ssim", "frames_pan_b2", "ranking_pan_b2_psnr", "ranking_pan_b2_ssim"]
+    stems = ["budget_pan_psnr", "budget_pan_ssim", "frames_pan_b2", "gaps_pan_b2", "ranking_pan_b2_psnr", "ranking_pan_b2_ssim"]
     expected = sorted(f"{stem}.{kind}" for stem in stems for kind in ("png", "svg"))
     assert sorted(path.name for path in drawn.iterdir()) == expected
     for path in drawn.glob("*.png"):

@@ -372,6 +372,8 @@ def test_policies_that_decided_alike_share_a_row_and_tuned_ones_have_a_column(re
     assert len(names(page, 1)) == 5  # budget 4: six policies, two of which decided alike
     row = page.locator("table.scores").nth(1).locator("tr[data-policy=uniform]")
     assert "= uniform tuned on pan 4" in row.locator("th").inner_text()
+    numbers = page.locator("table.scores").nth(1).locator("tbody tr td:first-child").all_inner_texts()
+    assert numbers == ["1", "2", "3", "4", "5"]
     heads = page.locator("table.scores").nth(1).locator("thead th").all_inner_texts()
     cells = page.locator("table.scores").nth(1).locator("tr[data-policy=learned]").locator("th, td").all_inner_texts()
     assert cells[heads.index("Validation rollouts")] == "trained"

@@ -152,4 +152,6 @@ def test_tables_in_markdown_have_the_rollouts_of_tuned_policies_alone():
     with_swap = markdown_table([summary | {"policies": {"uniform": scores, "t.json": swapped}}]).splitlines()
     assert with_swap[0].endswith("| PSNR swap dB [95 %] |") and with_swap[2].endswith("|  |")
     assert with_swap[3].endswith("| 12.00 [29.00, 31.00] |")
+    learned = summary | {"policy_facts": facts | {"uniform": {"family": "learned"}}}
+    assert markdown_table([learned]).splitlines()[2].endswith("| trained |")
     assert default.endswith("| 0 |") and tuned.endswith("| 77 |") and "| uniform tuned on pan 4 |" in tuned

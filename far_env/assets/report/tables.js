@@ -4,7 +4,9 @@ function rankingTable(data, state, group, rows, actions) {
   const metric = data.metrics[state.metric];
   const reference = group.rows.findIndex((row) => row.policy === state.reference);
   const tuned = data.policies.some((policy) => policy.rollouts);
-  const ranks = new Map(ranked(rows, metric).map((row, place) => [row, hasScore(row, metric) ? place + 1 : null]));
+  // policies that decided alike in every episode share a row: that of the first which is shown
+  const once = rows.filter((row, i) => rows.findIndex((one) => one.same === row.same && one.budget === row.budget) === i);
+  const ranks = new Map(ranked(once, metric).map((row, place) => [row, hasScore(row, metric) ? place + 1 : null]));
   const columns = [
     { key: "rank", title: "#", text: false, value: (row) => ranks.get(row), cell: (row) => [ranks.get(row) ?? "–"] },
     { key: "policy", title: "Policy", text: true, value: (row) => data.policies[row.policy].name.toLowerCase() },
@@ -36,9 +38,7 @@ function rankingTable(data, state, group, rows, actions) {
     },
   ];
   const sort = columns.find((column) => column.key === state.sort.key && column.value) ?? columns[0];
-  // policies that decided alike in every episode share a row: that of the first which is shown
-  const once = rows.filter((row, i) => rows.findIndex((one) => one.same === row.same && one.budget === row.budget) === i);
-  const shown = once.sort((a, b) => {
+  const shown = [...once].sort((a, b) => {
     const [u, v] = [sort.value(a), sort.value(b)];
     if (u === null || v === null) return (u === null) - (v === null);
     return (u < v ? -1 : u > v ? 1 : ranks.get(a) - ranks.get(b)) * state.sort.direction;
@@ -152,7 +152,7 @@ function nameCell(data, state, group, row, actions) {
   const kind = make("span", { class: "kind" }, [policy.family, policy.tier].filter(Boolean).join(", "));
   const others = group.rows.filter((one) => one !== row && one.same === row.same && one.budget === row.budget);
   const same = others.map((one) => ` = ${data.policies[one.policy].name}`).join("");
-  const label = make("span", { class: "label", title: about }, shortened(policy.name, 30), same, kind);
+  const label = make("span", { class: "label", title: about }, shortened(policy.name, 44), same, kind);
   return make("th", { scope: "row", class: "name" }, make("div", { class: "name-cell" }, swatch, label, watch));
 }
 
