@@ -135,10 +135,10 @@ def _stage_cost(
     for name, counts in stage.by_workload.items():
         host, made = hosts[name], rollouts[name]
         host_flops += host_work(counts, host)
-        forward = scorer_flops(config.network, made.nodes if is_ppo else made.mean_nodes, learn=False)
+        forward = scorer_flops(config.network, made.mean_nodes, learn=False)
         speed = made.learn_flops / made.learn_seconds
         if is_ppo:
-            # Scorer and critic decide, and both learn, on graphs padded to the largest.
+            # Scorer and critic decide, mostly at one step of all episodes; both learn, on graphs padded to the largest.
             acting = 2 * forward * counts.decisions
             learning = 2 * scorer_flops(config.network, made.nodes, learn=True) * stage.passes * counts.decisions // total
             cpu_seconds += counts.decisions * made.evict_seconds + counts.compared * made.begin_seconds * is_surrogate
