@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from far_env.agents.ppo import PPOStage
 from far_env.agents.run_costs import host_costs, on_meta, rollout_costs, scorer_flops
 from far_env.agents.surrogate import SurrogateRollouts, comparison_bytes
 from far_env.agents.trainer import Run, checked, train
+from far_env.config import save_yaml
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.host.autoencoder import Autoencoder
 from far_env.rollout.engine import RolloutBatch
@@ -51,7 +53,7 @@ def config(tiny_host_folder, tmp_path) -> AgentTraining:
 
 def run_of(config: AgentTraining) -> Run:
     config, workloads, budgets = checked(config)
-    return Run(config, workloads, budgets, trainer.Path(config.run_dir), {})
+    return Run(config, workloads, budgets, Path(config.run_dir), {})
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_the_counts_are_those_of_the_run(config, spied, options):
             assert stage.total(name) == done[name], (stage.name, name)
     table = counted[-1]
     assert table.total("frames_decoded") >= spied["table"]["frames_decoded"], "policies share frames"
-    logged = [path.read_text().splitlines()[-1] for path in trainer.Path(config.run_dir).rglob("progress_*.csv")]
+    logged = [path.read_text().splitlines()[-1] for path in Path(config.run_dir).rglob("progress_*.csv")]
     assert len(logged) == 2
     assert [stage.total("decisions") for stage in counted if stage.name.startswith("PPO")] == [42, 63]
 
@@ -180,7 +182,7 @@ def test_files_and_memory_are_those_of_a_run(config, capsys):
     config = dataclasses.replace(config, budget=3)
     cost = estimate(run_of(config), 1.0)
     train(config)
-    folder = trainer.Path(config.run_dir)
+    folder = Path(config.run_dir)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".safetensors", ".ckpt"))
     assert cost.disk == pytest.approx(written, rel=0.15)
     rollouts = SurrogateRollouts(make_workload("pan", host=config.host, device="cpu"), 1)
@@ -197,8 +199,8 @@ def test_a_made_rollout_records_as_much_as_a_real_one(tiny_workload):
 
 
 def arguments(config: AgentTraining, *more: str) -> list[str]:
-    path = trainer.Path(config.run_dir).parents[1] / "config.yaml"
-    trainer.save_yaml(config, path)
+    path = Path(config.run_dir).parents[1] / "config.yaml"
+    save_yaml(config, path)
     return ["train", "--config", str(path), *more]
 
 
@@ -237,7 +239,7 @@ def test_what_would_stop_a_run_stops_a_dry_one(config, capsys, change, sentence)
 
 
 def test_folders_that_a_run_refuses_are_refused(config, capsys, tmp_path):
-    folder = trainer.Path(config.run_dir)
+    folder = Path(config.run_dir)
     folder.parent.mkdir()
     folder.write_text("a file")
     assert cli.main(arguments(config, "--dry-run")) == 2
