@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from far_env.agents.config import AgentTraining
 from far_env.agents.options import (
     ExportOptions,
     LearningCurveOptions,
@@ -18,6 +17,7 @@ from far_env.agents.options import (
     RegretOptions,
     ReproduceOptions,
     Sweep,
+    TrainOptions,
 )
 from far_env.config import parse
 
@@ -34,10 +34,15 @@ far-env export RUN_DIR turns it into a benchmark file.
 
 def train(args: Sequence[str], prog: str = "far-env train") -> None:
     """Train a retention policy."""
-    config = parse(AgentTraining, args, prog, TRAIN_DESCRIPTION)
+    options = parse(TrainOptions, args, prog, TRAIN_DESCRIPTION)
+    if options.dry_run:
+        from far_env.agents.dry_run import dry_run
+
+        dry_run(options.settings, options.tflops)
+        return
     from far_env.agents.trainer import train as train_agent
 
-    train_agent(config)
+    train_agent(options.settings)
 
 
 def export(args: Sequence[str]) -> None:

@@ -233,6 +233,9 @@ class AgentTraining:
     """Updates between validations; the scorer with the best mean of the reward's metric on validation clips is kept."""
     test_clips: int = 256
     """Number of test clips of the final table, per workload and budget."""
+    allow_fewer_clips: bool = False
+    """Use all clips of a split that has fewer than these numbers, as a small folder of videos may, and say so, instead of
+    refusing to start. With several workloads, all use as many as the smallest has."""
     table: tuple[str, ...] = ("recent_fill", "recent_window", "random", "full_history")
     """Policies in the final table beside the learned one."""
     clip_options: str | dict = ""

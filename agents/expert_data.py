@@ -34,6 +34,8 @@ DECISIONS_PER_ROLLOUT = 16
 """Single evictions that are recorded in a rollout, chosen at random where there are more."""
 EXPLORATION_PROBABILITY = 0.15
 """Share of evictions from true frames in which a random frame is dropped, not the cheapest, so that histories vary."""
+BATCH_SIZE = 32
+"""Rollouts that are played together."""
 COST_FLOOR = 0.01
 """Error that any host leaves, as a share of the clip's variance."""
 
@@ -157,6 +159,17 @@ class TrueHistories:
         self.kept[row] = [self.kept[row][i] for i in ids]
 
 
+def uses_true_frames(workload: Workload, signals: Sequence[str]) -> bool:
+    """Whether true frames are fed back and no signal is the host's: generating frames would change nothing that is recorded."""
+    return workload.true_feedback and set(signals) <= set(TrueHistories.SIGNALS)
+
+
+def check_true_signals(signals: Sequence[str]) -> None:
+    """Raise ValueError on signals that only rollouts of a host have."""
+    if not set(signals) <= set(TrueHistories.SIGNALS):
+        raise ValueError("true frames have no signals but lat_cos and column_gap")
+
+
 def true_frames(workload: Workload, clip: Clip) -> Tensor:
     """The clip's frames that correspond to a rollout's, (T, 3, H, W), on the host's device."""
     return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
@@ -172,7 +185,7 @@ def collect(
     config: NetworkConfig,
     true_frames: bool,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> ExpertData:
     """Roll train clips out and record, at every decision that matters, what dropping each frame would cost.
@@ -191,8 +204,8 @@ def collect(
     Raises:
         ValueError: if ``true_frames`` is combined with signals that only rollouts have.
     """
-    if true_frames and not set(config.signals) <= set(TrueHistories.SIGNALS):
-        raise ValueError("true frames have no signals but lat_cos and column_gap")
+    if true_frames:
+        check_true_signals(config.signals)
     parts = []
     slots = max(workload.num_context, *budgets) + 1
     description = f"collect decisions in {'true clips' if true_frames else 'rollouts'}"
@@ -270,9 +283,8 @@ def _play(
     host, context, steps = workload.host, workload.num_context, workload.num_predict
     frames = torch.stack([true_frames(workload, clip) for clip in clips])
     latents = host.autoencoder.encode(frames.to(host.dtype)).float()
-    # Where true frames are fed back and no signal is the host's, generating frames would change nothing that is recorded.
     histories: Histories
-    if use_true_frames or (workload.true_feedback and set(config.signals) <= set(TrueHistories.SIGNALS)):
+    if use_true_frames or uses_true_frames(workload, config.signals):
         histories = TrueHistories(latents[clip_of_row], context)
     else:
         histories = RolloutBatch(workload, len(clip_ids), signals=config.signals)

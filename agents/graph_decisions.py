@@ -38,15 +38,16 @@ class Decisions:
 
 
 class GraphDecisions:
-    """The decisions of one workload, with the arrays of a frame graph at every call.
+    """The decisions of one workload, with the arrays of a frame graph at every call that has one.
 
     Measurements of pairs are in half precision, to save memory.
     """
 
     def __init__(self, data: ExpertData, config: NetworkConfig) -> None:
         self.data, self.config = data, config
-        self.arrays: list[dict] = []
-        self.numbers: list[np.ndarray] = []
+        self.arrays: dict[int, dict] = {}
+        self.numbers: dict[int, np.ndarray] = {}
+        decided = set(data.call.tolist())
         rollouts, steps, lengths = data.rollout.tolist(), data.step.tolist(), data.length.tolist()
         features, kept, total_steps = data.features.numpy(), data.kept.numpy(), int(data.total_steps[0])
         frame_signals, pair_signals = data.frame_signals.numpy(), data.pair_signals.numpy()
@@ -57,11 +58,12 @@ class GraphDecisions:
             of_frames = [frame_signals[call, :length, i] for i in range(frame_signals.shape[2])]
             of_pairs = [pair_signals[call, :length, :length, i] for i in range(pair_signals.shape[3])]
             graph.observe_frames(features[call, :length], step, of_frames, of_pairs)
-            arrays = graph.arrays(total_steps - step - 1, int(data.max_frames[rollout]))
-            self.arrays.append({name: _compact(values, name in PAIR_ARRAYS) for name, values in arrays.items()})
-            self.numbers.append(graph.numbers.copy())
+            if call in decided:
+                arrays = graph.arrays(total_steps - step - 1, int(data.max_frames[rollout]))
+                self.arrays[call] = {name: _compact(values, name in PAIR_ARRAYS) for name, values in arrays.items()}
+                self.numbers[call] = graph.numbers.copy()
             graph.keep(np.flatnonzero(kept[call]).tolist())
-        self.sizes = np.array([len(numbers) for numbers in self.numbers])[data.call.numpy()]
+        self.sizes = np.array([len(self.numbers[call]) for call in data.call.tolist()])
 
     def __len__(self) -> int:
         return len(self.data)

@@ -115,38 +115,27 @@ def imitate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
-    rounds = ["true"] * settings.true_rounds + ["rollouts"] * settings.rounds
-    counts = [settings.true_clips, *[settings.clips_per_round] * len(rounds)]
-    shares, precision = clip_shares(workloads), workloads[0].host.dtype
-    rng = np.random.default_rng((seed, 4))
-    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-sum(counts) // num_clips))]).tolist()
+    precision = workloads[0].host.dtype
     decisions: list[GraphDecisions] = []
     weights: Mapping[str, Tensor] | None = None
-    for number, (kind, count) in enumerate(zip(["expert", *rounds], counts, strict=True)):
-        clips, order = order[:count], order[count:]
+    planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips)
+    for number, parts in enumerate(planned):
         scorer_path = folder / f"scorer_{number:02d}.ckpt"
         actor = None if weights is None else network_with_weights(network_config, weights)
-        ends = np.round(np.cumsum(shares) * count).astype(int).tolist()
-        for workload, begin, end in zip(workloads, [0, *ends], ends, strict=False):
-            path = folder / f"{number:02d}_{kind}_{workload.name}.safetensors"
-            share = clips[begin:end]
-            if not share:
-                continue
+        for part in parts:
+            path = folder / f"{number:02d}_{part.kind}_{part.workload.name}.safetensors"
             if not path.exists():
-                true_frames, of_workload = kind != "rollouts", deciding_budgets(workload, budgets)
-                repeats = settings.budgets_per_clip
-                ids = [clip for clip in share for _ in range(repeats)]
                 found = collect(
-                    workload,
-                    ids,
-                    [of_workload[i % len(of_workload)] for i in range(len(ids))],
+                    part.workload,
+                    part.clip_ids,
+                    part.budgets,
                     actor=actor,
                     config=network_config,
-                    true_frames=true_frames,
+                    true_frames=part.true_frames,
                     seed=int(np.random.default_rng((seed, number, 6)).integers(2**31)),
                 )
                 save_weights(vars(found), path)
-            if not scorer_path.exists() or number < len(rounds):
+            if not scorer_path.exists() or number < len(planned) - 1:
                 decisions.append(GraphDecisions(_load(path), network_config))
         checkpoint = folder / f"learning_{number:02d}.ckpt"
         if not scorer_path.exists():
@@ -155,6 +144,48 @@ def imitate(
         checkpoint.unlink(missing_ok=True)
         weights = load_tensors(scorer_path)
     return network_with_weights(network_config, weights)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rollouts of one workload in which decisions are collected together.
+
+    Attributes:
+        kind: expert, true or rollouts: the expert decides on true frames, the scorer does, or it does in rollouts of the host.
+        clip_ids: of the train split, one per rollout. budgets: one per rollout.
+    """
+
+    kind: str
+    workload: Workload
+    clip_ids: list[int]
+    budgets: list[int]
+
+    @property
+    def true_frames(self) -> bool:
+        """Whether no host generates frames because the clip's own are used."""
+        return self.kind != "rollouts"
+
+
+def planned_parts(
+    settings: ImitationSettings, workloads: Sequence[Workload], budgets: Sequence[int], *, seed: int, num_clips: int
+) -> list[list[Part]]:
+    """The parts of each round, those of the expert first; see `imitate`, whose arguments these are."""
+    rounds = ["expert", *["true"] * settings.true_rounds, *["rollouts"] * settings.rounds]
+    counts = [settings.true_clips, *[settings.clips_per_round] * (len(rounds) - 1)]
+    shares, rng = clip_shares(workloads), np.random.default_rng((seed, 4))
+    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-sum(counts) // num_clips))]).tolist()
+    planned = []
+    for kind, count in zip(rounds, counts, strict=True):
+        clips, order = order[:count], order[count:]
+        ends = np.round(np.cumsum(shares) * count).astype(int).tolist()
+        parts = []
+        for workload, begin, end in zip(workloads, [0, *ends], ends, strict=False):
+            of_workload = deciding_budgets(workload, budgets)
+            ids = [clip for clip in clips[begin:end] for _ in range(settings.budgets_per_clip)]
+            if ids:
+                parts.append(Part(kind, workload, ids, [of_workload[i % len(of_workload)] for i in range(len(ids))]))
+        planned.append(parts)
+    return planned
 
 
 def clip_shares(workloads: Sequence[Workload]) -> np.ndarray:

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import re
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import tyro
 
+from far_env.agents.config import AgentTraining
 from far_env.config import require_positive
 from far_env.errors import unknown_name
 
 RANGE_KEYS = ("low", "high", "log", "choices")
+
+
+@dataclass(frozen=True)
+class TrainOptions(AgentTraining):
+    """Settings of a training run, and what the command alone takes."""
+
+    dry_run: bool = False
+    """Check everything that is checked before a run, print what it will cost (clips, rollouts, frames, operations, memory,
+    disk, hours), and end without writing."""
+    tflops: float | None = None
+    """With --dry-run: 10^12 operations per second that the device reaches on this host; by default a short matrix product is
+    timed on it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tflops is not None:
+            require_positive(self, "tflops")
+            if not self.dry_run:
+                raise ValueError("tflops is for the estimate of --dry-run; add that, or leave tflops out")
+
+    @property
+    def settings(self) -> AgentTraining:
+        """Those of the run."""
+        return AgentTraining(**{field.name: getattr(self, field.name) for field in fields(AgentTraining)})
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecMonitor
@@ -73,7 +74,7 @@ class PPOStage:
         if saved is not None and saved["num_timesteps"] >= total:
             return saved["best_weights"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        envs = self._make_envs()
+        envs = self.make_envs()
         model = self._make_model(envs)
         validation = ValidationCheckpoint(self.config, self.chosen_workloads, self.budgets, self.settings, envs, path)
         if saved is not None:
@@ -98,8 +99,12 @@ class PPOStage:
             )
         return saved
 
-    def _make_envs(self) -> list[FrameRetentionVectorEnv]:
-        """Make one vector environment per workload of the stage, with equal shares of the stage's environments."""
+    def make_envs(self) -> list[FrameRetentionVectorEnv]:
+        """Make one vector environment per workload of the stage, with equal shares of the stage's environments.
+
+        Raises:
+            ValueError: on a reward or signals that these environments do not have.
+        """
         reward = self.config.reward
         return [
             self.env_class(
@@ -114,6 +119,11 @@ class PPOStage:
             )
             for workload in self.chosen_workloads
         ]
+
+    def observation_bytes(self, envs: Sequence[FrameRetentionVectorEnv]) -> int:
+        """Bytes of the observation of one row."""
+        parts = EvictionVecEnv(envs, self.config.network).observation_space.spaces.values()
+        return sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in parts)
 
     def _make_model(self, envs: Sequence[FrameRetentionVectorEnv]) -> ResumablePPO:
         """A new model that acts in these environments."""

@@ -61,6 +61,13 @@ class FrameDistances:
         return FrameDistances(*(part.contiguous().numpy() for part in (distance, nearest.to(torch.int16), features, *signals)))
 
 
+def comparison_bytes(workload: Workload) -> int:
+    """What is kept in memory of one clip: its latents and its `FrameDistances`."""
+    channels, height, width = workload.host.latent_shape
+    frames, cells = workload.num_frames, height * width
+    return 4 * frames * channels * cells + frames**2 * ((4 + 2) * cells + 4 * len(FEATURES) + 4 + 4 * width)
+
+
 class SurrogateRollouts(TrueHistories):
     """In place of `far_env.rollout.engine.RolloutBatch`: frames are the clip's true ones, with an estimated error of each cell.
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from far_env.agents.policies import AgentPolicy
 from far_env.agents.ppo import CHECKPOINT_FILE, PPOStage
 from far_env.agents.surrogate import SurrogateVectorEnv
 from far_env.agents.training_callbacks import Weights
+from far_env.clips.clip import SPLITS
 from far_env.config import load_yaml, save_yaml
 from far_env.device import denormals_flushed
 from far_env.envs.rendering import save_comparison
@@ -131,9 +132,7 @@ def opened_run(config: AgentTraining) -> Iterator[Run]:
         ValueError: if something would fail after the training, or if the folder holds another run, is used by another process
             or cannot be written.
     """
-    budgets, workloads = resolve_budgets(config.budget), make_workloads(config)
-    for workload in workloads:
-        _check_fits(config, workload, budgets)
+    config, workloads, budgets = checked(config)
     folder = make_run_dir(config.run_dir)
     with locked(folder), disk_errors(folder):
         check_run_dir(config, folder)
@@ -141,6 +140,22 @@ def opened_run(config: AgentTraining) -> Iterator[Run]:
         save_yaml(config, folder / SETTINGS_FILE)
         save_facts(folder, facts)
         yield Run(config, workloads, budgets, folder, facts)
+
+
+def checked(config: AgentTraining) -> tuple[AgentTraining, list[Workload], tuple[int, ...]]:
+    """The settings with the numbers of clips that there are, the workloads and the budgets.
+
+    Raises:
+        ValueError: if something would fail after the training.
+    """
+    budgets, workloads = resolve_budgets(config.budget), make_workloads(config)
+    for workload in workloads:
+        _check_some_clips(workload)
+    if config.allow_fewer_clips:
+        config = _with_available_clips(config, workloads)
+    for workload in workloads:
+        _check_fits(config, workload, budgets)
+    return config, workloads, budgets
 
 
 def make_workloads(config: AgentTraining) -> list[Workload]:
@@ -175,11 +190,37 @@ def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int
         raise ValueError(
             f"validation_clips is {config.validation_clips}, fewer than the {len(budgets)} budgets that share them"
         )
-    clips_by_split = {"train": config.train_clips, "validation": config.validation_clips, "test": config.test_clips}
-    for split, count in clips_by_split.items():
-        available = workload.clips.num_clips(split)
+    for split in SPLITS:
+        count, available = getattr(config, f"{split}_clips"), workload.clips.num_clips(split)
         if count > available:
             raise ValueError(f"{split}_clips is {count}, but {workload.name}/{split} has {available}")
+
+
+def _check_some_clips(workload: Workload) -> None:
+    """Raise ValueError if a split of the workload is empty."""
+    counts = {split: workload.clips.num_clips(split) for split in SPLITS}
+    played = getattr(workload.clips, "benchmark_clips", None)
+    if 0 not in counts.values():
+        return
+    empty = next(split for split, count in counts.items() if count == 0)
+    reason = "give a folder with more videos"
+    if played is not None and getattr(workload.clips, "protocol", None) == "benchmark":
+        reason = (
+            f"its {counts['test']} videos are clips that the benchmark plays, which are never trained on; give a folder with "
+            f"more than {played + 1} videos"
+        )
+    raise ValueError(f"{workload.name}/{empty} has no clips: {reason}")
+
+
+def _with_available_clips(config: AgentTraining, workloads: Sequence[Workload]) -> AgentTraining:
+    """The settings with at most as many clips as every workload has; prints what there is less of."""
+    fewer = {}
+    for split in SPLITS:
+        wanted, available = getattr(config, f"{split}_clips"), min(workload.clips.num_clips(split) for workload in workloads)
+        if available < wanted:
+            fewer[f"{split}_clips"] = available
+            print(f"{split}_clips is {available}, not {wanted}: there are no more", file=sys.stderr)
+    return replace(config, **fewer)
 
 
 def _scorer_facts(run: Run) -> dict[str, Any]:

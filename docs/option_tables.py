@@ -17,8 +17,10 @@ import tyro
 
 
 def training_settings() -> str:
-    """Every key of a training configuration, with type, default and meaning."""
-    return _settings(command_options(commands()["train"])[0])
+    """Every key of a training configuration, with type, default and meaning; what the command alone takes is left out."""
+    from far_env.agents.config import AgentTraining
+
+    return _settings(AgentTraining)
 
 
 def host_settings() -> str:

@@ -115,6 +115,11 @@ class EpisodeBatch:
         self._features = np.zeros((num_rows, self.num_slots, len(FEATURES)), dtype=np.float32)
         self.raw_signals: list[dict[str, np.ndarray]] = [{} for _ in range(num_rows)]
 
+    @property
+    def picture_bytes(self) -> int:
+        """What the decoded frames of all rows take on the host's device."""
+        return self._pixels.nbytes
+
     def new_rollouts(self, num_rows: int) -> RolloutBatch:
         """The object that generates the frames."""
         return RolloutBatch(self.workload, num_rows, self.memo, self.signals)

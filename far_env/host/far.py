@@ -259,10 +259,11 @@ class FAR(nn.Module):
             counts = torch.tensor(self.token_counts(length, latents), dtype=torch.int64)
             keys[row, : int(counts.sum())] = torch.arange(length).repeat_interleave(counts)
             keys[row, num_tokens:] = length
+        masked = self.slope_scale != 0 or bool((keys < 0).any())
         keys = keys.to(latents.device)
         positions = keys[:, -1:]
         mask = None
-        if self.slope_scale != 0 or bool((keys < 0).any()):
+        if masked:
             mask = self._mask(positions.expand(-1, num_new), keys, (keys >= 0)[:, None].expand(-1, num_new, -1), latents.dtype)
         return NextFrame(memory, self._table(positions, latents), mask)
 
@@ -353,7 +354,7 @@ class FAR(nn.Module):
         """Write keys and values of clean frames at positions start, … over the last tokens of the memory."""
         positions = torch.arange(start, len(counts), device=frames.device)
         keys = torch.arange(len(counts), device=frames.device)
-        keys = keys.repeat_interleave(torch.tensor(counts, device=frames.device))
+        keys = keys.repeat_interleave(torch.tensor(counts, device=frames.device), output_size=sum(counts))
         queries = keys[sum(counts[:start]) :]
         mask = None
         if frames.shape[1] > 1 or self.slope_scale != 0:

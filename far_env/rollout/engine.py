@@ -185,6 +185,10 @@ class RolloutBatch:
                 label=label,
             )
 
+    def cache_bytes(self, row: int) -> int:
+        """Bytes of the keys and values that the row holds."""
+        return sum(block.nbytes for block in self._rows[row].prefix)
+
     def fork(self, row: int, onto: Sequence[int]) -> None:
         """Replace the rows ``onto`` by copies of ``row``. Nothing is computed, and only references are copied."""
         for other in onto:

@@ -191,9 +191,9 @@ def test_a_stage_of_ppo_may_use_some_of_the_workloads(config, tmp_path):
     chosen = dataclasses.replace(config, ppo=some)
     workloads = make_workloads(chosen)
     stage = PPOStage("PPO", chosen, workloads, (2, 6), some, FrameRetentionVectorEnv, tmp_path)
-    assert [(env.episodes.workload.name, env.num_envs) for env in stage._make_envs()] == [("cuts", 3)]
+    assert [(env.episodes.workload.name, env.num_envs) for env in stage.make_envs()] == [("cuts", 3)]
     both = dataclasses.replace(stage, config=config, settings=config.ppo)
-    assert [(env.episodes.workload.name, env.num_envs) for env in both._make_envs()] == [("pan", 2), ("cuts", 2)]
+    assert [(env.episodes.workload.name, env.num_envs) for env in both.make_envs()] == [("pan", 2), ("cuts", 2)]
     with pytest.raises(ValueError, match=r"ppo\.workload names orbit, which pan,cuts does not contain"):
         make_workloads(dataclasses.replace(config, ppo=dataclasses.replace(some, workload="cuts,orbit")))
     with pytest.raises(ValueError, match=r"surrogate\.num_envs is 3, which 2 workloads cannot share evenly"):
