@@ -149,7 +149,8 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
 
 def _workload_label(summary: Mapping[str, Any]) -> str:
     """A workload's name, with the split where it is another than test, and feedback where it is of true frames."""
-    remarks = [summary["split"]] * (summary["split"] != "test") + ["true frames fed back"] * (summary.get("feedback") == TRUE)
+    split = summary.get("split", "test")
+    remarks = [split] * (split != "test") + ["true frames fed back"] * (summary.get("feedback") == TRUE)
     return summary["workload"] + f" ({', '.join(remarks)})" * bool(remarks)
 
 
