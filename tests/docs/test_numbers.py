@@ -141,7 +141,7 @@ def test_a_host_card_agrees_with_the_results(card):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_decibels_in_prose_are_in_the_results(page):
-    """A number of dB in a sentence is a number of RESULTS.md or of a card, rounded; those of the task and of recorded data are named here."""
+    """A number of dB in a sentence is one of RESULTS.md or of a card, rounded; those of the task and of doom are named here."""
     sources = RESULTS + "".join(card.read_text(encoding="utf-8") for card in CARDS)
     measured_values = [abs(float(number)) for number in re.findall(r"[+-]?\d+\.\d+", sources)]
     of_the_task = {"40", "21.8", "22.5", "24.7"}  # the last three are on the card that record writes for doom
