@@ -237,11 +237,11 @@ class _Recorder:
         width = [(0, self.slots - values.shape[axis] if axis < axes else 0) for axis in range(values.ndim)]
         return np.pad(values, width, constant_values=fill)
 
-    def call(self, row: int, step: int, features: np.ndarray, told: tuple, kept: np.ndarray) -> None:
+    def call(self, row: int, step: int, features: np.ndarray, signals: tuple, kept: np.ndarray) -> None:
         """Record a call and the frames that stayed."""
         count = len(features)
-        frame = np.stack([*told[0], np.zeros(count)], axis=-1)[..., :-1].astype(np.float32)
-        pair = np.stack([*told[1], np.zeros((count, count))], axis=-1)[..., :-1].astype(np.float32)
+        frame = np.stack([*signals[0], np.zeros(count)], axis=-1)[..., :-1].astype(np.float32)
+        pair = np.stack([*signals[1], np.zeros((count, count))], axis=-1)[..., :-1].astype(np.float32)
         padded = self.padded(features, 1), self.padded(frame, 1), self.padded(pair, 2), self.padded(kept, 1)
         self.calls.append((row, step, count, *padded))
 
@@ -301,15 +301,15 @@ def _play(
             continue
         features = histories.features(full)
         by_name = histories.signals(full) if config.signals else [{}] * len(full)
-        told = [signal_arrays(signals, config.signals) for signals in by_name]
+        signals = [signal_arrays(of_row, config.signals) for of_row in by_name]
         for index, row in enumerate(full):
-            graphs[row].observe_frames(features[index, : histories.history_length(row)], step, *told[index])
+            graphs[row].observe_frames(features[index, : histories.history_length(row)], step, *signals[index])
         situations = [(graphs[row], budgets[row], steps - step - 1) for row in full]
         scores = None if actor is None else Scores(actor, situations)
         remaining = _evict(recorder, expert, scores, full, graphs, [budgets[row] for row in full], step)
         for index, (row, stays) in enumerate(zip(full, remaining, strict=True)):
             kept = np.flatnonzero(stays).tolist()
-            recorder.call(row, step, features[index, : len(stays)], told[index], stays)
+            recorder.call(row, step, features[index, : len(stays)], signals[index], stays)
             histories.retain(row, kept)
             graphs[row].keep(kept)
     return recorder.data(budgets, steps, expert.similarity)

@@ -25,7 +25,7 @@ def stacked(graphs: Sequence[dict], size: int | None = None) -> tuple[dict, np.n
     size = max(len(graph["ages"]) for graph in graphs) if size is None else size
     batch = {}
     for name in graphs[0]:
-        axes = 0 if name in SHARED_ARRAYS else 2 if name in PAIR_ARRAYS else 1
+        axes = _node_axes(name)
         if not axes:
             batch[name] = np.stack([graph[name] for graph in graphs])
             continue
@@ -40,9 +40,12 @@ def stacked(graphs: Sequence[dict], size: int | None = None) -> tuple[dict, np.n
 
 def trimmed(batch: dict, size: int) -> dict:
     """Batched arrays of `FrameGraph.arrays` with their first ``size`` nodes alone."""
-    cut = slice(size)
-    axes = {name: 0 if name in SHARED_ARRAYS else 2 if name in PAIR_ARRAYS else 1 for name in batch}
-    return {name: values[(slice(None), *(cut,) * axes[name])] for name, values in batch.items()}
+    return {name: values[(slice(None), *(slice(size),) * _node_axes(name))] for name, values in batch.items()}
+
+
+def _node_axes(name: str) -> int:
+    """How many axes of an array of `FrameGraph.arrays` are nodes."""
+    return 0 if name in SHARED_ARRAYS else 2 if name in PAIR_ARRAYS else 1
 
 
 def network_inputs(batch: dict, mask: np.ndarray, config: NetworkConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Collected decisions as batches of network inputs: the calls of `ExpertData`, told again to frame graphs."""
+"""Collected decisions as batches of network inputs: the calls of `ExpertData`, replayed into frame graphs."""
 
 from __future__ import annotations
 

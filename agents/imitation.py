@@ -2,7 +2,7 @@
 
 The label of a decision is not one frame but the cost of every one, because many are equally good: the target is
 softmax(−cost / temperature), the loss its cross-entropy under the scorer's softmax, plus the expected cost. Beside it the
-network learns how similar every two frames really are, of which a policy is told only a part. Rounds of collecting with the
+network learns how similar every two frames really are, of which a policy receives only a part. Rounds of collecting with the
 scorer and learning from all rounds are DAgger: Ross et al., arXiv 1011.0686.
 """
 

@@ -1,9 +1,10 @@
-"""What a policy was told about a clip so far, as arrays: the only builder of a scorer's inputs.
+"""What a policy has received about a clip so far, as arrays: the only builder of a scorer's inputs.
 
 The benchmark compares each kept frame with the one kept before it and with the oldest. Over the calls for a clip, a policy that
-remembers is told part of a similarity matrix: every frame that was ever in the history is a node, and a pair of nodes that were
-once neighbours, or of which one was the oldest, has measurements. `FrameGraph` stores them, `graph_inputs` makes the network's
-inputs. Training, evaluation and exported files use this module; it needs NumPy alone, and exported files contain its source.
+remembers receives part of a similarity matrix: every frame that was ever in the history is a node, and a pair of nodes that
+were once neighbours, or of which one was the oldest, has measurements. `FrameGraph` stores them, `graph_inputs` makes the
+network's inputs. Training, evaluation and exported files use this module; it needs NumPy alone, and exported files contain its
+source.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from far_env.births import FrameBirths
 
 
 class FrameGraph(FrameBirths):
-    """The frames of a clip that a policy has seen, and what it was told about pairs of them.
+    """The frames of a clip that a policy has seen, and what it has received about pairs of them.
 
     Call `observe_frames` at every decision and `keep` after it. See `far_env.births.FrameBirths` for how frames are numbered.
 

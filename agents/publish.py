@@ -194,15 +194,15 @@ def _stages(settings: AgentTraining) -> str:
 
 def _inputs(network: NetworkConfig) -> str:
     """The scorer's inputs."""
-    told = "of each kept frame the benchmark's feature_drift, temporal_similarity and motion_strength; the budget and the step"
-    if network.signals:
-        told += f"; beyond the benchmark {', '.join(network.signals)} of the kept frames, so that it cannot be exported."
-    else:
-        told += "; no pixels, no latents, no attention."
-    remembers = (
-        "It remembers what it was told in all calls for a clip, of dropped frames too: which frames were compared, and how."
+    inputs = (
+        "of each kept frame the benchmark's feature_drift, temporal_similarity and motion_strength; the budget and the step"
     )
-    return f"{told} {remembers}" if network.dropped_frames else told
+    if network.signals:
+        inputs += f"; beyond the benchmark {', '.join(network.signals)} of the kept frames, so that it cannot be exported."
+    else:
+        inputs += "; no pixels, no latents, no attention."
+    remembers = "It remembers what all calls for a clip contained, of dropped frames too: which frames were compared, and how."
+    return f"{inputs} {remembers}" if network.dropped_frames else inputs
 
 
 def _training_time(run: Path, sessions: list[dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from benchmarks.command import run_benchmark
 from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.contract import RetentionPolicy
-from far_env.device import denormals_flushed, peak_memory_mib, synchronize
+from far_env.device import denormals_flushed, peak_memory_mib, product_rate, synchronize
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.far import FAR
 from far_env.host.sampler import sample_next_frame
@@ -147,16 +147,7 @@ def transformer_flops(host: Host, function: Callable[[], object]) -> int:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
     """FLOP/s of a large square matrix product."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    repeats = 4 if device.type == "cpu" else 50
-    for _ in range(2):
-        a @ b
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    synchronize(device)
-    return 2 * size**3 * repeats / (time.perf_counter() - start)
+    return product_rate((size, size, size), dtype, device, 4 if device.type == "cpu" else 50)
 
 
 def run_engine(

@@ -48,7 +48,7 @@ class Options:
     data_dir: str | None = None
     """Folder of recorded clips, for workloads that read them."""
     host: str | None = "embedded_maze"
-    """Whose autoencoder frames are compared with, as policies are told."""
+    """Whose autoencoder frames makes the latents from which policies get their features."""
     clip_options: dict[str, str] = field(default_factory=dict)
     """Further options of the clips."""
 

@@ -142,6 +142,24 @@ def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterato
     seconds[name] = time.perf_counter() - start
 
 
+def product_rate(sides: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    """Floating-point operations per second of matrix products of random numbers on the device.
+
+    Args:
+        sides: rows of the first factor, columns of it (rows of the second), and columns of the second.
+        repeats: products that are timed together.
+    """
+    rows, inner, columns = sides
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+    for _ in range(2):  # the first ones take longer
+        a @ b
+    seconds: dict[str, float] = {}
+    with timed(seconds, "products", device):
+        for _ in range(repeats):
+            a @ b
+    return 2 * rows * inner * columns * repeats / seconds["products"]
+
+
 def _product_seconds(dtype: torch.dtype) -> float:
     """The fastest of five matrix products on the CPU, of a size that the embedded host has."""
     a, b = torch.ones(2048, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Made rollouts for tests of scorers: frames without a host, and what a policy is told of them at every call."""
+"""Made rollouts for tests of scorers: frames without a host, and what a policy receives of them at every call."""
 
 from __future__ import annotations
 

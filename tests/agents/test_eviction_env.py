@@ -59,7 +59,7 @@ def random_actions(env: EvictionVecEnv, rng: np.random.Generator) -> np.ndarray:
 
 
 class Row:
-    """A row by itself: a single environment that gets keep masks, and a graph that is told what a policy would be."""
+    """A row by itself: a single environment that gets keep masks, and a graph that receives what a policy would."""
 
     def __init__(self, workload: Workload, config: NetworkConfig, seed: int) -> None:
         self.env = FrameRetentionEnv(workload, BUDGETS[workload.name], signals=config.signals, **OPTIONS)

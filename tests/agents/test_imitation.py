@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_each_decision_by_its_formula(decisions):
     assert mean_regret(network, batch) == pytest.approx(np.mean(regrets), rel=1e-4)
 
 
-def test_a_few_decisions_are_learned_by_heart(decisions):
+def test_a_few_decisions_are_learned_exactly(decisions):
     network = fit([decisions], NETWORK, ImitationSettings(epochs=80, batch_size=64, learning_rate=2e-2), seed=0)
     torch.manual_seed(0)
     everything = decisions.batch(np.arange(len(decisions)))

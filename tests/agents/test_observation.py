@@ -15,8 +15,8 @@ from tests.agents.made_rollouts import Call, MadeClip, made_clip
 PAIR_SIGNALS, FRAME_SIGNALS = ("column_gap", "key_cos", "lat_cos"), ("attn_mass", "expected_mass")
 
 
-class Told:
-    """What a policy was told, by true frame number, from the latents: a slow `FrameGraph` in double precision."""
+class SlowGraph:
+    """What a policy has received, by true frame number, from the latents: a slow `FrameGraph` in double precision."""
 
     def __init__(self, clip: MadeClip, max_nodes: int) -> None:
         self.clip, self.max_nodes = clip, max_nodes
@@ -31,7 +31,7 @@ class Told:
         cosine = one @ other / np.sqrt((one @ one) * (other @ other))
         return 1 - max(cosine, 0.0), np.abs(one - other).mean()
 
-    def hear(self, call: Call) -> None:
+    def observe(self, call: Call) -> None:
         history = call.numbers
         for number in history:
             self.last_seen[number] = history[-1]
@@ -94,7 +94,7 @@ class Told:
         return np.array(nodes, dtype=np.float64), np.array(edges, dtype=np.float64).reshape(len(nodes), len(nodes), -1)
 
 
-def hear(graph: FrameGraph, call: Call, names: tuple = ()) -> None:
+def observe(graph: FrameGraph, call: Call, names: tuple = ()) -> None:
     graph.observe_frames(call.features, call.step, *signal_arrays(call.signals, names))
 
 
@@ -117,17 +117,17 @@ CASES = {
 @pytest.mark.parametrize(("context", "predict", "budget", "fewest", "dropped", "names"), CASES.values(), ids=CASES)
 def test_inputs_are_those_of_a_slow_graph_from_the_true_latents(context, predict, budget, fewest, dropped, names):
     clip = made_clip(context + predict, context, predict)
-    graph, told = FrameGraph(dropped), Told(clip, 64 if dropped else 0)
+    graph, slow = FrameGraph(dropped), SlowGraph(clip, 64 if dropped else 0)
     sizes, shares = [], []
     for number, call in enumerate(clip.calls(budget, 3, names, fewest)):
-        hear(graph, call, names)
-        told.hear(call)
-        assert graph.births == call.numbers and graph.numbers.tolist() == sorted(told.last_seen)
+        observe(graph, call, names)
+        slow.observe(call)
+        assert graph.births == call.numbers and graph.numbers.tolist() == sorted(slow.last_seen)
         sizes.append(len(graph.numbers))
         shares.append(graph.known[..., 0].mean())
         if len(graph.numbers) < 40 or number % 45 == 0:  # the slow one takes its time
             nodes, edges = inputs_of(graph, clip, call, budget)
-            expected_nodes, expected_edges = told.inputs(call, budget, names)
+            expected_nodes, expected_edges = slow.inputs(call, budget, names)
             np.testing.assert_allclose(nodes, expected_nodes, atol=2e-4)
             np.testing.assert_allclose(edges[..., :9], expected_edges[..., :9], atol=2e-4)
             # The finest comparison magnifies rounding a hundred times.
@@ -142,7 +142,7 @@ def test_the_widths_are_those_that_the_class_declares():
     for chosen in ((), names):
         graph = FrameGraph()
         call = next(clip.calls(4, 0, chosen))
-        hear(graph, call, chosen)
+        observe(graph, call, chosen)
         nodes, edges = inputs_of(graph, clip, call, 4)
         assert nodes.shape == (6, FrameGraph.NODE_INPUTS + 2 * (len(chosen) > 0))
         assert edges.shape == (6, 6, FrameGraph.EDGE_INPUTS + 4 * (len(chosen) > 0))
@@ -154,20 +154,20 @@ def test_of_too_many_frames_those_dropped_longest_ago_are_forgotten_and_kept_one
     clip = made_clip(1, num_context=70, num_predict=10)
     graph = FrameGraph()
     for call in clip.calls(budget, 0):
-        hear(graph, call)
+        observe(graph, call)
         assert set(call.numbers) <= set(graph.numbers.tolist())
         assert len(graph.numbers) == max(64, len(call.numbers))
         graph.keep(call.kept)
     assert len(graph.numbers) == expected
 
 
-def told_graphs(clip: MadeClip, scale=(1.0, 1.0), **options) -> list[dict]:
+def seen_graphs(clip: MadeClip, scale=(1.0, 1.0), **options) -> list[dict]:
     """Arrays at every call, with the changes 1 − cosine and motion multiplied."""
     graph, arrays = FrameGraph(**options), []
     for call in clip.calls(4, 5, fewest=2):
         call.features[1:, 2] = 1 - scale[0] * (1 - call.features[1:, 2])
         call.features[:, 3] *= scale[1]
-        hear(graph, call)
+        observe(graph, call)
         arrays.append(graph.arrays(clip.total_steps - call.step - 1, 4))
         graph.keep(call.kept)
     return arrays
@@ -176,8 +176,8 @@ def told_graphs(clip: MadeClip, scale=(1.0, 1.0), **options) -> list[dict]:
 def test_inputs_do_not_depend_on_the_units_of_changes_unless_they_are_asked_to():
     """An autoencoder with another factor on its latents changes motion alone; one with other contrasts, cosines as well."""
     clip, unscaled = made_clip(2), NetworkConfig(scaled=False)
-    plain = told_graphs(clip)
-    for other in (told_graphs(made_clip(2, scale=7.0)), told_graphs(clip, (1.0, 3.0)), told_graphs(clip, (0.25, 1.0))):
+    plain = seen_graphs(clip)
+    for other in (seen_graphs(made_clip(2, scale=7.0)), seen_graphs(clip, (1.0, 3.0)), seen_graphs(clip, (0.25, 1.0))):
         for one, changed in zip(plain, other, strict=True):
             for value, expected in zip(graph_inputs(changed), graph_inputs(one), strict=True):
                 np.testing.assert_allclose(value, expected, atol=2e-3)
@@ -189,13 +189,13 @@ def test_the_scale_is_of_consecutive_frames_so_far_each_counted_once():
     clip = made_clip(3)
     graph, pairs = FrameGraph(), set()
     for call in clip.calls(4, 2):
-        hear(graph, call)
+        observe(graph, call)
         pairs |= {(i, j) for i, j in zip(call.numbers, call.numbers[1:], strict=False) if j == i + 1}
-        changes = np.array([Told(clip, 64).change(*pair) for pair in pairs])
+        changes = np.array([SlowGraph(clip, 64).change(*pair) for pair in pairs])
         np.testing.assert_allclose(graph.arrays(1, 4)["scale"], changes.mean(axis=0), rtol=1e-4)
         assert graph.total[2] == len(pairs)
         graph.keep(call.kept)
-    assert len(pairs) == 15, "the newest frame and the one before it are always told"
+    assert len(pairs) == 15, "the newest frame and the one before it are always known"
 
 
 def test_a_call_that_cannot_follow_begins_a_clip():
@@ -203,12 +203,12 @@ def test_a_call_that_cannot_follow_begins_a_clip():
     again = [calls[0], calls[3], next(made_clip(5, 8).calls(4, 0))]
     graph = FrameGraph()
     for call in calls[:3]:
-        hear(graph, call)
+        observe(graph, call)
         graph.keep(call.kept)
     for call in again:
         fresh = FrameGraph()
-        hear(graph, call)
-        hear(fresh, call)
+        observe(graph, call)
+        observe(fresh, call)
         one, other = graph.arrays(3, 4), fresh.arrays(3, 4)
         for name, value in one.items():
             np.testing.assert_array_equal(value, other[name])
@@ -221,7 +221,7 @@ def test_a_still_clip_and_a_history_of_one_frame_give_finite_inputs():
     for clip, budget in ((still, 4), (still, 1), (made_clip(0, 1, 5), 1)):
         graph = FrameGraph()
         for call in clip.calls(budget, 0):
-            hear(graph, call)
+            observe(graph, call)
             for values in inputs_of(graph, clip, call, budget):
                 assert np.isfinite(values).all() and np.abs(values).max() < 3
             graph.keep(call.kept)
@@ -233,7 +233,7 @@ def test_padding_is_behind_the_nodes_and_changes_no_input():
     for seed, context in enumerate((5, 9, 20)):
         graph, clip = FrameGraph(), made_clip(seed, context, 11)
         for call in clip.calls(4, seed, names):
-            hear(graph, call, names)
+            observe(graph, call, names)
             arrays = graph.arrays(clip.total_steps - call.step - 1, 4)
             if call.step == 2 * seed:
                 graphs.append(arrays)
