@@ -47,7 +47,14 @@ class EvaluateOptions:
     split: str = "test"
     """train, validation or test."""
     clips: int = 256
-    """Number of clips, from the first of the split on."""
+    """Number of clips."""
+    first_clip: int = 0
+    """The first of them; by default the first of the split."""
+    runs: str = ""
+    """Rows that are the mean over several training runs, in YAML: --runs '{mine: [runs/seed0, runs/seed1, runs/seed2]}'.
+    Their policies need not be among --policies; intervals of such a row are over clips and runs."""
+    robust: bool = False
+    """Add columns of the interquartile mean of PSNR and of the probability of improvement; JSON always has them."""
     metrics: str = "psnr,ssim,lpips"
     """Comma-separated: psnr, ssim, lpips; far_psnr and far_lpips, as FAR's tables have them; fvd, of all videos together."""
     intervene: str = "none"
@@ -89,7 +96,7 @@ def evaluate(args: Sequence[str]) -> int:
     """Compare policies on the same clips with the same noise."""
     options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
     from far_env.clips.clip import check_clip_options
-    from far_env.evaluation.comparison import tabulate
+    from far_env.evaluation.comparison import check_runs, tabulate, with_runs
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.evaluation.fvd import FVD, FeatureStore, VideoFeatures, fvd_unavailable, with_fvd
     from far_env.evaluation.records import cell, session_precision
@@ -97,6 +104,13 @@ def evaluate(args: Sequence[str]) -> int:
     from far_env.workloads import make_workload, resolve_budget
 
     names = split_list(options.policies, "policies", "policy")
+    runs = check_runs(parse_mapping(options.runs, "runs"), "--runs")
+    names = list(dict.fromkeys([*names, *(name for members in runs.values() for name in members)]))
+    if clash := runs.keys() & {*names}:
+        raise ValueError(f"--runs: {min(clash)} is the name of a policy too; give the row another name")
+    if options.first_clip < 0:
+        raise ValueError(f"first-clip must be at least 0, got {options.first_clip}")
+    clip_ids = range(options.first_clip, options.first_clip + options.clips)
     budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in split_list(options.budget, "budget", "budget")})
     limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
@@ -134,7 +148,7 @@ def evaluate(args: Sequence[str]) -> int:
             workloads,
             limited,
             policies,
-            range(options.clips),
+            clip_ids,
             seeds=noise_seeds,
             split=options.split,
             metrics=clip_metrics,
@@ -156,13 +170,14 @@ def evaluate(args: Sequence[str]) -> int:
     played = [where for where in cells if any((name, cell(*where)) not in failed for name in policies)]
     if not played:
         raise PolicyError(next(iter(failed.values())))
-    selection = {"clip_ids": range(options.clips), "seeds": seeds, "trajectories": options.trajectories}
+    selection = {"clip_ids": clip_ids, "seeds": seeds, "trajectories": options.trajectories}
     selection["seconds"] = seconds if len(cells) == 1 else None
     tables = [tabulate(results, name, budget, **selection) for name, budget in played]
     if FVD in metrics:
         tables = [with_fvd(table, features, no_fvd, seeds, budget) for table, (_, budget) in zip(tables, played, strict=True)]
+    tables = [with_runs(table, runs) for table in tables]
     if options.json is None:
-        print(_text(tables))
+        print(_text(tables, options.robust))
         if options.out is not None:
             print(f"\n{len(results.records)} records in {options.out}")
     elif options.json == "-":
@@ -224,11 +239,11 @@ def _load_policies(
     return policies, optional
 
 
-def _text(tables: Sequence[Evaluation]) -> str:
+def _text(tables: Sequence[Evaluation], robust: bool) -> str:
     from far_env.evaluation.table import pooled_table, results_table
 
-    parts = [results_table(table) for table in tables]
-    if len(tables) > 1 and (pooled := pooled_table(tables)):
+    parts = [results_table(table, robust=robust) for table in tables]
+    if len(tables) > 1 and (pooled := pooled_table(tables, robust=robust)):
         parts.append(pooled)
     return "\n\n".join(parts)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
+from far_env.errors import short
 from far_env.evaluation.aggregate import alike, collect_episodes
 from far_env.evaluation.records import Record, Results, cell
-from far_env.evaluation.statistics import Interval, iqm_interval, mean_interval
+from far_env.evaluation.statistics import Interval, improvement_interval, iqm_interval, mean_interval, sign_flip_p
 from far_env.metrics import LOWER_IS_BETTER
 from far_env.rollout.noise import seeds_text, trajectory_seeds
 
@@ -31,6 +32,8 @@ class Evaluation:
         trajectories: continuations of every clip for each noise seed.
         fvd: policy name → FVD of every noise seed, float64 (seeds,), see `far_env.evaluation.fvd`; empty where it was not asked
             for or cannot be computed.
+        runs: name of a row that is the mean over several training runs → the policies that it stands for, see `with_runs`. Its
+            scores are (clips, runs · seeds), those of one run together.
     """
 
     clip_ids: list[int]
@@ -43,6 +46,11 @@ class Evaluation:
     policies: dict[str, dict[str, str]] = field(default_factory=dict)
     trajectories: int = 1
     fvd: dict[str, np.ndarray] = field(default_factory=dict)
+    runs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def num_runs(self, policy: str) -> int:
+        """Number of training runs that a row is of."""
+        return len(self.runs.get(policy, (policy,)))
 
     def best(self, policy: str, metric: str) -> np.ndarray:
         """The best of every clip's trajectories, float64 (clips, seeds)."""
@@ -51,23 +59,34 @@ class Evaluation:
         return scores.min(axis=2) if metric in LOWER_IS_BETTER else scores.max(axis=2)
 
     def difference(self, policy: str, reference: str, metric: str = "psnr") -> np.ndarray:
-        """Paired differences (clips, seeds) of one policy to another."""
-        return self.scores[policy][metric] - self.scores[reference][metric]
+        """Paired differences (clips, runs · seeds) of one policy to another, each run with the same other one."""
+        return self.scores[policy][metric] - np.tile(self.scores[reference][metric], self.num_runs(policy))
 
     def summary(self, reference: str = "recent_fill") -> dict[str, object]:
-        """Plain values for JSON: per policy and metric mean, low, high, n, and the paired PSNR difference to ``reference``.
+        """Plain values for JSON: per policy and metric mean, low, high and n, and for PSNR the interquartile mean (psnr_iqm).
 
-        With several trajectories, a metric is the mean over them, and ``best_`` with its name that of every clip's best.
+        The paired PSNR difference to ``reference`` (psnr_minus_…) has a p value (psnr_minus_…_p, of `sign_flip_p`) and a
+        probability of improvement (psnr_above_…). With several trajectories, a metric is the mean over them, and ``best_`` with
+        its name that of every clip's best.
         """
         policies: dict[str, dict[str, object]] = {}
         for name, columns in self.scores.items():
-            policies[name] = {metric: asdict(mean_interval(values)) for metric, values in columns.items()}
+            runs = self.num_runs(name)
+            policies[name] = {metric: asdict(mean_interval(values, runs=runs)) for metric, values in columns.items()}
+            if "psnr" in columns:
+                policies[name]["psnr_iqm"] = asdict(iqm_interval(columns["psnr"], runs=runs))
             if self.trajectories > 1:
-                policies[name] |= {f"best_{metric}": asdict(mean_interval(self.best(name, metric))) for metric in columns}
+                best = {metric: mean_interval(self.best(name, metric), runs=runs) for metric in columns}
+                policies[name] |= {f"best_{metric}": asdict(interval) for metric, interval in best.items()}
             if name in self.fvd:
                 policies[name]["fvd"] = {**_mean_and_deviation(self.fvd[name]), "by_seed": self.fvd[name].tolist()}
             if "psnr" in columns and reference in self.scores and name != reference:
-                policies[name][f"psnr_minus_{reference}"] = asdict(mean_interval(self.difference(name, reference)))
+                difference = self.difference(name, reference)
+                policies[name] |= {
+                    f"psnr_minus_{reference}": asdict(mean_interval(difference, runs=runs)),
+                    f"psnr_minus_{reference}_p": sign_flip_p(difference),
+                    f"psnr_above_{reference}": asdict(improvement_interval(difference, runs=runs)),
+                }
         return {
             "policies": policies,
             "decision_ms": self.decision_ms,
@@ -75,6 +94,7 @@ class Evaluation:
             "failed": self.failed,
             "alike": self.alike,
             "policy_facts": self.policies,
+            "runs": {name: list(members) for name, members in self.runs.items()},
             **self.provenance,
         }
 
@@ -124,6 +144,7 @@ def tabulate(
         **_common_facts([record for episodes in complete.values() for record in episodes.records.values()]),
         "split": settings.split,
         "clips": len(clip_ids),
+        "first_clip": min(requested),
         "trajectories": trajectories,
     }
     if left_out:
@@ -147,12 +168,71 @@ def tabulate(
     )
 
 
+def with_runs(table: Evaluation, rows: Mapping[str, Sequence[str]]) -> Evaluation:
+    """The evaluation with one row in place of several training runs of a configuration: the mean over them.
+
+    Intervals of such a row are over clips and runs. A row of which a run has no scores is among the failed ones.
+
+    Args:
+        rows: name of the row → its policies.
+    """
+    scores, facts = dict(table.scores), dict(table.policies)
+    costs, failed, fvd, alike = dict(table.decision_ms), dict(table.failed), dict(table.fvd), dict(table.alike)
+    for row, members in rows.items():
+        if lacking := [name for name in members if name not in table.scores]:
+            failed[row] = f"{lacking[0]} has no scores: {table.failed.get(lacking[0], 'it was not played')}"
+            continue
+        metrics = table.scores[members[0]]
+        scores[row] = {metric: np.concatenate([table.scores[name][metric] for name in members], axis=1) for metric in metrics}
+        first = table.policies.get(members[0], {})
+        facts[row] = {**{key: first[key] for key in ("family", "tier") if key in first}, "note": runs_text(members)}
+        if timed := [table.decision_ms[name] for name in members if name in table.decision_ms]:
+            costs[row] = float(np.mean(timed))
+        if all(name in table.fvd for name in members):
+            fvd[row] = np.concatenate([table.fvd[name] for name in members])
+    replaced = {name for members in rows.values() for name in members}
+
+    def kept(values: dict) -> dict:
+        return {name: value for name, value in values.items() if name not in replaced}
+
+    return replace(
+        table,
+        scores=kept(scores),
+        policies=kept(facts),
+        decision_ms=kept(costs),
+        failed=kept(failed),
+        fvd=kept(fvd),
+        alike={name: other for name, other in kept(alike).items() if other not in replaced},
+        runs={row: tuple(members) for row, members in rows.items() if row in scores},
+    )
+
+
+def check_runs(rows: Mapping[str, object], where: str) -> dict[str, tuple[str, ...]]:
+    """The rows of `with_runs` from what a user gave.
+
+    Raises:
+        ValueError: naming the place, if a row is no list of two or more different policies.
+    """
+    for row, members in rows.items():
+        is_list = isinstance(members, list | tuple) and all(isinstance(name, str) for name in members)
+        if not is_list or len(members) < 2 or len(set(members)) < len(members):
+            raise ValueError(f"{where}: {row} needs a list of two or more different policies, got {short(members)}")
+    if both := rows.keys() & {name for members in rows.values() for name in members}:
+        raise ValueError(f"{where}: {min(both)} is the name of a row and of a policy; give the row another name")
+    return {str(row): tuple(members) for row, members in rows.items()}
+
+
+def runs_text(members: Sequence[str]) -> str:
+    """What a row of several training runs is."""
+    return f"mean over {len(members)} training runs: {', '.join(members)}"
+
+
 def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill") -> dict[str, dict[str, Interval]]:
     """All tables as one, for the policies that are in each: interquartile means of PSNR and of its paired difference.
 
     Returns:
-        Policy → ``psnr_iqm`` and, where ``reference`` is there, ``psnr_minus_{reference}_iqm``, each with its interval; empty
-        where PSNR was not computed.
+        Policy → ``psnr_iqm`` and, where ``reference`` is there, ``psnr_minus_{reference}_iqm`` and ``psnr_above_{reference}``
+        (the probability of improvement), each with its interval; empty where PSNR was not computed.
     """
     workloads: dict[str, list[Evaluation]] = {}
     for table in tables:
@@ -160,11 +240,14 @@ def pooled_summary(tables: Sequence[Evaluation], reference: str = "recent_fill")
     names = [name for name in tables[0].scores if all("psnr" in table.scores.get(name, {}) for table in tables)]
     pooled: dict[str, dict[str, Interval]] = {}
     for name in names:
-        values = [_side_by_side([table.scores[name]["psnr"] for table in group]) for group in workloads.values()]
-        pooled[name] = {"psnr_iqm": iqm_interval(*values)}
+        runs = tables[0].num_runs(name)
+        values = [_side_by_side([table.scores[name]["psnr"] for table in group], runs) for group in workloads.values()]
+        pooled[name] = {"psnr_iqm": iqm_interval(*values, runs=runs)}
         if reference in names and name != reference:
-            changes = [_side_by_side([table.difference(name, reference) for table in group]) for group in workloads.values()]
-            pooled[name][f"psnr_minus_{reference}_iqm"] = iqm_interval(*changes)
+            differences = [[table.difference(name, reference) for table in group] for group in workloads.values()]
+            changes = [_side_by_side(group, runs) for group in differences]
+            pooled[name][f"psnr_minus_{reference}_iqm"] = iqm_interval(*changes, runs=runs)
+            pooled[name][f"psnr_above_{reference}"] = improvement_interval(*changes, runs=runs)
     return pooled
 
 
@@ -173,9 +256,10 @@ def _mean_and_deviation(values: np.ndarray) -> dict[str, float | None]:
     return {"mean": float(values.mean()), "deviation": float(values.std(ddof=1)) if len(values) > 1 else None}
 
 
-def _side_by_side(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """Several budgets of the same clips as one (clips, budgets × seeds)."""
-    return np.concatenate(matrices, axis=1)
+def _side_by_side(matrices: Sequence[np.ndarray], runs: int) -> np.ndarray:
+    """Several budgets of the same clips, each (clips, runs · seeds), as one (clips, runs · budgets · seeds)."""
+    together = np.concatenate([matrix.reshape(len(matrix), runs, -1) for matrix in matrices], axis=2)
+    return together.reshape(len(together), -1)
 
 
 def _common_facts(records: Sequence[Record]) -> dict[str, object]:
