@@ -181,7 +181,9 @@ class ReproduceOptions:
     """Measure tables of RESULTS.md again and replace them in it; without a table, list the tables and their costs."""
 
     tables: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names of tables, or "all"."""
+    """Names of tables."""
+    all: bool = False
+    """All tables, from one commit: a changed source tree and episodes of another commit are refused."""
     from_scratch: bool = False
     """First train the tables' learned policies, in run folders, and compare those instead of the shipped ones."""
     clips: int | None = None

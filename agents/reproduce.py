@@ -2,40 +2,40 @@
 
 A file (configs/results.yaml) describes what each table compares and how its learned policies are trained. Episodes are kept in
 a folder per table, so a table that was stopped is resumed; then the text between the table's two marks in RESULTS.md is
-replaced.
+replaced. All tables together are of one commit: the source tree has to be clean, and episodes of another commit are refused.
 """
 
 from __future__ import annotations
 
 import re
-import reprlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from far_env.agents.checkpoints import PRETRAINED, WEIGHTS_FILE
+from far_env.agents.checkpoints import WEIGHTS_FILE
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import ReproduceOptions
+from far_env.agents.results_tables import HALVINGS, Part, Table, listing, load_tables
 from far_env.agents.trainer import check_run_dir, train
-from far_env.cli.console import keeping_episodes
-from far_env.config import config_path, from_dict, load_yaml, parse, require_positive
+from far_env.cli.console import keeping_episodes, remark
+from far_env.clips.clip import check_clip_id
+from far_env.config import config_path, parse, require_positive
 from far_env.contract import RetentionPolicy
-from far_env.errors import unknown_name
-from far_env.evaluation.comparison import tabulate
+from far_env.errors import ClipIdError, unknown_name
+from far_env.evaluation.comparison import runs_text, tabulate, with_runs
 from far_env.evaluation.evaluate import evaluate_grid
 from far_env.evaluation.ranking import select_policies
-from far_env.evaluation.records import RECORDS_FILE
-from far_env.evaluation.table import markdown_table, source_lines
+from far_env.evaluation.records import RECORDS_FILE, SETTINGS_FILE, load
+from far_env.evaluation.table import comparisons_of, family_line, markdown_table, source_lines
+from far_env.evaluation.tuning import tune_into
 from far_env.io import make_run_dir, write_text
-from far_env.policies import FULL_HISTORY, load_policy, policy_facts
-from far_env.provenance import load_facts, save_facts
-from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import WORKLOADS, make_workload
+from far_env.policies import load_policy, policy_facts
+from far_env.provenance import load_facts, require_commit, save_facts
+from far_env.workloads import Workload, make_workload
 
-ALL = "all"
 METRICS = ("psnr", "ssim")
 """Those that every machine can compute, so that tables have the same columns everywhere."""
 HEADING = """\
@@ -45,83 +45,26 @@ Measured by `far-env reproduce`, which replaces the text between a table's marks
 """
 
 
-@dataclass(frozen=True)
-class Part:
-    """Policies on the same clips with the same noise, for each of the workloads and budgets."""
-
-    workloads: tuple[str, ...]
-    budgets: tuple[int, ...]
-    policies: tuple[str, ...]
-    clips: int = 512
-    """Number of clips, from the first of the split on."""
-    split: str = "test"
-    """train, validation, test, or another split of the workload's clips."""
-    seeds: tuple[int, ...] = (BENCHMARK_SEED,)
-    """Clip i is played with the noise seeds s + i."""
-    precision: str = "float32"
-    host: str | None = None
-    """By default the workload's."""
-    feedback: str | bool | None = None
-    """generated or true; by default the workload's."""
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames that are generated; full history is played once, whatever the number of budgets."""
-        limited = [name for name in self.policies if name != FULL_HISTORY]
-        rollouts = len(self.budgets) * len(limited) + len(self.policies) - len(limited)
-        predicted = sum(WORKLOADS[name].num_predict for name in self.workloads)
-        return predicted * rollouts * self.clips * len(self.seeds)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of results."""
-
-    caption: str
-    parts: tuple[Part, ...]
-    reference: str = "recent_fill"
-    """The policy that the others are compared with, clip by clip."""
-
-    @property
-    def policies(self) -> list[str]:
-        """The policies of all parts, each once."""
-        return list(dict.fromkeys(name for part in self.parts for name in part.policies))
-
-    def limited(self, clips: int | None) -> Table:
-        """The table with at most so many clips."""
-        if clips is None:
-            return self
-        return replace(self, parts=tuple(replace(part, clips=min(clips, part.clips)) for part in self.parts))
-
-    def renamed(self, names: Mapping[str, str]) -> Table:
-        """The table with policies renamed, by old name."""
-        parts = [replace(part, policies=tuple(names.get(name, name) for name in part.policies)) for part in self.parts]
-        return replace(self, parts=tuple(parts), reference=names.get(self.reference, self.reference))
-
-
-@dataclass(frozen=True)
-class ResultsFile:
-    """The file of tables: tables by name, and learned policy → arguments of train_agent.py that train it."""
-
-    tables: dict
-    agents: dict = field(default_factory=dict)
-
-
 def reproduce(options: ReproduceOptions) -> None:
     """Measure tables and write them into the results file; without a table, print the list of them."""
     require_positive(options, "batch_size", *(["clips"] if options.clips is not None else []))
     all_tables, agents = load_tables(config_path(options.file))
     tables = {name: table.limited(options.clips) for name, table in all_tables.items()}
-    if not options.tables:
+    if options.all and options.tables:
+        raise ValueError(f"--all measures every table; give either --all or names, not also {', '.join(options.tables)}")
+    if not options.tables and not options.all:
         print(listing(tables))
         return
     for name in options.tables:
-        if name not in (*tables, ALL):
-            raise ValueError(unknown_name("table", name, [*tables, ALL]))
-    names = list(tables) if ALL in options.tables else list(dict.fromkeys(options.tables))
+        if name not in tables:
+            raise ValueError(f"{unknown_name('table', name, list(tables))}; --all measures all of them")
+    names = list(tables) if options.all else list(dict.fromkeys(options.tables))
     path = Path(options.out)
     for name in names:
         put_section(read_results(path), name, "")
+    if options.all:
+        _check_commit(names, Path(options.episodes))
+    _check_workloads({name: tables[name] for name in names}, options.device)
     trained = {}
     if options.from_scratch:
         learned = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
@@ -129,54 +72,21 @@ def reproduce(options: ReproduceOptions) -> None:
     trained_by = {trained.get(name, name): arguments for name, arguments in agents.items()}
     policies = _load({name: tables[name].renamed(trained) for name in names}, trained_by)
     for name in names:
+        if options.all:  # the tree may have been changed while the tables before were measured
+            _check_commit([name], Path(options.episodes))
         table = tables[name].renamed(trained)
         folder = make_run_dir(Path(options.episodes) / name)
         with _session(folder):
             summaries = _measure(table, policies, folder, options)
-        command = ["far-env", "reproduce", name, *(["--from-scratch"] if options.from_scratch else [])]
+        command = ["far-env", "reproduce", "--all" if options.all else name]
+        command += ["--from-scratch"] * options.from_scratch
         command += [] if options.clips is None else ["--clips", str(options.clips)]
         text = _section(name, table, summaries, trained_by, load_facts(folder), shlex.join(command))
         write_text(path, put_section(read_results(path), name, text))
         print(f"{text}\n\nwrote {name} into {path}; its episodes are in {folder}\n")
-
-
-def load_tables(path: str | Path) -> tuple[dict[str, Table], dict[str, str]]:
-    """The tables by name, and learned policy → arguments of train_agent.py.
-
-    Raises:
-        ValueError: naming the place, if the file cannot be read, has unknown keys, or describes a table that cannot be made.
-    """
-    content = load_yaml(ResultsFile, path)
-    tables = {}
-    for name, values in content.tables.items():
-        where = f"{path}: {name}"
-        if name == ALL or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(name)):
-            raise ValueError(f"{where}: a table's name is made of lower-case letters, digits and hyphens, and not {ALL!r}")
-        table = from_dict(Table, values, where)
-        if not table.parts:
-            raise ValueError(f"{where}: parts needs one or more")
-        parts = [from_dict(Part, values, f"{where}, part {number}") for number, values in enumerate(table.parts, start=1)]
-        tables[name] = table = replace(table, parts=tuple(parts))
-        for number, part in enumerate(parts, start=1):
-            _check(part, table.reference, f"{where}, part {number}")
-        for policy in table.policies:
-            if policy.startswith(PRETRAINED) and policy not in content.agents:
-                raise ValueError(f"{where}: agents does not say how {policy} is trained")
-    for policy, arguments in content.agents.items():
-        if not isinstance(arguments, str):
-            raise ValueError(
-                f"{path}: agents: {policy} needs the arguments of train_agent.py as text, got {reprlib.repr(arguments)}"
-            )
-    return tables, content.agents
-
-
-def listing(tables: Mapping[str, Table]) -> str:
-    """A line for each table: its name, the frames that it generates, and its caption."""
-    width = max(map(len, tables), default=0)
-    costs = {name: f"{sum(part.num_frames for part in table.parts):,}" for name, table in tables.items()}
-    digits = max(map(len, costs.values()), default=0)
-    lines = [f"{name:<{width}}  {costs[name]:>{digits}} frames  {table.caption.strip()}" for name, table in tables.items()]
-    return "\n".join(lines)
+    others = [name for name in re.findall(r"<!-- begin (\S+) -->", read_results(path)) if name not in names]
+    if options.all and others:
+        remark(f"{path} also has sections that are not of these tables and stay as they were: {', '.join(others)}")
 
 
 def put_section(content: str, name: str, text: str) -> str:
@@ -196,21 +106,6 @@ def put_section(content: str, name: str, text: str) -> str:
         )
     before, following = content.split(marks[0])
     return before + section + following.split(marks[1])[1]
-
-
-def _check(part: Part, reference: str, where: str) -> None:
-    """Raise ValueError if a part cannot be evaluated."""
-    for name in ("workloads", "budgets", "policies", "seeds"):
-        if not getattr(part, name):
-            word = "whole numbers" if name in ("budgets", "seeds") else "names"
-            raise ValueError(f"{where}: {name} needs one or more {word}, got []")
-    for name in part.workloads:
-        if name not in WORKLOADS:
-            raise ValueError(f"{where}: {unknown_name('workload', name, list(WORKLOADS))}")
-    if part.clips < 1 or min(part.budgets) < 1 or min(part.seeds) < 0:
-        raise ValueError(f"{where}: clips and budgets must be at least 1, seeds at least 0")
-    if reference not in part.policies:
-        raise ValueError(f"{where}: the reference {reference} is not among the policies, so there would be no differences")
 
 
 def _train(agents: Mapping[str, str], device: str) -> dict[str, str]:
@@ -243,33 +138,78 @@ def _load(tables: Mapping[str, Table], agents: Mapping[str, str]) -> dict[str, R
     return policies
 
 
+def _check_commit(names: Sequence[str], episodes: Path) -> None:
+    """Raise ValueError unless the source tree is clean, and all episodes of the tables are of its commit."""
+    commit = require_commit()
+    for name in names:
+        for path in sorted((episodes / name).rglob(RECORDS_FILE)):
+            if not (path.parent / SETTINGS_FILE).exists():  # killed before the first episode
+                continue
+            for record in load(path.parent).records:
+                if (other := record.facts.get("commit", "unknown")) != commit:
+                    raise ValueError(
+                        f"{path.parent} holds episodes of commit {other}, and this is commit {commit}, so the tables would be "
+                        f"mixed; give another folder (--episodes), delete {episodes / name}, or go back to that commit"
+                    )
+
+
+def _check_workloads(tables: Mapping[str, Table], device: str) -> None:
+    """Raise ValueError, before anything is played, if a workload or a clip of the tables is not there."""
+    for name, table in tables.items():
+        for part in table.parts:
+            for workload in part.workloads:
+                try:
+                    check_clip_id(_workload(workload, part, device).clips, part.split, part.clip_ids[-1])
+                except (ClipIdError, ValueError) as error:
+                    raise ValueError(f"the table {name} cannot be measured: {error}") from error
+
+
+def _workload(name: str, part: Part, device: str) -> Workload:
+    return make_workload(name, host=part.host, device=device, precision=part.precision, feedback=part.feedback)
+
+
 def _measure(
     table: Table, policies: Mapping[str, RetentionPolicy | None], folder: Path, options: ReproduceOptions
 ) -> list[dict[str, object]]:
-    """Summaries by part, workload and budget. Episodes with the same host, precision, feedback and split share a folder."""
+    """Summaries by part, workload and budget. Episodes with the same host, precision, feedback, split, … share a folder."""
     summaries = []
     for part in table.parts:
+        rows = {row: members for row, members in table.runs.items() if row in part.policies}
         for name in part.workloads:
-            place = {"host": part.host, "device": options.device, "precision": part.precision}
-            workload = make_workload(name, **place, feedback=part.feedback)
+            workload = _workload(name, part, options.device)
             dtype = str(workload.host.dtype).removeprefix("torch.")
-            protocol = "_true_frames" * workload.true_feedback + f"_{part.split}" * (part.split != "test")
-            results = evaluate_grid(
-                [workload],
-                part.budgets,
-                {policy: policies[policy] for policy in part.policies},
-                range(part.clips),
-                seeds=part.seeds,
-                split=part.split,
-                metrics=METRICS,
-                batch_size=options.batch_size,
-                out=folder / f"{workload.host.weights_hash}_{dtype}{protocol}",
-                policy_facts={policy: policy_facts(policy) for policy in part.policies},
-            )
-            selection = {"clip_ids": range(part.clips), "seeds": part.seeds}
-            selected = select_policies(results, part.policies)
-            summaries += [tabulate(selected, name, budget, **selection).summary(table.reference) for budget in part.budgets]
+            protocol = [dtype, *["true_frames"] * workload.true_feedback, *[part.split] * (part.split != "test")]
+            place = folder / "_".join([workload.host.weights_hash, *protocol, *part.interventions])
+            # A tuned form is played under the budget for which it was tuned.
+            for budgets in [(budget,) for budget in part.budgets] if part.tune else [part.budgets]:
+                played = {policy: policies[policy] for policy in table.policies_of(part)}
+                for rule in part.tune:
+                    path = _tuned(rule, workload, budgets[0], part, place.with_name(f"{place.name}_tuned"), options)
+                    played[path] = load_policy(path)
+                results = evaluate_grid(
+                    [workload],
+                    budgets,
+                    played,
+                    part.clip_ids,
+                    seeds=part.seeds,
+                    split=part.split,
+                    metrics=METRICS,
+                    interventions=part.interventions,
+                    batch_size=options.batch_size,
+                    out=place,
+                    policy_facts={policy: policy_facts(policy) for policy in played},
+                )
+                selected = select_policies(results, list(played))
+                for budget in budgets:
+                    measured = tabulate(selected, name, budget, clip_ids=part.clip_ids, seeds=part.seeds)
+                    summaries.append(with_runs(measured, rows).summary(table.reference))
     return summaries
+
+
+def _tuned(rule: str, workload: Workload, budget: int, part: Part, folder: Path, options: ReproduceOptions) -> str:
+    """The file of a rule's tuned form, which is searched on validation clips as far as that has not been done."""
+    search = {"clips": part.tune_clips, "seeds": part.seeds, "halvings": HALVINGS, "batch_size": options.batch_size}
+    return str(tune_into(folder, workload, budget, rule, **search)[1])
 
 
 def _section(
@@ -282,6 +222,7 @@ def _section(
 ) -> str:
     """The table in Markdown, with the sources of its numbers."""
     sources = [f"- {line}." for line in source_lines(summaries)]
+    sources += [f"- {row}: {runs_text(members)}." for row, members in table.runs.items()]
     for policy in table.policies:
         if policy in agents:
             facts = policy_facts(policy)
@@ -289,7 +230,9 @@ def _section(
             sources.append(f"- {policy}: {training}; weights {facts['sha256'][:8]}.")
     dates = " and ".join(dict.fromkeys(session["date"] for session in sessions))
     sources.append(f"- `{command}`: {sum(session['seconds'] for session in sessions):.0f} s of evaluation, {dates}.")
-    lines = [f"## {name}", table.caption.strip(), markdown_table(summaries, table.reference), "\n".join(sources)]
+    rows = markdown_table(summaries, table.reference, robust=table.robust)
+    family = family_line(comparisons_of(summaries, table.reference), table.reference)
+    lines = [f"## {name}", table.caption.strip(), rows, f"{family}.", "\n".join(sources)]
     return "\n\n".join(lines)
 
 
@@ -307,7 +250,7 @@ def _session(folder: Path) -> Iterator[None]:
 
 
 def _num_lines(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob(f"*/{RECORDS_FILE}"))
+    return sum(path.read_bytes().count(b"\n") for path in folder.rglob(RECORDS_FILE))
 
 
 def read_results(path: Path) -> str:

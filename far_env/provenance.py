@@ -77,16 +77,42 @@ def git_commit() -> str:
     It is marked if a tracked file was changed. Markdown does not count, because results that are written into the checkout do
     not change how the next ones are made.
     """
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
-
     try:
         # Installed into an environment inside another project's checkout, git would describe that project.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        commit = git("describe", "--always", "--abbrev=10", "--exclude=*")
-        return f"{commit}-dirty" if git("diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)*.md") else commit
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = _git("describe", "--always", "--abbrev=10", "--exclude=*")
+        return f"{commit}-dirty" if _changed_files() else commit
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def require_commit() -> str:
+    """`git_commit`, of which results can be made again.
+
+    Raises:
+        ValueError: if the source tree is not part of a checkout, or has changes that are not committed.
+    """
+    commit = git_commit()
+    if commit == "unknown":
+        raise ValueError(
+            "far-env runs without its git repository (it was installed from a wheel, or git is missing), so results cannot "
+            "name a commit; clone the repository and install it with pip install -e ., or measure single tables by name"
+        )
+    if commit.endswith("-dirty"):
+        files = _changed_files()
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        raise ValueError(
+            f"the source tree has changes that are not committed ({', '.join(files[:3])}{more}); commit them first"
+        )
+    return commit
+
+
+def _changed_files() -> list[str]:
+    """Tracked files that differ from the commit, Markdown excepted."""
+    return _git("diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)*.md").splitlines()
+
+
+def _git(*arguments: str) -> str:
+    """The output of git in this folder. Raises OSError or SubprocessError if it fails."""
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "encoding": "utf-8", "timeout": 10, "check": True}
+    return subprocess.run(["git", *arguments], **options).stdout.strip()

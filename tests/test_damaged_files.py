@@ -21,7 +21,7 @@ from far_env.agents.config import AgentTraining, NetworkConfig
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.options import Sweep
 from far_env.agents.publish import _results, publish_run
-from far_env.agents.reproduce import load_tables
+from far_env.agents.results_tables import load_tables
 from far_env.config import config_path, load_yaml
 from far_env.evaluation.extended import RESULTS_FILE, load_parts
 from far_env.evaluation.records import load

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
 from far_env.cli.console import keeping_episodes
 from far_env.cli.options import split_list, whole_number
 from far_env.config import parse, parse_mapping
-from far_env.io import make_run_dir, write_json
+from far_env.io import make_run_dir
 from far_env.policies import TunedForm, policy_variants
-
-if TYPE_CHECKING:
-    from far_env.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def tune(args: Sequence[str]) -> None:
     """Choose the parameters of policies by their score on validation clips."""
     options = parse(TuneOptions, args, "far-env tune", TuneOptions.__doc__ or "")
     from far_env.clips.clip import check_clip_options
-    from far_env.evaluation.tuning import rungs
+    from far_env.evaluation.tuning import rungs, tune_into
     from far_env.workloads import check_decides, make_workload, resolve_budgets
 
     names = split_list(options.policies, "policies", "policy")
@@ -81,33 +76,14 @@ def tune(args: Sequence[str]) -> None:
     for workload in workloads:
         for budget in budgets:
             check_decides(workload, budget)
+    search = {key: getattr(options, key) for key in ("clips", "metric", "halvings", "batch_size")}
+    search["seeds"] = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
     out = make_run_dir(options.out)
     with keeping_episodes(options.out):
         for name in names:
             for workload in workloads:
                 for budget in budgets:
-                    print(_line(*_tuned(options, name, workload, budget, out)), flush=True)
-
-
-def _tuned(options: TuneOptions, name: str, workload: Workload, budget: int, out: Path) -> tuple[TunedForm, Path]:
-    """Tune one policy, and write its file."""
-    from far_env.evaluation.tuning import tune as search
-
-    stem = re.sub(r"[^\w.-]", "_", f"{name}_{workload.name}_{budget}")
-    form = search(
-        workload,
-        budget,
-        name,
-        out / "episodes" / stem,
-        clips=options.clips,
-        seeds=[whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")],
-        metric=options.metric,
-        halvings=options.halvings,
-        batch_size=options.batch_size,
-    )
-    path = out / f"{stem}.json"
-    write_json(path, asdict(form))
-    return form, path
+                    print(_line(*tune_into(out, workload, budget, name, **search)), flush=True)
 
 
 def _line(form: TunedForm, path: Path) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from far_env.errors import PolicyError
 from far_env.evaluation.aggregate import collect_episodes
 from far_env.evaluation.evaluate import evaluate_grid
 from far_env.evaluation.records import Results, cell
 from far_env.evaluation.statistics import mean_interval
+from far_env.io import write_json
 from far_env.metrics import LOWER_IS_BETTER
 from far_env.policies import TunedForm, load_policy, policy_facts, policy_variants
 from far_env.rollout.noise import BENCHMARK_SEED
@@ -97,6 +101,15 @@ def tune(
         num_variants=len(names),
         validation_rollouts=len(results.records),
     )
+
+
+def tune_into(folder: Path, workload: Workload, max_frames: int, name: str, **options: Any) -> tuple[TunedForm, Path]:
+    """`tune`, and the file FOLDER/POLICY_WORKLOAD_BUDGET.json that holds the form; the episodes are below FOLDER/episodes."""
+    stem = re.sub(r"[^\w.-]", "_", f"{name}_{workload.name}_{max_frames}")
+    form = tune(workload, max_frames, name, folder / "episodes" / stem, **options)
+    path = folder / f"{stem}.json"
+    write_json(path, asdict(form))
+    return form, path
 
 
 def _means(

@@ -6,16 +6,21 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import trim_mean
 
+from far_env import provenance
 from far_env.agents import checkpoints, commands, trainer
 from far_env.agents import reproduce as module
 from far_env.agents.config import AgentTraining
-from far_env.agents.reproduce import HEADING, load_tables, put_section
+from far_env.agents.reproduce import HEADING, put_section
+from far_env.agents.results_tables import load_tables
 from far_env.cli import run_guarded
 from far_env.config import load_yaml, parse
 from far_env.evaluation import evaluate as evaluating
@@ -48,8 +53,8 @@ def reproduce(tables, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
 
-    def run(*args, tables=tables, agents=None):
-        content = {"tables": tables, "agents": {} if agents is None else agents}
+    def run(*args, tables=tables, agents=None, **more):
+        content = {"tables": tables, "agents": {} if agents is None else agents, **more}
         (tmp_path / "configs" / "results.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         options = ["--file", "configs/results.yaml", *(["--device", "cpu"] if args else [])]
         status = run_guarded("far-env", lambda: commands.reproduce([*options, *args]))
@@ -99,11 +104,18 @@ def test_a_table_is_its_records_and_a_second_run_plays_nothing(reproduce, tmp_pa
         values = {(r.clip, r.seed): r.metrics["psnr"] for r in records if r.policy == name and r.budget in (budget, 9999)}
         return np.array([[values[clip, seed] for seed in (42, 7)] for clip in range(3)])
 
-    for workload, budget, name, psnr, _, difference in table:
+    for workload, budget, name, psnr, _, difference, iqm, better in table:
         expected = mean_interval(scores(int(budget), name))
         assert (workload, psnr) == ("pan", f"{expected.mean:.2f} [{expected.low:.2f}, {expected.high:.2f}]")
         paired = mean_interval(scores(int(budget), name) - scores(int(budget), "random"))
         assert difference == ("" if name == "random" else f"{paired.mean:+.2f} [{paired.low:+.2f}, {paired.high:+.2f}]")
+        assert float(iqm.split()[0]) == pytest.approx(trim_mean(scores(int(budget), name).ravel(), 0.25), abs=0.006)
+        is_better = (scores(int(budget), name) > scores(int(budget), "random")).mean()
+        assert better == "" if name == "random" else float(better.split()[0]) == pytest.approx(is_better, abs=0.006)
+    assert (
+        "\n\n4 comparisons with random; clear of zero by Holm–Bonferroni at a family-wise 5 % (sign-flip p values): none.\n"
+        in text
+    )
     facts = records[0].facts
     for said in (f"({facts['weights']})", "float32 on cpu", f"commit {facts['commit']}", facts["machine"], "42, 7 + clip id"):
         assert said in text
@@ -254,6 +266,20 @@ def test_broken_marks_are_refused_before_any_work(reproduce, tmp_path, content):
         (lambda t: t["small"]["parts"][0].update(policies=[]), "part 1: policies needs one or more names, got []"),
         (lambda t: t["small"]["parts"][0].update(workloads=["pam"]), "unknown workload 'pam'; did you mean 'pan'?"),
         (lambda t: t["small"]["parts"][0].update(clips=0), "clips and budgets must be at least 1"),
+        (lambda t: t["small"]["parts"][0].update(first_clip=-1), "seeds and first_clip at least 0"),
+        (
+            lambda t: t["small"]["parts"][0].update(interventions=["swpa"]),
+            "unknown intervention 'swpa'; did you mean 'swap'",
+        ),
+        (lambda t: t["small"]["parts"][0].update(tune=["recent_fill"]), "part 1: baseline recent_fill has no parameters"),
+        (
+            lambda t: t["small"].update(runs={"two": ["random"]}),
+            "small: runs: two needs a list of two or more",
+        ),
+        (
+            lambda t: t["small"].update(runs={"random": ["uniform", "packcache"]}),
+            "the reference random is a row of several",
+        ),
         (lambda t: t["small"].update(reference="packcache"), "the reference packcache is not among the policies"),
         (lambda t: t["small"].update(parts=[3]), "part 1: expected a mapping of settings, got int"),
         (lambda t: t.update({"All in": t["small"]}), "All in: a table's name is made of lower-case letters"),
@@ -273,5 +299,121 @@ def test_bad_requests_are_one_sentence(reproduce, tmp_path):
     refused(
         reproduce("other", agents=agents), "no policy 'runs/mine'", "--from-scratch trains it with train_agent.py --run-dir"
     )
-    refused(reproduce("all", agents={"runs/mine": 3}), "runs/mine needs the arguments of train_agent.py as text, got 3")
+    refused(reproduce("all"), "unknown table 'all'", "--all measures all of them")
+    refused(reproduce("small", "--all"), "give either --all or names, not also small")
+    refused(reproduce("--all", agents={"runs/mine": 3}), "runs/mine needs the arguments of train_agent.py as text, got 3")
     assert not (tmp_path / "runs").exists() and not (tmp_path / "RESULTS.md").exists()
+
+
+def test_a_table_begins_with_the_clip_that_is_asked_for(reproduce, tmp_path, tables):
+    part = tables["small"]["parts"][0] | {"budgets": [4], "clips": 2, "seeds": [42], "policies": ["recent_fill", "random"]}
+    content = {"small": tables["small"] | {"parts": [part, part | {"workloads": ["cuts"], "first_clip": 1}]}}
+    assert reproduce("small", tables=content, first_clip=2048)[0] == 0
+    records = [record for path in (tmp_path / "runs/reproduce/small").glob("*/") for record in load(path).records]
+    assert {(r.workload, r.clip) for r in records} == {("pan", 2048), ("pan", 2049), ("cuts", 1), ("cuts", 2)}
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "- pan 4: 2 test clips from 2048 on, noise" in text and "- cuts 4: 2 test clips from 1 on, noise" in text
+    content["small"]["parts"] = [part | {"first_clip": 4095}]
+    refused(reproduce("small", tables=content), "the table small cannot be measured: clip id 4096 is out of range")
+
+
+def test_a_table_holds_interventions_tuned_forms_and_rows_of_runs(reproduce, tmp_path, tables):
+    part = tables["small"]["parts"][0] | {"clips": 2, "seeds": [42]}
+    policies = ["recent_fill", "scene_tracker", "two"]
+    first = part | {"budgets": [3, 4], "policies": policies, "tune": ["scene_tracker"], "tune_clips": 4}
+    second = part | {"budgets": [4], "policies": policies, "interventions": ["swap", "noise"]}
+    runs = {"two": ["random_mid:seed=1", "random_mid:seed=2"]}
+    content = {"small": tables["small"] | {"parts": [first, second], "reference": "recent_fill", "runs": runs, "robust": False}}
+    status, out, _ = reproduce(tables=content)
+    assert status == 0
+    assert reproduce("small", tables=content)[0] == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    head = next(line for line in text.splitlines() if line.startswith("| workload"))
+    assert "PSNR swap dB" in head and "PSNR noise dB" in head and "validation rollouts" in head and "IQM" not in head
+    labels = {(row[1], label) for row in rows(text) for label in row[2].split(" = ")}
+    tuned = {(budget, f"scene_tracker tuned on pan {budget}") for budget in ("3", "4")}
+    assert labels == {(budget, name) for budget in ("3", "4") for name in policies} | tuned
+    assert "- two: mean over 2 training runs: random_mid:seed=1, random_mid:seed=2." in text
+
+    lines = [json.loads(line) for path in tmp_path.rglob("records.jsonl") for line in path.read_text().splitlines()]
+    frames = [
+        len(line["psnr_per_frame"]) * len([name for name in line["metrics"] if name.startswith("psnr")]) for line in lines
+    ]
+    counted = int(out.split()[1].replace(",", ""))
+    assert 0 <= sum(frames) - counted <= 2 * 3 * 11, "the default form plays on in rounds that it loses"
+    disturbed = [line for line in lines if "psnr_swap" in line["metrics"]]
+    values = [line["metrics"]["psnr"] for line in disturbed if line["policy"] in runs["two"]]
+    (row,) = [row for row in rows(text) if row[2] == "two" and row[6]]
+    assert float(row[3].split()[0]) == pytest.approx(np.mean(values), abs=0.006)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """far-env as if it ran from another checkout, which has one commit; a function that runs git there."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "provenance.py").write_text("# of a test\n")
+    monkeypatch.setattr(provenance, "__file__", str(folder / "provenance.py"))
+
+    def git(*arguments):
+        who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    return git, folder
+
+
+def test_all_tables_are_of_one_commit(reproduce, tables, tmp_path, checkout, monkeypatch):
+    git, folder = checkout
+    part = tables["small"]["parts"][0] | {"budgets": [4], "clips": 1, "seeds": [42]}
+    content = {name: {"caption": f"{name}.", "reference": "random", "parts": [part]} for name in ("one", "two", "three")}
+    (tmp_path / "RESULTS.md").write_text("# Mine\n\n<!-- begin regret -->\n7\n<!-- end regret -->\n")
+    original, calls = evaluating.play, []
+
+    def stopping(*args, **options):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(evaluating, "play", stopping)
+    assert reproduce("--all", tables=content)[0] == 130
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## one" in text and "## two" not in text
+    status, _, (remark,) = reproduce("--all", tables=content)
+    assert status == 0 and remark.endswith("sections that are not of these tables and stay as they were: regret")
+    assert len(calls) == 3 * 3 + 1, "three policies in three tables; the one that was stopped was begun again"
+    text = (tmp_path / "RESULTS.md").read_text()
+    commit = provenance.git_commit()
+    assert re.findall("commit (.*?),", text) == [commit] * 3 and text.count("`far-env reproduce --all`") == 3
+
+    (folder / "provenance.py").write_text("# changed\n")
+    refused(reproduce("--all", tables=content), "changes that are not committed (provenance.py); commit them first")
+    git("commit", "-am", "second")
+    message = f"holds episodes of commit {commit}, and this is commit {provenance.git_commit()}, so the tables would be mixed"
+    refused(reproduce("--all", tables=content), "runs/reproduce/one/", message, "give another folder (--episodes), delete")
+    assert (tmp_path / "RESULTS.md").read_text() == text
+    assert reproduce("one", tables=content)[0] == 0, "single tables may be of several commits, which they name"
+    assert reproduce("--all", "--episodes", "runs/again", tables=content)[0] == 0
+    assert set(re.findall("commit (.*?),", (tmp_path / "RESULTS.md").read_text())) == {provenance.git_commit()}
+
+    shutil.rmtree(folder / ".git")
+    refused(
+        reproduce("--all", tables=content), "without its git repository (it was installed from a wheel", "clone the repository"
+    )
+
+
+def test_a_change_while_tables_are_measured_ends_it(reproduce, tables, tmp_path, checkout, monkeypatch):
+    part = tables["small"]["parts"][0] | {"budgets": [4], "clips": 1, "seeds": [42]}
+    content = {name: {"caption": f"{name}.", "reference": "random", "parts": [part]} for name in ("one", "two")}
+    original = evaluating.play
+
+    def editing(*args, **options):
+        (checkout[1] / "provenance.py").write_text("# edited meanwhile\n")
+        return original(*args, **options)
+
+    monkeypatch.setattr(evaluating, "play", editing)
+    refused(reproduce("--all", tables=content), "changes that are not committed (provenance.py)")
+    assert not (tmp_path / "runs/reproduce/two").exists()
