@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from tests.docs.blocks import CARDS, PAGES, ROOT
+from tests.docs.blocks import CARDS, PAGES, ROOT, generator
 
 CELL = re.compile(r"([+-]?\d+\.\d+) \[([+-]?\d+\.\d+), ([+-]?\d+\.\d+)\]")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -51,8 +51,18 @@ def test_the_table_of_the_readme_is_that_of_the_results():
             assert cell in measured(RESULTS)[workload, budget, policy], (policy, workload)
 
 
+def test_the_table_of_the_readme_is_what_its_program_writes():
+    table = README.partition("<!-- begin results -->\n")[2].partition("\n<!-- end results -->")[0]
+    assert table == generator("readme_table").readme_table(RESULTS)
+
+
+def test_the_program_of_the_readme_names_a_table_that_is_missing():
+    with pytest.raises(ValueError, match=r"RESULTS\.md has no full_history and pretrained/general on cuts 4 in the table cuts"):
+        generator("readme_table").readme_table(RESULTS.replace("<!-- begin cuts -->", ""))
+
+
 def test_the_best_rules_of_the_readme_are_the_best():
-    """The rows that claim the best rule of a tier name the highest PSNR among the rules of RESULTS.md."""
+    """The rows that claim the best rule of a tier name the highest PSNR among the rules of RESULTS.md, tuned ones excepted."""
     results = measured(RESULTS)
     reads_latents = {"nearest_neighbour", "least_novel", "context_match"}
     reads_attention = {"h2o", "snapkv", "decoprune", "future_forcing", "deep_forcing", "flowcache_paper", "packforcing"}
@@ -71,6 +81,7 @@ def test_the_best_rules_of_the_readme_are_the_best():
                 if (name, size) == (workload, budget)
                 and "/" not in policy
                 and policy != "full_history"
+                and policy not in {"partition", *(name for name in (key[2] for key in results) if " tuned on " in name)}
                 and policy not in reads_attention
                 and (policy in reads_latents) == ("latents" in label)
                 and policy not in excluded
@@ -114,10 +125,18 @@ def test_the_results_have_the_captions_policies_and_commands_of_the_configuratio
     for name, table in config["tables"].items():
         section = RESULTS.partition(f"<!-- begin {name} -->\n")[2].partition(f"\n<!-- end {name} -->")[0]
         assert section.startswith(f"## {name}\n\n{table['caption'].strip()}\n\n|"), name
-        assert {row[2] for row in rows(section)[1:]} == {policy for part in table["parts"] for policy in part["policies"]}
+        labels = {label for row in rows(section)[1:] for label in row[2].split(" = ")}
+        tuned = {
+            f"{rule} tuned on {workload} {budget}"
+            for part in table["parts"]
+            for rule in part.get("tune", ())
+            for workload in part["workloads"]
+            for budget in part["budgets"]
+        }
+        assert labels == {policy for part in table["parts"] for policy in part["policies"]} | tuned
         commands = dict(re.findall(r"^- (\S+): trained on .* by `python train_agent.py (.*)`; weights \w+\.$", section, re.M))
         assert commands == {policy: config["agents"][policy] for policy in commands}
-        assert commands.keys() == {row[2] for row in rows(section)[1:]} & config["agents"].keys(), name
+        assert commands.keys() == labels & config["agents"].keys(), name
 
 
 @pytest.mark.parametrize("card", HOST_CARDS, ids=lambda card: card.parent.name)
