@@ -13,7 +13,7 @@ from far_env.errors import unknown_name
 from far_env.evaluation.aggregate import Episodes, alike, collect_episodes
 from far_env.evaluation.gaps import psnr_by_gap
 from far_env.evaluation.records import Results
-from far_env.evaluation.statistics import Interval, mean_intervals
+from far_env.evaluation.statistics import Interval, iqm_interval, mean_intervals, sign_flip_ps
 from far_env.metrics import LOWER_IS_BETTER
 from far_env.rollout.intervention import interventions_of
 
@@ -56,8 +56,10 @@ class Row:
         budget: that of the policy; full history has the same row in the groups of every budget.
         clips: those that are finished with every noise seed. The value of a clip is the mean over its seeds.
         missing: episodes that were requested and are not finished.
-        scores: metric → float64 (clips,), or why there is none.
+        episodes: metric → float64 (clips, seeds), or why there is none.
+        scores: the same as means over seeds, float64 (clips,).
         intervals: metric → mean over clips with its interval, or why there is none.
+        iqm: metric → interquartile mean of all episodes with its interval, or why there is none.
         per_frame: PSNR of every predicted frame, or why there is none.
         by_gap: PSNR of the frames whose evidence was last in view so long ago, see `psnr_by_gap`, or why there is none.
         decision_ms: mean milliseconds per decision, or None.
@@ -67,11 +69,37 @@ class Row:
     budget: int
     clips: tuple[int, ...]
     missing: int
+    episodes: dict[str, np.ndarray | str]
     scores: dict[str, np.ndarray | str]
     intervals: dict[str, Interval | str]
+    iqm: dict[str, Interval | str]
     per_frame: list[Interval] | str
     by_gap: dict[str, Interval] | str
     decision_ms: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row against a reference, on the clips that both have.
+
+    Attributes:
+        interval: mean of the paired differences, row minus reference.
+        p: see `far_env.evaluation.statistics.sign_flip_p`.
+        better: the probability that the row is better, see `far_env.evaluation.statistics.improvement_interval`.
+    """
+
+    interval: Interval
+    p: float
+    better: Interval
+
+    def reversed(self) -> Difference:
+        """The reference against the row."""
+        interval, better = self.interval, self.better
+        return Difference(
+            Interval(-interval.mean, -interval.high, -interval.low, interval.n),
+            self.p,
+            Interval(1 - better.mean, 1 - better.high, 1 - better.low, better.n),
+        )
 
 
 @dataclass(frozen=True)
@@ -97,23 +125,26 @@ class Group:
 
         return sorted(self.rows, key=place)
 
-    def differences(self, metric: str) -> list[list[Interval | None]]:
+    def differences(self, metric: str) -> list[list[Difference | None]]:
         """Paired differences [row][reference], row minus reference on the clips that both have; None where there are none."""
-        table: list[list[Interval | None]] = [[None] * len(self.rows) for _ in self.rows]
+        table: list[list[Difference | None]] = [[None] * len(self.rows) for _ in self.rows]
+        sign = -1 if metric in LOWER_IS_BETTER else 1
         by_clips: dict[tuple[int, ...], list[tuple[int, int, np.ndarray]]] = defaultdict(list)
         for i, row in enumerate(self.rows):
             for j, reference in enumerate(self.rows[:i]):
-                scores, others = row.scores[metric], reference.scores[metric]
+                scores, others = row.episodes[metric], reference.episodes[metric]
                 if isinstance(scores, str) or isinstance(others, str):
                     continue
                 clips, at, reference_at = np.intersect1d(row.clips, reference.clips, assume_unique=True, return_indices=True)
                 if len(clips):
                     by_clips[tuple(clips)].append((i, j, scores[at] - others[reference_at]))
         for pairs in by_clips.values():
-            intervals = mean_intervals(np.stack([values for _, _, values in pairs], axis=1))
-            for (i, j, _), value in zip(pairs, intervals, strict=True):
-                table[i][j] = value
-                table[j][i] = Interval(-value.mean, -value.high, -value.low, value.n)
+            changes = np.stack([values.mean(axis=1) for _, _, values in pairs], axis=1)
+            better = np.stack([np.heaviside(sign * values, 0.5).mean(axis=1) for _, _, values in pairs], axis=1)
+            columns = zip(pairs, mean_intervals(changes), sign_flip_ps(changes), mean_intervals(better), strict=True)
+            for (i, j, _), *values in columns:
+                table[i][j] = Difference(*values)
+                table[j][i] = table[i][j].reversed()
         return table
 
 
@@ -156,16 +187,19 @@ def make_groups(results: Results) -> list[Group]:
 
 def _row(results: Results, episodes: Episodes) -> Row:
     scores = {metric: _scores(metric, episodes) for metric in results.settings.metrics}
+    means = {metric: values if isinstance(values, str) else values.mean(axis=1) for metric, values in scores.items()}
     intervals: dict[str, Interval | str] = {}
-    for metric, values in scores.items():
+    for metric, values in means.items():
         intervals[metric] = values if isinstance(values, str) else mean_intervals(values[:, None])[0]
     return Row(
         policy=episodes.policy,
         budget=min(episodes.budget, UNLIMITED_FRAMES),
         clips=episodes.clips,
         missing=episodes.missing,
-        scores=scores,
+        episodes=scores,
+        scores=means,
         intervals=intervals,
+        iqm={metric: values if isinstance(values, str) else iqm_interval(values) for metric, values in scores.items()},
         per_frame=_per_frame(episodes),
         by_gap=psnr_by_gap(episodes),
         decision_ms=episodes.decision_ms(),
@@ -173,14 +207,14 @@ def _row(results: Results, episodes: Episodes) -> Row:
 
 
 def _scores(metric: str, episodes: Episodes) -> np.ndarray | str:
-    """Per-clip means over seeds (clips,), or one sentence why there are none."""
+    """Scores (clips, seeds), or one sentence why there are none."""
     if not episodes.clips:
         return _NO_CLIP
     values = episodes.scores(metric)
     for row, column in np.argwhere(~np.isfinite(values)):
         where = f"clip {episodes.clips[row]}, seed {episodes.seeds[column]}"
         return f"{metric_format(metric).label} is {values[row, column]} on {where}"
-    return values.mean(axis=1)
+    return values
 
 
 def _per_frame(episodes: Episodes) -> list[Interval] | str:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation.gaps import MEASURE, gap_bins
-from far_env.evaluation.ranking import Group, Row, choose_reference, facts, highlighted, make_groups, metric_format
+from far_env.evaluation.ranking import Difference, Group, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Record, Results
 from far_env.evaluation.statistics import Interval
 from far_env.evaluation.table import policy_labels
@@ -82,6 +82,7 @@ def report_data(
         "seeds": settings.seeds,
         "seedsText": seeds_text(settings.seeds),
         "clipCount": len(settings.clips),
+        "firstClip": min(settings.clips),
         "unlimited": UNLIMITED_FRAMES,
         "metrics": [
             {"name": m.name, "label": m.label, "unit": m.unit, "digits": m.digits, "lower": m.lower_is_better}
@@ -135,11 +136,17 @@ def _group(group: Group, number: dict[str, int], metrics: Sequence[str]) -> dict
     differences = {}
     for metric in metrics:
         table = group.differences(metric)
-        differences[metric] = [[None if d is None else [*_triple(d), d.n] for d in line] for line in table]
+        differences[metric] = [[None if d is None else _difference(d) for d in line] for line in table]
     bins = gap_bins(group.rows)
     rows = [_row(row, number, bins) | {"same": number[group.alike.get(row.policy, row.policy)]} for row in group.rows]
     named = {"workload": group.workload, "budget": group.budget, "gaps": bins}
     return {**named, "rows": rows, "differences": differences}
+
+
+def _difference(difference: Difference) -> list[float]:
+    """Mean, low, high and clips of the difference, its p value, and mean, low and high of the probability of improvement."""
+    interval = difference.interval
+    return [*_triple(interval), interval.n, _round(difference.p), *_triple(difference.better)]
 
 
 def _row(row: Row, number: dict[str, int], bins: Sequence[str]) -> dict[str, Any]:
@@ -150,6 +157,7 @@ def _row(row: Row, number: dict[str, int], bins: Sequence[str]) -> dict[str, Any
         "n": len(row.clips),
         "missing": row.missing,
         "scores": {metric: value if isinstance(value, str) else _triple(value) for metric, value in row.intervals.items()},
+        "iqm": {metric: value if isinstance(value, str) else _triple(value) for metric, value in row.iqm.items()},
         "perFrame": row.per_frame if isinstance(row.per_frame, str) else [_triple(value) for value in row.per_frame],
         "byGap": by_gap,
         "ms": row.decision_ms,

@@ -108,14 +108,20 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
     matrix = matrix[:, None] if matrix.ndim == 1 else matrix
     is_finite = np.isfinite(matrix)
     counts = is_finite.sum(axis=1)
-    values = np.where(is_finite, matrix, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
-    if not len(values):
+    means = np.where(is_finite, matrix, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
+    if not len(means):
         raise ValueError("a test needs at least one clip")
-    drawn = len(values) > _MOST_ENUMERATED
-    signs = _signs(len(values), seed)
+    return sign_flip_ps(means[:, None], seed)[0]
+
+
+def sign_flip_ps(differences: np.ndarray, seed: int = 0) -> list[float]:
+    """`sign_flip_p` of every column of finite per-clip differences (n, columns), n at least 1."""
+    is_drawn = len(differences) > _MOST_ENUMERATED
+    signs = _signs(len(differences), seed)
     # Choices with the same mean may differ in the last digits.
-    is_as_far = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-9) - 1e-12
-    return float((is_as_far.sum() + drawn) / (len(signs) + drawn))
+    measured = np.abs(differences.sum(axis=0)) * (1 - 1e-9) - 1e-12
+    counts = (np.abs(signs @ differences) >= measured).sum(axis=0)
+    return ((counts + is_drawn) / (len(signs) + is_drawn)).tolist()
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -20,7 +20,7 @@ from far_env.evaluation import plots
 from far_env.evaluation.ranking import highlighted, make_groups, metric_format, select_policies
 from far_env.evaluation.records import load
 from far_env.evaluation.report import report_data, report_page, warnings
-from far_env.evaluation.statistics import mean_interval
+from far_env.evaluation.statistics import improvement_interval, iqm_interval, mean_interval, sign_flip_p
 from tests.results_folders import NASTY, MadeUp, make_results
 
 
@@ -54,6 +54,13 @@ def clip_means(results, workload, budget, policy, value):
     return np.array([np.mean([values[clip, seed] for seed in results.settings.seeds]) for clip in results.settings.clips])
 
 
+def episodes_of(results, workload, budget, policy):
+    """PSNR (clips, seeds)."""
+    values = {r.key: r.metrics["psnr"] for r in results.records}
+    settings = results.settings
+    return np.array([[values[workload, budget, policy, clip, seed] for seed in settings.seeds] for clip in settings.clips])
+
+
 def own_budget(group, policy):
     return UNLIMITED_FRAMES if policy == "full_history" else group["budget"]
 
@@ -73,6 +80,7 @@ def test_the_pages_means_are_those_of_the_statistics(results, page):
             for metric in ("psnr", "ssim"):
                 means = clip_means(results, *place, lambda record, metric=metric: record.metrics[metric])
                 assert row["scores"][metric] == triple(mean_interval(means))
+            assert row["iqm"]["psnr"] == triple(iqm_interval(episodes_of(results, *place)))
             for frame, interval in enumerate(row["perFrame"]):
                 means = clip_means(results, *place, lambda record, frame=frame: record.psnr_per_frame[frame])
                 assert interval == triple(mean_interval(means))
@@ -94,6 +102,9 @@ def test_the_pages_differences_are_paired(results, page):
                 for name in (name_a, name_b)
             ]
             assert difference[:3] == triple(mean_interval(means[0] - means[1])) and difference[3] == 5
+            assert difference[4] == pytest.approx(sign_flip_p(means[0] - means[1]))
+            episodes = [episodes_of(results, group["workload"], own_budget(group, name), name) for name in (name_a, name_b)]
+            assert difference[5:] == triple(improvement_interval(episodes[0] - episodes[1]))
 
 
 def test_names_cannot_end_the_data_or_become_markup(page):
@@ -129,7 +140,7 @@ def test_unfinished_episodes_are_counted_and_left_out(results):
     assert (row.policy, row.missing, row.clips) == (first.policy, 1, (1, 2, 3, 4))
     means = clip_means(results, first.workload, first.budget, first.policy, lambda record: record.metrics["psnr"])
     assert row.intervals["psnr"] == mean_interval(means[1:])
-    difference = make_groups(partial)[0].differences("psnr")[0][1]
+    difference = make_groups(partial)[0].differences("psnr")[0][1].interval
     rival = clip_means(results, first.workload, first.budget, "learned", lambda record: record.metrics["psnr"])
     assert [difference.mean, difference.low, difference.high] == triple(mean_interval((means - rival)[1:]))
     without = report_data(replace(results, records=[r for r in results.records if r.policy != "learned"]), progress=False)

@@ -15,6 +15,7 @@ from far_env.evaluation.ranking import make_groups
 from far_env.evaluation.records import load
 from far_env.evaluation.report import report_page
 from far_env.evaluation.statistics import mean_interval
+from far_env.evaluation.table import Comparison, family_line
 from tests.results_folders import NASTY, make_results
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install -e '.[dev]'")
@@ -145,6 +146,16 @@ def test_differences_follow_the_chosen_reference_and_columns_sort(open_page, res
     row = page.locator("table.scores").first.locator("tr[data-policy=learned]")
     expected = f"{interval.mean:+.2f}[{interval.low:+.2f}, {interval.high:+.2f}]".replace("-", "\u2212")
     assert expected in row.locator("td").all_text_contents()
+    difference = group.differences("psnr")[1][2]
+    assert [one.policy for one in group.rows[1:3]] == ["learned", "uniform"]
+    better = difference.better
+    assert f"{better.mean:.2f}[{better.low:.2f}, {better.high:.2f}]" in row.locator("td").all_text_contents()
+    others = [i for i in range(len(group.rows)) if i != 2]
+    compared = [
+        Comparison("", group.rows[i].policy, group.differences("psnr")[i][2].interval, group.differences("psnr")[i][2].p)
+        for i in sorted(others, key=lambda i: group.differences("psnr")[i][2].p)
+    ]
+    assert page.locator("li.family").first.inner_text() == family_line(compared, "uniform") + "."
     page.get_by_role("button", name="Policy", exact=True).first.click()
     assert names(page) == sorted(rows, key=str.lower)
     page.get_by_role("button", name="Policy ▲").first.click()

@@ -46,7 +46,7 @@ const actions = {
   sort(key) {
     state.sort = {
       key,
-      direction: state.sort.key === key ? -state.sort.direction : key.startsWith("metric") || key === "difference" ? -1 : 1,
+      direction: state.sort.key === key ? -state.sort.direction : key.startsWith("metric") || ["difference", "better"].includes(key) ? -1 : 1,
     };
     keepFocus(renderTables);
   },

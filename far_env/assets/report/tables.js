@@ -26,8 +26,10 @@ function rankingTable(data, state, group, rows, actions) {
     },
     scoreColumn(metric),
     differenceColumn(data, group, metric, reference),
+    betterColumn(group, metric, reference),
     { key: "whisker", title: "95 % interval", cell: (row) => [whisker(rows, row, metric, group.rows[reference])] },
-    ...data.metrics.filter((one) => one !== metric).map(scoreColumn),
+    scoreColumn(metric, "iqm"),
+    ...data.metrics.filter((one) => one !== metric).map((one) => scoreColumn(one)),
     { key: "ms", title: "ms/decision", value: (row) => row.ms, cell: (row) => [row.ms === null ? "–" : fixed(row.ms, 3)] },
     ...(tuned ? [rolloutsColumn(data)] : []),
     {
@@ -62,6 +64,7 @@ function rankingTable(data, state, group, rows, actions) {
     make("thead", {}, head),
     make("tbody", {}, body),
   );
+  const first = data.firstClip ? ` from ${data.firstClip} on` : "";
   const seeds = data.seeds.length > 1 ? `, each the mean of ${data.seeds.length} noise seeds` : "";
   return make(
     "div",
@@ -70,10 +73,10 @@ function rankingTable(data, state, group, rows, actions) {
       "div",
       { class: "group-head" },
       make("h3", {}, label),
-      make("span", { class: "hint" }, `${data.clipCount} ${data.split} clips${seeds}`),
+      make("span", { class: "hint" }, `${data.clipCount} ${data.split} clips${first}${seeds}`),
     ),
     make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Table of ${label}` }, table),
-    make("ul", { class: "notes" }, notesOf(data, rows)),
+    make("ul", { class: "notes" }, [...familyNote(data, group, metric, reference), ...notesOf(data, rows)]),
   );
 }
 
@@ -93,23 +96,28 @@ function ranked(rows, metric) {
 const groupTitle = (data, group) =>
   `${group.workload}, ${group.budget >= data.unlimited ? "full history" : `budget ${group.budget}`}`;
 
-function scoreColumn(metric) {
-  const value = (row) => (hasScore(row, metric) ? row.scores[metric.name][0] : null);
+function scoreColumn(metric, statistic = "scores") {
+  const score = (row) => row[statistic][metric.name];
+  const value = (row) => (hasScore(row, metric) ? score(row)[0] : null);
   const cell = (row) => {
     if (!hasScore(row, metric)) return [make("span", { class: "plain", title: row.scores[metric.name] }, "absent")];
-    return [fixed(value(row), metric.digits), make("small", {}, bounds(row.scores[metric.name], metric.digits))];
+    return [fixed(value(row), metric.digits), make("small", {}, bounds(score(row), metric.digits))];
   };
+  const isIqm = statistic === "iqm";
   return {
-    key: `metric:${metric.name}`,
-    title: `${metric.label}${metric.unit ? ` ${metric.unit}` : ""}${metric.lower ? " ↓" : ""}`,
+    key: `metric:${metric.name}${isIqm ? " IQM" : ""}`,
+    title: `${metric.label}${isIqm ? " IQM" : ""}${metric.unit ? ` ${metric.unit}` : ""}${metric.lower ? " ↓" : ""}`,
     value,
     cell,
   };
 }
 
+const differenceTo = (group, metric, reference, row) =>
+  reference < 0 ? null : group.differences[metric.name][group.rows.indexOf(row)][reference];
+
 function differenceColumn(data, group, metric, reference) {
   const name = data.policies[group.rows[reference]?.policy]?.name;
-  const difference = (row) => (reference < 0 ? null : group.differences[metric.name][group.rows.indexOf(row)][reference]);
+  const difference = (row) => differenceTo(group, metric, reference, row);
   const cell = (row) => {
     const interval = difference(row);
     if (!interval) return [make("span", { class: "plain" }, group.rows.indexOf(row) === reference ? "reference" : "–")];
@@ -123,6 +131,35 @@ function differenceColumn(data, group, metric, reference) {
     value: (row) => difference(row)?.[0] ?? null,
     cell,
   };
+}
+
+function betterColumn(group, metric, reference) {
+  const better = (row) => differenceTo(group, metric, reference, row)?.slice(5) ?? null;
+  const cell = (row) => (better(row) ? [fixed(better(row)[0], 2), make("small", {}, bounds(better(row), 2))] : [""]);
+  return { key: "better", title: "P(better)", value: (row) => better(row)?.[0] ?? null, cell };
+}
+
+// How many comparisons the table makes, and which differences stay clear of zero by the method of Holm and Bonferroni.
+function familyNote(data, group, metric, reference) {
+  const once = group.rows.filter((row, i) => group.rows.findIndex((one) => one.same === row.same && one.budget === row.budget) === i);
+  const compared = once
+    .filter((row) => row.same !== group.rows[reference]?.same)
+    .map((row) => ({ name: data.policies[row.policy].name, difference: differenceTo(group, metric, reference, row) }))
+    .filter(({ difference }) => difference)
+    .sort((a, b) => a.difference[4] - b.difference[4]);
+  if (!compared.length) return [];
+  let highest = 0;
+  const clear = new Set();
+  compared.forEach(({ name, difference: [, low, high, , p] }, place) => {
+    highest = Math.max(highest, (compared.length - place) * p);
+    if (highest <= 0.05 && (low > 0 || high < 0)) clear.add(name);
+  });
+  const unclear = compared.map(({ name }) => name).filter((name) => !clear.has(name));
+  let which = clear.size ? [...clear].join(", ") : "none";
+  if (clear.size && unclear.length < clear.size) which = unclear.length ? `all but ${unclear.join(", ")}` : "all";
+  const of = `${plural(compared.length, "comparison")} with ${data.policies[group.rows[reference].policy].name}`;
+  const text = `${of}; clear of zero by Holm–Bonferroni at a family-wise 5 % (sign-flip p values): ${which}.`;
+  return [make("li", { class: "family" }, text)];
 }
 
 function headCell(column, direction, onSort) {
