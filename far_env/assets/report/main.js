@@ -44,10 +44,8 @@ function toggle(policy) {
 
 const actions = {
   sort(key) {
-    state.sort = {
-      key,
-      direction: state.sort.key === key ? -state.sort.direction : key.startsWith("metric") || ["difference", "better"].includes(key) ? -1 : 1,
-    };
+    const first = key.startsWith("metric") || key === "difference" || key === "better" ? -1 : 1;
+    state.sort = { key, direction: state.sort.key === key ? -state.sort.direction : first };
     keepFocus(renderTables);
   },
   toggle(policy) {
