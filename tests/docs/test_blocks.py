@@ -99,6 +99,8 @@ def check(command: list[str]) -> None:
         at = args.index("far_env.cli")
         assert args[0] == "launch" and args[at - 1] == "-m"
         check(["far-env", *args[at + 1 :]])
+    elif program == "python" and args[0].startswith("docs/"):
+        assert len(args) == 1 and (ROOT / args[0]).is_file()
     elif program == "python":
         assert args[0] == "-c"
         compile(args[1], " ".join(command), "exec")
