@@ -72,12 +72,12 @@ def reproduce(options: ReproduceOptions) -> None:
     trained_by = {trained.get(name, name): arguments for name, arguments in agents.items()}
     policies = _load({name: tables[name].renamed(trained) for name in names}, trained_by)
     for name in names:
-        if options.all:  # the tree may have been changed while the tables before were measured
-            _check_commit([name], Path(options.episodes))
         table = tables[name].renamed(trained)
         folder = make_run_dir(Path(options.episodes) / name)
         with _session(folder):
             summaries = _measure(table, policies, folder, options)
+        if options.all:  # the tree may have been changed meanwhile
+            _check_commit([name], Path(options.episodes))
         command = ["far-env", "reproduce", "--all" if options.all else name]
         command += ["--from-scratch"] * options.from_scratch
         command += [] if options.clips is None else ["--clips", str(options.clips)]

@@ -416,4 +416,4 @@ def test_a_change_while_tables_are_measured_ends_it(reproduce, tables, tmp_path,
 
     monkeypatch.setattr(evaluating, "play", editing)
     refused(reproduce("--all", tables=content), "changes that are not committed (provenance.py)")
-    assert not (tmp_path / "runs/reproduce/two").exists()
+    assert not (tmp_path / "RESULTS.md").exists() and not (tmp_path / "runs/reproduce/two").exists()
