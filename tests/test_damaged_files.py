@@ -79,7 +79,9 @@ def _parts(folder: Path) -> list[dict[str, Any]]:
 
 def _tables(folder: Path) -> dict[str, Any]:
     tables, agents = load_tables(folder / "results.yaml")
-    return {"tables": {name: asdict(table) for name, table in tables.items()}, "agents": agents}
+    # Parts that do not say otherwise begin with the clip of the file; the first one of the first table is such a part.
+    first_clip = next(iter(tables.values())).parts[0].first_clip if tables else 0
+    return {"tables": {name: asdict(table) for name, table in tables.items()}, "agents": agents, "first_clip": first_clip}
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
