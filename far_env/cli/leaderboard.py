@@ -17,7 +17,7 @@ from far_env.io import write_text
 from far_env.policies import load_policy, policy_facts
 
 if TYPE_CHECKING:
-    from far_env.evaluation.leaderboard import Suite
+    from far_env.evaluation.leaderboard_entry import Suite
 
 FOLDER = "leaderboard"
 
@@ -45,9 +45,9 @@ class AddOptions:
     """As far-env evaluate takes them: .py files, run folders, pretrained/NAME, hub:USER/NAME, baselines, full_history."""
     name: str | None = None
     """Name of the entry, for a single policy; by default the last part of the policy's name or path."""
-    author: str = ""
+    author: str | None = None
     """Who made the policy."""
-    link: str = ""
+    link: str | None = None
     """Where the policy or its description is: an https address."""
     folder: str = FOLDER
     """Folder of entries, to which NAME.json is written."""
@@ -88,7 +88,7 @@ def leaderboard(args: Sequence[str]) -> int | None:
     if args[:1] and args[0] in actions:
         return actions[args[0]](args[1:])
     options = parse(LeaderboardOptions, args, "far-env leaderboard", LeaderboardOptions.__doc__ or "")
-    from far_env.evaluation.leaderboard import load_suite
+    from far_env.evaluation.leaderboard_entry import load_suite
 
     folder = Path(options.folder)
     if not folder.is_dir():
@@ -100,7 +100,8 @@ def leaderboard(args: Sequence[str]) -> int | None:
 def add(args: Sequence[str]) -> None:
     """Play policies on the suite and write an entry of each."""
     options = parse(AddOptions, args, "far-env leaderboard add", AddOptions.__doc__ or "")
-    from far_env.evaluation.leaderboard import entry_name, load_suite, new_entry, play_suite, save_entry
+    from far_env.evaluation.leaderboard import entry_name, new_entry, play_suite
+    from far_env.evaluation.leaderboard_entry import check_name, load_suite, save_entry
 
     if not options.policies:
         raise ValueError("leaderboard add needs a policy: a .py file, a run folder, or a name that far-env evaluate takes")
@@ -111,28 +112,33 @@ def add(args: Sequence[str]) -> None:
     if options.batch_size < 1:
         raise ValueError(f"batch-size must be at least 1, got {options.batch_size}")
     suite, folder = load_suite(), Path(options.folder)
-    paths = {policy: folder / f"{options.name or entry_name(policy)}.json" for policy in options.policies}
+    names = {policy: options.name or entry_name(policy) for policy in options.policies}
+    for name in names.values():
+        check_name(name)
+    paths = {policy: folder / f"{name}.json" for policy, name in names.items()}
     for policy, path in paths.items():
         if path.exists() and not options.replace:
             raise ValueError(f"{path} exists; add --replace to replace it, or choose another --name for {policy}")
         if list(paths.values()).count(path) > 1:
             raise ValueError(f"several policies would be written to {path}; add them one by one, with --name")
-    for policy_name, path in paths.items():
-        policy, facts = load_policy(policy_name, options.policy_seconds), policy_facts(policy_name)
-        entry = new_entry(suite, path.stem, policy_name, policy, facts, options.author, options.link)
+    loaded = {policy: (load_policy(policy, options.policy_seconds), policy_facts(policy)) for policy in paths}
+    for policy_name, (policy, facts) in loaded.items():
+        path = paths[policy_name]
+        entry = new_entry(suite, path.stem, policy_name, policy, facts, options.author or "", options.link or "")
         made_with = json.dumps([policy_name, facts, suite.version], sort_keys=True)
         workspace = folder / f".{path.stem}-{hashlib.sha256(made_with.encode()).hexdigest()[:8]}.part"
         with keeping_episodes(workspace):
             entry = play_suite(suite, entry, policy, workspace, options.device, options.batch_size)
         save_entry(entry, path)
-        print(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)")
+        print(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB)", flush=True)
     _show(suite, folder, None)
 
 
 def check(args: Sequence[str]) -> int:
     """Check entries by playing their decisions again, without the policies."""
     options = parse(CheckOptions, args, "far-env leaderboard check", CheckOptions.__doc__ or "")
-    from far_env.evaluation.leaderboard import load_entry, load_suite, replayed
+    from far_env.evaluation.leaderboard import replayed
+    from far_env.evaluation.leaderboard_entry import load_entry, load_suite
 
     if not options.entries:
         raise ValueError("leaderboard check needs the file of an entry")
@@ -158,7 +164,7 @@ def check(args: Sequence[str]) -> int:
 
 
 def _show(suite: Suite, folder: Path, html: str | None) -> None:
-    from far_env.evaluation.leaderboard import load_entries
+    from far_env.evaluation.leaderboard_entry import load_entries
     from far_env.evaluation.leaderboard_ranking import ranking, ranking_page, ranking_text
 
     standings = ranking(load_entries(folder, suite), suite)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from far_env.evaluation.leaderboard import Entry, Suite
+from far_env.evaluation.leaderboard_entry import Entry, Suite
 from far_env.evaluation.ranking import metric_format
 from far_env.evaluation.report import fill_page
 from far_env.evaluation.statistics import Interval, mean_interval
@@ -45,8 +45,8 @@ class Standing:
 def ranking(entries: Mapping[str, Entry], suite: Suite) -> list[Standing]:
     """Standings, best first.
 
-    The clips of different workloads are drawn independently and each workload has as many. So the mean over the workloads of
-    their i-th clips is a sample of the mean over workloads, and its bootstrap is that of the suite with workloads as strata.
+    Intervals of means over workloads draw clip numbers, each with its clips of all workloads: these are played with the same
+    noise seed, and each workload has as many.
     """
     scores = {name: entry.scores(METRIC) for name, entry in entries.items()}
     limited = [name for name, entry in entries.items() if entry.limited]

@@ -99,7 +99,7 @@ function renderFacts() {
   const head = make("tr", {}, facts.map((title) => make("th", { scope: "col" }, title)));
   const body = data.rows.map((row) => {
     const madeWith = Object.entries(row.madeWith).map(([name, value]) => `${name} ${value}`).join(", ");
-    const values = [row.policy, row.sha256 ? `${row.sha256.slice(0, 16)}…` : "part of far-env", row.source || NONE, madeWith];
+    const values = [row.policy, row.sha256 ? `${row.sha256.slice(0, 16)}…` : NONE, row.source || NONE, madeWith];
     return make("tr", {}, make("th", { scope: "row" }, row.name), values.map((value) => make("td", {}, value)));
   });
   const hosts = data.cells.map((cell) => `${cell.workload} ${cell.budget}: host ${cell.weights}, ${cell.steps} ODE steps`).join("; ");
