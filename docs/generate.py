@@ -31,7 +31,8 @@ from far_env.clips.worlds import WORLDS, World
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
-from far_env.evaluation.leaderboard_entry import Cell, Entry, Episode, load_suite
+from far_env.evaluation.leaderboard_entry import Cell, Entry, Episode, load_entries, load_suite
+from far_env.evaluation.leaderboard_ranking import ranking, ranking_rows
 from far_env.host.weights import SHIPPED
 from far_env.host.zoo import RELEASED
 from far_env.workloads import BUDGETS, WORKLOADS, WorkloadSpec
@@ -217,6 +218,13 @@ def leaderboard_suite() -> str:
     return joined([f"{suite.text().capitalize()}.", table(("workload", "budget", "host's weights", "ODE steps"), rows)])
 
 
+def leaderboard_ranking() -> str:
+    """The ranking of the entries that ship."""
+    suite = load_suite()
+    header, *rows = ranking_rows(ranking(load_entries(None, suite), suite), suite)
+    return table(header, [(f"`{name}`", *cells) for name, *cells in rows])
+
+
 def leaderboard_entry() -> str:
     """The keys of an entry of the leaderboard."""
     parts = []
@@ -238,6 +246,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "environments": environments,
     "host_settings": host_settings,
     "leaderboard_entry": leaderboard_entry,
+    "leaderboard_ranking": leaderboard_ranking,
     "leaderboard_suite": leaderboard_suite,
     "released": released,
     "shipped_hosts": shipped_hosts,

@@ -12,7 +12,7 @@ import numpy as np
 from far_env.evaluation.leaderboard_entry import Entry, Suite
 from far_env.evaluation.ranking import metric_format
 from far_env.evaluation.report import fill_page
-from far_env.evaluation.statistics import Interval, mean_interval
+from far_env.evaluation.statistics import Interval, mean_intervals
 from far_env.evaluation.table import interval_text, signed_interval_text
 from far_env.text import text_table
 
@@ -55,26 +55,27 @@ def ranking(entries: Mapping[str, Entry], suite: Suite) -> list[Standing]:
     for name, entry in entries.items():
         own = scores[name]
         gains = None if reference is None or name == suite.reference else own - reference
+        mean, *cells = mean_intervals(np.stack([own.mean(axis=0), *own], axis=1))
+        gain, *cell_gains = [None] if gains is None else mean_intervals(np.stack([gains.mean(axis=0), *gains], axis=1))
         places = [_place(own[row].mean(), [scores[other][row].mean() for other in limited]) for row in range(len(suite.cells))]
         standings.append(
             Standing(
                 entry=entry,
                 place=_place(own.mean(), [scores[other].mean() for other in limited]) if entry.limited else None,
-                mean=mean_interval(own.mean(axis=0)),
-                gain=None if gains is None else mean_interval(gains.mean(axis=0)),
-                cells=[mean_interval(row) for row in own],
-                cell_gains=[] if gains is None else [mean_interval(row) for row in gains],
+                mean=mean,
+                gain=gain,
+                cells=cells,
+                cell_gains=cell_gains,
                 mean_place=float(np.mean(places)) if entry.limited else None,
             )
         )
     return sorted(standings, key=lambda standing: (-standing.mean.mean, standing.entry.name))
 
 
-def ranking_text(standings: list[Standing], suite: Suite) -> str:
-    """The ranking as a table for the terminal."""
+def ranking_rows(standings: list[Standing], suite: Suite) -> list[list[str]]:
+    """The ranking as the cells of a table, its header first."""
     cells = [cell.label for cell in suite.cells]
-    header = ["entry", "#", "inputs", "mean dB", f"− {suite.reference} [95 %]", *cells, "mean place"]
-    rows = []
+    rows = [["entry", "#", "inputs", "mean dB", f"− {suite.reference} [95 %]", *cells, "mean place"]]
     for standing in standings:
         rows.append(
             [
@@ -87,6 +88,12 @@ def ranking_text(standings: list[Standing], suite: Suite) -> str:
                 "–" if standing.mean_place is None else f"{standing.mean_place:.1f}",
             ]
         )
+    return rows
+
+
+def ranking_text(standings: list[Standing], suite: Suite) -> str:
+    """The ranking as a table for the terminal."""
+    header, *rows = ranking_rows(standings, suite)
     return f"{text_table(header, rows)}\n\n{suite.text()}; mean PSNR in dB, each workload counts the same"
 
 

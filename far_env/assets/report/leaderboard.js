@@ -35,7 +35,7 @@ function columns(rows) {
     { key: "policy", title: "Entry", text: true, value: (row) => row.name.toLowerCase() },
     { key: "family", title: "Family", text: true, value: (row) => row.family, cell: (row) => [row.family || NONE] },
     { key: "inputs", title: "Inputs", text: true, value: (row) => row.inputs, cell: (row) => [row.inputs || NONE] },
-    { key: "mean", title: `${label} ${unit}, mean`, better: -1, value: (row) => row.mean[0], cell: (row) => withBounds(row.mean) },
+    { key: "mean", title: `${label} ${unit}, mean`, better: -1, value: (row) => row.mean[0], cell: (row) => [fixed(row.mean[0], digits)] },
     {
       key: "gain",
       title: `− ${data.reference}`,
