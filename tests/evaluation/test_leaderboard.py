@@ -77,7 +77,7 @@ def made(suite, tmp_path_factory):
         patch.setattr(leaderboard_entry, "load_suite", lambda: suite)
         patch.setattr(leaderboard_entry, "SHIPPED_PACKAGE", "far_env.configs")
         policies = ["recent_fill", "path_tracker", "full_history", str(root / "half.py")]
-        link = ["--author", "A. Uthor", "--link", "https://example.org/policies"]
+        link = ["--author", "A. Uthor", "--link", "https://example.org/policies", "--policy-seconds", "120"]
         assert cli.main(["leaderboard", "add", *policies, *link, "--folder", str(root / "entries"), "--device", "cpu"]) == 0
     return root / "entries"
 
