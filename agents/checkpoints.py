@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from far_env.agents.config import NetworkConfig
 from far_env.config import from_dict
-from far_env.contract import OF_LATENTS
+from far_env.contract import tier
 from far_env.errors import unknown_name
 from far_env.hub import Snapshot, is_hub_name, snapshot
 from far_env.io import read_json, write_json
@@ -69,11 +69,6 @@ def facts(name: str) -> dict[str, str]:
         "note": f"trained on {about.get('trained_on', 'unknown clips')}",
         "sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }
-
-
-def tier(signals: tuple[str, ...]) -> str:
-    """The tier of a policy that reads these signals: "M" (FrameMeta alone), "L" (latents) or "A" (attention)."""
-    return "M" if not signals else "L" if all(name in OF_LATENTS for name in signals) else "A"
 
 
 def source(name: str) -> str:

@@ -14,13 +14,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
-from option_tables import all_commands, code, docstring, field_texts, host_settings, joined, table, training_settings
+from option_tables import (
+    all_commands,
+    code,
+    docstring,
+    field_texts,
+    fields_table,
+    host_settings,
+    joined,
+    table,
+    training_settings,
+)
 
 from far_env import agents, baselines
 from far_env.clips.worlds import WORLDS, World
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
+from far_env.evaluation.leaderboard_entry import Cell, Entry, Episode, load_entries, load_suite
+from far_env.evaluation.leaderboard_ranking import ranking, ranking_rows
 from far_env.host.weights import SHIPPED
 from far_env.host.zoo import RELEASED
 from far_env.workloads import BUDGETS, WORKLOADS, WorkloadSpec
@@ -199,6 +211,28 @@ def shipped_hosts() -> str:
     return table(("host", "description"), rows)
 
 
+def leaderboard_suite() -> str:
+    """What every entry of the leaderboard plays."""
+    suite = load_suite()
+    rows = [(f"`{cell.workload}`", str(cell.budget), f"`{cell.weights}`", str(cell.ode_steps)) for cell in suite.cells]
+    return joined([f"{suite.text().capitalize()}.", table(("workload", "budget", "host's weights", "ODE steps"), rows)])
+
+
+def leaderboard_ranking() -> str:
+    """The ranking of the entries that ship."""
+    suite = load_suite()
+    header, *rows = ranking_rows(ranking(load_entries(None, suite), suite), suite)
+    return table(header, [(f"`{name}`", *cells) for name, *cells in rows])
+
+
+def leaderboard_entry() -> str:
+    """The keys of an entry of the leaderboard."""
+    parts = []
+    for title, cls in (("An entry", Entry), ("A cell, in `cells`", Cell), ("An episode, in `episodes`", Episode)):
+        parts += [f"### {title}", fields_table(cls)]
+    return joined(parts)
+
+
 def _demoted(markdown: str, by: int) -> str:
     """The text with its headings ``by`` levels lower, and rows of tables that continue on the next line in one line."""
     markdown = re.sub(r" \|\n\| \| \| ", " ", markdown)
@@ -211,6 +245,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "commands": all_commands,
     "environments": environments,
     "host_settings": host_settings,
+    "leaderboard_entry": leaderboard_entry,
+    "leaderboard_ranking": leaderboard_ranking,
+    "leaderboard_suite": leaderboard_suite,
     "released": released,
     "shipped_hosts": shipped_hosts,
     "shipped_policies": shipped_policies,

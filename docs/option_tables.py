@@ -41,6 +41,15 @@ def _source_default(field: dataclasses.Field) -> str:
     return "required" if default is dataclasses.MISSING else _default(default)
 
 
+def fields_table(cls: type) -> str:
+    """Every field of a dataclass as a key of a file, with type and meaning."""
+    texts = field_texts(cls)
+    rows = [
+        (f"`{field.name}`", f"`{_type_name(cls, field.name)}`", code(texts[field.name])) for field in dataclasses.fields(cls)
+    ]
+    return table(("key", "type", "meaning"), rows)
+
+
 def _settings(cls: type) -> str:
     """One table of the plain fields of a dataclass, then one per nested dataclass."""
     default = cls()
@@ -83,7 +92,8 @@ def _type_name(cls: type, name: str) -> str:
     annotation = typing.get_type_hints(cls)[name]
     text = annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
     text = text.replace("typing.", "").replace("NoneType", "null").replace("None", "null").replace(", ...", "")
-    return re.sub(r"tuple\[(?:[\w.]+\.)?(\w+)\]", r"list of \1", text)
+    inner = re.sub(r"tuple\[(?:[\w.]+\.)?(\w+)\]", r"list of \1", text)
+    return re.sub(r"tuple\[(list of \w+)\]", r"list of \1", inner)
 
 
 def field_texts(cls: type) -> dict[str, str]:
@@ -113,9 +123,10 @@ def commands() -> dict[str, Callable[[Sequence[str]], int | None]]:
 
 def subcommands() -> dict[str, Callable[[Sequence[str]], int | None]]:
     """Actions that have other options than the command they belong to."""
+    from far_env.cli import leaderboard
     from far_env.cli.data_download import download
 
-    return {"data download": download}
+    return {"data download": download, "leaderboard add": leaderboard.add, "leaderboard check": leaderboard.check}
 
 
 def command_options(function: Callable[[Sequence[str]], int | None]) -> tuple[type, str]:

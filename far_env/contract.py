@@ -297,6 +297,11 @@ def check_signals(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def tier(signals: Sequence[str]) -> str:
+    """The tier of a policy that reads these signals: "M" (FrameMeta alone), "L" (latents) or "A" (attention)."""
+    return "M" if not signals else "L" if all(name in OF_LATENTS for name in signals) else "A"
+
+
 class NewestFrames:
     """Keeps the newest frames up to the budget: the baseline of all comparisons."""
 

@@ -27,7 +27,7 @@ from far_env.policies import VALIDATION_ROLLOUTS
 from far_env.progress import show_progress
 from far_env.rollout.noise import seeds_text
 
-SCRIPTS = ("dom.js", "charts.js", "tables.js", "timeline.js", "player.js", "main.js")
+SCRIPTS = ("dom.js", "charts.js", "tables.js", "timeline.js", "player.js", "theme.js", "main.js")
 _TABLE_FACTS = ("family", "tier", "source", "note")
 
 
@@ -43,13 +43,16 @@ def report_page(results: Results, reference: str | None = None, show_clips: int 
         ValueError: if the reference was not evaluated, or a saved strip of frames is damaged.
     """
     data = report_data(results, reference, show_clips, progress)
+    return fill_page("page.html", SCRIPTS, f"far-env report: {', '.join(results.settings.workloads)}", data)
+
+
+def fill_page(template: str, scripts: Sequence[str], title: str, data: dict[str, Any]) -> str:
+    """A page of the assets with style, scripts and data inside; it may load nothing else."""
     folder = files("far_env") / "assets" / "report"
     style = (folder / "style.css").read_text(encoding="utf-8")
-    script = "\n".join(
-        ['"use strict";', *((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)],
-    )
+    script = "\n".join(['"use strict";', *((folder / name).read_text(encoding="utf-8") for name in scripts)])
     parts = {
-        "title": html.escape(f"far-env report: {', '.join(results.settings.workloads)}"),
+        "title": html.escape(title),
         "style": style,
         "style_hash": _source_hash(style),
         "script": script,
@@ -57,8 +60,8 @@ def report_page(results: Results, reference: str | None = None, show_clips: int 
         # Inside a script element only "<" could end the data.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     }
-    template = (folder / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    text = (folder / template).read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
 def report_data(

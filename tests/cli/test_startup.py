@@ -11,6 +11,7 @@ from far_env.plugins import COMMANDS, distribution_name, entry_points
 
 CALLS = [["--help"], ["baselines"], ["weights", "list"]]
 CALLS += [[name, "--help"] for name, entry in entry_points(COMMANDS).items() if distribution_name(entry) == "far-env"]
+CALLS += [["leaderboard", "add", "--help"], ["leaderboard", "check", "--help"]]
 SCRIPT = """
 import sys
 from far_env.cli import main
