@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -384,12 +384,19 @@ class Recorder:
         self.results.settings.failed.setdefault(policy, {})[where] = reason
         self._write_settings()
 
+    def has_picture(self, path: Path) -> bool:
+        """Whether the picture is there already."""
+        return path.exists()
+
     def save_picture(self, path: Path, frames: np.ndarray) -> None:
         """Write frames (T, 3, H, W) in [0, 1] side by side as a PNG, whole or not at all."""
-        pixels = np.rint(frames.transpose(2, 0, 3, 1) * 255).clip(0, 255).astype(np.uint8)
+        self.write_picture(path, png(frames))
+
+    def write_picture(self, path: Path, content: bytes) -> None:
+        """Write a picture, whole or not at all."""
         with replacing(path) as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.reshape(len(pixels), -1, 3)).save(temporary, format="png")
+            temporary.write_bytes(content)
 
     def close(self) -> None:
         """Release the folder for other recorders."""
@@ -397,6 +404,13 @@ class Recorder:
 
     def _write_settings(self) -> None:
         write_json(self.results.folder / SETTINGS_FILE, {"format": FORMAT, **asdict(self.results.settings)})
+
+
+def png(frames: np.ndarray) -> bytes:
+    """Frames (T, 3, H, W) in [0, 1] side by side as a PNG."""
+    pixels, file = np.rint(frames.transpose(2, 0, 3, 1) * 255).clip(0, 255).astype(np.uint8), BytesIO()
+    Image.fromarray(pixels.reshape(len(pixels), -1, 3)).save(file, format="png")
+    return file.getvalue()
 
 
 def _open_alone(path: Path) -> FileIO:
