@@ -54,6 +54,8 @@ def connected(settings: ActorSettings) -> Iterator[ModuleType]:
         ValueError: if Ray is not installed, nobody answers at the address, or the cluster has not enough CPU cores or GPUs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # By default Ray starts its workers at niceness 15, which hardly compute beside any other process.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray announces with a warning that actors without a GPU will no longer be hidden from GPUs, which these do not rely on.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:

@@ -70,9 +70,7 @@ class ActorPlayer:
                 return failures.get((workload, budget, policy), number) < number
 
             arguments = (plan, self.settings.gpus_per_actor, self.settings.cpus_per_actor)
-            pool = ActorPool(
-                ray, EvaluationActor, arguments, self.settings, partial(check_same, expected), bar.write
-            )
+            pool = ActorPool(ray, EvaluationActor, arguments, self.settings, partial(check_same, expected), bar.write)
             for task, played in pool.completed(tasks, has_failed):
                 number, workload, budget, policy, episodes = task.arguments
                 for clip in _keep(session, workload, played):

@@ -7,6 +7,8 @@ out once, because only this process collects results.
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import sys
 import time
 from collections import deque
@@ -189,10 +191,9 @@ class _Queue:
 
 
 def start_facts(weights: Mapping[str, str]) -> dict[str, Any]:
-    """What an actor tells about its machine: versions of packages, and the hash of each workload's host."""
-    import platform
+    """What an actor tells about itself: machine, process, versions of packages, and the hash of each workload's host."""
 
-    return {"machine": platform.node(), "versions": versions(), "weights": dict(weights)}
+    return {"machine": platform.node(), "pid": os.getpid(), "versions": versions(), "weights": dict(weights)}
 
 
 def check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:

@@ -246,9 +246,9 @@ class Session:
         self.optional = optional
         self.progress = progress
         self.features = features
-        self.recorded = {record.key for record in self.results.records}
+        self.recorded = set(self.results.episode_keys())
         self.done = self.recorded if features is None else self.recorded & features.episodes
-        self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
+        self.clip_hashes = self.results.clip_hashes()
         self.gaps: dict[tuple[str, int], list[int | None]] = {}
         self.partners: dict[tuple[str, int], Clip | None] = {}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
