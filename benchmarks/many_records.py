@@ -47,7 +47,7 @@ def make(folder: Path, num_records: int, num_policies: int) -> None:
     settings = Settings(
         workloads=["pan"],
         budgets=[*BUDGETS, UNLIMITED_FRAMES],
-        policies=dict.fromkeys([*names, "full_history"], {}),
+        policies={name: {} for name in [*names, "full_history"]},
         seeds=[42],
         split="test",
         clips=list(range(clips)),
@@ -89,10 +89,8 @@ def read(folder: Path) -> None:
     """Read the folder, print a table and write the report's page; print seconds and this process's highest memory so far."""
 
     def told(what: str, start: float) -> None:
-        print(
-            f"{what}: {time.perf_counter() - start:.0f} s, memory so far {peak_memory_mib(torch.device('cpu')):.0f} MiB",
-            flush=True,
-        )
+        memory = peak_memory_mib(torch.device("cpu"))
+        print(f"{what}: {time.perf_counter() - start:.0f} s, memory so far {memory:.0f} MiB", flush=True)
 
     start = time.perf_counter()
     results = load(folder)
