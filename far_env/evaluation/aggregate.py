@@ -68,14 +68,18 @@ class Episodes:
 
 
 def collect_episodes(
-    results: Results, workload: str, clips: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    results: Results,
+    workload: str,
+    clips: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    budgets: Sequence[int] | None = None,
 ) -> Iterator[Episodes]:
     """The episodes on a workload, by policy (in the order of the settings) and budget (ascending).
 
     Those of a large folder are read one after the other, so that nothing of them need stay in memory.
 
     Args:
-        clips, seeds: the requested ones; all of the evaluation by default.
+        clips, seeds, budgets: the requested ones; all of the evaluation by default.
     """
     clips = results.settings.clips if clips is None else clips
     seeds = results.settings.seeds if seeds is None else seeds
@@ -83,6 +87,8 @@ def collect_episodes(
     order = {policy: place for place, policy in enumerate(results.settings.policies)}
     by_policy = _by_policy(results, workload)
     for policy, budget in sorted(by_policy, key=lambda key: (order[key[0]], key[1])):
+        if budgets is not None and budget not in budgets:
+            continue
         records = (record for record in by_policy[policy, budget] if (record.clip, record.seed) in wanted)
         rows, *numbers = _columns(records)
         if rows:

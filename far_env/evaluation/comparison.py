@@ -108,8 +108,8 @@ def tabulate(
     seeds = settings.seeds if seeds is None else [seed for first in seeds for seed in trajectory_seeds(first, trajectories)]
     budget = min(budget, UNLIMITED_FRAMES)
     complete: dict[str, Episodes] = {}
-    for episodes in collect_episodes(results, workload, clip_ids, seeds):
-        if episodes.budget in (budget, UNLIMITED_FRAMES) and not episodes.missing:
+    for episodes in collect_episodes(results, workload, clip_ids, seeds, (budget, UNLIMITED_FRAMES)):
+        if not episodes.missing:
             # The budget's come before full history's. The frames are not needed and take most of the memory.
             complete.setdefault(episodes.policy, replace(episodes, frames=episodes.frames[:0], gaps=None))
     if not complete:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -227,8 +226,7 @@ def choose_reference(policies: Sequence[str], reference: str | None) -> str:
 def _counted_facts(results: Results) -> Iterator[tuple[str, Mapping[str, Any], int]]:
     """Workload, facts, and the number of records that have them."""
     if isinstance(results.records, StoredRecords):
-        for (workload, text), count in results.records.facts.items():
-            yield workload, json.loads(text), count
+        yield from results.records.counted_facts()
     else:
         for record in results.records:
             yield record.workload, record.facts, 1

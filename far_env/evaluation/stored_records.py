@@ -31,12 +31,11 @@ class StoredRecords(Sequence):
 
     def __init__(self, path: Path, read: Callable[[dict[str, Any]], Record]) -> None:
         self.path = path
-        self.facts: Counter[tuple[str, str]] = Counter()
-        """Workload and facts as JSON → number of records that have them."""
         self.clip_hashes: dict[tuple[str, int], str] = {}
         """Workload and clip → hash of the clip's frames."""
         self._read = read
         self._cells: dict[Cell, int] = {}
+        self._facts: Counter[tuple[Cell, str]] = Counter()
         self._seeds: dict[int, int] = {}
         self._begin, self._cell, self._clip, self._seed = array("q", [0]), array("i"), array("q"), array("i")
         self._chosen: Collection[str] | None = None
@@ -44,10 +43,11 @@ class StoredRecords(Sequence):
     def append(self, record: Record, size: int) -> None:
         """Count a record whose line of so many bytes is in the file after all before."""
         self._begin.append(self._begin[-1] + size)
-        self._cell.append(self._cells.setdefault((record.workload, record.budget, record.policy), len(self._cells)))
+        cell = record.workload, record.budget, record.policy
+        self._cell.append(self._cells.setdefault(cell, len(self._cells)))
         self._clip.append(record.clip)
         self._seed.append(self._seeds.setdefault(record.seed, len(self._seeds)))
-        self.facts[record.workload, json.dumps(record.facts)] += 1
+        self._facts[cell, json.dumps(record.facts)] += 1
         self.clip_hashes[record.workload, record.clip] = record.clip_sha256
 
     def extend(self, records: Iterable[Record]) -> None:
@@ -58,8 +58,14 @@ class StoredRecords(Sequence):
     def episode_keys(self) -> Iterator[Key]:
         """The episodes, in the order of the file."""
         cells, seeds = list(self._cells), list(self._seeds)
-        for cell, clip, seed in zip(self._cell, self._clip, self._seed, strict=True):
-            yield *cells[cell], clip, seeds[seed]
+        for place in self._places():
+            yield *cells[self._cell[place]], self._clip[place], seeds[self._seed[place]]
+
+    def counted_facts(self) -> Iterator[tuple[str, dict[str, Any], int]]:
+        """Workload, facts, and the number of records that have them."""
+        for (cell, text), count in self._facts.items():
+            if self._chosen is None or cell[2] in self._chosen:
+                yield cell[0], json.loads(text), count
 
     def cells(self) -> list[Cell]:
         """The workloads, budgets and policies that have records."""
@@ -78,7 +84,7 @@ class StoredRecords(Sequence):
         yield from (record for record in self._at(wanted) if self._chosen is None or record.policy in self._chosen)
 
     def of_policies(self, policies: Collection[str]) -> StoredRecords:
-        """The records of these policies alone; facts and hashes stay those of all."""
+        """The records of these policies alone; the hashes of clips stay those of all."""
         chosen = object.__new__(StoredRecords)
         vars(chosen).update(vars(self), _chosen=frozenset(policies))
         return chosen
