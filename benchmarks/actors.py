@@ -50,28 +50,29 @@ class SleepingActor:
         return bytes(RECORDS * RECORD_BYTES)
 
 
-def measure(num_actors: int, options: Options) -> float:
-    """Seconds from the first answer of every actor's first task to the last answer, above what sleeping takes, per task."""
+def measure(num_actors: int, options: Options) -> tuple[float, float]:
+    """Seconds above those of sleeping, and seconds of this process's processor, both per task of one actor and of all."""
+    started: list[Any] = []
     with connected(ActorSettings(num_actors, options.address)) as ray:
-        pool = ActorPool(ray, SleepingActor, (options.seconds,), ActorSettings(num_actors), lambda facts: None)
-        for _ in pool.completed([Task((i,), i, "a first task") for i in range(4 * num_actors)]):
-            pass  # all actors have started
+        pool = ActorPool(ray, SleepingActor, (options.seconds,), ActorSettings(num_actors), started.append)
+        while len(started) < num_actors:
+            for _ in pool.completed([Task((i,), i, "a first task") for i in range(num_actors)]):
+                pass
         tasks = [Task((i,), i, "a task") for i in range(options.tasks * num_actors)]
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         done = sum(1 for _ in pool.completed(tasks))
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     assert done == len(tasks)
-    return (seconds - options.tasks * options.seconds) / options.tasks
+    return (seconds - options.tasks * options.seconds) / options.tasks, cpu / done
 
 
 def main() -> None:
     """Entry point."""
     options = parse(Options, sys.argv[1:], "python -m benchmarks.actors", __doc__ or "")
     for number in map(int, options.actors.split(",")):
-        extra = measure(number, options)
-        rate = number / (options.seconds + extra)
-        cost = f"{1e3 * extra:.0f} ms above {options.seconds:g} s a task ({extra / options.seconds:.1%})"
-        print(f"{number} actors: {cost}, {rate:.0f} tasks/s", flush=True)
+        extra, cpu = measure(number, options)
+        cost = f"{1e3 * extra:.0f} ms above {options.seconds:g} s"
+        print(f"{number} actors: {cost}, {1e3 * cpu:.1f} ms of the driver's processor a task", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class ActorSettings:
 
 @contextlib.contextmanager
 def connected(settings: ActorSettings) -> Iterator[ModuleType]:
-    """Connect to the cluster of these settings, or start one; the block receives Ray's module.
+    """Connect to the cluster of these settings, or start one; the block receives Ray's module and has no standard output.
 
     Raises:
         ValueError: if Ray is not installed, nobody answers at the address, or the cluster has not enough CPU cores or GPUs.
@@ -74,7 +74,8 @@ def connected(settings: ActorSettings) -> Iterator[ModuleType]:
         for number, handler in handlers.items():  # Ray sets its own, which end the process
             signal.signal(number, handler)
         check_resources(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        yield ray
+        with contextlib.redirect_stdout(sys.stderr):  # for which Ray's warnings are, though it prints them as output
+            yield ray
     finally:
         ray.shutdown()
         for number, handler in handlers.items():
