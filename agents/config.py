@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from far_env.clips.clip import check_clip_options
 from far_env.config import parse_mapping, require_positive
 from far_env.contract import check_signals, resolve_feedback
+from far_env.distributed.cluster import ActorSettings
 
 UNUSABLE_SIGNALS = ("key_proto",)
 """Signals whose length is that of the host's keys: a scorer that reads them could not be used with another host."""
@@ -248,6 +249,9 @@ class AgentTraining:
     """Frames that are given, for workloads of recorded clips; by default the workload's."""
     num_predict: int | None = None
     """Frames that are predicted, for workloads of recorded clips; by default the workload's."""
+
+    ray: ActorSettings = field(default_factory=ActorSettings)
+    """Actors that collect the decisions of imitation, on this machine or on several; the data are the same for any number."""
 
     RENAMED: ClassVar[dict[str, str]] = {"stand_in": "surrogate"}
 

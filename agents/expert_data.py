@@ -6,12 +6,15 @@ they are when a policy acts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from far_env.agents.config import NetworkConfig
@@ -26,6 +29,7 @@ from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.signals import column_gaps, latent_cosines
+from far_env.tensor_files import save_weights
 from far_env.workloads import Workload
 
 DECISIONS_PER_CUT = 4
@@ -175,7 +179,44 @@ def true_frames(workload: Workload, clip: Clip) -> Tensor:
     return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts of one workload that are played together.
+
+    Attributes:
+        first: the row of the first of them among all that are collected, which their random numbers depend on.
+        slots: as in `ExpertData`. seed, config, true_frames: as in `collect`.
+    """
+
+    first: int
+    clip_ids: tuple[int, ...]
+    budgets: tuple[int, ...]
+    slots: int
+    seed: int
+    config: NetworkConfig
+    true_frames: bool
+
+
+BatchPlayer = Callable[[Workload, Sequence[Batch], RetentionNetwork | None], Iterator[tuple[Batch, ExpertData]]]
+"""Plays batches of a workload and hands out each with its decisions, in any order."""
+
+
 @torch.no_grad()
+def play_batch(workload: Workload, batch: Batch, actor: RetentionNetwork | None) -> ExpertData:
+    """The decisions of a batch; see `collect`."""
+    rows = range(batch.first, batch.first + len(batch.clip_ids))
+    recorder = _Recorder(batch.slots, [np.random.default_rng((batch.seed, row, 8)) for row in rows])
+    return _play(workload, batch.clip_ids, batch.budgets, actor, batch.config, batch.true_frames, recorder)
+
+
+def play_here(
+    workload: Workload, batches: Sequence[Batch], actor: RetentionNetwork | None
+) -> Iterator[tuple[Batch, ExpertData]]:
+    """Play batches in this process, one after the other; a `BatchPlayer`."""
+    for batch in batches:
+        yield batch, play_batch(workload, batch, actor)
+
+
 def collect(
     workload: Workload,
     clip_ids: Sequence[int],
@@ -187,6 +228,8 @@ def collect(
     seed: int = 0,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
+    player: BatchPlayer = play_here,
+    parts: Path | None = None,
 ) -> ExpertData:
     """Roll train clips out and record, at every decision that matters, what dropping each frame would cost.
 
@@ -200,23 +243,42 @@ def collect(
         config: whose signals are recorded.
         true_frames: use the clip's frames in place of generated ones, which is much faster, and nearly what a policy observes
             while the right frames are kept.
+        player: plays the batches; the decisions do not depend on where.
+        parts: a folder in which finished batches are kept, so that a stopped collection goes on; whoever calls removes it.
 
     Raises:
         ValueError: if ``true_frames`` is combined with signals that only rollouts have.
     """
     if true_frames:
         check_true_signals(config.signals)
-    parts = []
     slots = max(workload.num_context, *budgets) + 1
+    ids, limits, shared = tuple(clip_ids), tuple(budgets), (slots, seed, config, true_frames)
+    starts = range(0, len(ids), batch_size)
+    batches = [Batch(first, ids[first : first + batch_size], limits[first : first + batch_size], *shared) for first in starts]
+    found: dict[int, ExpertData] = {}
+    if parts is not None:
+        parts.mkdir(parents=True, exist_ok=True)
+        paths = {batch.first: parts / f"{batch.first:08d}.safetensors" for batch in batches}
+        found = {first: load_expert_data(path) for first, path in paths.items() if path.exists()}
     description = f"collect decisions in {'true clips' if true_frames else 'rollouts'}"
     with show_progress(total=len(clip_ids), description=description, unit="clips", disable=not progress) as bar:
-        for first in range(0, len(clip_ids), batch_size):
-            batch = slice(first, first + batch_size)
-            recorder = _Recorder(slots, [np.random.default_rng((seed, row, 8)) for row in range(len(clip_ids))[batch]])
-            parts.append(_play(workload, clip_ids[batch], budgets[batch], actor, config, true_frames, recorder))
-            bar.set_postfix(decisions=f"{sum(map(len, parts)):,}")
-            bar.update(len(clip_ids[batch]))
-    return ExpertData.join(parts)
+        bar.update(sum(len(found[first].max_frames) for first in found))
+        missing = [batch for batch in batches if batch.first not in found]
+        for batch, data in player(workload, missing, actor) if missing else ():
+            found[batch.first] = data
+            if parts is not None:
+                save_weights(vars(data), paths[batch.first])
+            bar.set_postfix(decisions=f"{sum(map(len, found.values())):,}")
+            bar.update(len(batch.clip_ids))
+    return ExpertData.join([found[batch.first] for batch in batches])
+
+
+def load_expert_data(path: Path) -> ExpertData:
+    """Read collected decisions. Raises ValueError if the file is damaged."""
+    try:
+        return ExpertData(**load_file(path))
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it to collect it again") from error
 
 
 class _Recorder:

@@ -8,19 +8,20 @@ scorer and learning from all rounds are DAgger: Ross et al., arXiv 1011.0686.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
-from far_env.agents.expert_data import ExpertData, collect
+from far_env.agents.expert_actors import ActorBatchPlayer
+from far_env.agents.expert_data import BatchPlayer, collect, load_expert_data, play_here
 from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.io import read_json, write_json
@@ -51,15 +52,17 @@ class ImitationStage:
             The scorer's weights.
         """
         config = self.config
-        network = imitate(
-            config.imitation,
-            config.network,
-            self.workloads,
-            self.budgets,
-            self.folder,
-            seed=config.seed,
-            num_clips=config.train_clips,
-        )
+        with ActorBatchPlayer(config) if config.ray.actors else nullcontext(play_here) as player:
+            network = imitate(
+                config.imitation,
+                config.network,
+                self.workloads,
+                self.budgets,
+                self.folder,
+                seed=config.seed,
+                num_clips=config.train_clips,
+                player=player,
+            )
         return network.state_dict()
 
 
@@ -98,6 +101,7 @@ def imitate(
     *,
     seed: int,
     num_clips: int,
+    player: BatchPlayer = play_here,
 ) -> RetentionNetwork:
     """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
@@ -109,6 +113,7 @@ def imitate(
 
     Args:
         num_clips: train clips to draw from; no clip comes twice before all have come.
+        player: plays the rollouts in which decisions are collected.
 
     Raises:
         ValueError: if the folder contains decisions made with other settings, or a damaged file.
@@ -133,10 +138,13 @@ def imitate(
                     config=network_config,
                     true_frames=part.true_frames,
                     seed=int(np.random.default_rng((seed, number, 6)).integers(2**31)),
+                    player=player,
+                    parts=path.with_suffix(".parts"),
                 )
                 save_weights(vars(found), path)
+            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
             if not scorer_path.exists() or number < len(planned) - 1:
-                decisions.append(GraphDecisions(_load(path), network_config))
+                decisions.append(GraphDecisions(load_expert_data(path), network_config))
         checkpoint = folder / f"learning_{number:02d}.ckpt"
         if not scorer_path.exists():
             network = fit(decisions, network_config, settings, seed, weights, checkpoint, precision)
@@ -279,10 +287,3 @@ def _check_index(
     if path.exists() and read_json(path, "choose another run folder") != index:
         raise ValueError(f"{folder} contains decisions made with other settings (see {INDEX_FILE}); choose another run folder")
     write_json(path, index)
-
-
-def _load(path: Path) -> ExpertData:
-    try:
-        return ExpertData(**load_file(path))
-    except (SafetensorError, OSError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it to collect it again") from error

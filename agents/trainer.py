@@ -30,7 +30,7 @@ from far_env.policies import load_policy
 from far_env.provenance import add_to_facts, run_facts, save_facts, session_precision
 from far_env.workloads import Workload, deciding_budgets, make_workload, resolve_budgets
 
-FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table")
+FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table", "ray")
 """Settings that may differ when a run is resumed; all others determine the training."""
 EXPERT_DATA_FOLDER = "expert_data"
 SURROGATE_FOLDER = "surrogate"

@@ -31,6 +31,7 @@ ORDER = (
     {"workloads"},
     {"rollout"},
     {"envs", "evaluation"},
+    {"distributed"},
     {"cli"},
 )
 """Modules and packages of far_env, the lowest first. Those of one set may import each other."""

@@ -6,8 +6,9 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,6 +21,7 @@ from far_env.io import make_run_dir, write_text
 from far_env.policies import FULL_HISTORY, is_policy_file, load_policy, policy_facts, policy_names
 
 if TYPE_CHECKING:
+    from far_env.distributed.evaluation import ActorPlayer
     from far_env.evaluation.comparison import Evaluation
 
 
@@ -88,6 +90,16 @@ class EvaluateOptions:
     """Number of clips, from the first on, whose pictures are stored there."""
     policy_seconds: float = 10.0
     """How long one call of a policy file may take; such files run in separate processes."""
+    ray: bool = False
+    """Play the episodes by actors of Ray (extra ray), on this machine or on several; records and tables stay the same."""
+    address: str | None = None
+    """With --ray: a running cluster, auto or HOST:PORT; by default one is started on this machine for the evaluation."""
+    actors: int = 1
+    """With --ray: processes, each of which holds the host on one device."""
+    gpus_per_actor: float = 0.0
+    """With --ray: GPUs of each, at most 1; with 0.5 two share a GPU. With 0 they compute on the CPU."""
+    cpus_per_actor: int = 1
+    """With --ray: CPU cores of each, and the threads with which it computes."""
     json: str | None = None
     """Write one JSON object to this file, or to the standard output if "-", instead of tables; several are under "tables"."""
 
@@ -130,9 +142,10 @@ def evaluate(args: Sequence[str]) -> int:
     clip_options = check_clip_options(parse_mapping(options.clip_options, "clip-options"))
     clip_options |= {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     precision = session_precision(options.out, options.precision)
+    actors = _actors(options, metrics)
     common = {
         "host": options.host,
-        "device": options.device,
+        "device": options.device if actors is None else "cpu",
         "precision": precision,
         "feedback": options.feedback,
         **clip_options,
@@ -159,6 +172,7 @@ def evaluate(args: Sequence[str]) -> int:
             show_clips=options.show_clips,
             policy_facts={name: policy_facts(name) for name in policies},
             features=features,
+            player=None if actors is None else actors(common, options.policy_seconds),
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
@@ -194,6 +208,28 @@ def evaluate(args: Sequence[str]) -> int:
             where, reason = ", ".join(reasons), next(iter(reasons.values()))
             print(f"far-env: error: no row {name} for {where}: {reason}", file=sys.stderr)
     return 2 if any(name not in optional for name, _ in failed) else int(bool(results.unreadable))
+
+
+def _actors(options: EvaluateOptions, metrics: Sequence[str]) -> Callable[..., ActorPlayer] | None:
+    """What makes the player of --ray; None without it. Raises ValueError on options that do not go together."""
+    if not options.ray:
+        for name in ("address", "actors", "gpus_per_actor", "cpus_per_actor"):
+            if getattr(options, name) != getattr(EvaluateOptions, name):
+                raise ValueError(f"--{name.replace('_', '-')} is used with --ray, which is missing")
+        return None
+    from far_env.distributed.cluster import ActorSettings
+    from far_env.distributed.evaluation import ActorPlayer
+
+    if options.actors < 1:
+        raise ValueError(f"--actors must be at least 1, got {options.actors}")
+    if options.device != "auto":
+        raise ValueError("with --ray the actors' devices are assigned; use --gpus-per-actor in place of --device")
+    if "fvd" in metrics:
+        raise ValueError("fvd compares all videos in one process; evaluate it without --ray")
+    if options.precision == "auto" and options.gpus_per_actor:
+        raise ValueError("with --gpus-per-actor the precision is not measured here; use --precision float32 or bfloat16")
+    settings = ActorSettings(options.actors, options.address, options.gpus_per_actor, options.cpus_per_actor)
+    return partial(ActorPlayer, settings)
 
 
 class _NotLoaded:

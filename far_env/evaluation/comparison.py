@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.errors import short
-from far_env.evaluation.aggregate import alike, collect_episodes
-from far_env.evaluation.records import Record, Results, cell
+from far_env.evaluation.aggregate import Episodes, alike, collect_episodes
+from far_env.evaluation.records import Results, cell
 from far_env.evaluation.statistics import Interval, improvement_interval, iqm_interval, mean_interval, sign_flip_p
 from far_env.metrics import LOWER_IS_BETTER
 from far_env.rollout.noise import seeds_text, trajectory_seeds
@@ -126,12 +127,11 @@ def tabulate(
     clip_ids = [i for i in requested if i not in left_out]
     seeds = settings.seeds if seeds is None else [seed for first in seeds for seed in trajectory_seeds(first, trajectories)]
     budget = min(budget, UNLIMITED_FRAMES)
-    complete = {
-        episodes.policy: episodes
-        for episodes in reversed(collect_episodes(results, workload, clip_ids, seeds))  # the budget's replace full history's
-        if episodes.budget in (budget, UNLIMITED_FRAMES) and not episodes.missing
-    }
-    complete = {name: complete[name] for name in settings.policies if name in complete}
+    complete: dict[str, Episodes] = {}
+    for episodes in collect_episodes(results, workload, clip_ids, seeds, (budget, UNLIMITED_FRAMES)):
+        if not episodes.missing:
+            # The budget's come before full history's. The frames are not needed and take most of the memory.
+            complete.setdefault(episodes.policy, replace(episodes, frames=episodes.frames[:0], gaps=None))
     if not complete:
         raise ValueError(f"no policy has played all {len(clip_ids)} clips of {workload} under budget {budget}")
     scores = {name: {metric: episodes.scores(metric) for metric in settings.metrics} for name, episodes in complete.items()}
@@ -141,7 +141,7 @@ def tabulate(
         "context": settings.num_context[workload],
         "predict": settings.num_predict[workload],
         "noise_seed": f"{seeds_text(seeds)} + clip id",
-        **_common_facts([record for episodes in complete.values() for record in episodes.records.values()]),
+        **_common_facts([facts for episodes in complete.values() for facts in episodes.facts]),
         "split": settings.split,
         "clips": len(clip_ids),
         "first_clip": min(requested),
@@ -262,13 +262,13 @@ def _side_by_side(matrices: Sequence[np.ndarray], runs: int) -> np.ndarray:
     return together.reshape(len(together), -1)
 
 
-def _common_facts(records: Sequence[Record]) -> dict[str, object]:
-    """Facts of the records; a list of all values where they differ."""
+def _common_facts(all_facts: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """Facts of records; a list of all values where they differ."""
     facts: dict[str, object] = {}
-    for name in records[0].facts:
+    for name in all_facts[0]:
         distinct: list[object] = []
-        for record in records:
-            if record.facts.get(name) not in distinct:
-                distinct.append(record.facts.get(name))
+        for one in all_facts:
+            if one.get(name) not in distinct:
+                distinct.append(one.get(name))
         facts[name] = distinct[0] if len(distinct) == 1 else distinct
     return facts

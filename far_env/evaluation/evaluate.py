@@ -8,11 +8,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from far_env.rollout.noise import BENCHMARK_SEED, TRAJECTORY_STRIDE, trajectory
 from far_env.rollout.play import Decision, play
 from far_env.workloads import Workload
 
-__all__ = ["FULL_HISTORY", "Evaluation", "available_metrics", "evaluate", "evaluate_grid"]
+__all__ = ["FULL_HISTORY", "Evaluation", "Job", "Session", "available_metrics", "evaluate", "evaluate_grid"]
 
 
 def evaluate(
@@ -81,6 +81,7 @@ def evaluate_grid(
     show_clips: int = 0,
     policy_facts: Mapping[str, dict[str, str]] | None = None,
     features: FeatureStore | None = None,
+    player: Player | None = None,
 ) -> Results:
     """Play every policy under every budget on every clip of every workload with every noise seed.
 
@@ -100,6 +101,7 @@ def evaluate_grid(
         show_clips: how many of the first clips have pictures there.
         policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder and for tables.
         features: receives the features of all videos, for FVD. Episodes that it lacks are played again, and their records stay.
+        player: plays the episodes elsewhere, see `far_env.distributed.evaluation`; by default this process does.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.
@@ -123,9 +125,9 @@ def evaluate_grid(
             )
     for workload, clip_id in itertools.product(workloads, (min(clip_ids), max(clip_ids))):
         check_clip_id(workload.clips, split, clip_id)
-    jobs = [_Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
+    jobs = [Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
     limited = [(name, policy) for name, policy in policies.items() if policy is not None]
-    jobs += [_Job(min(budget, UNLIMITED_FRAMES), name, policy) for budget in budgets for name, policy in limited]
+    jobs += [Job(min(budget, UNLIMITED_FRAMES), name, policy) for budget in budgets for name, policy in limited]
     settings = Settings(
         workloads=[workload.name for workload in workloads],
         budgets=sorted({job.budget for job in jobs}),
@@ -143,8 +145,8 @@ def evaluate_grid(
     )
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
-        session = _Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress, features)
-        session.play(workloads, jobs, batch_size)
+        session = Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress, features)
+        (Session.play if player is None else player)(session, workloads, jobs, batch_size)
         return session.results
 
 
@@ -194,26 +196,44 @@ def latents_hash(latents: Tensor) -> str:
     return _digest(latents.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-_Episode = tuple[int, int]
+Episode = tuple[int, int]
 """Clip and noise seed."""
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One policy under one budget."""
+class Job:
+    """One policy under one budget; None is full history."""
 
     budget: int
     name: str
     policy: RetentionPolicy | None
 
 
-class _Session:
+class Sink(Protocol):
+    """Where finished episodes go; `far_env.evaluation.records.Recorder` is one."""
+
+    results: Results
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Keep records of new episodes."""
+
+    def leave_out(self, policy: str, where: str, reason: str) -> None:
+        """Remember why a policy has no further episodes in a `cell`."""
+
+    def has_picture(self, path: Path) -> bool:
+        """Whether the picture is there already."""
+
+    def save_picture(self, path: Path, frames: np.ndarray) -> None:
+        """Keep frames (T, 3, H, W) in [0, 1] as a picture."""
+
+
+class Session:
     """Plays the episodes that are missing, and keeps them."""
 
     def __init__(
         self,
         settings: Settings,
-        recorder: Recorder | None,
+        recorder: Sink | None,
         memo: FrameMemo,
         optional: frozenset[str],
         progress: bool,
@@ -226,35 +246,44 @@ class _Session:
         self.optional = optional
         self.progress = progress
         self.features = features
-        self.recorded = {record.key for record in self.results.records}
+        self.recorded = set(self.results.episode_keys())
         self.done = self.recorded if features is None else self.recorded & features.episodes
-        self.clip_hashes = {(record.workload, record.clip): record.clip_sha256 for record in self.results.records}
+        self.clip_hashes = self.results.clip_hashes()
         self.gaps: dict[tuple[str, int], list[int | None]] = {}
         self.partners: dict[tuple[str, int], Clip | None] = {}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
-    def play(self, workloads: Sequence[Workload], jobs: Sequence[_Job], batch_size: int) -> None:
+    def play(self, workloads: Sequence[Workload], jobs: Sequence[Job], batch_size: int) -> None:
         """All jobs on one batch of episodes after the other, so that they share frames and a stop leaves comparable results."""
-        episodes = list(itertools.product(self.asked.clips, self.asked.seeds))
-        batches = [episodes[first : first + batch_size] for first in range(0, len(episodes), batch_size)]
-        total = sum(
-            workload.num_predict * len(self._missing(workload, job, episodes))
-            for workload, job in itertools.product(workloads, jobs)
-        )
-        with show_progress(total=total, unit="frames", description="evaluate", disable=not self.progress) as bar:
+        with self.bar(workloads, jobs) as bar:
             for workload in workloads:
                 facts, running = record_facts(workload), list(jobs)
-                for batch in batches:
-                    self._play_batch(workload, batch, running, facts, bar)
+                for batch in self.batches(batch_size):
+                    self.play_batch(workload, batch, running, facts, bar)
 
-    def _missing(self, workload: Workload, job: _Job, episodes: Sequence[_Episode]) -> list[_Episode]:
+    def batches(self, batch_size: int) -> list[list[Episode]]:
+        """All episodes of a job, in the order and the groups in which they are played."""
+        episodes = list(itertools.product(self.asked.clips, self.asked.seeds))
+        return [episodes[first : first + batch_size] for first in range(0, len(episodes), batch_size)]
+
+    def bar(self, workloads: Sequence[Workload], jobs: Sequence[Job]) -> Progress:
+        """Progress over the frames of all missing episodes."""
+        episodes = list(itertools.product(self.asked.clips, self.asked.seeds))
+        total = sum(
+            workload.num_predict * len(self.missing(workload, job, episodes))
+            for workload, job in itertools.product(workloads, jobs)
+        )
+        return show_progress(total=total, unit="frames", description="evaluate", disable=not self.progress)
+
+    def missing(self, workload: Workload, job: Job, episodes: Sequence[Episode]) -> list[Episode]:
+        """Those of these episodes that are not there yet."""
         return [episode for episode in episodes if (workload.name, job.budget, job.name, *episode) not in self.done]
 
-    def _play_batch(
+    def play_batch(
         self,
         workload: Workload,
-        episodes: Sequence[_Episode],
-        jobs: list[_Job],
+        episodes: Sequence[Episode],
+        jobs: list[Job],
         facts: dict[str, Any],
         bar: Progress,
     ) -> None:
@@ -262,7 +291,7 @@ class _Session:
         clips: dict[int, Clip] = {}
         self.partners.clear()
         for job in list(jobs):
-            missing = self._missing(workload, job, episodes)
+            missing = self.missing(workload, job, episodes)
             self._read_clips(workload, [i for i, _ in missing], clips, bar)
             wanted = [episode for episode in missing if episode[0] in clips]
             if not wanted:
@@ -274,10 +303,11 @@ class _Session:
                 if job.name not in self.optional:
                     raise
                 jobs.remove(job)
-                self._leave_out(workload, job, str(error))
+                self.leave_out(workload, job, str(error))
                 bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {error}", file=sys.stderr)
 
-    def _leave_out(self, workload: Workload, job: _Job, reason: str) -> None:
+    def leave_out(self, workload: Workload, job: Job, reason: str) -> None:
+        """Remember why a job has no further episodes on a workload."""
         where = cell(workload.name, job.budget)
         if self.recorder is None:
             self.results.settings.failed.setdefault(job.name, {})[where] = reason
@@ -301,25 +331,24 @@ class _Session:
                     raise
 
     def _clip(self, workload: Workload, clip_id: int) -> Clip:
-        """Read a clip.
-
-        Raises:
-            ValueError: if earlier records have another clip under this number, so that policies would not be comparable.
-        """
+        """Read a clip. Raises ValueError as `check_clip`."""
         clip = workload.clips.clip(self.asked.split, clip_id)
-        content = clip_hash(workload, clip)
-        if self.clip_hashes.setdefault((workload.name, clip_id), content) != content:
-            raise ValueError(
-                f"clip {clip_id} of {workload.name} differs from {self.results.folder}, which was made with other data; "
-                "choose another folder"
-            )
+        self.check_clip(workload.name, clip_id, clip_hash(workload, clip))
         if (workload.name, clip_id) not in self.gaps:
             lengths = (workload.num_context, workload.num_frames)
             self.gaps[workload.name, clip_id] = evidence_gaps(workload.clips, clip, *lengths)
         return clip
 
+    def check_clip(self, workload: str, clip_id: int, content: str) -> None:
+        """Raise ValueError if earlier records have another clip under this number, so that policies would not be comparable."""
+        if self.clip_hashes.setdefault((workload, clip_id), content) != content:
+            raise ValueError(
+                f"clip {clip_id} of {workload} differs from {self.results.folder}, which was made with other data; "
+                "choose another folder"
+            )
+
     def _play_job(
-        self, workload: Workload, seeds: list[int], clips: list[Clip], job: _Job, facts: dict[str, Any], bar: Progress
+        self, workload: Workload, seeds: list[int], clips: list[Clip], job: Job, facts: dict[str, Any], bar: Progress
     ) -> None:
         noise_seeds = [seed + clip.clip_id for seed, clip in zip(seeds, clips, strict=True)]
         names = interventions_of(self.asked.metrics)
@@ -357,26 +386,35 @@ class _Session:
             )
         if self.features is not None:
             self.features.add(workload, job.budget, job.name, clips, seeds, predicted)
+        if self.recorder is not None:
+            self._save_pictures(self.recorder, workload, clips, records, predicted)
+        self.keep(records)
+
+    def keep(self, records: Sequence[Record]) -> None:
+        """Keep the records of episodes that have none yet."""
         new = [record for record in records if record.key not in self.recorded]
         if self.recorder is None:
             self.results.records.extend(new)
         else:
-            self._save_pictures(self.recorder, workload, clips, records, predicted)
             self.recorder.add(new)
         self.recorded |= {record.key for record in new}
         self.done |= {record.key for record in records}
 
     def _save_pictures(
-        self, recorder: Recorder, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
+        self, recorder: Sink, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
     ) -> None:
         for clip, record, frames in zip(clips, records, predicted, strict=True):
             # Of several trajectories, the first is shown.
             further = trajectory(record.seed) > 0 and record.seed % TRAJECTORY_STRIDE in self.asked.seeds
             if clip.clip_id in self.shown and not further:
                 truth = self.results.truth_picture(workload.name, clip.clip_id)
-                if not truth.exists():
+                if not recorder.has_picture(truth):
                     recorder.save_picture(truth, clip.frames[: workload.num_frames])
                 recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
+
+
+Player = Callable[[Session, Sequence[Workload], Sequence[Job], int], None]
+"""Plays the missing episodes of a session: workloads × jobs, in `Session.batches` of the given size."""
 
 
 def _remark(policy: RetentionPolicy | None) -> dict[str, str]:

@@ -65,9 +65,8 @@ def save_plots(results: Results, folder: Path, reference: str | None = None, pro
     """
     chosen = choose_reference(list(results.settings.policies), reference)
     labels = policy_labels(results.settings.policies)
-    results, chosen = _labelled(results, labels), labels[chosen]
-    settings = results.settings
-    groups = make_groups(results)
+    chosen, settings = labels[chosen], results.settings
+    groups = [_labelled(group, labels) for group in make_groups(results)]
     coloured = highlighted(groups, settings.metrics[0], chosen, count=len(COLOURS))
     source = "; ".join(_source(results, workload) for workload in settings.workloads)
     written: list[Path] = []
@@ -234,11 +233,10 @@ def ranking_figure(group: Group, metric: Metric, reference: str) -> Figure | Non
     return figure
 
 
-def _labelled(results: Results, labels: Mapping[str, str]) -> Results:
-    """Results whose policies are called as in tables."""
-    policies = {labels[name]: facts for name, facts in results.settings.policies.items()}
-    records = [replace(record, policy=labels[record.policy]) for record in results.records]
-    return replace(results, settings=replace(results.settings, policies=policies), records=records)
+def _labelled(group: Group, labels: Mapping[str, str]) -> Group:
+    """A group whose policies are called as in tables."""
+    rows = [replace(row, policy=labels[row.policy]) for row in group.rows]
+    return replace(group, rows=rows, alike={labels[name]: labels[other] for name, other in group.alike.items()})
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,12 +20,15 @@ from PIL import Image
 from far_env.config import from_dict
 from far_env.contract import GENERATED, UNLIMITED_FRAMES
 from far_env.errors import short
+from far_env.evaluation.stored_records import StoredRecords
 from far_env.hub import is_hub_name, snapshot
 from far_env.io import lock, make_run_dir, read_json, replacing, write_json
 
 FORMAT = 1
 SETTINGS_FILE = "evaluation.json"
 RECORDS_FILE = "records.jsonl"
+SMALL_BYTES = 2**26
+"""Up to this size of its file, the records of a folder are kept in memory."""
 _MERGED_LISTS = ("workloads", "budgets", "seeds", "clips")
 _EQUAL = ("split", "metrics", "show_clips")
 _SIZES = ("num_context", "num_predict", "frame_size")
@@ -186,16 +189,25 @@ def _are_gaps(value: object, count: int) -> bool:
     )
 
 
-def _record(values: object, settings: Settings) -> Record:
-    """A record from the values of a line. Raises ValueError, in a few words, if they are not a record of these settings."""
+def _asked(settings: Settings) -> dict[str, frozenset]:
+    """What the fields of a record may be, by name."""
+    lists = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
+    return {name: frozenset(values) for name, values in {**lists, "budget": settings.budgets}.items()}
+
+
+def _record(values: object, settings: Settings, asked: Mapping[str, frozenset]) -> Record:
+    """A record from the values of a line; ``asked`` is `_asked` of the settings.
+
+    Raises:
+        ValueError: in a few words, if they are not a record of these settings.
+    """
     if not isinstance(values, dict):
         raise ValueError("is no JSON object")
     fields = {name: values.pop(name, None) for name in _TYPES}
     for name, kind in _TYPES.items():
         if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
             raise ValueError(f"has no valid {name!r} ({short(fields[name])})")
-    known = {"workload": settings.workloads, "policy": settings.policies, "clip": settings.clips, "seed": settings.seeds}
-    for name, values_asked in {**known, "budget": settings.budgets}.items():
+    for name, values_asked in asked.items():
         if fields[name] not in values_asked:
             raise ValueError(f"has the {name} {short(fields[name])}, which is not in {SETTINGS_FILE}")
     num_predict = settings.num_predict[fields["workload"]]
@@ -209,9 +221,20 @@ def _record(values: object, settings: Settings) -> Record:
     gaps = values.pop("evidence_gaps", None)
     if gaps is not None and not _are_gaps(gaps, num_predict):
         raise ValueError(f"needs {num_predict} evidence_gaps, each null or a whole number from 1 on")
-    record = Record(**fields, facts={**_OLDER_FACTS, **values}, evidence_gaps=gaps)
+    record = _made(fields, values, gaps)
     histories(record, settings.num_context[record.workload], num_predict)
     return record
+
+
+def _made(fields: Mapping[str, Any], facts: Mapping[str, Any], gaps: list[int | None] | None) -> Record:
+    return Record(**fields, facts={**_OLDER_FACTS, **facts}, evidence_gaps=gaps)
+
+
+def _checked_before(values: dict[str, Any]) -> Record:
+    """A record from the values of a line that `_record` has read before."""
+    fields = {name: values.pop(name, None) for name in _TYPES}
+    gaps = values.pop("evidence_gaps", None)
+    return _made(fields, values, gaps)
 
 
 def histories(record: Record, num_context: int, num_predict: int) -> dict[int, list[int]]:
@@ -255,15 +278,27 @@ class Results:
 
     Attributes:
         settings: what is played.
-        records: the episodes finished so far.
+        records: the episodes finished so far; of a large folder they are read from its file where they are used.
         folder: where they and the pictures are, if they were saved.
         unreadable: (workload, clip) → why its file could not be read in this session, so that its episodes are missing.
     """
 
     settings: Settings
-    records: list[Record]
+    records: list[Record] | StoredRecords
     folder: Path | None = None
     unreadable: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def episode_keys(self) -> Iterable[Key]:
+        """What identifies each episode."""
+        return (
+            self.records.episode_keys() if isinstance(self.records, StoredRecords) else (record.key for record in self.records)
+        )
+
+    def clip_hashes(self) -> dict[tuple[str, int], str]:
+        """Workload and clip → hash of the clip's frames."""
+        if isinstance(self.records, StoredRecords):
+            return dict(self.records.clip_hashes)
+        return {(record.workload, record.clip): record.clip_sha256 for record in self.records}
 
     def truth_picture(self, workload: str, clip: int) -> Path:
         """PNG of a clip's true frames, context first, side by side; exists for the first ``show_clips`` clips."""
@@ -291,7 +326,13 @@ def load(folder: str | Path) -> Results:
     shared = is_hub_name(str(folder))
     folder = snapshot(str(folder), (SETTINGS_FILE, RECORDS_FILE), ("frames/*",)).folder if shared else Path(folder)
     settings = _load_settings(folder / SETTINGS_FILE)
-    return Results(settings, _parse(_read(folder / RECORDS_FILE), settings, folder / RECORDS_FILE), folder)
+    path = folder / RECORDS_FILE
+    try:
+        with path.open("rb") as file:
+            records, _ = _parse(file, settings, path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; give a folder written by far-env evaluate --out") from error
+    return Results(settings, records, folder)
 
 
 def session_precision(folder: str | Path | None, precision: str) -> str:
@@ -317,27 +358,27 @@ def _load_settings(path: Path) -> Settings:
     return settings
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give a folder written by far-env evaluate --out") from error
-
-
-def _parse(content: bytes, settings: Settings, path: Path) -> list[Record]:
-    """Records of all complete lines."""
-    records: dict[Key, Record] = {}
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+def _parse(lines: Iterable[bytes], settings: Settings, path: Path) -> tuple[list[Record] | StoredRecords, int]:
+    """Records of all complete lines of a file, and the bytes of these lines."""
+    asked, size, keys = _asked(settings), 0, set()
+    records: list[Record] | StoredRecords = []
+    if path.stat().st_size > SMALL_BYTES:
+        records = StoredRecords(path, _checked_before)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break
         try:
-            record = _record(json.loads(line), settings)
-            if record.key in records:
+            record = _record(json.loads(line), settings, asked)
+            if record.key in keys:
                 raise ValueError("repeats an episode of an earlier line")
         except (ValueError, RecursionError) as error:  # also JSON's and UTF-8's
             not_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
             reason = "is not JSON" if not_json else str(error)
             raise ValueError(f"{path}, line {number} {reason}; delete the line and evaluate again") from error
-        records[record.key] = record
-    return list(records.values())
+        keys.add(record.key)
+        records.append(record, len(line)) if isinstance(records, StoredRecords) else records.append(record)
+        size += len(line)
+    return records, size
 
 
 class Recorder:
@@ -355,12 +396,14 @@ class Recorder:
         folder = make_run_dir(folder)
         self._file = _open_alone(folder / RECORDS_FILE)
         try:
-            content, path = self._file.read(), folder / SETTINGS_FILE
+            path = folder / SETTINGS_FILE
             earlier = _load_settings(path) if path.exists() else settings
-            records = _parse(content, earlier, folder / RECORDS_FILE)
-            settings = earlier.merged(settings, folder, {record.policy for record in records})
+            with open(self._file.fileno(), "rb", closefd=False) as lines:
+                records, size = _parse(lines, earlier, folder / RECORDS_FILE)
+            self.results = Results(earlier, records, folder)
+            settings = earlier.merged(settings, folder, {policy for _, _, policy, *_ in self.results.episode_keys()})
             self.results = Results(settings, records, folder)
-            self._file.truncate(content.rfind(b"\n") + 1)
+            self._file.truncate(size)
             self._write_settings()
         except BaseException:
             self.close()
@@ -384,12 +427,19 @@ class Recorder:
         self.results.settings.failed.setdefault(policy, {})[where] = reason
         self._write_settings()
 
+    def has_picture(self, path: Path) -> bool:
+        """Whether the picture is there already."""
+        return path.exists()
+
     def save_picture(self, path: Path, frames: np.ndarray) -> None:
         """Write frames (T, 3, H, W) in [0, 1] side by side as a PNG, whole or not at all."""
-        pixels = np.rint(frames.transpose(2, 0, 3, 1) * 255).clip(0, 255).astype(np.uint8)
+        self.write_picture(path, png(frames))
+
+    def write_picture(self, path: Path, content: bytes) -> None:
+        """Write a picture, whole or not at all."""
         with replacing(path) as temporary:
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.reshape(len(pixels), -1, 3)).save(temporary, format="png")
+            temporary.write_bytes(content)
 
     def close(self) -> None:
         """Release the folder for other recorders."""
@@ -397,6 +447,13 @@ class Recorder:
 
     def _write_settings(self) -> None:
         write_json(self.results.folder / SETTINGS_FILE, {"format": FORMAT, **asdict(self.results.settings)})
+
+
+def png(frames: np.ndarray) -> bytes:
+    """Frames (T, 3, H, W) in [0, 1] side by side as a PNG."""
+    pixels, file = np.rint(frames.transpose(2, 0, 3, 1) * 255).clip(0, 255).astype(np.uint8), BytesIO()
+    Image.fromarray(pixels.reshape(len(pixels), -1, 3)).save(file, format="png")
+    return file.getvalue()
 
 
 def _open_alone(path: Path) -> FileIO:

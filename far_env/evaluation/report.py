@@ -22,6 +22,7 @@ from far_env.evaluation.gaps import MEASURE, gap_bins
 from far_env.evaluation.ranking import Difference, Group, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Record, Results
 from far_env.evaluation.statistics import Interval
+from far_env.evaluation.stored_records import StoredRecords
 from far_env.evaluation.table import policy_labels
 from far_env.policies import VALIDATION_ROLLOUTS
 from far_env.progress import show_progress
@@ -43,11 +44,12 @@ def report_page(results: Results, reference: str | None = None, show_clips: int 
         ValueError: if the reference was not evaluated, or a saved strip of frames is damaged.
     """
     data = report_data(results, reference, show_clips, progress)
-    return fill_page("page.html", SCRIPTS, f"far-env report: {', '.join(results.settings.workloads)}", data)
+    images = data.pop("images")
+    return fill_page("page.html", SCRIPTS, f"far-env report: {', '.join(results.settings.workloads)}", data, images)
 
 
-def fill_page(template: str, scripts: Sequence[str], title: str, data: dict[str, Any]) -> str:
-    """A page of the assets with style, scripts and data inside; it may load nothing else."""
+def fill_page(template: str, scripts: Sequence[str], title: str, data: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """A page of the assets with style, scripts, data and pictures (data URIs) inside; it may load nothing else."""
     folder = files("far_env") / "assets" / "report"
     style = (folder / "style.css").read_text(encoding="utf-8")
     script = "\n".join(['"use strict";', *((folder / name).read_text(encoding="utf-8") for name in scripts)])
@@ -57,6 +59,8 @@ def fill_page(template: str, scripts: Sequence[str], title: str, data: dict[str,
         "style_hash": _source_hash(style),
         "script": script,
         "script_hash": _source_hash(script),
+        # The browser decodes a picture where it is shown, not all of them at once.
+        "images": "\n".join(f'<script type="text/plain" id="image-{i}">{uri}</script>' for i, uri in enumerate(images)),
         # Inside a script element only "<" could end the data.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     }
@@ -123,7 +127,7 @@ def report_data(
 
 def warnings(results: Results) -> list[str]:
     """Sentences about policies that failed or have no episodes, and facts that should be equal for all of a workload's."""
-    played = {record.policy for record in results.records}
+    played = {policy for _, _, policy, *_ in results.episode_keys()}
     sentences = [f"No episode of {name} is finished." for name in results.settings.policies if name not in played]
     for policy, reasons in results.settings.failed.items():
         sentences += [f"{policy} was left out on {where}: {reason}." for where, reason in reasons.items()]
@@ -178,7 +182,7 @@ def _clips(
 
     settings = results.settings
     by_clip: dict[tuple[str, int], list[tuple[Record, Path]]] = defaultdict(list)
-    for record in _bar(results.records, "frames", progress):
+    for record in _bar(_pictured(results), "frames", progress):
         path = results.picture(record)
         if path.is_file():
             _check_strip(path, results, record.workload, settings.num_predict[record.workload])
@@ -196,6 +200,21 @@ def _clips(
             rollouts = [_run(record, number, image(path)) for record, path in runs]
             clips.append({"workload": workload, "clip": clip, "truth": image(truth), "runs": rollouts})
     return clips
+
+
+def _pictured(results: Results) -> list[Record]:
+    """The records of clips that have a picture."""
+    if results.folder is None:
+        return list(results.records)
+    clips = set()
+    for workload in results.settings.workloads:
+        folder = results.truth_picture(workload, 0).parent
+        clips |= {
+            (workload, int(path.stem[len("truth_c") :])) for path in folder.glob("truth_c*.png") if path.stem[7:].isdecimal()
+        }
+    if isinstance(results.records, StoredRecords):
+        return list(results.records.of_clips(clips))
+    return [record for record in results.records if (record.workload, record.clip) in clips]
 
 
 def _check_strip(path: Path, results: Results, workload: str, num_frames: int) -> None:

@@ -61,8 +61,10 @@ def mean_intervals(values: np.ndarray, seed: int = 0) -> list[Interval]:
     sums, counts = np.where(is_finite, values, 0), is_finite.astype(np.float64)
     draws = _draws(len(values), seed, 0)
     with np.errstate(invalid="ignore"):
-        means = (draws @ sums) / (draws @ counts)
-    low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
+        chunks = (draws[first : first + _CHUNK].astype(np.float64) for first in range(0, NUM_RESAMPLES, _CHUNK))
+        means = np.concatenate([(chunk @ sums) / (chunk @ counts) for chunk in chunks])
+    percentile = np.nanpercentile if np.isnan(means).any() else np.percentile  # which is several times faster
+    low, high = percentile(means, [2.5, 97.5], axis=0)
     columns = zip(sums.sum(axis=0) / counts.sum(axis=0), low, high, is_finite.sum(axis=0), strict=True)
     return [Interval(float(m), float(a), float(b), int(n)) for m, a, b, n in columns]
 
@@ -159,7 +161,7 @@ def _pooled(strata: Sequence[np.ndarray], seed: int, statistic: _Statistic, runs
     run, drawn_runs = np.concatenate(runs_of)[order], None if runs == 1 else _draws(runs, seed, _RUNS)
     chunks = []
     for first in range(0, NUM_RESAMPLES, _CHUNK):
-        weights = drawn[first : first + _CHUNK, owner]
+        weights = drawn[first : first + _CHUNK, owner].astype(np.float64)
         if drawn_runs is not None:
             weights = weights * drawn_runs[first : first + _CHUNK, run]
         chunks.append(statistic(ordered, weights))
@@ -191,11 +193,12 @@ def _signs(n: int, seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _draws(n: int, seed: int, stratum: int) -> np.ndarray:
-    """Number of times that each of ``n`` clips is drawn in each resample, float64 (10,000, n)."""
+    """Number of times that each of ``n`` clips is drawn in each resample, (10,000, n), in as few bytes as ``n`` allows."""
+    kind = np.min_scalar_type(n)
     rng = np.random.default_rng((seed, stratum))
     rows = n * np.arange(_CHUNK)[:, None]
     chunks = [
-        np.bincount((rng.integers(n, size=(_CHUNK, n)) + rows).ravel(), minlength=_CHUNK * n)
+        np.bincount((rng.integers(n, size=(_CHUNK, n)) + rows).ravel(), minlength=_CHUNK * n).astype(kind)
         for _ in range(0, NUM_RESAMPLES, _CHUNK)
     ]
-    return np.concatenate(chunks).reshape(NUM_RESAMPLES, n).astype(np.float64)
+    return np.concatenate(chunks).reshape(NUM_RESAMPLES, n)

@@ -107,9 +107,16 @@ def test_the_pages_differences_are_paired(results, page):
             assert difference[5:] == triple(improvement_interval(episodes[0] - episodes[1]))
 
 
+def pictures(page):
+    """The pictures of the page, each a part of its own, in the order of their numbers."""
+    found = re.findall(r'<script type="text/plain" id="image-(\d+)">([^<]*)</script>', page)
+    assert [number for number, _ in found] == [str(i) for i in range(len(found))] != []
+    return [uri for _, uri in found]
+
+
 def test_names_cannot_end_the_data_or_become_markup(page):
     assert NASTY not in page and "<img" not in page
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == 2 + len(pictures(page))
     assert NASTY in [policy["name"] for policy in embedded(page)["policies"]]
 
 
@@ -123,13 +130,13 @@ def test_only_the_pages_own_style_and_script_are_allowed(page):
 
 
 def test_pictures_are_embedded_once_and_unaltered(folder, results, page):
-    data = embedded(page)
+    data, images = embedded(page), pictures(page)
     assert [(clip["workload"], clip["clip"]) for clip in data["clips"]] == list(product(("pan", "cuts"), (0, 1)))
     for clip in data["clips"]:
         assert {data["policies"][run["policy"]]["name"] for run in clip["runs"]} == {*results.settings.policies} - {NASTY}
-        truth = base64.b64decode(data["images"][clip["truth"]].removeprefix("data:image/png;base64,"))
+        truth = base64.b64decode(images[clip["truth"]].removeprefix("data:image/png;base64,"))
         assert truth == results.truth_picture(clip["workload"], clip["clip"]).read_bytes()
-    assert len(set(data["images"])) == len(data["images"])
+    assert len(set(images)) == len(images)
     assert len(embedded(report_page(results, show_clips=1, progress=False))["clips"]) == 2
 
 

@@ -99,7 +99,7 @@ function makePlayer(data, passes) {
   function image(index) {
     if (!images.has(index)) {
       const picture = new Image();
-      picture.src = data.images[index];
+      picture.src = byId(`image-${index}`).textContent;
       images.set(
         index,
         picture.decode().then(() => picture),

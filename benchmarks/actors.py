@@ -1,0 +1,79 @@
+"""What the distribution of tasks costs: actors that only sleep, as long as a rollout on a GPU would take.
+
+python -m benchmarks.actors --actors 8,32 --seconds 1
+
+With no cost, n tasks of s seconds on a actors take n / a · s seconds. What is above that is the driver's work and Ray's.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from far_env.cli import run_guarded
+from far_env.config import parse
+from far_env.distributed.cluster import ActorSettings, connected
+from far_env.distributed.pool import ActorPool, Task
+
+RECORDS, RECORD_BYTES = 64, 1100
+"""Of a task: the records of a batch, as text of the size that records of 11 predicted frames have."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the benchmark."""
+
+    actors: str = "8,32"
+    """Comma-separated."""
+    seconds: float = 1.0
+    """Of each task."""
+    tasks: int = 20
+    """Per actor."""
+    address: str | None = None
+
+
+class SleepingActor:
+    """Sleeps, and answers as much as an evaluation does."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def prepare(self) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
+    def work(self, number: int) -> bytes:
+        """Sleep; the answer has the size of a batch of records."""
+        time.sleep(self._seconds)
+        return bytes(RECORDS * RECORD_BYTES)
+
+
+def measure(num_actors: int, options: Options) -> tuple[float, float]:
+    """Seconds above those of sleeping, and seconds of this process's processor, both per task of one actor and of all."""
+    started: list[Any] = []
+    with connected(ActorSettings(num_actors, options.address)) as ray:
+        pool = ActorPool(ray, SleepingActor, (options.seconds,), ActorSettings(num_actors), started.append)
+        while len(started) < num_actors:
+            for _ in pool.completed([Task((i,), i, "a first task") for i in range(num_actors)]):
+                pass
+        tasks = [Task((i,), i, "a task") for i in range(options.tasks * num_actors)]
+        start, cpu = time.perf_counter(), time.process_time()
+        done = sum(1 for _ in pool.completed(tasks))
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    assert done == len(tasks)
+    return (seconds - options.tasks * options.seconds) / options.tasks, cpu / done
+
+
+def main() -> None:
+    """Entry point."""
+    options = parse(Options, sys.argv[1:], "python -m benchmarks.actors", __doc__ or "")
+    for number in map(int, options.actors.split(",")):
+        extra, cpu = measure(number, options)
+        cost = f"{1e3 * extra:.0f} ms above {options.seconds:g} s"
+        print(f"{number} actors: {cost}, {1e3 * cpu:.1f} ms of the driver's processor a task", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded("python -m benchmarks.actors", main))
