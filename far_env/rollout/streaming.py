@@ -8,9 +8,9 @@ What equals `far_env.rollout.reference`:
 
 - On a FAR, everything as long as nothing was ever dropped (with ``max_gap`` 1 or None).
 - On a FAR-Long, the same as long as no frame has left the window. A frame that leaves it is replaced by its coarse tokens,
-  which are encoded then; they attend to coarse entries alone and equal those of the reference as long as nothing was ever dropped.
-  The full entries of the window stay as they were encoded, when that frame was still at full resolution, whereas the reference
-  encodes the whole window again for each new frame.
+  which are encoded then; they attend to coarse entries alone and equal those of the reference as long as nothing was ever
+  dropped. The full entries of the window stay as they were encoded, when that frame was still at full resolution, whereas the
+  reference encodes the whole window again for each new frame.
 - After a drop, entries remember what was dropped: the keys and values of later frames were computed while it was there. The
   difference to encoding the kept frames again is what `far_env.rollout.reencoding` measures.
 
@@ -51,9 +51,9 @@ class TokenPolicy(Protocol):
 
     - ``attention_frames``: of how many of the newest frames it reads received attention; 0 by default, for none.
     - ``query_moments``: whether it reads moments of queries; False by default.
-    - ``coarse_frames(frames, budget, tokens_per_frame, tokens_per_coarse_frame) -> frames``: which of the frames that a row
-      keeps at full resolution, ascending and with the newest, become coarse; by default those outside the host's window. Only
-      asked on a FAR-Long. The newest always stays full.
+    - ``coarse_frames(frames, sizes) -> frames``: which of the frames that a row keeps at full resolution, ascending and with
+      the newest, become coarse; by default those outside the host's window. Only asked on a FAR-Long, with `TokenSizes`. The
+      newest always stays full.
     """
 
     def retain(self, view: CacheView) -> Tensor:
@@ -61,6 +61,22 @@ class TokenPolicy(Protocol):
 
         At most ``view.budget`` entries may stay in each head, those of the newest frame unchanged among them.
         """
+
+
+@dataclass(frozen=True)
+class TokenSizes:
+    """What a policy is told where it chooses coarse frames.
+
+    Attributes:
+        budget: entries that may stay in each head.
+        full, coarse: tokens of a frame.
+        window: frames at full resolution that the host was trained with, beside the one to come.
+    """
+
+    budget: int
+    full: int
+    coarse: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -264,8 +280,9 @@ class StreamingBatch:
         """Those of a row's full frames that become coarse."""
         choose = getattr(self.policy, "coarse_frames", None)
         if choose is not None:
-            sizes = (self.cache.tokens_per_frame, self.cache.tokens_per_coarse_frame)
-            return sorted(choose(frames, self.budget, *sizes))
+            window = self._model.short_term_ctx_winsize - 1
+            sizes = TokenSizes(self.budget, self.cache.tokens_per_frame, self.cache.tokens_per_coarse_frame, window)
+            return sorted(choose(frames, sizes))
         kept = sorted({*frames, *self.cache.kept_frames(row)})
         # The window holds the frame to come as well.
         return kept[: self._model.num_coarse(len(kept) + 1)]

@@ -233,8 +233,9 @@ class TokenCache:
     def regroup(self, into: Tensor) -> None:
         """Drop and merge entries.
 
-        The key and value of a merged entry are means by weight, weights and statistics are added, frame and place are those of
-        the entry that the others are merged into.
+        The value of a merged entry is the mean by weight, and so is its key as the frame to come meets it, rotated: what stays
+        behind of the time and place of the others is in the key. (Entries age alike, so that this holds for later frames too.)
+        Weights and statistics are added; frame and place are those of the entry that the others are merged into.
 
         Args:
             into: int64 (layers, rows, heads, slots): the slot into which each entry is merged, its own for one that stays as it
@@ -247,12 +248,17 @@ class TokenCache:
             share = self.weight * (into >= 0)
             weight = torch.zeros_like(self.weight).scatter_add_(-1, target, share)
             merged = torch.zeros_like(self.kind).scatter_add_(-1, target, moved.long()) > 0
-            for name in ("key", "value"):
-                values = getattr(self, name)
+            newest = self.frame.amax(dim=(0, 2, 3))
+            table = self._rotations(self.positions(newest), self.cell)
+            means = []
+            for values in (rotate(self.key.float(), table), self.value.float()):
                 index = target[None, ..., None].expand_as(values)
-                total = torch.zeros_like(values, dtype=torch.float32).scatter_add_(-2, index, values.float() * share[..., None])
-                mean = (total / weight.clamp(min=1)[..., None]).to(values.dtype)
-                setattr(self, name, torch.where(merged[..., None], mean, values))
+                total = torch.zeros_like(values).scatter_add_(-2, index, values * share[..., None])
+                means.append(total / weight.clamp(min=1)[..., None])
+            means[0] = rotate(means[0], table.conj())
+            for name, mean in zip(("key", "value"), means, strict=True):
+                values = getattr(self, name)
+                setattr(self, name, torch.where(merged[..., None], mean.to(values.dtype), values))
             for name in STATISTICS:
                 values = getattr(self, name) * (into >= 0)
                 setattr(self, name, torch.zeros_like(values).scatter_add_(-1, target.expand_as(values), values))
@@ -286,10 +292,14 @@ class TokenCache:
 
     def _rotated(self, keys: Tensor, positions: Tensor, cells: Tensor) -> Tensor:
         """Keys (branches, layers, R, heads, slots, d) at positions in time and places (layers, R, heads, slots)."""
+        return rotate(keys, self._rotations(positions, cells))
+
+    def _rotations(self, positions: Tensor, cells: Tensor) -> Tensor:
+        """Complex numbers (layers, R, heads, slots, d / 2) by which keys are rotated."""
         farthest = int(-positions.min()) if positions.numel() else 0
-        times = -torch.arange(farthest + 1, device=keys.device, dtype=torch.float64)
+        times = -torch.arange(farthest + 1, device=positions.device, dtype=torch.float64)
         table = rotary_table(times, 1, 1, self.model.axes_dims_rope)[:, 0]
-        return rotate(keys, table[-positions] * self._cells[cells])
+        return table[-positions] * self._cells[cells]
 
     def _written(self, written: NextFrame, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys before rotation and values (branches, layers, R, heads, S, d) of the last tokens of a memory."""

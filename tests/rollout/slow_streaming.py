@@ -70,7 +70,7 @@ class SlowStream:
         if self.budget is None or max(map(len, self.heads.values())) <= self.budget:
             return
         for place, entries in self.heads.items():
-            self.heads[place] = apply(entries, self.decide(entries, number, self.budget))
+            self.heads[place] = self.apply(entries, self.decide(entries, number, self.budget), number)
 
     def forward(self, number: int, frame: Tensor, time: Tensor):
         """Velocity, and per layer and head the keys, values and attention of the frame's tokens."""
@@ -82,12 +82,9 @@ class SlowStream:
         for layer, (block, modulation) in enumerate(zip(model.transformer_blocks, modulations.blocks, strict=True)):
             shift, factor, gate, mlp_shift, mlp_factor, mlp_gate = (m.reshape(-1) for m in modulation)
             attn, normed = block.attn, F.layer_norm(x, x.shape[-1:], eps=1e-6) * factor + shift
-            split = lambda y: y.unflatten(-1, (attn.num_heads, -1))  # noqa: E731
-            queries, keys, values = (
-                attn.norm_q(split(attn.to_q(normed))),
-                attn.norm_k(split(attn.to_k(normed))),
-                split(attn.to_v(normed)),
-            )
+            projected = (project(normed).unflatten(-1, (attn.num_heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
+            queries, keys, values = projected
+            queries, keys = attn.norm_q(queries), attn.norm_k(keys)
             outs = []
             for head in range(attn.num_heads):
                 entries = self.heads[layer, head]
@@ -118,23 +115,25 @@ class SlowStream:
         gaps = {a: b - a if self.max_gap is None else min(b - a, self.max_gap) for a, b in pairwise(frames)}
         return [-sum(gap for frame, gap in gaps.items() if frame >= entry.frame) for entry in entries]
 
-    def at(self, key: Tensor, time: int, cell: int, rows: int, columns: int) -> Tensor:
+    def at(self, key: Tensor, time: int, cell: int, rows: int, columns: int, back: bool = False) -> Tensor:
         table = rotary_table(torch.tensor([float(time)]), rows, columns, self.workload.host.transformer.axes_dims_rope)
+        table = table.conj() if back else table
         return rotate(key[None, None, None], table[None, cell])[0, 0, 0]
 
-
-def apply(entries: list[Entry], into: list[int]) -> list[Entry]:
-    """What is left of the entries of a head."""
-    left = []
-    for index, entry in enumerate(entries):
-        group = [other for other, target in zip(entries, into, strict=True) if target == index]
-        if into[index] != index:
-            continue
-        total = sum(other.weight for other in group)
-        key = sum(other.weight * other.key for other in group) / total
-        value = sum(other.weight * other.value for other in group) / total
-        accumulated = sum(other.accumulated for other in group)
-        left.append(
-            replace(entry, key=key, value=value, weight=total, merged=len(group) > 1 or entry.merged, accumulated=accumulated)
-        )
-    return left
+    def apply(self, entries: list[Entry], into: list[int], number: int) -> list[Entry]:
+        """What is left of the entries of a head. Keys are averaged as they are met, at the times and cells of each."""
+        times = dict(zip(map(id, entries), self.times(entries, number), strict=True))
+        rows, columns = (side // self.workload.host.transformer.patch_size for side in self.workload.host.latent_shape[1:])
+        left = []
+        for index, entry in enumerate(entries):
+            group = [other for other, target in zip(entries, into, strict=True) if target == index]
+            if into[index] != index:
+                continue
+            total = sum(other.weight for other in group)
+            shifted = [(o.weight, self.at(o.key, times[id(o)], o.cell, rows, columns)) for o in group]
+            key = self.at(sum(w * k for w, k in shifted) / total, times[id(entry)], entry.cell, rows, columns, back=True)
+            value = sum(other.weight * other.value for other in group) / total
+            merged = len(group) > 1 or entry.merged
+            accumulated = sum(other.accumulated for other in group)
+            left.append(replace(entry, key=key, value=value, weight=total, merged=merged, accumulated=accumulated))
+        return left
