@@ -133,6 +133,13 @@ class StreamingBatch:
         budget: entries that each head may keep; None for all.
         max_gap: see `far_env.rollout.token_cache.TokenCache`.
 
+    Attributes:
+        step: number of frames generated.
+        cache: the entries.
+        decisions: of every row, so far.
+        given: true latents (R, n, C, h, w), those of the context first.
+        noise: (R, n_predict, C, h, w).
+
     Raises:
         ValueError: if clips and seeds differ in number, the budget does not hold a frame, or a clip lacks frames or classes.
         PolicyError: if the policy fails or its answer is not valid.
@@ -167,8 +174,8 @@ class StreamingBatch:
         self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
         self._actions, self._labels = self._classes(clips)
         num_given = workload.num_frames if workload.true_feedback else workload.num_context
-        self._given = context_latents(host, clips, num_given)
-        self._noise = torch.stack([self._draw(seed) for seed in noise_seeds])
+        self.given = context_latents(host, clips, num_given)
+        self.noise = torch.stack([self._draw(seed) for seed in noise_seeds])
         self._full_latents: list[dict[int, Tensor]] = [{} for _ in clips]
         self.cache = TokenCache(
             host.transformer,
@@ -180,20 +187,20 @@ class StreamingBatch:
             query_moments=getattr(policy, "query_moments", False),
         )
         for number in range(workload.num_context):
-            self._remember(number, self._given[:, number])
+            self._remember(number, self.given[:, number])
 
     @torch_defaults()
     @torch.no_grad()
     def advance(self) -> Tensor:
         """Generate the next frame of every row (R, C, h, w), and remember it unless it is the last one."""
         number = self.workload.num_context + self.step
-        noise = self._noise[:, self.step, None]
+        noise = self.noise[:, self.step, None]
         action = None if self._actions is None else self._actions[:, number, None]
         prepared = self.cache.prepare(self._numbers(number))
         frame = self._sampler.solve(prepared, noise, label=self._labels, action=action)[:, 0]
         self.step += 1
         if self.step < self.workload.num_predict:
-            self._remember(number, self._given[:, number] if self.workload.true_feedback else frame)
+            self._remember(number, self.given[:, number] if self.workload.true_feedback else frame)
         return frame
 
     def tokens(self) -> list[float]:
