@@ -83,6 +83,7 @@ def report_data(
         "seedsText": seeds_text(settings.seeds),
         "clipCount": len(settings.clips),
         "unlimited": UNLIMITED_FRAMES,
+        "memory": settings.memory,
         "metrics": [
             {"name": m.name, "label": m.label, "unit": m.unit, "digits": m.digits, "lower": m.lower_is_better}
             for m in map(metric_format, settings.metrics)
