@@ -126,7 +126,7 @@ def evaluate(args: Sequence[str]) -> int:
         budgets = sorted({whole_number(name, "budget") for name in budget_names})
     else:
         budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in budget_names})
-    limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
+    limited = [budget for budget in budgets if in_tokens or budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
     noise_seeds = [seed for first in seeds for seed in trajectory_seeds(first, options.trajectories)]
     metrics = split_list(options.metrics, "metrics", "metric")

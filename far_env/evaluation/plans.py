@@ -55,7 +55,7 @@ def check_token_plan(record: Record, num_context: int, num_predict: int) -> None
             step, tokens, frames = entry["step"], entry["tokens"], [*entry["kept"], *entry["demoted"]]
             if not all(type(number) is int for number in (step, *frames)) or not math.isfinite(tokens):
                 raise ValueError("not numbers")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"has a plan with the entry {short(entry)}, which lacks step, tokens, kept or demoted frames"
             ) from error

@@ -30,7 +30,7 @@ FRAMES, TOKENS = MEMORIES = ("frames", "tokens")
 SETTINGS_FILE = "evaluation.json"
 RECORDS_FILE = "records.jsonl"
 _MERGED_LISTS = ("workloads", "budgets", "seeds", "clips")
-_EQUAL = ("split", "metrics", "show_clips", "memory")
+_EQUAL = ("memory", "split", "metrics", "show_clips")
 _SIZES = ("num_context", "num_predict", "frame_size")
 _BY_WORKLOAD = (*_SIZES, "made_with")
 _OLDER_FACTS = {"feedback": GENERATED}
