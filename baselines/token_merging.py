@@ -124,7 +124,6 @@ class FutureForcingReconstruction:
     name = "future_forcing_reconstruction"
     family = "anchor"
     source = "reconstruction of Future Forcing, arXiv 2605.30083"
-    remark = "(reconstruction)"
     query_moments: ClassVar[bool] = True
 
     def __init__(self, f_sink: float = 0.125, f_recent: float = 0.25, rank: int = 8, disagreement: float = 0.5) -> None:

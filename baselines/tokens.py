@@ -60,8 +60,6 @@ def facts(name: str) -> dict[str, str]:
     """Family, source, the first line of the description, and the parameters that are in the name."""
     cls = _find(name)
     facts = {"family": cls.family, "source": cls.source, "note": description(cls).split("\n")[0]}
-    if remark := getattr(cls, "remark", ""):
-        facts["remark"] = remark
     if parameters := parameters_in(name, cls, "token policy"):
         facts["parameters"] = ", ".join(f"{key}={value}" for key, value in parameters.items())
     return facts

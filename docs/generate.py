@@ -8,6 +8,7 @@ Each function returns Markdown. docs/conf.py writes all of them to docs/generate
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import gymnasium as gym
 from option_tables import all_commands, code, docstring, field_texts, host_settings, joined, table, training_settings
 
 from far_env import agents, baselines
+from far_env.baselines import tokens
 from far_env.clips.worlds import WORLDS, World
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
@@ -113,6 +115,19 @@ def all_baselines() -> str:
         facts += [("Same decisions as", f"`{other}` up to a budget of {most}") for other, most in info.equivalent_to.items()]
         parts += [f"({_anchor(info.name)})=\n## `{info.name}`", note, "\n".join(f"{key}\n: {value}\n" for key, value in facts)]
     return joined(parts)
+
+
+def token_policies() -> str:
+    """Every policy over tokens: a section each with its docstring."""
+    rows, parts = [], []
+    for name in tokens.names():
+        policy = tokens.load(name)
+        text = (
+            inspect.cleandoc(type(policy).__doc__ or "").replace("Faithful:", "*Faithful:*").replace("Adapted:", "*Adapted:*")
+        )
+        rows.append((f"`{name}`", policy.family, policy.source))
+        parts += [f"### `{name}`", text]
+    return joined([table(("policy", "family", "source"), rows), *parts])
 
 
 def _anchor(baseline: str) -> str:
@@ -215,6 +230,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "shipped_hosts": shipped_hosts,
     "shipped_policies": shipped_policies,
     "signals": signals,
+    "token_policies": token_policies,
     "training_settings": training_settings,
     "workloads": workloads,
 }

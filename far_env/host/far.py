@@ -292,7 +292,17 @@ class FAR(nn.Module):
 
         ``on_attention`` is called by every block in order.
         """
-        x = self._embed(clean, coarse)
+        self.write_tokens(self._embed(clean, coarse), modulations, frame, coarse, on_attention)
+
+    def write_tokens(
+        self,
+        x: Tensor,
+        modulations: Modulations,
+        frame: NextFrame,
+        coarse: bool = False,
+        on_attention: AttentionCallback | None = None,
+    ) -> None:
+        """The same for tokens (B, n, S, D) that are embedded already."""
         *blocks, last = zip(self.transformer_blocks, modulations.blocks, frame.masks, frame.memory, strict=True)
         for block, modulation, mask, layer in blocks:
             x = block(x, modulation, frame.table, mask, (layer[0], layer[1]), coarse, on_attention)
