@@ -122,9 +122,7 @@ def token_policies() -> str:
     rows, parts = [], []
     for name in tokens.names():
         policy = tokens.load(name)
-        text = (
-            inspect.cleandoc(type(policy).__doc__ or "").replace("Faithful:", "*Faithful:*").replace("Adapted:", "*Adapted:*")
-        )
+        text = inspect.cleandoc(type(policy).__doc__ or "")
         rows.append((f"`{name}`", policy.family, policy.source))
         parts += [f"### `{name}`", text]
     return joined([table(("policy", "family", "source"), rows), *parts])
