@@ -72,7 +72,8 @@ def _token_records(folder: Path) -> None:
     (folder / "evaluation.json").write_text(json.dumps(settings), encoding="utf-8")
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     plan = [{"step": step, "kept": [step + 2, step + 3], "demoted": [0], "tokens": 36.5} for step in range(4)]
-    records = [record | {"budget": 64, "plan": plan} for record in records if record["policy"] != "full_history"]
+    smallest = min(record["budget"] for record in records)
+    records = [record | {"budget": 64, "plan": plan} for record in records if record["budget"] == smallest]
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
