@@ -8,6 +8,7 @@ import nothing of far_env but the contract. A name may be followed by parameters
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from far_env.baselines import (
@@ -18,7 +19,6 @@ from far_env.baselines import (
     composed,
     controls,
     coverage,
-    extended,
     forcing,
     queue,
     recency,
@@ -102,19 +102,16 @@ def names() -> list[str]:
 
 
 def accepts(name: str) -> bool:
-    """Return whether `load` accepts the name: that of a baseline, with parameters or without, or of a policy for token budgets,
-    which is not listed."""
-    return name.partition(":")[0] in _BASELINES or name in extended.EXTENDED
+    """Return whether `load` accepts the name, with parameters or without."""
+    return name.partition(":")[0] in _BASELINES
 
 
 def load(name: str) -> RetentionPolicy:
-    """A baseline with its default parameters or those in its name, or a policy for token budgets.
+    """A baseline with its default parameters or those in its name.
 
     Raises:
         ValueError: on an unknown name, and as `make`.
     """
-    if name.partition(":")[0] not in _BASELINES:
-        return extended.make(name)
     baseline, parameters = parse(name)
     return make(baseline, **parameters)
 
@@ -122,9 +119,6 @@ def load(name: str) -> RetentionPolicy:
 def facts(name: str) -> dict[str, str]:
     """Facts about a policy that results record: family, tier, source, the first line of its description, and its parameters
     where they are in its name."""
-    if name.partition(":")[0] not in _BASELINES:
-        policy = type(extended.make(name))
-        return {"family": "token budget", "tier": "M", "source": policy.source, "note": _description(policy).split("\n")[0]}
     base, parameters = parse(name)
     baseline = info(base)
     facts = {"family": baseline.family, "tier": baseline.tier, "source": baseline.source, "note": baseline.note.split("\n")[0]}
@@ -156,16 +150,26 @@ def parse(name: str) -> tuple[str, dict[str, object]]:
     Raises:
         ValueError: on an unknown name or parameter, a parameter that is named twice, or a text that is no such value.
     """
+    base = name.partition(":")[0]
+    return base, parameters_in(name, _find(base))
+
+
+def parameters_in(name: str, cls: type, kind: str = "baseline") -> dict[str, object]:
+    """The parameters in a name, each of the type of the class's default.
+
+    Raises:
+        ValueError: on an unknown parameter, one that is named twice, or a text that is no such value.
+    """
     base, *parts = name.split(":")
-    accepted, parameters = _parameters(_find(base)), {}
+    accepted, parameters = _parameters(cls), {}
     for part in parts:
         key, equals, text = part.partition("=")
         if not equals or key in parameters:
             raise ValueError(f"{name!r} needs each parameter once, as NAME:parameter=value:parameter=value; {part!r} is not")
         if key not in accepted:
-            make(base, **{key: text})  # whose error names the parameters
-        parameters[key] = _value(text, accepted[key].default, f"baseline {base}: {key}")
-    return base, parameters
+            raise ValueError(_unknown_parameter(kind, base, key, accepted))
+        parameters[key] = _value(text, accepted[key].default, f"{kind} {base}: {key}")
+    return parameters
 
 
 def _value(text: str, default: object, where: str) -> object:
@@ -189,7 +193,7 @@ def info(name: str) -> BaselineInfo:
         "retention_family", TemporalCachePlan.retention_family
     )
     tier = " or ".join(getattr(cls, "needs", {"M": ()}))
-    note = _description(cls).partition("\n\nSource:")[0]
+    note = description(cls).partition("\n\nSource:")[0]
     parameters = {key: parameter.default for key, parameter in _parameters(cls).items()}
     grid, equivalent_to = (dict(getattr(cls, key, {})) for key in ("GRID", "equivalent_to"))
     return BaselineInfo(name, family, cls.source, tier, note, parameters, grid, equivalent_to)
@@ -206,8 +210,7 @@ def make(name: str, **params: object) -> RetentionPolicy:
     accepted = list(_parameters(cls))
     for key in params:
         if key not in accepted:
-            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
-            raise ValueError(f"baseline {name} has no parameter {key!r}; {takes}")
+            raise ValueError(_unknown_parameter("baseline", name, key, accepted))
     return cls(**params)
 
 
@@ -217,7 +220,13 @@ def _find(name: str) -> type:
     return _BASELINES[name]
 
 
-def _description(cls: type) -> str:
+def _unknown_parameter(kind: str, name: str, key: str, accepted: Collection[str]) -> str:
+    takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
+    return f"{kind} {name} has no parameter {key!r}; {takes}"
+
+
+def description(cls: type) -> str:
+    """A policy's docstring."""
     return inspect.cleandoc(cls.__doc__ or "")
 
 

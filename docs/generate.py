@@ -8,6 +8,7 @@ Each function returns Markdown. docs/conf.py writes all of them to docs/generate
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from option_tables import (
 )
 
 from far_env import agents, baselines
+from far_env.baselines import tokens
 from far_env.clips.worlds import WORLDS, World
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
@@ -125,6 +127,17 @@ def all_baselines() -> str:
         facts += [("Same decisions as", f"`{other}` up to a budget of {most}") for other, most in info.equivalent_to.items()]
         parts += [f"({_anchor(info.name)})=\n## `{info.name}`", note, "\n".join(f"{key}\n: {value}\n" for key, value in facts)]
     return joined(parts)
+
+
+def token_policies() -> str:
+    """Every policy over tokens: a section each with its docstring."""
+    rows, parts = [], []
+    for name in tokens.names():
+        policy = tokens.load(name)
+        text = inspect.cleandoc(type(policy).__doc__ or "")
+        rows.append((f"`{name}`", policy.family, policy.source))
+        parts += [f"### `{name}`", text]
+    return joined([table(("policy", "family", "source"), rows), *parts])
 
 
 def _anchor(baseline: str) -> str:
@@ -252,6 +265,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "shipped_hosts": shipped_hosts,
     "shipped_policies": shipped_policies,
     "signals": signals,
+    "token_policies": token_policies,
     "training_settings": training_settings,
     "workloads": workloads,
 }

@@ -1,7 +1,7 @@
 """Entry points: what installed distributions, far-env among them, add to far-env.
 
-A distribution adds policies, hosts, workloads or commands by declaring entry points in its metadata, for example in its
-pyproject.toml:
+A distribution adds policies, policies over tokens, hosts, workloads or commands by declaring entry points in its metadata, for
+example in its pyproject.toml:
 
     [project.entry-points."far_env.policies"]
     keep_every_second = "my_package.policies:KeepEverySecond"
@@ -19,6 +19,7 @@ from typing import Any
 from far_env.errors import first_line
 
 POLICIES = "far_env.policies"
+TOKEN_POLICIES = "far_env.token_policies"
 HOSTS = "far_env.hosts"
 WORKLOADS = "far_env.workloads"
 COMMANDS = "far_env.commands"

@@ -25,7 +25,7 @@ from far_env.config import from_dict
 from far_env.contract import RetentionPolicy
 from far_env.errors import PolicyError
 from far_env.io import read_json
-from far_env.plugins import POLICIES, distribution_name, entry_points, load
+from far_env.plugins import POLICIES, TOKEN_POLICIES, distribution_name, entry_points, load
 from far_env.policy_process import CALL_SECONDS, IsolatedPolicy, PolicyProcess
 
 VALIDATION_ROLLOUTS = "validation_rollouts"
@@ -181,10 +181,10 @@ def _source(entry: EntryPoint) -> Any:
     return _PolicyClass(entry, loaded) if isinstance(loaded, type) else loaded
 
 
-def _sources() -> tuple[list[Any], list[str]]:
+def _sources(group: str = POLICIES) -> tuple[list[Any], list[str]]:
     """The collections that can be imported, and one sentence for each that cannot."""
     sources, failures = [], []
-    for entry in entry_points(POLICIES).values():
+    for entry in entry_points(group).values():
         try:
             sources.append(_source(entry))
         except ValueError as error:
@@ -213,3 +213,35 @@ def is_policy_file(name: str) -> bool:
     """Whether the name is the path of an existing Python file."""
     path = Path(name)
     return path.suffix == ".py" and path.is_file()
+
+
+def load_token_policy(name: str) -> Any:
+    """The policy of this name over tokens (`far_env.rollout.streaming.TokenPolicy`); None for `FULL_HISTORY`.
+
+    They are found through the entry points ``far_env.token_policies``, which name classes or collections as those of
+    ``far_env.policies`` do.
+
+    Raises:
+        ValueError: if there is none, or if its parameters or the plugin cannot be used.
+    """
+    return None if name == FULL_HISTORY else _find_token_policy(name).load(name)
+
+
+def token_policy_facts(name: str) -> dict[str, str]:
+    """Facts about a policy over tokens that results record, as `policy_facts`. Raises ValueError as `load_token_policy`."""
+    return {"note": "nothing is dropped"} if name == FULL_HISTORY else _find_token_policy(name).facts(name)
+
+
+def token_policy_names() -> list[str]:
+    """The policies over tokens that are listed."""
+    sources, _ = _sources(TOKEN_POLICIES)
+    return [*(name for source in sources for name in source.names()), FULL_HISTORY]
+
+
+def _find_token_policy(name: str) -> Any:
+    sources, failures = _sources(TOKEN_POLICIES)
+    for source in sources:
+        if name in source.names() or (hasattr(source, "accepts") and source.accepts(name)):
+            return source
+    also = "".join(f"; {failure}" for failure in failures)
+    raise ValueError(f"no token policy {name!r}; use one of {', '.join(token_policy_names())}{also}")

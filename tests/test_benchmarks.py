@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import host, parts, rollout
+from benchmarks import host, parts, rollout, streaming
 from far_env.cli import run_guarded
 from far_env.contract import SIGNALS
 
@@ -96,3 +96,17 @@ def test_the_host_benchmark_says_what_does_not_fit(small_released, monkeypatch, 
 def test_bad_arguments_are_one_sentence(monkeypatch, capsys, module, args, message):
     assert run(module, monkeypatch, *args) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_streaming_benchmark_measures_every_frame_and_draws_it(tiny_host_folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(streaming, "GAP_FRAMES", 2)
+    place = ("--host", str(tiny_host_folder), "--device", "cpu", "--clips", "1", "--out", str(tmp_path), "--json", "-")
+    assert run(streaming, monkeypatch, "--frames", "51", "--budget", "64", "--policies", "recent_fill,h2o", *place) == 0
+    result = json.loads(capsys.readouterr().out)
+    for stream in result["streams"].values():
+        assert [len(stream[name]) for name in ("seconds", "entries", "memory_bytes", "psnr", "contrast")] == [51] * 5
+        assert set(stream["entries"]) == {64} and len(set(stream["memory_bytes"])) == 1
+    assert list(result["reencoding_gap"]) == ["recent_fill"] and result["reencoding_gap"]["recent_fill"]["relative"] > 0
+    assert (
+        json.loads((tmp_path / "streaming.json").read_text()) == result and (tmp_path / "streaming.png").stat().st_size > 1000
+    )

@@ -23,7 +23,6 @@ from far_env.agents.options import Sweep
 from far_env.agents.publish import _results, publish_run
 from far_env.agents.results_tables import load_tables
 from far_env.config import config_path, load_yaml
-from far_env.evaluation.extended import RESULTS_FILE, load_parts
 from far_env.evaluation.records import load
 from far_env.host.training.config import HostTraining
 from far_env.provenance import load_facts
@@ -35,8 +34,6 @@ SMALL = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)
 SECONDS, MEBIBYTES = 10, 300
 """Of one file: more than any takes, less than an expanded alias bomb does."""
 
-SETTINGS = {"clips": 3, "split": "test"}
-"""Of the extended comparison."""
 HOSTILE = (None, "x", [], {}, [[1]], True, -1, 0, 10**4000, 1e308, math.nan, math.inf, -math.inf, "\x00", "9" * 10_000)
 
 
@@ -67,14 +64,17 @@ def _run(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _extended(folder: Path) -> None:
-    part = {"policy": "random", "token_budget": 64, "facts": {"family": "x"}, "psnr": [20.0, None, 21.5], "tokens": [60.0] * 3}
-    content = {"settings": SETTINGS, "parts": [part]}
-    (folder / RESULTS_FILE).write_text(json.dumps(content), encoding="utf-8")
-
-
-def _parts(folder: Path) -> list[dict[str, Any]]:
-    return [asdict(part) for part in load_parts(folder, SETTINGS)]
+def _token_records(folder: Path) -> None:
+    """The same episodes as those of a memory of tokens."""
+    _folder_of_results(folder)
+    settings = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    settings |= {"memory": "tokens", "budgets": [64, 9999]}
+    (folder / "evaluation.json").write_text(json.dumps(settings), encoding="utf-8")
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    plan = [{"step": step, "kept": [step + 2, step + 3], "demoted": [0], "tokens": 36.5} for step in range(4)]
+    smallest = min(record["budget"] for record in records)
+    records = [record | {"budget": 64, "plan": plan} for record in records if record["budget"] == smallest]
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def _tables(folder: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ KINDS = (
     Kind("tables", _copied("results", "results.yaml"), _tables, "results.yaml", yaml.safe_load),
     Kind("settings", _folder_of_results, lambda folder: asdict(load(folder).settings), "evaluation.json", json.loads),
     Kind("records", _folder_of_results, _records, "records.jsonl", lambda text: list(map(json.loads, text.split("\n")[:-1]))),
-    Kind("extended", _extended, _parts, RESULTS_FILE, lambda text: json.loads(text)["parts"]),
+    Kind("tokens", _token_records, _records, "records.jsonl", lambda text: list(map(json.loads, text.split("\n")[:-1]))),
     Kind("facts", _run, load_facts, "run.json", json.loads),
     Kind("results", _run, lambda folder: _results(folder, {"host": "tiny (c0ffee)"}), "results.json", json.loads),
     Kind(

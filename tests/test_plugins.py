@@ -171,9 +171,8 @@ def test_environment_names_follow_from_workload_names():
 
 def test_policy_names_and_facts():
     names = policy_names()
-    assert {"recent_fill", "pretrained/general", "full_history"} <= set(names) and "far_coarse" not in names
+    assert {"recent_fill", "pretrained/general", "full_history"} <= set(names)
     assert policy_facts("recent_fill")["tier"] == "M" and policy_facts("full_history") == {"note": "nothing is dropped"}
-    assert policy_facts("far_coarse")["source"] == "FAR, arXiv 2503.19325" and load_policy("far_coarse").name == "far_coarse"
     assert load_policy("full_history") is None
 
 

@@ -16,13 +16,23 @@ from far_env.cli.console import keeping_episodes, remark
 from far_env.cli.options import ALL, split_list, whole_number
 from far_env.config import parse, parse_mapping
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
-from far_env.errors import MetricUnavailable, PolicyError
+from far_env.errors import MetricUnavailable, PolicyError, unknown_name
 from far_env.io import make_run_dir, write_text
-from far_env.policies import FULL_HISTORY, is_policy_file, load_policy, policy_facts, policy_names
+from far_env.policies import (
+    FULL_HISTORY,
+    is_policy_file,
+    load_policy,
+    load_token_policy,
+    policy_facts,
+    policy_names,
+    token_policy_facts,
+    token_policy_names,
+)
 
 if TYPE_CHECKING:
     from far_env.distributed.evaluation import ActorPlayer
     from far_env.evaluation.comparison import Evaluation
+    from far_env.rollout.streaming import TokenPolicy
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,14 @@ class EvaluateOptions:
     workload: str = "pan"
     """One or more workloads, separated by commas."""
     budget: str = "4"
-    """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget; one or more."""
+    """Frames that may be kept, or full_history_budget, medium_history_budget, tight_history_budget; one or more. With --memory
+    tokens: tokens that every head may keep."""
+    memory: str = "frames"
+    """frames, as in the benchmark, which are encoded again for each new one; or tokens, whose keys and values are computed once
+    (not the benchmark). Policies are then token policies, such as recent_fill, sink_recent, h2o or snapkv."""
+    max_gap: int = 1
+    """With --memory tokens: the largest distance in time between neighbouring kept frames; 1 numbers them without gaps, as the
+    benchmark does, 0 keeps true distances."""
     seeds: str = "42"
     """Noise seeds; clip i is played with each of them plus i."""
     trajectories: int = 1
@@ -111,7 +128,8 @@ def evaluate(args: Sequence[str]) -> int:
     from far_env.evaluation.comparison import check_runs, tabulate, with_runs
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.evaluation.fvd import FVD, FeatureStore, VideoFeatures, fvd_unavailable, with_fvd
-    from far_env.evaluation.records import cell, session_precision
+    from far_env.evaluation.records import MEMORIES, TOKENS, cell, session_precision
+    from far_env.evaluation.token_memory import TokenMemory
     from far_env.rollout.noise import trajectory_seeds
     from far_env.workloads import make_workload, resolve_budget
 
@@ -123,8 +141,18 @@ def evaluate(args: Sequence[str]) -> int:
     if options.first_clip < 0:
         raise ValueError(f"first-clip must be at least 0, got {options.first_clip}")
     clip_ids = range(options.first_clip, options.first_clip + options.clips)
-    budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in split_list(options.budget, "budget", "budget")})
-    limited = [budget for budget in budgets if budget < UNLIMITED_FRAMES]
+    if options.memory not in MEMORIES:
+        raise ValueError(unknown_name("memory", options.memory, MEMORIES))
+    in_tokens = options.memory == TOKENS
+    if options.max_gap < 0 or (options.max_gap != 1 and not in_tokens):
+        raise ValueError(f"--max-gap is a whole number from 0 on for --memory tokens, got {options.max_gap}")
+    memory = TokenMemory(options.max_gap or None) if in_tokens else None
+    budget_names = split_list(options.budget, "budget", "budget")
+    if in_tokens:
+        budgets = sorted({whole_number(name, "budget") for name in budget_names})
+    else:
+        budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in budget_names})
+    limited = [budget for budget in budgets if in_tokens or budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
     noise_seeds = [seed for first in seeds for seed in trajectory_seeds(first, options.trajectories)]
     metrics = split_list(options.metrics, "metrics", "metric")
@@ -135,7 +163,7 @@ def evaluate(args: Sequence[str]) -> int:
     clip_metrics = [metric for metric in metrics if metric != FVD]
     if not options.policy_seconds > 0:
         raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
-    policies, optional = _load_policies(names, budgets, options.policy_seconds)
+    policies, optional = _load_token_policies(names) if in_tokens else _load_policies(names, budgets, options.policy_seconds)
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
     keys = ("data_dir", "protocol", "num_context", "num_predict")
@@ -170,9 +198,10 @@ def evaluate(args: Sequence[str]) -> int:
             optional=set(policies),
             out=None if options.out is None else Path(options.out),
             show_clips=options.show_clips,
-            policy_facts={name: policy_facts(name) for name in policies},
+            policy_facts={name: (token_policy_facts if in_tokens else policy_facts)(name) for name in policies},
             features=features,
             player=None if actors is None else actors(common, options.policy_seconds),
+            memory=memory,
         )
     seconds = time.perf_counter() - start
     cells = [(workload.name, budget) for workload in workloads for budget in limited or budgets]
@@ -224,6 +253,8 @@ def _actors(options: EvaluateOptions, metrics: Sequence[str]) -> Callable[..., A
         raise ValueError(f"--actors must be at least 1, got {options.actors}")
     if options.device != "auto":
         raise ValueError("with --ray the actors' devices are assigned; use --gpus-per-actor in place of --device")
+    if options.memory != "frames":
+        raise ValueError(f"--memory {options.memory} is played in one process; evaluate it without --ray")
     if "fvd" in metrics:
         raise ValueError("fvd compares all videos in one process; evaluate it without --ray")
     if options.precision == "auto" and options.gpus_per_actor:
@@ -273,6 +304,13 @@ def _load_policies(
             else:
                 raise
     return policies, optional
+
+
+def _load_token_policies(names: Sequence[str]) -> tuple[dict[str, TokenPolicy | None], set[str]]:
+    """The same for policies over tokens."""
+    every = token_policy_names() if ALL in names else []
+    wanted = dict.fromkeys(single for name in names for single in (every if name == ALL else [name]))
+    return {name: load_token_policy(name) for name in wanted}, set(every) - set(names)
 
 
 def _text(tables: Sequence[Evaluation], robust: bool) -> str:

@@ -18,6 +18,9 @@ from far_env.errors import ClipIdError, MetricUnavailable, PolicyError, Training
 from far_env.io import DISK_ERRORS, disk_error
 from far_env.plugins import COMMANDS, DISTRIBUTION, distribution_name, entry_points, load
 
+REPLACED = {"extended": "far-env evaluate --memory tokens, whose budget counts tokens"}
+"""Commands of earlier versions, and what does the same now."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name; returns the exit status."""
@@ -88,6 +91,8 @@ def _dispatch(args: list[str]) -> int | None:
         return 0
     name, *arguments = args
     commands = entry_points(COMMANDS)
+    if name in REPLACED:
+        raise ValueError(f"there is no command {name!r} any more: use {REPLACED[name]}")
     if name not in commands:
         raise ValueError(unknown_name("command", name, list(commands)))
     return load(commands[name])(arguments)

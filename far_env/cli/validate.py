@@ -42,6 +42,7 @@ def validate(args: Sequence[str]) -> int:
     from far_env.clips.worlds import WORLDS
     from far_env.evaluation.records import load
     from far_env.evaluation.validate import choose, report, validate
+    from far_env.policies import load_token_policy
     from far_env.workloads import make_workload
 
     if options.batch_size < 1 or not options.tolerance >= 0:
@@ -60,6 +61,7 @@ def validate(args: Sequence[str]) -> int:
         common = {"device": options.device, "precision": made_with["dtype"], "feedback": made_with["feedback"]}
         return make_workload(name, host=host, **common, **clip_options)
 
-    findings = validate(results, records, make, tolerance=options.tolerance, batch_size=options.batch_size)
+    common = {"tolerance": options.tolerance, "batch_size": options.batch_size}
+    findings = validate(results, records, make, load_policy=load_token_policy, **common)
     print(report(findings, options.tolerance, len(results.records)))
     return int(any(finding.difference is not None for finding in findings))

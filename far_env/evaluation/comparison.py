@@ -11,7 +11,7 @@ import numpy as np
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.errors import short
 from far_env.evaluation.aggregate import Episodes, alike, collect_episodes
-from far_env.evaluation.records import Results, cell
+from far_env.evaluation.records import FRAMES, Results, cell
 from far_env.evaluation.statistics import Interval, improvement_interval, iqm_interval, mean_interval, sign_flip_p
 from far_env.metrics import LOWER_IS_BETTER
 from far_env.rollout.noise import seeds_text, trajectory_seeds
@@ -137,7 +137,7 @@ def tabulate(
     scores = {name: {metric: episodes.scores(metric) for metric in settings.metrics} for name, episodes in complete.items()}
     facts: dict[str, object] = {
         "workload": workload,
-        "budget": "full history" if budget >= UNLIMITED_FRAMES else budget,
+        "budget": "full history" if budget >= UNLIMITED_FRAMES else budget if settings.memory == FRAMES else f"{budget} tokens",
         "context": settings.num_context[workload],
         "predict": settings.num_predict[workload],
         "noise_seed": f"{seeds_text(seeds)} + clip id",

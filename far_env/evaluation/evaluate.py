@@ -24,8 +24,9 @@ from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import PolicyError, VideoError
 from far_env.evaluation.comparison import Evaluation, tabulate
 from far_env.evaluation.fvd import FeatureStore
-from far_env.evaluation.records import Record, Recorder, Results, Settings, cell
+from far_env.evaluation.records import FRAMES, TOKENS, Record, Recorder, Results, Settings, cell
 from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip
+from far_env.evaluation.token_memory import Episodes, TokenMemory, check_token_budgets, play_episodes
 from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, lpips_unavailable, require_metrics
 from far_env.policies import FULL_HISTORY
 from far_env.progress import Progress, show_progress
@@ -82,6 +83,7 @@ def evaluate_grid(
     policy_facts: Mapping[str, dict[str, str]] | None = None,
     features: FeatureStore | None = None,
     player: Player | None = None,
+    memory: TokenMemory | None = None,
 ) -> Results:
     """Play every policy under every budget on every clip of every workload with every noise seed.
 
@@ -102,6 +104,7 @@ def evaluate_grid(
         policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder and for tables.
         features: receives the features of all videos, for FVD. Episodes that it lacks are played again, and their records stay.
         player: plays the episodes elsewhere, see `far_env.distributed.evaluation`; by default this process does.
+        memory: budgets count tokens, and policies are `far_env.rollout.streaming.TokenPolicy`; None for frames.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.
@@ -117,6 +120,10 @@ def evaluate_grid(
             f"{len(clip_ids)} clips, {len(seeds)} seeds and batch size {batch_size}"
         )
     interventions = check_interventions(interventions)
+    if memory is not None:
+        check_token_budgets(workloads, budgets)
+        if interventions:
+            raise ValueError("interventions replace whole frames, which a memory of tokens does not have; leave them out")
     names, unavailable = available_metrics(metrics)
     for workload in workloads:
         if workload.num_context == 0 and (names or interventions or features is None):
@@ -141,11 +148,12 @@ def evaluate_grid(
         num_predict={workload.name: workload.num_predict for workload in workloads},
         frame_size={workload.name: workload.host.frame_size for workload in workloads},
         show_clips=show_clips,
-        made_with={workload.name: _made_with(workload) for workload in workloads},
+        made_with={workload.name: _made_with(workload, memory) for workload in workloads},
+        memory=FRAMES if memory is None else TOKENS,
     )
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
-        session = Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress, features)
+        session = Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress, features, memory)
         (Session.play if player is None else player)(session, workloads, jobs, batch_size)
         return session.results
 
@@ -165,7 +173,7 @@ def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...],
     return tuple(sorted(set(names), key=(*METRICS, *FAR_METRICS).index)), unavailable
 
 
-def record_facts(workload: Workload) -> dict[str, object]:
+def record_facts(workload: Workload, memory: TokenMemory | None = None) -> dict[str, object]:
     """Which host, weights, dtype, device, machine, commit and versions a number is made with."""
     host = workload.host
     options = {name: value for name, value in _clip_options(workload).items() if name != "data_dir"}
@@ -178,6 +186,7 @@ def record_facts(workload: Workload) -> dict[str, object]:
         "feedback": workload.feedback,
         "noise": workload.noise,
         **({"clip_options": options} if options else {}),
+        **({} if memory is None else {"memory": TOKENS, "max_gap": memory.max_gap}),
         "dtype": _dtype_name(workload),
         "device": str(host.device),
         "machine": machine(host.device),
@@ -238,8 +247,10 @@ class Session:
         optional: frozenset[str],
         progress: bool,
         features: FeatureStore | None,
+        memory: TokenMemory | None,
     ) -> None:
         self.asked = settings
+        self.token_memory = memory
         self.recorder = recorder
         self.results = Results(settings, []) if recorder is None else recorder.results
         self.memo = memo
@@ -257,7 +268,7 @@ class Session:
         """All jobs on one batch of episodes after the other, so that they share frames and a stop leaves comparable results."""
         with self.bar(workloads, jobs) as bar:
             for workload in workloads:
-                facts, running = record_facts(workload), list(jobs)
+                facts, running = record_facts(workload, self.token_memory), list(jobs)
                 for batch in self.batches(batch_size):
                     self.play_batch(workload, batch, running, facts, bar)
 
@@ -351,17 +362,18 @@ class Session:
         self, workload: Workload, seeds: list[int], clips: list[Clip], job: Job, facts: dict[str, Any], bar: Progress
     ) -> None:
         noise_seeds = [seed + clip.clip_id for seed, clip in zip(seeds, clips, strict=True)]
-        names = interventions_of(self.asked.metrics)
         partners = [self.partners[workload.name, clip.clip_id] for clip in clips]
+        names = interventions_of(self.asked.metrics)
         intervened = IntervenedFrames(names, workload, noise_seeds, partners, self.memo)
-        hooks = {"on_frame": bar.update, "before_frame": intervened}
-        rollouts, decisions = play(workload, clips, noise_seeds, job.policy, job.budget, memo=self.memo, **hooks)
-        predicted = rollouts.decode(range(len(clips))).float()
+        if self.token_memory is not None:
+            played = play_episodes(workload, clips, noise_seeds, job.policy, job.budget, self.token_memory, bar.update)
+        else:
+            played = self._play_frames(workload, clips, noise_seeds, job, intervened, bar)
+        predicted, latents = played.predicted, played.latents
         truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
         truth = torch.from_numpy(truth).to(predicted.device)
         scores = all_metrics(predicted, truth, self.asked.metrics, intervened)
         by_frame = frame_psnr(predicted, truth).tolist()
-        latents = rollouts.generated(range(len(clips)))
         records = []
         for row, clip in enumerate(clips):
             if any(math.isnan(value) for value in (*scores[row].values(), *by_frame[row])):
@@ -374,10 +386,10 @@ class Session:
                     policy=job.name,
                     clip=clip.clip_id,
                     seed=seeds[row],
-                    plan=[_entry(decision) for decision in decisions[row]],
+                    plan=played.plans[row],
                     metrics=scores[row],
                     psnr_per_frame=by_frame[row],
-                    decision_ms=_milliseconds(decisions[row]),
+                    decision_ms=played.decision_ms[row],
                     clip_sha256=self.clip_hashes[workload.name, clip.clip_id],
                     latents_sha256=latents_hash(latents[row]),
                     facts=facts,
@@ -399,6 +411,22 @@ class Session:
             self.recorder.add(new)
         self.recorded |= {record.key for record in new}
         self.done |= {record.key for record in records}
+
+    def _play_frames(
+        self,
+        workload: Workload,
+        clips: list[Clip],
+        noise_seeds: list[int],
+        job: Job,
+        intervened: IntervenedFrames,
+        bar: Progress,
+    ) -> Episodes:
+        hooks = {"on_frame": bar.update, "before_frame": intervened}
+        rollouts, decisions = play(workload, clips, noise_seeds, job.policy, job.budget, memo=self.memo, **hooks)
+        rows = range(len(clips))
+        plans = [[_entry(decision) for decision in of_row] for of_row in decisions]
+        costs = [_milliseconds(of_row) for of_row in decisions]
+        return Episodes(rollouts.generated(rows), rollouts.decode(rows).float(), plans, costs)
 
     def _save_pictures(
         self, recorder: Sink, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
@@ -423,7 +451,7 @@ def _remark(policy: RetentionPolicy | None) -> dict[str, str]:
     return {"remark": remark} if remark and isinstance(remark, str) else {}
 
 
-def _made_with(workload: Workload) -> dict[str, object]:
+def _made_with(workload: Workload, memory: TokenMemory | None) -> dict[str, object]:
     """What shapes a workload's numbers wherever they are made; folders mean the same from any working directory."""
     host, options = workload.host, _clip_options(workload)
     if options.get("data_dir") is not None:
@@ -434,6 +462,7 @@ def _made_with(workload: Workload) -> dict[str, object]:
         "dtype": _dtype_name(workload),
         "feedback": workload.feedback,
         "clip_options": options,
+        **({} if memory is None else {"max_gap": memory.max_gap}),
     }
 
 

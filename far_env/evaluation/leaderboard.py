@@ -20,7 +20,8 @@ from far_env.evaluation.leaderboard_entry import (
     check_texts,
     replayable,
 )
-from far_env.evaluation.records import Record, Results, Settings, histories
+from far_env.evaluation.plans import histories
+from far_env.evaluation.records import Record, Results, Settings
 from far_env.evaluation.validate import Finding, choose, validate
 from far_env.policies import is_tuned_form
 from far_env.workloads import WORKLOADS, Workload

@@ -17,7 +17,7 @@ from matplotlib.ticker import NullLocator
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation.gaps import NEW, gap_bins
 from far_env.evaluation.ranking import Group, Metric, Row, choose_reference, facts, highlighted, make_groups, metric_format
-from far_env.evaluation.records import Results
+from far_env.evaluation.records import FRAMES, Results
 from far_env.evaluation.statistics import Interval
 from far_env.evaluation.table import policy_labels
 from far_env.io import replacing
@@ -88,7 +88,10 @@ def _figures(
     for workload in results.settings.workloads:
         of_workload = [group for group in groups if group.workload == workload]
         for metric in metrics:
-            yield f"budget_{workload}_{metric.name}", partial(budget_figure, of_workload, metric, styles)
+            yield (
+                f"budget_{workload}_{metric.name}",
+                partial(budget_figure, of_workload, metric, styles, results.settings.memory),
+            )
     for group in groups:
         where = f"{group.workload}_{_budget(group.budget)}"
         first = results.settings.num_context[group.workload]
@@ -98,7 +101,7 @@ def _figures(
             yield f"ranking_{where}_{metric.name}", partial(ranking_figure, group, metric, reference)
 
 
-def budget_figure(groups: Sequence[Group], metric: Metric, styles: dict[str, _Style]) -> Figure | None:
+def budget_figure(groups: Sequence[Group], metric: Metric, styles: dict[str, _Style], unit: str = FRAMES) -> Figure | None:
     """Mean metric of one workload's policies against the budget, with intervals; None without limited budgets or scores."""
     points: dict[str, dict[int, Interval]] = defaultdict(dict)
     for row in (row for group in groups for row in group.rows):
@@ -137,7 +140,7 @@ def budget_figure(groups: Sequence[Group], metric: Metric, styles: dict[str, _St
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="budget (frames)", ylabel=_axis_label(metric), title=groups[0].workload)
+    axes.set(xlabel=f"budget ({unit})", ylabel=_axis_label(metric), title=groups[0].workload)
     _legend(figure, axes)
     return figure
 

@@ -18,19 +18,22 @@ import numpy as np
 from PIL import Image
 
 from far_env.config import from_dict
-from far_env.contract import GENERATED, UNLIMITED_FRAMES
+from far_env.contract import GENERATED
 from far_env.errors import short
+from far_env.evaluation.plans import check_token_plan, histories
 from far_env.evaluation.stored_records import StoredRecords
 from far_env.hub import is_hub_name, snapshot
 from far_env.io import lock, make_run_dir, read_json, replacing, write_json
 
 FORMAT = 1
+FRAMES, TOKENS = MEMORIES = ("frames", "tokens")
+"""What a budget counts: frames, which are encoded again for each new one, or entries of a streaming memory."""
 SETTINGS_FILE = "evaluation.json"
 RECORDS_FILE = "records.jsonl"
 SMALL_BYTES = 2**26
 """Up to this size of its file, the records of a folder are kept in memory."""
 _MERGED_LISTS = ("workloads", "budgets", "seeds", "clips")
-_EQUAL = ("split", "metrics", "show_clips")
+_EQUAL = ("memory", "split", "metrics", "show_clips")
 _SIZES = ("num_context", "num_predict", "frame_size")
 _BY_WORKLOAD = (*_SIZES, "made_with")
 _OLDER_FACTS = {"feedback": GENERATED}
@@ -59,6 +62,7 @@ class Settings:
         num_context, num_predict, frame_size: per workload, in frames and pixels.
         made_with: per workload what else determines its numbers, such as weights, ode_steps, dtype, feedback and clip_options.
         failed: policy → `cell` → why the policy was left out there, when it was tried last.
+        memory: one of `MEMORIES`.
     """
 
     workloads: list[str]
@@ -75,6 +79,7 @@ class Settings:
     show_clips: int = 0
     made_with: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    memory: str = FRAMES
 
     def merged(self, other: Settings, where: Path, played: Container[str]) -> Settings:
         """These settings with another evaluation's workloads, budgets, policies, seeds and clips added.
@@ -122,7 +127,9 @@ class Record:
 
     Attributes:
         seed: the base noise seed; the episode is played with seed + clip.
-        plan: per decision ``step``, and the true numbers of the frames ``kept`` and ``demoted``; others were dropped.
+        plan: per decision ``step``, and the true numbers of the frames ``kept`` and ``demoted``; others were dropped. With a
+            memory of tokens, a frame is there while any entry of it is, ``demoted`` are those with coarse entries alone, and
+            ``tokens`` is the number of entries of a head, mean over layers and heads.
         metrics: name → value; PSNR is infinite where all frames equal the truth.
         psnr_per_frame: dB, of every predicted frame.
         decision_ms: mean milliseconds that the policy took per decision; None without decisions.
@@ -222,7 +229,10 @@ def _record(values: object, settings: Settings, asked: Mapping[str, frozenset]) 
     if gaps is not None and not _are_gaps(gaps, num_predict):
         raise ValueError(f"needs {num_predict} evidence_gaps, each null or a whole number from 1 on")
     record = _made(fields, values, gaps)
-    histories(record, settings.num_context[record.workload], num_predict)
+    if settings.memory == FRAMES:
+        histories(record, settings.num_context[record.workload], num_predict)
+    else:
+        check_token_plan(record, settings.num_context[record.workload], num_predict)
     return record
 
 
@@ -235,41 +245,6 @@ def _checked_before(values: dict[str, Any]) -> Record:
     fields = {name: values.pop(name, None) for name in _TYPES}
     gaps = values.pop("evidence_gaps", None)
     return _made(fields, values, gaps)
-
-
-def histories(record: Record, num_context: int, num_predict: int) -> dict[int, list[int]]:
-    """Step → true numbers of the frames that were kept by its decision, ascending.
-
-    Raises:
-        ValueError: if the plan is not valid: a frame is kept that was not in the history, the newest is dropped, more are kept
-            than the budget allows, or a decision is missing, superfluous or out of order.
-    """
-    decisions = {}
-    for entry in record.plan:
-        try:
-            frames = [entry["step"], *entry["kept"], *entry["demoted"]]
-            if not all(type(number) is int for number in frames):
-                raise ValueError("not whole numbers")
-        except (KeyError, TypeError, ValueError) as error:
-            shown = short(entry)
-            raise ValueError(f"has a plan with the entry {shown}, which lacks step, kept or demoted frames") from error
-        decisions[frames[0]] = sorted(set(frames[1:]))
-    history, decided = list(range(num_context)), []
-    for step in range(num_predict - 1):
-        newest = num_context + step
-        history.append(newest)
-        if len(history) <= record.budget or record.budget >= UNLIMITED_FRAMES:
-            continue
-        decided.append(step)
-        kept = decisions.get(step, [])
-        if not set(kept) <= set(history) or newest not in kept or len(kept) > record.budget:
-            raise ValueError(
-                f"has a plan that keeps {short(kept)} of {history} at step {step}, with a budget of {record.budget}"
-            )
-        history = list(kept)
-    if decided != [entry["step"] for entry in record.plan]:
-        raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget needs decisions at {decided}")
-    return decisions
 
 
 @dataclass(frozen=True)
@@ -350,6 +325,8 @@ def _load_settings(path: Path) -> Settings:
     settings = from_dict(Settings, values, f"{path}, the evaluation's settings")
     made_with = {workload: {**_OLDER_FACTS, **facts} for workload, facts in settings.made_with.items()}
     settings = replace(settings, made_with=made_with)
+    if settings.memory not in MEMORIES:
+        raise ValueError(f"{path} has the memory {short(settings.memory)}; this version reads {' and '.join(MEMORIES)}")
     sizes = [*settings.num_context.values(), *settings.num_predict.values(), *settings.frame_size.values()]
     if not all(0 <= size <= MAX_FRAMES for size in sizes):
         raise ValueError(f"{path} has a size that is not in 0 to {MAX_FRAMES}; restore it or evaluate into another folder")

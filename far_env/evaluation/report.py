@@ -91,6 +91,7 @@ def report_data(
         "clipCount": len(settings.clips),
         "firstClip": min(settings.clips),
         "unlimited": UNLIMITED_FRAMES,
+        "memory": settings.memory,
         "metrics": [
             {"name": m.name, "label": m.label, "unit": m.unit, "digits": m.digits, "lower": m.lower_is_better}
             for m in map(metric_format, settings.metrics)

@@ -45,12 +45,12 @@ class NextFrame:
     Attributes:
         memory: keys and values (layers, 2, B, T, heads, d) of clean frames; the last S tokens are reserved for this frame.
         table: rotary table of this frame.
-        mask: attention mask (B or 1, 1, S, T), or None if every token attends to all.
+        masks: per layer the attention mask, broadcastable to (B, heads, S, T), or None if every token attends to all.
     """
 
     memory: Tensor
     table: Tensor
-    mask: Tensor | None
+    masks: Sequence[Tensor | None]
 
 
 class FAR(nn.Module):
@@ -265,7 +265,7 @@ class FAR(nn.Module):
         mask = None
         if masked:
             mask = self._mask(positions.expand(-1, num_new), keys, (keys >= 0)[:, None].expand(-1, num_new, -1), latents.dtype)
-        return NextFrame(memory, self._table(positions, latents), mask)
+        return NextFrame(memory, self._table(positions, latents), [mask] * len(self.transformer_blocks))
 
     def denoise(
         self, noisy: Tensor, modulations: Modulations, frame: NextFrame, on_attention: AttentionCallback | None = None
@@ -275,9 +275,47 @@ class FAR(nn.Module):
         ``on_attention`` is called by every block in order.
         """
         x = self._embed(noisy)
-        for block, modulation, layer in zip(self.transformer_blocks, modulations.blocks, frame.memory, strict=True):
-            x = block(x, modulation, frame.table, frame.mask, (layer[0], layer[1]), on_attention=on_attention)
+        layers = zip(self.transformer_blocks, modulations.blocks, frame.masks, frame.memory, strict=True)
+        for block, modulation, mask, layer in layers:
+            x = block(x, modulation, frame.table, mask, (layer[0], layer[1]), on_attention=on_attention)
         return self._project(x, modulations, noisy)
+
+    def write_clean(
+        self,
+        clean: Tensor,
+        modulations: Modulations,
+        frame: NextFrame,
+        coarse: bool = False,
+        on_attention: AttentionCallback | None = None,
+    ) -> None:
+        """Write keys and values of clean frames (B, n, C, h, w) over the last tokens of ``frame.memory``, in place.
+
+        ``on_attention`` is called by every block in order.
+        """
+        self.write_tokens(self._embed(clean, coarse), modulations, frame, coarse, on_attention)
+
+    def write_tokens(
+        self,
+        x: Tensor,
+        modulations: Modulations,
+        frame: NextFrame,
+        coarse: bool = False,
+        on_attention: AttentionCallback | None = None,
+    ) -> None:
+        """The same for tokens (B, n, S, D) that are embedded already."""
+        *blocks, last = zip(self.transformer_blocks, modulations.blocks, frame.masks, frame.memory, strict=True)
+        for block, modulation, mask, layer in blocks:
+            x = block(x, modulation, frame.table, mask, (layer[0], layer[1]), coarse, on_attention)
+        block, modulation, mask, layer = last
+        if on_attention is None:
+            # Only keys and values of the last block are needed.
+            block.write_context(x, modulation, frame.table, (layer[0], layer[1]), coarse)
+        else:
+            block(x, modulation, frame.table, mask, (layer[0], layer[1]), coarse, on_attention)
+
+    def frame_table(self, latents: Tensor, coarse: bool = False) -> Tensor:
+        """Rotary table (1, S, 1, d / 2) of one frame of latents (…, h, w) at time position 0."""
+        return self._table(torch.zeros(1, 1, device=latents.device), latents, coarse)
 
     def key_prototypes(self, frames: Tensor, modulations: Modulations) -> Tensor:
         """Mean over tokens and heads of the first layer's keys before rotation, at full resolution and of unit norm.
@@ -360,12 +398,7 @@ class FAR(nn.Module):
         if frames.shape[1] > 1 or self.slope_scale != 0:
             mask = self._mask(queries[None], keys[None], (keys <= queries[:, None])[None], frames.dtype)
         table = self._table(positions[None], frames, coarse)
-        x = self._embed(frames, coarse)
-        *blocks, last = self.transformer_blocks
-        for block, modulation, layer in zip(blocks, modulations.blocks, memory, strict=False):
-            x = block(x, modulation, table, mask, (layer[0], layer[1]), coarse)
-        # Only keys and values of the last block are needed.
-        last.write_context(x, modulations.blocks[-1], table, (memory[-1, 0], memory[-1, 1]), coarse)
+        self.write_clean(frames, modulations, NextFrame(memory, table, [mask] * len(memory)), coarse)
 
 
 def frame_times(timesteps: Tensor, latents: Tensor) -> Tensor:

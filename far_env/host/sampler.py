@@ -87,10 +87,21 @@ class FrameSampler:
         if self.guided:
             label, action = (with_null_class(self.model, condition) for condition in (label, action))
             lengths = [*lengths, *lengths]
-        frame = self.model.next_frame(memory, noise, lengths)
+        return self._solve(self.model.next_frame(memory, noise, lengths), noise, label, action, probe)
+
+    @torch.no_grad()
+    def solve(self, frame: NextFrame, noise: Tensor, *, label: Tensor | None = None, action: Tensor | None = None) -> Tensor:
+        """The same as `__call__` for a frame that is prepared; with guidance for 2B rows, those of the null class first."""
+        if self.guided:
+            label, action = (with_null_class(self.model, condition) for condition in (label, action))
+        return self._solve(frame, noise, label, action, None)
+
+    def _solve(
+        self, frame: NextFrame, noise: Tensor, label: Tensor | None, action: Tensor | None, probe: FrameProbe | None
+    ) -> Tensor:
         latent = noise
         on_attention = None if probe is None else probe.attention
-        steps = zip(self._modulations(memory.shape[2], label, action), self.sigma_changes, strict=True)
+        steps = zip(self._modulations(frame.memory.shape[2], label, action), self.sigma_changes, strict=True)
         for step, (modulations, change) in enumerate(steps):
             velocity = self._velocity(latent, modulations, frame, on_attention)
             if probe is not None:

@@ -30,8 +30,8 @@ class QueryMoments:
 
     Attributes:
         count: queries per layer and head.
-        mean: (layers, heads, d).
-        scatter: sum of the outer products of deviations from the mean (layers, heads, d, d).
+        mean: (layers, …, heads, d).
+        scatter: sum of the outer products of deviations from the mean (layers, …, heads, d, d).
     """
 
     count: int
@@ -40,10 +40,10 @@ class QueryMoments:
 
     @staticmethod
     def of(queries: Tensor) -> QueryMoments:
-        """The moments of queries (layers, tokens, heads, d)."""
-        mean = queries.mean(dim=1)
-        centred = queries - mean[:, None]
-        return QueryMoments(queries.shape[1], mean, torch.einsum("lthd,lthe->lhde", centred, centred))
+        """The moments of queries (layers, …, tokens, heads, d), over the tokens."""
+        mean = queries.mean(dim=-3)
+        centred = queries - mean.unsqueeze(-3)
+        return QueryMoments(queries.shape[-3], mean, torch.einsum("...thd,...the->...hde", centred, centred))
 
     def merged(self, other: QueryMoments | None) -> QueryMoments:
         """The moments of both samples together (Chan, Golub and LeVeque 1983)."""
@@ -55,7 +55,7 @@ class QueryMoments:
 
     @property
     def covariance(self) -> Tensor:
-        """(layers, heads, d, d), divided by the count."""
+        """(layers, …, heads, d, d), divided by the count."""
         return self.scatter / self.count
 
 

@@ -18,7 +18,8 @@ from far_env.contract import TemporalCachePlan
 from far_env.errors import PolicyError
 from far_env.evaluation import evaluate as evaluating
 from far_env.evaluation.evaluate import evaluate, evaluate_grid, tabulate
-from far_env.evaluation.records import Recorder, histories, load, session_precision
+from far_env.evaluation.plans import histories
+from far_env.evaluation.records import Recorder, load, session_precision
 from far_env.host.weights import load_host
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY

@@ -24,7 +24,6 @@ from far_env.evaluation.table import results_table
 from far_env.frame_meta import frame_features
 from far_env.metrics import psnr
 from far_env.rollout.engine import RolloutBatch
-from far_env.rollout.extended import play_extended
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.play import play
@@ -276,8 +275,3 @@ def test_the_benchmark_feeds_back_generated_frames_alone(tiny_workload, capsys, 
     status = cli.main(["benchmark", "--host", "embedded", "--policy", "recent_fill", "--feedback", "true"])
     out, err = capsys.readouterr()
     assert (status, out) == (2, "") and "--feedback" in err and len(err.strip().splitlines()) == 1
-
-
-def test_extended_rollouts_feed_back_generated_frames_alone(tiny_long_workload):
-    with pytest.raises(ValueError, match="extended rollouts feed back generated frames alone"):
-        play_extended(replace(tiny_long_workload, feedback="true"), [], [], baselines.make("recent_fill"), 64)

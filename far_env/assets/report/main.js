@@ -145,7 +145,7 @@ function budgetChart(workload) {
     label: `${metric.label} against budget, ${workload}`,
     series,
     bands: false,
-    x: { ticks, name: "budget", label: "budget (frames, log scale)" },
+    x: { ticks, name: "budget", label: `budget (${data.memory}, log scale)` },
     y: metric,
   };
 }
