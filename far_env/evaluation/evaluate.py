@@ -247,7 +247,7 @@ class Session:
         optional: frozenset[str],
         progress: bool,
         features: FeatureStore | None,
-        memory: TokenMemory | None,
+        memory: TokenMemory | None = None,
     ) -> None:
         self.asked = settings
         self.token_memory = memory

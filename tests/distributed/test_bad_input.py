@@ -36,6 +36,7 @@ def test_without_ray(monkeypatch, capsys):
         (["--ray", "--gpus-per-actor", "2"], "must be between 0 and 1, got 2"),
         (["--ray", "--device", "cuda"], "use --gpus-per-actor"),
         (["--ray", "--metrics", "fvd,psnr"], "evaluate it without --ray"),
+        (["--ray", "--memory", "tokens", "--policies", "recent_fill"], "evaluate it without --ray"),
         (["--ray", "--gpus-per-actor", "1", "--precision", "auto"], "float32 or bfloat16"),
     ],
 )
