@@ -45,7 +45,8 @@ class ImitationSettings:
     batch_size: int = 32
     """Calls of a policy per optimiser step, each with all decisions that are recorded of it."""
     learning_rate: float = 4e-3
-    """Highest learning rate, of Muon for the inner matrices and of AdamW for the rest; it rises at first and falls to zero along a cosine."""
+    """Highest learning rate, of Muon for the inner matrices and of AdamW for the rest; it rises at first and falls to zero
+    along a cosine."""
 
     RENAMED: ClassVar[dict[str, str]] = {"regret": "expected_cost_weight"}
     REMOVED: ClassVar[tuple[str, ...]] = ("label", "candidates", "true_frame_replay_ratio", "rehearsal")
