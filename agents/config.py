@@ -43,10 +43,11 @@ class ImitationSettings:
     """Passes over the expert's decisions."""
     round_epochs: int = 3
     """Passes over all decisions so far after each round, from the scorer of the round before."""
-    batch_size: int = 128
-    """Decisions per optimiser step."""
-    learning_rate: float = 2e-3
-    """Highest learning rate; it rises at first and falls to zero along a cosine."""
+    batch_size: int = 32
+    """Calls of a policy per optimiser step, each with all decisions that are recorded of it."""
+    learning_rate: float = 4e-3
+    """Highest learning rate, of Muon for the inner matrices and of AdamW for the rest; it rises at first and falls to zero
+    along a cosine."""
 
     RENAMED: ClassVar[dict[str, str]] = {"regret": "expected_cost_weight"}
     REMOVED: ClassVar[tuple[str, ...]] = ("label", "candidates", "true_frame_replay_ratio", "rehearsal")

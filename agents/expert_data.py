@@ -32,10 +32,10 @@ from far_env.rollout.signals import column_gaps, latent_cosines
 from far_env.tensor_files import save_weights
 from far_env.workloads import Workload
 
-DECISIONS_PER_CUT = 4
-"""Single evictions that are recorded where a call drops more than that."""
-DECISIONS_PER_ROLLOUT = 16
-"""Single evictions that are recorded in a rollout, chosen at random where there are more."""
+LAST_EVICTIONS, OTHER_EVICTIONS = 4, 4
+"""Evictions that are recorded where a call drops more: the last ones, which cost most, and as many others, chosen at random."""
+CALLS_PER_ROLLOUT = 4
+"""Calls whose evictions are recorded: the first of a rollout, and others chosen at random."""
 EXPLORATION_PROBABILITY = 0.15
 """Share of evictions from true frames in which a random frame is dropped, not the cheapest, so that histories vary."""
 BATCH_SIZE = 32
@@ -316,17 +316,22 @@ class _Recorder:
         rollout, step, length, features, frame, pair, kept = (np.stack(column) for column in zip(*self.calls, strict=True))
         order = np.argsort(rollout, kind="stable")
         call, remaining, costs = (np.stack(column) for column in zip(*self.decisions, strict=True))
-        chosen = _at_most(DECISIONS_PER_ROLLOUT, rollout[call], self.generators)
-        call, remaining, costs = call[chosen], remaining[chosen], costs[chosen]
+        recorded = np.isin(call, _some_calls(rollout, self.generators))
+        call, remaining, costs = call[recorded], remaining[recorded], costs[recorded]
+        decided = np.argsort(rollout[call], kind="stable")
+        call, remaining, costs = call[decided], remaining[decided], costs[decided]
         columns = [column[order] for column in (rollout, step, length, features, frame, pair, kept)]
         shared = np.array(max_frames), np.array([total_steps]), similarity
         return ExpertData(*map(torch.from_numpy, (*columns, *shared, np.argsort(order)[call], remaining, costs)))
 
 
-def _at_most(count: int, groups: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
-    """Indices of at most so many members of each group, chosen by the group's generator, group by group and in order."""
-    members = [np.flatnonzero(groups == group) for group in range(len(generators))]
-    return np.concatenate([np.sort(rng.permutation(own)[:count]) for own, rng in zip(members, generators, strict=True)])
+def _some_calls(rollouts: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
+    """Indices of at most `CALLS_PER_ROLLOUT` calls of each rollout: its first, and others chosen by its generator."""
+    chosen = []
+    for rollout, rng in enumerate(generators):
+        first, *others = np.flatnonzero(rollouts == rollout)
+        chosen += [first, *rng.permutation(others)[: CALLS_PER_ROLLOUT - 1]]
+    return np.array(chosen)
 
 
 def _play(
@@ -392,7 +397,8 @@ def _evict(
     sizes = [np.arange(budget + 1, len(stays) + 1) for budget, stays in zip(budgets, remaining, strict=True)]
     generators = [recorder.generators[row] for row in full]
     recorded = [
-        set(rng.permutation(choices)[:DECISIONS_PER_CUT].tolist()) for rng, choices in zip(generators, sizes, strict=True)
+        {*choices[:LAST_EVICTIONS].tolist(), *rng.permutation(choices[LAST_EVICTIONS:])[:OTHER_EVICTIONS].tolist()}
+        for rng, choices in zip(generators, sizes, strict=True)
     ]
     first_call = len(recorder.calls)
     while any(stays.sum() > budget for stays, budget in zip(remaining, budgets, strict=True)):

@@ -15,32 +15,40 @@ from far_env.agents.graph_batches import PAIR_ARRAYS, network_inputs, stacked
 from far_env.agents.observation import FrameGraph
 
 BATCHES_SORTED_TOGETHER = 16
-"""Batches among which decisions are sorted by the number of their nodes, so that little is padded."""
+"""Batches among which calls are sorted by the number of their nodes, so that little is padded."""
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """A batch of single evictions; N nodes, padded.
+    """A batch of D single evictions in B calls; N nodes, padded.
 
     Attributes:
-        nodes, edges, mask: as `far_env.agents.network.RetentionNetwork.encode` takes them.
-        remaining: bool (B, N), frames of the history that were not dropped yet.
-        costs: float32 (B, N), as in `ExpertData`; infinite at nodes that cannot be dropped.
+        nodes, edges, mask: of each call, as `far_env.agents.network.RetentionNetwork.encode` takes them.
         similarity: float32 (B, N, N), of the true frames with the nodes' numbers, see `ExpertData`.
+        call: int64 (D,), in which of the calls.
+        remaining: bool (D, N), frames of the history that were not dropped yet.
+        costs: float32 (D, N), as in `ExpertData`; infinite at nodes that cannot be dropped.
     """
 
     nodes: Tensor
     edges: Tensor
     mask: Tensor
+    similarity: Tensor
+    call: Tensor
     remaining: Tensor
     costs: Tensor
-    similarity: Tensor
+
+    def __len__(self) -> int:
+        return len(self.call)
 
 
 class GraphDecisions:
-    """The decisions of one workload, with the arrays of a frame graph at every call that has one.
+    """The decisions of one workload, with the arrays of a frame graph at every call that has some.
 
     Measurements of pairs are in half precision, to save memory.
+
+    Attributes:
+        sizes: int64 (calls,), nodes of the graph at each call that has decisions.
     """
 
     def __init__(self, data: ExpertData, config: NetworkConfig) -> None:
@@ -63,37 +71,43 @@ class GraphDecisions:
                 self.arrays[call] = {name: _compact(values, name in PAIR_ARRAYS) for name, values in arrays.items()}
                 self.numbers[call] = graph.numbers.copy()
             graph.keep(np.flatnonzero(kept[call]).tolist())
-        self.sizes = np.array([len(self.numbers[call]) for call in data.call.tolist()])
+        self.calls = sorted(decided)
+        self.sizes = np.array([len(self.numbers[call]) for call in self.calls])
+        self.ends = np.searchsorted(data.call.numpy(), self.calls, side="right")
 
     def __len__(self) -> int:
         return len(self.data)
 
     def batch(self, indices: np.ndarray) -> Decisions:
-        """The decisions with these indices."""
-        calls = self.data.call[indices].tolist()
+        """All decisions of some of the calls that have decisions, whose indices these are."""
+        calls = [self.calls[index] for index in indices]
         batch, mask = stacked([self.arrays[call] for call in calls])
         batch = {name: values.astype(np.float32) if values.dtype == np.float16 else values for name, values in batch.items()}
         count, size = mask.shape
-        remaining = np.zeros((count, size), dtype=bool)
-        costs = np.full((count, size), np.inf, dtype=np.float32)
         similarity = np.zeros((count, size, size), dtype=np.float32)
+        call_of, remaining, costs = [], [], []
         for row, (index, call) in enumerate(zip(indices.tolist(), calls, strict=True)):
             rows, numbers = np.flatnonzero(self.arrays[call]["in_history"]), self.numbers[call]
-            remaining[row, rows] = self.data.remaining[index, : len(rows)].numpy()
-            costs[row, rows] = self.data.costs[index, : len(rows)].numpy()
             of_clip = self.data.similarity[self.data.rollout[call]].numpy()
             similarity[row, : len(numbers), : len(numbers)] = of_clip[np.ix_(numbers, numbers)]
+            of_call = slice(self.ends[index - 1] if index else 0, self.ends[index])
+            call_of += [row] * (of_call.stop - of_call.start)
+            for target, source, fill in ((remaining, self.data.remaining, False), (costs, self.data.costs, np.inf)):
+                values = source[of_call, : len(rows)].numpy()
+                target.append(np.full((len(values), size), fill, dtype=values.dtype))
+                target[-1][:, rows] = values
+        evictions = np.array(call_of), np.concatenate(remaining), np.concatenate(costs)
         inputs = network_inputs(batch, mask, self.config)
-        return Decisions(*inputs, *map(torch.from_numpy, (remaining, costs, similarity)))
+        return Decisions(*inputs, *map(torch.from_numpy, (similarity, *evictions)))
 
 
 def shuffled_batches(
     parts: Sequence[GraphDecisions], batch_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[GraphDecisions, np.ndarray]]:
-    """Every decision once, in batches of one workload and of similar numbers of nodes, in a random order."""
+    """Every call with decisions once, in batches of one workload and of similar numbers of nodes, in a random order."""
     batches = []
     for part in parts:
-        order = rng.permutation(len(part))
+        order = rng.permutation(len(part.calls))
         for first in range(0, len(order), batch_size * BATCHES_SORTED_TOGETHER):
             together = order[first : first + batch_size * BATCHES_SORTED_TOGETHER]
             together = together[np.argsort(part.sizes[together], kind="stable")]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
 from far_env.agents.expert_actors import ActorBatchPlayer
@@ -69,10 +70,10 @@ class ImitationStage:
 def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: ImitationSettings) -> Tensor:
     """Cross-entropy between softmax(−cost / temperature) and the scorer's softmax(−score) over the frames that may be dropped,
     plus ``expected_cost_weight`` times the expected cost in units of the temperature, plus ``similarity_weight`` times the mean
-    squared error of the similarities of frames; means over decisions.
+    squared error of the similarities of frames; means over decisions, and over pairs of frames.
     """
     x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
-    scores = network.score(x, e, decisions.remaining).float()
+    scores = network.score(x[decisions.call], e[decisions.call], decisions.remaining).float()
     fixed = decisions.costs.isinf()
     extra = (decisions.costs - decisions.costs.amin(dim=1, keepdim=True)) / settings.temperature
     log_probs = (-scores).masked_fill(fixed, -1e9).log_softmax(dim=1)
@@ -86,7 +87,8 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: Im
 @torch.no_grad()
 def mean_regret(network: RetentionNetwork, decisions: Decisions) -> float:
     """How much the expected logarithmic error of the scorer's choices is above that of the best, mean over decisions."""
-    scores = network(decisions.nodes, decisions.edges, decisions.mask, decisions.remaining)
+    x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
+    scores = network.score(x[decisions.call], e[decisions.call], decisions.remaining)
     chosen = scores.masked_fill(decisions.costs.isinf(), torch.inf).argmin(dim=1)
     regret = decisions.costs.gather(1, chosen[:, None])[:, 0] - decisions.costs.amin(dim=1)
     return float(regret.mean())
@@ -230,16 +232,19 @@ def fit(
         learning_rate *= FINETUNE_LR_SCALE
     num_decisions = sum(map(len, parts))
     epochs = settings.epochs if start is None else settings.round_epochs
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
-    batches = sum(-(-len(part) // settings.batch_size) for part in parts)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, epochs * batches, pct_start=WARMUP)
+    optimizers = make_optimizers(network, learning_rate)
+    batches = sum(-(-len(part.calls) // settings.batch_size) for part in parts)
+    schedules = {
+        f"schedule of {name}": OneCycleLR(optimizer, learning_rate, epochs * batches, pct_start=WARMUP, cycle_momentum=False)
+        for name, optimizer in optimizers.items()
+    }
+    states = {"network": network, **optimizers, **schedules}
     done = 0
     if checkpoint is not None and checkpoint.exists():
         saved = load_tensors(checkpoint)
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        done = saved["epochs"]
+        done = saved.pop("epochs")
+        for name, state in saved.items():
+            states[name].load_state_dict(state)
     description = f"imitate {num_decisions:,} decisions"
     with show_progress(total=epochs * num_decisions, description=description, unit="decisions") as bar:
         bar.update(done * num_decisions)
@@ -247,20 +252,34 @@ def fit(
             rng = np.random.default_rng((seed, 5, epoch))
             losses = []
             for part, indices in shuffled_batches(parts, settings.batch_size, rng):
+                batch = part.batch(indices)
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                    loss = imitation_loss(network, part.batch(indices), settings)
-                optimizer.zero_grad()
+                    loss = imitation_loss(network, batch, settings)
+                network.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
+                for stepped in (*optimizers.values(), *schedules.values()):
+                    stepped.step()
                 losses.append(loss.item())
                 bar.set_postfix(pass_=epoch + 1, loss=f"{np.mean(losses[-100:]):.4g}")
-                bar.update(len(indices))
+                bar.update(len(batch))
             if checkpoint is not None:
-                states = {"network": network, "optimizer": optimizer, "schedule": schedule}
                 save_tensors(checkpoint, {name: part.state_dict() for name, part in states.items()} | {"epochs": epoch + 1})
     return network.eval()
+
+
+def make_optimizers(network: RetentionNetwork, learning_rate: float) -> dict[str, torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices between the layers that read the inputs and
+    those that write the outputs, which learn several times faster with it; AdamW for the rest.
+    """
+    ends = ("embed_nodes", "embed_edges", "embed_remaining", "head", "similarity")
+    inner = {name for name, p in network.named_parameters() if p.ndim == 2 and not name.startswith(ends)}
+    matrices = [p for name, p in network.named_parameters() if name in inner]
+    others = [p for name, p in network.named_parameters() if name not in inner]
+    return {
+        "muon": torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        "adamw": torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01),
+    }
 
 
 def _check_index(

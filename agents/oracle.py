@@ -45,8 +45,10 @@ class Coverage:
     def costs_without(self, kept: Sequence[int]) -> np.ndarray:
         """`cost` of these frames, two at least, without the first, without the second, and so on: float64 (kept,)."""
         distance = np.minimum(self.missing, self.distance[list(kept)])
-        nearest = distance.argmin(axis=0)
-        first, second = np.partition(distance, 1, axis=0)[:2].astype(np.float64)
+        nearest, cells = distance.argmin(axis=0), np.arange(distance.shape[1])
+        first = distance[nearest, cells].astype(np.float64)
+        distance[nearest, cells] = np.inf
+        second = distance.min(axis=0).astype(np.float64)
         return first.sum() + np.bincount(nearest, second - first, len(distance))
 
 

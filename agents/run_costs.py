@@ -139,7 +139,8 @@ def rollout_costs(
     decisions = GraphDecisions(data, config)
     held = [value.nbytes for arrays in decisions.arrays.values() for value in arrays.values()]
     file_bytes = sum(value.nbytes for value in vars(data).values())
-    learn_flops = int(np.mean([scorer_flops(config, int(size), learn=True) for size in decisions.sizes]))
+    of_calls = sum(scorer_flops(config, int(size), learn=True) for size in decisions.sizes)
+    learn_flops = of_calls // len(decisions)
     begin, evict, nodes = _episode_seconds(made, budget, config)
     return RolloutCosts(
         collect_seconds,
@@ -239,15 +240,16 @@ def _learning_seconds(
 ) -> float:
     """Seconds to learn from one decision, in a batch of the settings' size."""
     network = RetentionNetwork(config)
-    indices = np.resize(np.arange(len(decisions)), settings.batch_size)
+    indices = np.resize(np.arange(len(decisions.calls)), settings.batch_size)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
+        batch = decisions.batch(indices)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            loss = imitation_loss(network, decisions.batch(indices), settings)
+            loss = imitation_loss(network, batch, settings)
         loss.backward()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / len(indices)
+        seconds.append((time.perf_counter() - start) / len(batch))
+    return min(seconds)
 
 
 def _episode_seconds(made: Workload, budget: int, config: NetworkConfig) -> tuple[float, float, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import gymnasium as gym
 
-from far_env.agents.expert_data import BATCH_SIZE, DECISIONS_PER_CUT, DECISIONS_PER_ROLLOUT, uses_true_frames
+from far_env.agents.expert_data import BATCH_SIZE, CALLS_PER_ROLLOUT, LAST_EVICTIONS, OTHER_EVICTIONS, uses_true_frames
 from far_env.agents.imitation import Part, planned_parts
 from far_env.agents.ppo import PPOStage
 from far_env.agents.surrogate import MEMO_BYTES, SurrogateVectorEnv, comparison_bytes
@@ -92,8 +92,8 @@ class Episode:
     @property
     def recorded(self) -> int:
         """Decisions of imitation that are recorded."""
-        of_calls = min(DECISIONS_PER_CUT, self.first_cut) + min(1, DECISIONS_PER_CUT) * (self.calls - 1)
-        return min(of_calls, DECISIONS_PER_ROLLOUT)
+        of_others = min(self.calls, CALLS_PER_ROLLOUT) - 1
+        return min(LAST_EVICTIONS + OTHER_EVICTIONS, self.first_cut) + of_others
 
 
 def run_counts(run: Run, envs: dict[str, list[FrameRetentionVectorEnv]], planned: Sequence[PPOStage]) -> list[StageCounts]:

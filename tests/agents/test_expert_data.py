@@ -10,7 +10,7 @@ import torch
 
 from far_env.agents import expert_data
 from far_env.agents.config import NetworkConfig
-from far_env.agents.expert_data import DECISIONS_PER_CUT, DECISIONS_PER_ROLLOUT, ExpertData, TrueHistories, collect
+from far_env.agents.expert_data import CALLS_PER_ROLLOUT, ExpertData, TrueHistories, collect
 from far_env.agents.oracle import search
 from far_env.agents.policies import AgentPolicy
 from far_env.clips.clip import Clip
@@ -102,7 +102,7 @@ def collected(tiny_workload) -> ExpertData:
 
 def test_costs_are_those_of_loops_over_cells_for_a_clip_under_several_budgets_too(collected, tiny_workload):
     truths = [true_latents(tiny_workload, clip_id) for clip_id in IDS]
-    assert check_costs(collected, tiny_workload, truths, truths, every=3) >= 10
+    assert check_costs(collected, tiny_workload, truths, truths, every=2) >= 10
     assert collected.max_frames.tolist() == BUDGETS and collected.total_steps.tolist() == [11]
     assert collected.kept.dtype == collected.remaining.dtype == torch.bool and collected.similarity.dtype == torch.float16
 
@@ -116,7 +116,7 @@ def test_in_rollouts_costs_are_of_what_the_host_generated_and_the_actor_decides(
     truths = [true_latents(tiny_workload, clip_id) for clip_id in (2, 2, 5)]
     generated = rollouts.generated(range(3)).double().numpy()
     seen = [np.concatenate([truth[:5], own]) for truth, own in zip(truths, generated, strict=True)]
-    assert check_costs(data, tiny_workload, truths, seen, every=3) >= 10
+    assert check_costs(data, tiny_workload, truths, seen, every=1) >= 10
     kept = list(zip(data.rollout.tolist(), data.step.tolist(), kept_numbers(data, tiny_workload), strict=True))
     assert kept == [(row, d.step, d.kept) for row, of_row in enumerate(decisions) for d in of_row if d.step < 10]
     # the features are those of generated frames too
@@ -159,19 +159,24 @@ def test_the_expert_drops_what_costs_least_and_sometimes_another(tiny_workload, 
     )
 
 
-def test_few_single_evictions_are_recorded_of_each_call_and_rollout(collected, tiny_workload, monkeypatch):
-    # budgets 2 and 1: four of the first cut and nine after it; 8: from the fourth step on; 4: two of the first cut
-    counts = np.array([13, 7, 11, 13])
-    for limit in (DECISIONS_PER_ROLLOUT, 12, 5):
-        monkeypatch.setattr(expert_data, "DECISIONS_PER_ROLLOUT", limit)
-        data = collected if limit == DECISIONS_PER_ROLLOUT else gather(tiny_workload, IDS, BUDGETS)
+def test_the_first_call_and_some_others_are_recorded_with_the_last_evictions_and_some_others(tiny_workload, monkeypatch):
+    monkeypatch.setattr(expert_data, "OTHER_EVICTIONS", 1)
+    # budgets 2 and 1 drop five and six frames at first, 4 drops three, 8 one in the fourth step; then one in each of nine (six)
+    evictions, calls = np.array([5, 1, 3, 6]), np.array([10, 7, 10, 10])
+    for limit in (CALLS_PER_ROLLOUT, 7, 20):
+        monkeypatch.setattr(expert_data, "CALLS_PER_ROLLOUT", limit)
+        data = gather(tiny_workload, IDS, BUDGETS)
         decisions = np.bincount(data.rollout[data.call].numpy(), minlength=4)
-        assert decisions.tolist() == np.minimum(counts, limit).tolist()
-    of_calls = np.bincount(collected.call.numpy())
-    assert of_calls.max() <= DECISIONS_PER_CUT < 5
-    assert len(
-        {(int(call), stays.numpy().tobytes()) for call, stays in zip(collected.call, collected.remaining, strict=True)}
-    ) == len(collected), "none twice"
+        assert decisions.tolist() == (np.minimum(evictions, 5) + np.minimum(calls, limit) - 1).tolist()
+        called, first = data.call.numpy(), np.searchsorted(data.rollout.numpy(), range(4))
+        assert set(first) <= set(called), "the first call of each rollout"
+        sizes = data.remaining.sum(dim=1).numpy()
+        for rollout, budget in enumerate(BUDGETS):
+            of_first = sizes[called == first[rollout]] - budget
+            assert sorted(of_first)[:4] == list(range(1, 1 + min(4, evictions[rollout]))), "down to the budget"
+        assert len(data) == len({(call, stays.numpy().tobytes()) for call, stays in zip(called, data.remaining, strict=True)})
+        data_order = data.rollout[data.call].tolist()
+        assert data_order == sorted(data_order)
 
 
 @pytest.mark.parametrize("true_frames", [True, False])
