@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from far_env.agents.config import AgentTraining
-from far_env.agents.expert_data import check_true_signals
+from far_env.agents.histories import check_true_signals
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.ppo import PPOStage
 from far_env.agents.run_costs import HostCosts, RolloutCosts, host_costs, measured_flops, on_meta, rollout_costs, scorer_flops

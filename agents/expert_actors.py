@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from far_env.agents.collection import Batch, play_batch
 from far_env.agents.config import AgentTraining
-from far_env.agents.expert_data import Batch, ExpertData, play_batch
+from far_env.agents.expert_data import ExpertData
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.device import denormals_flushed
 from far_env.distributed.cluster import connected
@@ -21,7 +22,7 @@ from far_env.workloads import Workload, make_workload
 
 
 class ActorBatchPlayer(ExitStack):
-    """A `far_env.agents.expert_data.BatchPlayer` for use in a ``with`` statement; it connects when the first batch is played.
+    """A `far_env.agents.collection.BatchPlayer` for use in a ``with`` statement; it connects when the first batch is played.
 
     Args:
         config: of the training run, whose ``ray`` says how many actors there are.

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
+from far_env.agents.collection import BatchPlayer, collect, play_here
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
 from far_env.agents.expert_actors import ActorBatchPlayer
-from far_env.agents.expert_data import BatchPlayer, collect, load_expert_data, play_here
+from far_env.agents.expert_data import load_expert_data
 from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.io import read_json, write_json

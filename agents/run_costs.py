@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from far_env.agents.collection import collect
 from far_env.agents.config import ImitationSettings, NetworkConfig
 from far_env.agents.eviction_env import EvictionVecEnv
-from far_env.agents.expert_data import collect
 from far_env.agents.graph_decisions import GraphDecisions
 from far_env.agents.imitation import imitation_loss
 from far_env.agents.network import RetentionNetwork

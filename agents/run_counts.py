@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 import gymnasium as gym
 
-from far_env.agents.expert_data import BATCH_SIZE, CALLS_PER_ROLLOUT, LAST_EVICTIONS, OTHER_EVICTIONS, uses_true_frames
+from far_env.agents.collection import BATCH_SIZE
+from far_env.agents.expert import LAST_EVICTIONS, OTHER_EVICTIONS
+from far_env.agents.expert_data import CALLS_PER_ROLLOUT
+from far_env.agents.histories import uses_true_frames
 from far_env.agents.imitation import Part, planned_parts
 from far_env.agents.ppo import PPOStage
 from far_env.agents.surrogate import MEMO_BYTES, SurrogateVectorEnv, comparison_bytes

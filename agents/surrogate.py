@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from far_env.agents.expert_data import COST_FLOOR, TrueHistories, true_frames
+from far_env.agents.expert import COST_FLOOR
+from far_env.agents.histories import TrueHistories, true_frames
 from far_env.clips.clip import Clip
 from far_env.envs.episodes import EpisodeBatch, Reward
 from far_env.envs.vector_env import FrameRetentionVectorEnv

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 
-from far_env.agents.expert_data import TrueHistories
+from far_env.agents.histories import TrueHistories
 from far_env.agents.oracle import best_cover, coverage
 from far_env.contract import ObservedRolloutState, RetentionPolicy, RolloutState, ask_policy, copy_for_clip, wanted_signals
 from far_env.evaluation.statistics import mean_interval

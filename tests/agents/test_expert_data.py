@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from far_env.agents import expert_data
+from far_env.agents import expert, expert_data
+from far_env.agents.collection import collect
 from far_env.agents.config import NetworkConfig
-from far_env.agents.expert_data import CALLS_PER_ROLLOUT, ExpertData, TrueHistories, collect
+from far_env.agents.expert_data import CALLS_PER_ROLLOUT, ExpertData
+from far_env.agents.histories import TrueHistories
 from far_env.agents.oracle import search
 from far_env.agents.policies import AgentPolicy
 from far_env.clips.clip import Clip
@@ -140,7 +142,7 @@ def test_the_expert_drops_what_costs_least_and_sometimes_another(tiny_workload, 
     data = gather(tiny_workload, list(range(12)), [4] * 12)
     share = np.mean(list(cheapest(data)))
     assert 0.75 < share < 0.99, "a random frame is dropped in 15 %, which may be the cheapest"
-    monkeypatch.setattr(expert_data, "EXPLORATION_PROBABILITY", 0.0)
+    monkeypatch.setattr(expert, "EXPLORATION_PROBABILITY", 0.0)
     data = gather(tiny_workload, [0, 1], [4, 4])
     assert all(cheapest(data))
     rollouts = search(
@@ -160,7 +162,7 @@ def test_the_expert_drops_what_costs_least_and_sometimes_another(tiny_workload, 
 
 
 def test_the_first_call_and_some_others_are_recorded_with_the_last_evictions_and_some_others(tiny_workload, monkeypatch):
-    monkeypatch.setattr(expert_data, "OTHER_EVICTIONS", 1)
+    monkeypatch.setattr(expert, "OTHER_EVICTIONS", 1)
     # budgets 2 and 1 drop five and six frames at first, 4 drops three, 8 one in the fourth step; then one in each of nine (six)
     evictions, calls = np.array([5, 1, 3, 6]), np.array([10, 7, 10, 10])
     for limit in (CALLS_PER_ROLLOUT, 7, 20):
@@ -275,7 +277,7 @@ class MovedPictures:
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 def test_the_expert_keeps_a_frame_that_comes_again_moved_zoomed_or_turned(tiny_host, move, monkeypatch):
-    monkeypatch.setattr(expert_data, "EXPLORATION_PROBABILITY", 0.0)
+    monkeypatch.setattr(expert, "EXPLORATION_PROBABILITY", 0.0)
     host = dataclasses.replace(tiny_host, autoencoder=Colours())
     workload = Workload("moved", MovedPictures(move), host, num_context=5, num_predict=6, num_steps=3)
     data = gather(workload, [0, 1, 2], [2, 2, 2])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from far_env.agents.collection import collect
 from far_env.agents.config import NetworkConfig
-from far_env.agents.expert_data import collect
 from far_env.agents.graph_decisions import GraphDecisions, shuffled_batches
 from far_env.agents.policies import AgentPolicy
 from far_env.agents.runtime import GraphScorer

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from far_env.agents import imitation
+from far_env.agents.collection import collect
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
-from far_env.agents.expert_data import collect
 from far_env.agents.graph_decisions import GraphDecisions
 from far_env.agents.imitation import ImitationStage, clip_shares, fit, imitate, imitation_loss, mean_regret
 from far_env.agents.network import RetentionNetwork

@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode
 
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.config import AgentTraining, NetworkConfig, PPOSettings, RewardSettings
-from far_env.agents.expert_data import TrueHistories
+from far_env.agents.histories import TrueHistories
 from far_env.agents.learning_curves import curve
 from far_env.agents.policies import PolicyAgent
 from far_env.agents.surrogate import ESTIMATE, SurrogateRollouts, SurrogateVectorEnv

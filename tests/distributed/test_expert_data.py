@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from far_env.agents.collection import BATCH_SIZE, collect, play_here
 from far_env.agents.config import AgentTraining, NetworkConfig
 from far_env.agents.expert_actors import ActorBatchPlayer
-from far_env.agents.expert_data import BATCH_SIZE, collect, play_here
 from far_env.device import denormals_flushed
 from far_env.distributed.cluster import ActorSettings
 from far_env.workloads import make_workload

@@ -1,0 +1,165 @@
+"""The expert that imitation learns from: it knows the true rest of a clip, and so what dropping each frame costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from far_env.agents.config import NetworkConfig
+from far_env.agents.expert_data import ExpertData, Recorder
+from far_env.agents.graph_batches import Scores
+from far_env.agents.histories import Histories, TrueHistories, true_frames, uses_true_frames
+from far_env.agents.network import RetentionNetwork
+from far_env.agents.observation import FrameGraph, signal_arrays
+from far_env.agents.oracle import Coverage
+from far_env.latent_cells import cell_distances
+from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.noise import BENCHMARK_SEED
+from far_env.workloads import Workload
+
+LAST_EVICTIONS, OTHER_EVICTIONS = 4, 4
+"""Evictions that are recorded where a call drops more: the last ones, which cost most, and as many others, chosen at random."""
+EXPLORATION_PROBABILITY = 0.15
+"""Share of evictions from true frames in which a random frame is dropped, not the cheapest, so that histories vary."""
+COST_FLOOR = 0.01
+"""Error that any host leaves, as a share of the clip's variance."""
+
+
+@torch.no_grad()
+def play_with_expert(
+    workload: Workload,
+    clip_ids: Sequence[int],
+    budgets: Sequence[int],
+    actor: RetentionNetwork | None,
+    config: NetworkConfig,
+    use_true_frames: bool,
+    recorder: Recorder,
+) -> ExpertData:
+    """Decisions about some clips, which are played in one batch."""
+    unique = list(dict.fromkeys(clip_ids))
+    clip_of_row = [unique.index(clip_id) for clip_id in clip_ids]
+    clips = [workload.clips.clip("train", clip_id) for clip_id in unique]
+    host, context, steps = workload.host, workload.num_context, workload.num_predict
+    frames = torch.stack([true_frames(workload, clip) for clip in clips])
+    latents = host.autoencoder.encode(frames.to(host.dtype)).float()
+    histories: Histories
+    if use_true_frames or uses_true_frames(workload, config.signals):
+        histories = TrueHistories(latents[clip_of_row], context)
+    else:
+        histories = RolloutBatch(workload, len(clip_ids), signals=config.signals)
+        seeds = [BENCHMARK_SEED + clip_id for clip_id in clip_ids]
+        histories.begin(range(len(clip_ids)), [clips[index] for index in clip_of_row], seeds)
+    expert = Expert(latents, clip_of_row, context, isinstance(histories, TrueHistories))
+    graphs = [FrameGraph(config.dropped_frames) for _ in clip_ids]
+    rows = range(len(clip_ids))
+    for step in range(steps - 1):
+        histories.advance(rows)
+        expert.see(histories)
+        full = [row for row in rows if histories.history_length(row) > budgets[row]]
+        if not full:
+            continue
+        features = histories.features(full)
+        by_name = histories.signals(full) if config.signals else [{}] * len(full)
+        signals = [signal_arrays(of_row, config.signals) for of_row in by_name]
+        for index, row in enumerate(full):
+            graphs[row].observe_frames(features[index, : histories.history_length(row)], step, *signals[index])
+        situations = [(graphs[row], budgets[row], steps - step - 1) for row in full]
+        scores = None if actor is None else Scores(actor, situations)
+        remaining = _evict(recorder, expert, scores, full, graphs, [budgets[row] for row in full], step)
+        for index, (row, stays) in enumerate(zip(full, remaining, strict=True)):
+            kept = np.flatnonzero(stays).tolist()
+            recorder.call(row, step, features[index, : len(stays)], signals[index], stays)
+            histories.retain(row, kept)
+            graphs[row].keep(kept)
+    return recorder.data(budgets, steps, expert.similarity)
+
+
+def _evict(
+    recorder: Recorder,
+    expert: Expert,
+    scores: Scores | None,
+    full: Sequence[int],
+    graphs: Sequence[FrameGraph],
+    budgets: Sequence[int],
+    step: int,
+) -> list[np.ndarray]:
+    """Drop frames one by one until every history fits; record some of the decisions. Returns masks of the frames that stay."""
+    covers = [expert.cover(row, graphs[row].births, step) for row in full]
+    remaining = [np.ones(len(graphs[row].births), dtype=bool) for row in full]
+    sizes = [np.arange(budget + 1, len(stays) + 1) for budget, stays in zip(budgets, remaining, strict=True)]
+    generators = [recorder.generators[row] for row in full]
+    recorded = [
+        {*choices[:LAST_EVICTIONS].tolist(), *rng.permutation(choices[LAST_EVICTIONS:])[:OTHER_EVICTIONS].tolist()}
+        for rng, choices in zip(generators, sizes, strict=True)
+    ]
+    first_call = len(recorder.calls)
+    while any(stays.sum() > budget for stays, budget in zip(remaining, budgets, strict=True)):
+        chosen = None if scores is None else scores.lowest(remaining)
+        for index, row in enumerate(full):
+            stays, rng = remaining[index], generators[index]
+            left = np.flatnonzero(stays)
+            if len(left) <= budgets[index]:
+                continue
+            costs = np.full(len(stays), np.inf)
+            costs[left[:-1]] = expert.log_error(row, covers[index].costs_without(left)[:-1])
+            if len(left) in recorded[index]:
+                recorder.decision(first_call + index, stays.copy(), costs)
+            if chosen is not None:
+                stays[chosen[index]] = False
+            elif rng.random() < EXPLORATION_PROBABILITY:
+                stays[rng.choice(left[:-1])] = False
+            else:
+                stays[costs.argmin()] = False
+    return remaining
+
+
+class Expert:
+    """Knows the true rest of the clips, and so what dropping a frame costs.
+
+    Args:
+        latents: of whole clips (C, T, C, h, w), each clip once.
+        clip: of each row, the index of its clip.
+        context: frames that are given.
+        true_frames: whether histories consist of true frames.
+    """
+
+    def __init__(self, latents: Tensor, clip: Sequence[int], context: int, true_frames: bool) -> None:
+        self.clip, self.context, self.true_frames = list(clip), context, true_frames
+        self.truth = latents[:, context:]
+        num_steps = self.truth.shape[1]
+        self.unit = (latents.flatten(1).var(dim=1) * latents[0, 0].numel() * num_steps).tolist()
+        between = cell_distances(latents, latents)
+        mean = between.mean(dim=-1)
+        similarity = torch.exp(-mean / mean.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
+        self.similarity = similarity.half().cpu().numpy()[self.clip]
+        coming = range(context, latents.shape[1])
+        self.missing = torch.stack([between[:, frame, frame - 1] for frame in coming], dim=1).cpu().numpy()
+        if true_frames:
+            self.distances = between[:, context:].transpose(1, 2).cpu().numpy()
+        else:
+            self.distances = np.zeros((len(clip), latents.shape[1], *self.missing.shape[1:]), dtype=np.float32)
+            self.num_seen = 0
+
+    def see(self, histories: Histories) -> None:
+        """Compare the newest frame of each row, at first also those before it, with the coming frames."""
+        if self.true_frames:
+            return
+        kept, lengths = histories.history(range(len(self.clip)))
+        if self.num_seen:
+            kept = torch.stack([history[length - 1 : length] for history, length in zip(kept, lengths, strict=True)])
+        found = cell_distances(self.truth[self.clip], kept).transpose(1, 2).cpu().numpy()
+        self.distances[:, self.num_seen : self.num_seen + found.shape[1]] = found
+        self.num_seen += found.shape[1]
+
+    def cover(self, row: int, births: Sequence[int], step: int) -> Coverage:
+        """How well these frames cover what comes after a step."""
+        distances = self.distances[self.clip[row] if self.true_frames else row]
+        coming = distances[list(births), step + 1 :].reshape(len(births), -1)
+        return Coverage(self.missing[self.clip[row], step + 1 :].ravel(), coming)
+
+    def log_error(self, row: int, costs: np.ndarray) -> np.ndarray:
+        """The logarithm of the expected error of a rollout, from a cost of `Coverage`."""
+        return np.log(costs / self.unit[self.clip[row]] + COST_FLOOR)
