@@ -50,30 +50,37 @@ def test_batches_are_what_a_policy_that_acts_makes(tiny_workload, options):
         play(tiny_workload, [tiny_workload.clips.clip("train", clip_id)], [BENCHMARK_SEED + clip_id], policy, budget)
         noted += NotingScorer.noted
     assert len(noted) == len(data.step) == 10 + 7 + 10
-    order = np.random.default_rng(0).permutation(len(decisions))
+    order = np.random.default_rng(0).permutation(len(decisions.calls))
+    found = []
     for indices in np.array_split(order, 4):
         batch = decisions.batch(indices)
-        for row, index in enumerate(indices.tolist()):
-            numbers, births, nodes, edges = noted[int(data.call[index])]
+        of_batch = [index for place in indices for index in np.flatnonzero(data.call == decisions.calls[place])]
+        assert [decisions.calls[place] for place in indices[batch.call]] == data.call[of_batch].tolist()
+        found += of_batch
+        for row, place in enumerate(indices.tolist()):
+            numbers, _, nodes, edges = noted[decisions.calls[place]]
             count = len(numbers)
             assert batch.mask[row].tolist() == [place < count for place in range(batch.mask.shape[1])]
             np.testing.assert_allclose(batch.nodes[row, :count], nodes, atol=1e-3)
             measured, compared = slice(0, 9), slice(9, None)
             np.testing.assert_allclose(batch.edges[row, :count, :count, measured], edges[..., measured], atol=2e-3)
             np.testing.assert_allclose(batch.edges[row, :count, :count, compared], edges[..., compared], atol=5e-3)
+            similarity = data.similarity[data.rollout[decisions.calls[place]]].float().numpy()
+            for i, number in enumerate(numbers):
+                assert batch.similarity[row, i, :count].tolist() == [similarity[number, other] for other in numbers]
+        for row, index in enumerate(of_batch):
             # what remains and what it costs, of the frames with these numbers
+            numbers, births, *_ = noted[int(data.call[index])]
             left = [number for number, stays in zip(births, data.remaining[index].tolist(), strict=False) if stays]
             assert [number for number, stays in zip(numbers, batch.remaining[row].tolist(), strict=False) if stays] == left
             costs = dict(zip(births, data.costs[index].tolist(), strict=False))
             assert batch.costs[row].tolist() == [costs.get(n, np.inf) for n in numbers] + [np.inf] * (
-                batch.mask.shape[1] - count
+                batch.mask.shape[1] - len(numbers)
             )
-            similarity = data.similarity[data.rollout[data.call[index]]].float().numpy()
-            for i, number in enumerate(numbers):
-                assert batch.similarity[row, i, :count].tolist() == [similarity[number, other] for other in numbers]
+    assert sorted(found) == list(range(len(data)))
 
 
-def test_every_decision_comes_once_and_the_order_depends_on_the_generator(tiny_workload):
+def test_every_call_with_decisions_comes_once_and_the_order_depends_on_the_generator(tiny_workload):
     parts = []
     for clips, budget in (([0, 1, 2], 2), ([3, 4], 4)):
         data = collect(tiny_workload, clips, [budget] * len(clips), actor=None, config=SMALL, true_frames=True, progress=False)
@@ -83,7 +90,7 @@ def test_every_decision_comes_once_and_the_order_depends_on_the_generator(tiny_w
         batches = list(shuffled_batches(parts, 7, np.random.default_rng(seed)))
         assert all(0 < len(indices) <= 7 for _, indices in batches)
         seen = [(parts.index(part), index) for part, indices in batches for index in indices.tolist()]
-        assert sorted(seen) == [(number, index) for number, part in enumerate(parts) for index in range(len(part))]
+        assert sorted(seen) == [(number, index) for number, part in enumerate(parts) for index in range(len(part.calls))]
         orders.append(seen)
     assert orders[0] == orders[1] != orders[2]
     together = [parts[0].sizes[indices] for part, indices in batches if part is parts[0]]
