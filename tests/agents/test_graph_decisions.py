@@ -87,8 +87,8 @@ def test_every_call_with_decisions_comes_once_and_the_order_depends_on_the_gener
         parts.append(GraphDecisions(data, SMALL))
     orders = []
     for seed in (0, 0, 1):
-        batches = list(shuffled_batches(parts, 7, np.random.default_rng(seed)))
-        assert all(0 < len(indices) <= 7 for _, indices in batches)
+        batches = list(shuffled_batches(parts, 3, np.random.default_rng(seed)))
+        assert all(0 < len(indices) <= 3 for _, indices in batches)
         seen = [(parts.index(part), index) for part, indices in batches for index in indices.tolist()]
         assert sorted(seen) == [(number, index) for number, part in enumerate(parts) for index in range(len(part.calls))]
         orders.append(seen)

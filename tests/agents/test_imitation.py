@@ -40,10 +40,9 @@ def test_the_loss_is_that_of_each_decision_by_its_formula(decisions):
     with torch.no_grad():
         loss = imitation_loss(network, batch, settings)
         x, e = network.encode(batch.nodes, batch.edges, batch.mask)
-        own = [
-            network.score(x[[call]], e[[call]], stays[None]) for call, stays in zip(batch.call, batch.remaining, strict=True)
-        ]
-        scores, guesses = torch.cat(own).double(), network.similarity(e)[..., 0].double()
+        decided = zip(batch.call.tolist(), batch.remaining, strict=True)
+        scores = torch.cat([network.score(x[[call]], e[[call]], stays[None]) for call, stays in decided]).double()
+        guesses = network.similarity(e)[..., 0].double()
     of_decisions, squares, regrets = [], [], []
     for row in range(len(scores)):
         allowed = [i for i in range(scores.shape[1]) if not batch.costs[row, i].isinf()]
