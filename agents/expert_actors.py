@@ -45,7 +45,7 @@ class ActorBatchPlayer(ExitStack):
             self._ray = self.enter_context(connected(self._config.ray))
         if workload.name not in self._pools:
             self._pools.clear()  # which ends the actors of the workload before
-            precision = str(workload.host.dtype).removeprefix("torch.")
+            precision = workload.host.precision
             expected = start_facts({workload.name: workload.host.weights_hash})
             arguments = (replace(self._config, precision=precision), workload.name)
             pool = ActorPool(self._ray, ExpertActor, arguments, self._config.ray, partial(check_same, expected))

@@ -21,8 +21,9 @@ from far_env.config import parse
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.device import peak_memory_mib
 from far_env.evaluation.comparison import tabulate
-from far_env.evaluation.records import RECORDS_FILE, Recorder, Settings, load
+from far_env.evaluation.records import Settings
 from far_env.evaluation.report import report_page
+from far_env.evaluation.results_folder import RECORDS_FILE, Recorder, load
 from far_env.evaluation.table import results_table
 from far_env.progress import show_progress
 

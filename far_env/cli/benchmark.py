@@ -163,7 +163,7 @@ class _Benchmark:
                 remark(f"a dry run: {source}, not the benchmark's data")
             elif isinstance(workload.clips, VideoFolder):
                 _remark_on_clips(workload.clips)
-            precision = str(workload.host.dtype).removeprefix("torch.")
+            precision = workload.host.precision
             where = f"in {precision} on {workload.host.device}"
             remark(f"{name}: noise {workload.noise}, {workload.num_steps} ODE steps {where}")
         workload = self._workloads[name]

@@ -125,11 +125,12 @@ def evaluate(args: Sequence[str]) -> int:
     """Compare policies on the same clips with the same noise."""
     options = parse(EvaluateOptions, args, "far-env evaluate", EvaluateOptions.__doc__ or "")
     from far_env.clips.clip import check_clip_options
+    from far_env.evaluation.batches import TokenMemory
     from far_env.evaluation.comparison import check_runs, tabulate, with_runs
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.evaluation.fvd import FVD, FeatureStore, VideoFeatures, fvd_unavailable, with_fvd
-    from far_env.evaluation.records import MEMORIES, TOKENS, cell, session_precision
-    from far_env.evaluation.token_memory import TokenMemory
+    from far_env.evaluation.records import MEMORIES, TOKENS, cell
+    from far_env.evaluation.results_folder import session_precision
     from far_env.rollout.noise import trajectory_seeds
     from far_env.workloads import make_workload, resolve_budget
 

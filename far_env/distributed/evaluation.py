@@ -22,8 +22,10 @@ from far_env.contract import RetentionPolicy
 from far_env.distributed.cluster import ActorSettings, connected
 from far_env.distributed.pool import ActorPool, Task, check_same, start_facts
 from far_env.errors import PolicyError, VideoError
-from far_env.evaluation.evaluate import Episode, Job, Session, record_facts
-from far_env.evaluation.records import Record, Recorder, Results, Settings, cell, png
+from far_env.evaluation.facts import record_facts
+from far_env.evaluation.records import Record, Results, Settings, cell
+from far_env.evaluation.results_folder import Recorder, png
+from far_env.evaluation.session import Episode, Job, Session
 from far_env.policies import is_policy_file, is_tuned_form, load_policy
 from far_env.progress import show_progress
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
@@ -32,7 +34,7 @@ from far_env.workloads import Workload, make_workload
 
 @dataclass(frozen=True)
 class ActorPlayer:
-    """A `far_env.evaluation.evaluate.Player`: plays the missing episodes of a session by actors.
+    """A `far_env.evaluation.session.Player`: plays the missing episodes of a session by actors.
 
     Attributes:
         workload_options: arguments of `far_env.workloads.make_workload` other than the name and the device.
@@ -60,7 +62,7 @@ class ActorPlayer:
         expected = start_facts({name: workload.host.weights_hash for name, workload in by_name.items()})
         expected["policies"] = _policy_hashes([job.name for job in jobs])
         options = {name: value for name, value in self.workload_options.items() if name != "device"}
-        options["precision"] = str(workloads[0].host.dtype).removeprefix("torch.")
+        options["precision"] = workloads[0].host.precision
         plan = _Plan(session.asked, list(by_name), options, [job.name for job in jobs], self.policy_seconds, self.memo_bytes)
         failures: dict[tuple[str, int, str], int] = {}
         with session.bar(workloads, jobs) as bar, connected(self.settings) as ray:
@@ -177,7 +179,7 @@ def use_device(gpus: float, cpus: int) -> str:
 
 
 class _Collected:
-    """Keeps what a session plays, to be sent: a `far_env.evaluation.evaluate.Sink`."""
+    """Keeps what a session plays, to be sent: a `far_env.evaluation.session.Sink`."""
 
     FOLDER = Path("results")
 

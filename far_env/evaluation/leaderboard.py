@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, tier, wanted_signals
-from far_env.evaluation.evaluate import evaluate_grid, record_facts
+from far_env.evaluation.evaluate import evaluate_grid
+from far_env.evaluation.facts import record_facts
 from far_env.evaluation.leaderboard_entry import (
     FORMAT,
     Cell,

@@ -13,9 +13,9 @@ import time
 import pytest
 
 from far_env.cli import main
-from far_env.evaluation.evaluate import Session
-from far_env.evaluation.records import load
 from far_env.evaluation.report import report_page
+from far_env.evaluation.results_folder import load
+from far_env.evaluation.session import Session
 
 POLICY = """
 class VideoTemporalKVPolicy:
