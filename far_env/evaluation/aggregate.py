@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from far_env.evaluation.records import Record, Results
-from far_env.evaluation.stored_records import StoredRecords
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def collect_episodes(
     seeds = results.settings.seeds if seeds is None else seeds
     wanted = {(clip, seed) for clip in clips for seed in seeds}
     order = {policy: place for place, policy in enumerate(results.settings.policies)}
-    by_policy = _by_policy(results, workload)
+    by_policy = results.by_policy(workload)
     for policy, budget in sorted(by_policy, key=lambda key: (order[key[0]], key[1])):
         if budgets is not None and budget not in budgets:
             continue
@@ -109,18 +108,6 @@ def alike(all_episodes: Iterable[Episodes | tuple[str, int, bytes]]) -> dict[str
         if (other := first.setdefault((budget, decisions), policy)) != policy:
             same[policy] = other
     return same
-
-
-def _by_policy(results: Results, workload: str) -> dict[tuple[str, int], Iterable[Record]]:
-    """Policy and budget → records on the workload; those of a large folder are read when they are iterated over."""
-    stored = results.records
-    if isinstance(stored, StoredRecords):
-        return {(cell[2], cell[1]): stored.of_cell(cell) for cell in stored.cells() if cell[0] == workload}
-    grouped: dict[tuple[str, int], list[Record]] = defaultdict(list)
-    for record in stored:
-        if record.workload == workload:
-            grouped[record.policy, record.budget].append(record)
-    return dict(grouped)
 
 
 def _columns(records: Iterable[Record]) -> tuple:

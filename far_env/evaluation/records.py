@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,15 +165,45 @@ class Results:
 
     def episode_keys(self) -> Iterable[Key]:
         """What identifies each episode."""
-        return (
-            self.records.episode_keys() if isinstance(self.records, StoredRecords) else (record.key for record in self.records)
-        )
+        stored = self.records
+        return stored.episode_keys() if isinstance(stored, StoredRecords) else (record.key for record in stored)
 
     def clip_hashes(self) -> dict[tuple[str, int], str]:
         """Workload and clip → hash of the clip's frames."""
         if isinstance(self.records, StoredRecords):
             return dict(self.records.clip_hashes)
         return {(record.workload, record.clip): record.clip_sha256 for record in self.records}
+
+    def counted_facts(self) -> Iterator[tuple[str, Mapping[str, Any], int]]:
+        """Workload, facts, and a number of records that have them."""
+        if isinstance(self.records, StoredRecords):
+            yield from self.records.counted_facts()
+        else:
+            yield from ((record.workload, record.facts, 1) for record in self.records)
+
+    def by_policy(self, workload: str) -> dict[tuple[str, int], Iterable[Record]]:
+        """Policy and budget → records on the workload; those of a large folder are read when they are iterated over."""
+        stored = self.records
+        if isinstance(stored, StoredRecords):
+            return {(job[2], job[1]): stored.of_job(job) for job in stored.jobs() if job[0] == workload}
+        grouped: dict[tuple[str, int], list[Record]] = defaultdict(list)
+        for record in stored:
+            if record.workload == workload:
+                grouped[record.policy, record.budget].append(record)
+        return dict(grouped)
+
+    def of_policies(self, policies: Collection[str]) -> list[Record] | StoredRecords:
+        """The records of these policies."""
+        stored = self.records
+        if isinstance(stored, StoredRecords):
+            return stored.of_policies(policies)
+        return [record for record in stored if record.policy in policies]
+
+    def of_clips(self, clips: Collection[tuple[str, int]]) -> list[Record]:
+        """The records of these workloads' clips."""
+        if isinstance(self.records, StoredRecords):
+            return list(self.records.of_clips(clips))
+        return [record for record in self.records if (record.workload, record.clip) in clips]
 
     def truth_picture(self, workload: str, clip: int) -> Path:
         """PNG of a clip's true frames, context first, side by side; exists for the first ``show_clips`` clips."""

@@ -28,8 +28,8 @@ from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import TRAJECTORY_STRIDE, trajectory
 from far_env.workloads import Workload
 
-Episode = tuple[int, int]
-"""Clip and noise seed."""
+ClipSeed = tuple[int, int]
+"""Clip and base noise seed, which identify an episode of a job on a workload."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Job:
     policy: RetentionPolicy | None
 
 
-class Sink(Protocol):
-    """Where finished episodes go; `far_env.evaluation.results_folder.Recorder` is one."""
+class RecordStore(Protocol):
+    """Where records and pictures of finished episodes go; `far_env.evaluation.results_folder.Recorder` is one."""
 
     results: Results
 
@@ -65,7 +65,7 @@ class Session:
     def __init__(
         self,
         settings: Settings,
-        recorder: Sink | None,
+        store: RecordStore | None,
         memo: FrameMemo,
         optional: frozenset[str],
         progress: bool,
@@ -74,8 +74,8 @@ class Session:
     ) -> None:
         self.asked = settings
         self.token_memory = memory
-        self.recorder = recorder
-        self.results = Results(settings, []) if recorder is None else recorder.results
+        self.store = store
+        self.results = Results(settings, []) if store is None else store.results
         self.memo = memo
         self.optional = optional
         self.progress = progress
@@ -95,7 +95,7 @@ class Session:
                 for batch in self.batches(batch_size):
                     self.play_batch(workload, batch, running, facts, bar)
 
-    def batches(self, batch_size: int) -> list[list[Episode]]:
+    def batches(self, batch_size: int) -> list[list[ClipSeed]]:
         """All episodes of a job, in the order and the groups in which they are played."""
         episodes = list(itertools.product(self.asked.clips, self.asked.seeds))
         return [episodes[first : first + batch_size] for first in range(0, len(episodes), batch_size)]
@@ -109,14 +109,14 @@ class Session:
         )
         return show_progress(total=total, unit="frames", description="evaluate", disable=not self.progress)
 
-    def missing(self, workload: Workload, job: Job, episodes: Sequence[Episode]) -> list[Episode]:
+    def missing(self, workload: Workload, job: Job, episodes: Sequence[ClipSeed]) -> list[ClipSeed]:
         """Those of these episodes that are not there yet."""
         return [episode for episode in episodes if (workload.name, job.budget, job.name, *episode) not in self.done]
 
     def play_batch(
         self,
         workload: Workload,
-        episodes: Sequence[Episode],
+        episodes: Sequence[ClipSeed],
         jobs: list[Job],
         facts: dict[str, Any],
         bar: Progress,
@@ -143,10 +143,10 @@ class Session:
     def leave_out(self, workload: Workload, job: Job, reason: str) -> None:
         """Remember why a job has no further episodes on a workload."""
         where = cell(workload.name, job.budget)
-        if self.recorder is None:
+        if self.store is None:
             self.results.settings.failed.setdefault(job.name, {})[where] = reason
         else:
-            self.recorder.leave_out(job.name, where, reason)
+            self.store.leave_out(job.name, where, reason)
 
     def _read_clips(self, workload: Workload, clip_ids: Sequence[int], clips: dict[int, Clip], bar: Progress) -> None:
         """Add clips that are not there yet; one whose file is damaged is left out of the evaluation."""
@@ -218,31 +218,31 @@ class Session:
             )
         if self.features is not None:
             self.features.add(workload, job.budget, job.name, clips, seeds, played.predicted)
-        if self.recorder is not None:
-            self._save_pictures(self.recorder, workload, clips, records, played.predicted)
+        if self.store is not None:
+            self._save_pictures(self.store, workload, clips, records, played.predicted)
         self.keep(records)
 
     def keep(self, records: Sequence[Record]) -> None:
         """Keep the records of episodes that have none yet."""
         new = [record for record in records if record.key not in self.recorded]
-        if self.recorder is None:
+        if self.store is None:
             self.results.records.extend(new)
         else:
-            self.recorder.add(new)
+            self.store.add(new)
         self.recorded |= {record.key for record in new}
         self.done |= {record.key for record in records}
 
     def _save_pictures(
-        self, recorder: Sink, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
+        self, store: RecordStore, workload: Workload, clips: list[Clip], records: list[Record], predicted: Tensor
     ) -> None:
         for clip, record, frames in zip(clips, records, predicted, strict=True):
             # Of several trajectories, the first is shown.
             further = trajectory(record.seed) > 0 and record.seed % TRAJECTORY_STRIDE in self.asked.seeds
             if clip.clip_id in self.shown and not further:
                 truth = self.results.truth_picture(workload.name, clip.clip_id)
-                if not recorder.has_picture(truth):
-                    recorder.save_picture(truth, clip.frames[: workload.num_frames])
-                recorder.save_picture(self.results.picture(record), frames.cpu().numpy())
+                if not store.has_picture(truth):
+                    store.save_picture(truth, clip.frames[: workload.num_frames])
+                store.save_picture(self.results.picture(record), frames.cpu().numpy())
 
 
 Player = Callable[[Session, Sequence[Workload], Sequence[Job], int], None]
