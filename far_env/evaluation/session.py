@@ -60,7 +60,21 @@ class RecordStore(Protocol):
 
 
 class Session:
-    """Plays the episodes that are missing, and keeps them."""
+    """Plays the episodes that are missing, and keeps them.
+
+    Args:
+        settings: what this evaluation asks for.
+        store: where episodes go, with those of earlier sessions; None keeps them in ``results`` alone.
+        memo: frames that several policies share.
+        optional: names of policies that may fail.
+        progress: whether a bar is shown.
+        features: receives the features of all videos, for FVD. Episodes that it lacks are missing too.
+        memory: budgets count tokens; None for frames.
+
+    Attributes:
+        asked: the settings of this evaluation.
+        results: the episodes so far, with the settings of all sessions of a folder.
+    """
 
     def __init__(
         self,
