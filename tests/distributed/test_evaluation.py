@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,14 @@ from far_env.evaluation.results_folder import load
 from far_env.evaluation.session import Session
 
 POLICY = """
+import os
+import time
+
+
 class VideoTemporalKVPolicy:
     def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
+        while os.path.exists(HOLD):
+            time.sleep(0.05)
         count, budget = len(chunk_meta_list), int(budget_state["max_frames"])
         stay = {0, *range(count - budget + 1, count)} if count > budget else range(count)
         return TemporalCachePlan([ChunkDecision(i, "keep" if i in stay else "drop") for i in range(count)])
@@ -28,12 +35,25 @@ class VideoTemporalKVPolicy:
 
 @pytest.fixture(scope="module")
 def command(tiny_host_folder, tmp_path_factory):
-    """Arguments of an evaluation of 28 tasks; one policy is a file."""
+    """Arguments of an evaluation of 28 tasks; one policy is a file, which waits while there is a file ``hold`` beside it."""
     policy = tmp_path_factory.mktemp("policy") / "mine.py"
-    policy.write_text(POLICY)
+    policy.write_text(POLICY.replace("HOLD", repr(str(policy.with_name("hold")))))
     policies = f"recent_fill,random,full_history,{policy}"
     args = ["evaluate", "--policies", policies, "--workload", "pan,cuts", "--budget", "2,4", "--host", str(tiny_host_folder)]
-    return [*args, "--clips", "4", "--batch-size", "2", "--metrics", "psnr,ssim", "--show-clips", "1", "--device"]
+    return [
+        *args,
+        "--clips",
+        "4",
+        "--batch-size",
+        "2",
+        "--metrics",
+        "psnr,ssim",
+        "--show-clips",
+        "1",
+        "--policy-seconds",
+        "300",
+        "--device",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +162,15 @@ def test_a_removed_machine_loses_nothing(command, alone, second_node, tmp_path, 
 @pytest.mark.parametrize(("number", "resumed_by_actors"), [(signal.SIGKILL, True), (signal.SIGINT, False)])
 def test_a_stopped_driver_goes_on(command, alone, cluster, tmp_path, number, resumed_by_actors):
     args = by_actors(command, cluster, tmp_path, actors=1)
+    hold = Path(command[command.index("--policies") + 1].rpartition(",")[2]).with_name("hold")
+    hold.touch()  # so that the driver cannot end before it is stopped
     driver = subprocess.Popen([sys.executable, "-m", "far_env.cli", *args], stderr=subprocess.PIPE, text=True)
     records = tmp_path / "records.jsonl"
     while driver.poll() is None and not (records.exists() and records.stat().st_size):
         time.sleep(0.01)
     driver.send_signal(number)
-    _, stderr = driver.communicate(timeout=30)
+    _, stderr = driver.communicate(timeout=60)
+    hold.unlink()
     before = len(load(tmp_path).records)
     assert 0 < before < len(load(alone).records)
     assert driver.returncode == (130 if number == signal.SIGINT else -number), stderr
@@ -161,7 +184,9 @@ def test_a_stopped_driver_goes_on(command, alone, cluster, tmp_path, number, res
 
 def test_a_policy_that_fails_is_left_out_as_in_one_process(command, cluster, tmp_path, capsys):
     policy = tmp_path / "fails.py"
-    policy.write_text(POLICY.replace("        count", "        raise RuntimeError('no idea')\n        count", 1))
+    policy.write_text(
+        POLICY.replace("        while os.path.exists(HOLD):", "        raise RuntimeError('no idea')\n        while True:")
+    )
     args = list(command)
     args[args.index("--policies") + 1] = f"recent_fill,{policy}"
     errors = []
