@@ -74,7 +74,7 @@ def reproduce(options: ReproduceOptions) -> None:
     for name in names:
         table = tables[name].renamed(trained)
         folder = make_run_dir(Path(options.episodes) / name)
-        with _session(folder):
+        with _timed(folder):
             summaries = _measure(table, policies, folder, options)
         if options.all:  # the tree may have been changed meanwhile
             _check_commit([name], Path(options.episodes))
@@ -237,7 +237,7 @@ def _section(
 
 
 @contextmanager
-def _session(folder: Path) -> Iterator[None]:
+def _timed(folder: Path) -> Iterator[None]:
     """Record when and for how long episodes were played, also after Ctrl-C; a session that played none is not recorded."""
     before, start = _num_lines(folder), time.perf_counter()
     try:

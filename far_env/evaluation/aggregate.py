@@ -42,6 +42,11 @@ class Episodes:
     seeds: tuple[int, ...]
     missing: int
 
+    @property
+    def decided(self) -> tuple[str, int, bytes]:
+        """Policy, budget and hash of the decisions, by which `alike` compares."""
+        return self.policy, self.budget, self.decisions
+
     def scores(self, metric: str) -> np.ndarray:
         """A metric of ``clips``, float64 (clips, seeds)."""
         return self.metrics[metric][self._places()]
@@ -95,16 +100,15 @@ def collect_episodes(
             yield Episodes(policy, budget, rows, *numbers, finished, tuple(seeds), len(wanted) - len(rows))
 
 
-def alike(all_episodes: Iterable[Episodes | tuple[str, int, bytes]]) -> dict[str, str]:
+def alike(decided: Iterable[tuple[str, int, bytes]]) -> dict[str, str]:
     """Policies that kept the same frames as an earlier one at every decision, and so have its scores → that one.
 
     Args:
-        all_episodes: or of each the policy, the budget and ``decisions``.
+        decided: `Episodes.decided` of each.
     """
     first: dict[tuple, str] = {}
     same = {}
-    for one in all_episodes:
-        policy, budget, decisions = (one.policy, one.budget, one.decisions) if isinstance(one, Episodes) else one
+    for policy, budget, decisions in decided:
         if (other := first.setdefault((budget, decisions), policy)) != policy:
             same[policy] = other
     return same

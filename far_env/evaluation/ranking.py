@@ -173,13 +173,13 @@ def make_groups(results: Results) -> list[Group]:
     groups = []
     for workload in results.settings.workloads:
         rows: dict[int, list[Row]] = defaultdict(list)
-        played: dict[int, list[tuple[str, int, bytes]]] = defaultdict(list)
+        decided: dict[int, list[tuple[str, int, bytes]]] = defaultdict(list)
         for episodes in collect_episodes(results, workload):
             budget = min(episodes.budget, UNLIMITED_FRAMES)
             rows[budget].append(_row(results, episodes))
-            played[budget].append((episodes.policy, episodes.budget, episodes.decisions))
+            decided[budget].append(episodes.decided)
         unlimited = rows.pop(UNLIMITED_FRAMES, [])
-        groups += [Group(workload, budget, [*rows[budget], *unlimited], alike(played[budget])) for budget in sorted(rows)]
+        groups += [Group(workload, budget, [*rows[budget], *unlimited], alike(decided[budget])) for budget in sorted(rows)]
         if unlimited and not rows:
             groups.append(Group(workload, UNLIMITED_FRAMES, unlimited))
     return groups
