@@ -16,8 +16,7 @@ from far_env.agents.expert_data import ExpertData
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.device import denormals_flushed
 from far_env.distributed.cluster import connected
-from far_env.distributed.evaluation import use_device
-from far_env.distributed.pool import ActorPool, Task, check_same, start_facts
+from far_env.distributed.pool import ActorPool, Task, check_same, start_facts, use_device
 from far_env.workloads import Workload, make_workload
 
 
@@ -46,9 +45,8 @@ class ActorBatchPlayer(ExitStack):
             self._ray = self.enter_context(connected(self._config.ray))
         if workload.name not in self._pools:
             self._pools.clear()  # which ends the actors of the workload before
-            precision = str(workload.host.dtype).removeprefix("torch.")
             expected = start_facts({workload.name: workload.host.weights_hash})
-            arguments = (replace(self._config, precision=precision), workload.name)
+            arguments = (replace(self._config, precision=workload.host.precision), workload.name)
             pool = ActorPool(self._ray, ExpertActor, arguments, self._config.ray, partial(check_same, expected))
             self._pools[workload.name] = pool
         weights = None if actor is None else {name: value.detach().cpu() for name, value in actor.state_dict().items()}

@@ -24,8 +24,8 @@ from far_env.agents.checkpoints import (
 from far_env.agents.export import export_run
 from far_env.agents.publish import CARD_FILE, write_published
 from far_env.evaluation.ranking import make_groups, metric_format
-from far_env.evaluation.records import RECORDS_FILE, load
-from far_env.evaluation.records import SETTINGS_FILE as EVALUATION_FILE
+from far_env.evaluation.results_folder import RECORDS_FILE, load
+from far_env.evaluation.results_folder import SETTINGS_FILE as EVALUATION_FILE
 from far_env.host.weights import load_host
 from far_env.hub import PREFIX, HubError, push, split_name
 from far_env.io import write_text

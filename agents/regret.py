@@ -84,7 +84,7 @@ def regret_table(bounds: Mapping[str, Bound], scores: Mapping[str, np.ndarray]) 
         scores: policy → PSNR per clip, the same clips.
     """
     best = np.max([search_result.psnr for search_result in bounds.values()], axis=0)
-    lines = [["policy", "PSNR dB [95 %]", "regret dB [95 %]", "frames generated", "s per clip"], ["---"] * 5]
+    lines = [["policy", "PSNR dB [95 %]", "regret dB [95 %]", "frames generated", "s per clip"]]
     lines.append(["best found", _interval(best), "", "", ""])
     for name, search_result in sorted(bounds.items(), key=lambda item: -item[1].psnr.mean()):
         cost = [f"{search_result.cost:.1f}×", f"{search_result.seconds:.2f}"]

@@ -28,7 +28,7 @@ from far_env.errors import ClipIdError, unknown_name
 from far_env.evaluation.comparison import runs_text, tabulate, with_runs
 from far_env.evaluation.evaluate import evaluate_grid
 from far_env.evaluation.ranking import select_policies
-from far_env.evaluation.records import RECORDS_FILE, SETTINGS_FILE, load
+from far_env.evaluation.results_folder import RECORDS_FILE, SETTINGS_FILE, load
 from far_env.evaluation.table import comparisons_of, family_line, markdown_table, source_lines
 from far_env.evaluation.tuning import tune_into
 from far_env.io import make_run_dir, write_text
@@ -74,7 +74,7 @@ def reproduce(options: ReproduceOptions) -> None:
     for name in names:
         table = tables[name].renamed(trained)
         folder = make_run_dir(Path(options.episodes) / name)
-        with _session(folder):
+        with _timed(folder):
             summaries = _measure(table, policies, folder, options)
         if options.all:  # the tree may have been changed meanwhile
             _check_commit([name], Path(options.episodes))
@@ -177,7 +177,7 @@ def _measure(
         rows = {row: members for row, members in table.runs.items() if row in part.policies}
         for name in part.workloads:
             workload = _workload(name, part, options.device)
-            dtype = str(workload.host.dtype).removeprefix("torch.")
+            dtype = workload.host.precision
             protocol = [dtype, *["true_frames"] * workload.true_feedback, *[part.split] * (part.split != "test")]
             place = folder / "_".join([workload.host.weights_hash, *protocol, *part.interventions])
             # A tuned form is played under the budget for which it was tuned.
@@ -237,7 +237,7 @@ def _section(
 
 
 @contextmanager
-def _session(folder: Path) -> Iterator[None]:
+def _timed(folder: Path) -> Iterator[None]:
     """Record when and for how long episodes were played, also after Ctrl-C; a session that played none is not recorded."""
     before, start = _num_lines(folder), time.perf_counter()
     try:

@@ -8,7 +8,7 @@ import nothing of far_env but the contract. A name may be followed by parameters
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from far_env.baselines import (
@@ -117,14 +117,16 @@ def load(name: str) -> RetentionPolicy:
 
 
 def facts(name: str) -> dict[str, str]:
-    """Facts about a policy that results record: family, tier, source, the first line of its description, and its parameters
-    where they are in its name."""
+    """Facts about a policy that results record: family, tier, source and the first line of its description.
+
+    Parameters that are in its name are a fact too.
+    """
     base, parameters = parse(name)
     baseline = info(base)
     facts = {"family": baseline.family, "tier": baseline.tier, "source": baseline.source, "note": baseline.note.split("\n")[0]}
     if parameters:
         facts["tier"] = " or ".join(getattr(make(base, **parameters), "needs", {"M": ()}))
-        facts["parameters"] = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        facts["parameters"] = parameters_text(parameters)
     return facts
 
 
@@ -170,6 +172,11 @@ def parameters_in(name: str, cls: type, kind: str = "baseline") -> dict[str, obj
             raise ValueError(_unknown_parameter(kind, base, key, accepted))
         parameters[key] = _value(text, accepted[key].default, f"{kind} {base}: {key}")
     return parameters
+
+
+def parameters_text(parameters: Mapping[str, object]) -> str:
+    """Parameters as facts and tables name them."""
+    return ", ".join(f"{key}={value}" for key, value in parameters.items())
 
 
 def _value(text: str, default: object, where: str) -> object:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from far_env.baselines import description, parameters_in
+from far_env.baselines import description, parameters_in, parameters_text
 from far_env.baselines.token_merging import FutureForcingReconstruction
 from far_env.baselines.token_rules import (
     FlowCacheTokens,
@@ -61,7 +61,7 @@ def facts(name: str) -> dict[str, str]:
     cls = _find(name)
     facts = {"family": cls.family, "source": cls.source, "note": description(cls).split("\n")[0]}
     if parameters := parameters_in(name, cls, "token policy"):
-        facts["parameters"] = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        facts["parameters"] = parameters_text(parameters)
     return facts
 
 

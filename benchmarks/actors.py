@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from far_env.cli import run_guarded
+from far_env.cli.options import split_list, whole_number
 from far_env.config import parse
 from far_env.distributed.cluster import ActorSettings, connected
 from far_env.distributed.pool import ActorPool, Task
@@ -26,12 +27,13 @@ class Options:
     """Options of the benchmark."""
 
     actors: str = "8,32"
-    """Comma-separated."""
+    """Numbers of actors, one measurement each, separated by commas."""
     seconds: float = 1.0
     """Of each task."""
     tasks: int = 20
     """Per actor."""
     address: str | None = None
+    """A running Ray cluster; by default one is started on this machine."""
 
 
 class SleepingActor:
@@ -51,7 +53,7 @@ class SleepingActor:
 
 
 def measure(num_actors: int, options: Options) -> tuple[float, float]:
-    """Seconds above those of sleeping, and seconds of this process's processor, both per task of one actor and of all."""
+    """Per task of one actor, the seconds above those of sleeping; and per task of all, those of this process's processor."""
     started: list[Any] = []
     with connected(ActorSettings(num_actors, options.address)) as ray:
         pool = ActorPool(ray, SleepingActor, (options.seconds,), ActorSettings(num_actors), started.append)
@@ -66,14 +68,15 @@ def measure(num_actors: int, options: Options) -> tuple[float, float]:
     return (seconds - options.tasks * options.seconds) / options.tasks, cpu / done
 
 
-def main() -> None:
-    """Entry point."""
+def run() -> None:
+    """Run the benchmark."""
     options = parse(Options, sys.argv[1:], "python -m benchmarks.actors", __doc__ or "")
-    for number in map(int, options.actors.split(",")):
+    numbers = [whole_number(text, "actors") for text in split_list(options.actors, "actors", "number of actors")]
+    for number in numbers:
         extra, cpu = measure(number, options)
         cost = f"{1e3 * extra:.0f} ms above {options.seconds:g} s"
         print(f"{number} actors: {cost}, {1e3 * cpu:.1f} ms of the driver's processor a task", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded("python -m benchmarks.actors", main))
+    sys.exit(run_guarded("benchmarks.actors", run))

@@ -13,16 +13,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
+from far_env.cli import run_guarded
 from far_env.config import parse
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.device import peak_memory_mib
 from far_env.evaluation.comparison import tabulate
-from far_env.evaluation.records import RECORDS_FILE, Recorder, Settings, load
+from far_env.evaluation.records import Settings
 from far_env.evaluation.report import report_page
+from far_env.evaluation.results_folder import RECORDS_FILE, Recorder, load
 from far_env.evaluation.table import results_table
 from far_env.progress import show_progress
 
@@ -34,10 +37,13 @@ class Options:
     """Options of the benchmark."""
 
     records: int = 1_000_000
+    """Records that are made, at least."""
     folder: str = "many_records"
+    """Where they are made."""
     policies: int = 40
-    part: str = "all"
-    """all, make, or read: read an existing folder, in this process."""
+    """Policies with a budget; full history is one more."""
+    part: Literal["all", "make", "read"] = "all"
+    """read reads an existing folder in this process; all makes one and reads it in another process."""
 
 
 def make(folder: Path, num_records: int, num_policies: int) -> None:
@@ -111,8 +117,8 @@ def read(folder: Path) -> None:
     told(f"page of {len(page.encode()) / 1e6:.1f} MB", start)
 
 
-def main() -> None:
-    """Entry point."""
+def run() -> None:
+    """Run the benchmark."""
     options = parse(Options, sys.argv[1:], "python -m benchmarks.many_records", __doc__ or "")
     folder = Path(options.folder)
     if options.part in ("all", "make"):
@@ -125,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded("benchmarks.many_records", run))

@@ -53,9 +53,13 @@ class Options:
     budget: int = 128
     """Tokens that every head may keep."""
     policies: str = "recent_fill,sink_recent,h2o,future_forcing_reconstruction"
+    """Token policies, separated by commas."""
     clips: int = 2
+    """Clips that are played together."""
     host: str = "embedded_long"
+    """A shipped host or a host folder."""
     device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     out: str | None = None
     """Folder for the numbers and the figure."""
     json: str | None = None

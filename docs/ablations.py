@@ -90,7 +90,7 @@ def main(options: Options) -> None:
                 split = "test" if label == "doom" else "test_unseen_style"
                 column = values.setdefault(f"{label} 8, copies", [])
                 column.append(float(np.mean(score(workload, split, range(options.clips), policy, 8))))
-        lines = lines or [["trained", *values], ["---"] * (len(values) + 1)]
+        lines = lines or [["trained", *values]]
         lines.append([name, *(f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in values.values())])
         print(lines[-1], flush=True)
     about = f"{options.seeds} seeds, {options.clips} test clips, PSNR in dB; ± is the spread over seeds"

@@ -112,7 +112,7 @@ def main(options: Options) -> None:
             for name, policy in policies.items():
                 rows[name] = np.array(score(workload, options.split, clips, policy, budget))
                 bar.update()
-            lines = [["policy", "PSNR dB [95 %]", f"PSNR − {BASELINE} [95 %]"], ["---"] * 3]
+            lines = [["policy", "PSNR dB [95 %]", f"PSNR − {BASELINE} [95 %]"]]
             for name, values in sorted(rows.items(), key=lambda item: -item[1].mean()):
                 texts = [interval_text(mean_interval(part), 2) for part in (values, values - rows[BASELINE])]
                 lines.append([name, *texts])

@@ -15,6 +15,8 @@ from unittest import mock
 
 import tyro
 
+from far_env.text import markdown_lines
+
 
 def training_settings() -> str:
     """Every key of a training configuration, with type, default and meaning; what the command alone takes is left out."""
@@ -206,8 +208,7 @@ def code(text: str) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_lines([[cell.replace("|", "\\|") for cell in line] for line in (head, *rows)])
 
 
 def joined(parts: Iterable[str]) -> str:

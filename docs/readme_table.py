@@ -36,7 +36,7 @@ def readme_table(results: str) -> str:
         ValueError: if a table, or a policy in it, is missing.
     """
     cells = [psnr_cells(results, *column) for column in COLUMNS]
-    rows = [["policy", *(f"`{workload}`, budget {budget}" for _, workload, budget in COLUMNS)], ["---"] * (1 + len(COLUMNS))]
+    rows = [["policy", *(f"`{workload}`, budget {budget}" for _, workload, budget in COLUMNS)]]
     for label, policy in (("nothing dropped", FULL_HISTORY), ("learned, one policy for all", LEARNED)):
         rows.append([f"{label}: `{policy}`", *(column[policy] for column in cells)])
     for label, belongs in RULES.items():

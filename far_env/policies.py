@@ -1,6 +1,7 @@
 """Policies by name: hand-written ones, learned ones, those of other distributions, policy files, and tuned forms.
 
-They are found through the entry points ``far_env.policies``. An entry point is a policy class, which is called without
+They are found through the entry points ``far_env.policies``, and policies over tokens, which `far_env.rollout.streaming` plays,
+through ``far_env.token_policies``. An entry point is a policy class, which is called without
 arguments and named by the entry point, or a collection: a module or object with
 
 - ``names() -> list[str]``: the policies that are listed,
@@ -140,6 +141,12 @@ def is_tuned_form(name: str) -> bool:
     return path.suffix == ".json" and path.is_file()
 
 
+def is_policy_file(name: str) -> bool:
+    """Whether the name is the path of an existing Python file."""
+    path = Path(name)
+    return path.suffix == ".py" and path.is_file()
+
+
 def policy_variants(name: str, max_frames: int) -> list[str]:
     """The names of a policy's forms that tuning tries under a budget, the default first.
 
@@ -150,6 +157,26 @@ def policy_variants(name: str, max_frames: int) -> list[str]:
     if not hasattr(source, "variants"):
         raise ValueError(f"{name} has no parameters that are tuned; far-env baselines lists policies that have some")
     return source.variants(name, max_frames)
+
+
+def load_token_policy(name: str) -> Any:
+    """The policy of this name over tokens (`far_env.rollout.streaming.TokenPolicy`); None for `FULL_HISTORY`.
+
+    Raises:
+        ValueError: if there is none, or if its parameters or the plugin cannot be used.
+    """
+    return None if name == FULL_HISTORY else _find_token_policy(name).load(name)
+
+
+def token_policy_facts(name: str) -> dict[str, str]:
+    """Facts about a policy over tokens that results record, as `policy_facts`. Raises ValueError as `load_token_policy`."""
+    return {"note": "nothing is dropped"} if name == FULL_HISTORY else _find_token_policy(name).facts(name)
+
+
+def token_policy_names() -> list[str]:
+    """The policies over tokens that are listed."""
+    sources, _ = _sources(TOKEN_POLICIES)
+    return [*(name for source in sources for name in source.names()), FULL_HISTORY]
 
 
 @dataclass(frozen=True)
@@ -194,54 +221,26 @@ def _sources(group: str = POLICIES) -> tuple[list[Any], list[str]]:
 
 def _find(name: str) -> Any:
     """The collection that has the policy. Raises ValueError if none has it."""
-    sources, failures = _sources()
-    for source in sources:
-        if name in source.names():
-            return source
-    # A folder may have the name of a policy that is listed; the policy is meant then.
-    for source in sources:
-        if hasattr(source, "accepts") and source.accepts(name):
-            return source
-    known = ", ".join(policy_names())
-    also = "".join(f"; {failure}" for failure in failures)
-    raise ValueError(
-        f"no policy {name!r}: it is neither one of {known}, nor an existing .py file or run folder, nor hub:USER/NAME{also}"
-    )
-
-
-def is_policy_file(name: str) -> bool:
-    """Whether the name is the path of an existing Python file."""
-    path = Path(name)
-    return path.suffix == ".py" and path.is_file()
-
-
-def load_token_policy(name: str) -> Any:
-    """The policy of this name over tokens (`far_env.rollout.streaming.TokenPolicy`); None for `FULL_HISTORY`.
-
-    They are found through the entry points ``far_env.token_policies``, which name classes or collections as those of
-    ``far_env.policies`` do.
-
-    Raises:
-        ValueError: if there is none, or if its parameters or the plugin cannot be used.
-    """
-    return None if name == FULL_HISTORY else _find_token_policy(name).load(name)
-
-
-def token_policy_facts(name: str) -> dict[str, str]:
-    """Facts about a policy over tokens that results record, as `policy_facts`. Raises ValueError as `load_token_policy`."""
-    return {"note": "nothing is dropped"} if name == FULL_HISTORY else _find_token_policy(name).facts(name)
-
-
-def token_policy_names() -> list[str]:
-    """The policies over tokens that are listed."""
-    sources, _ = _sources(TOKEN_POLICIES)
-    return [*(name for source in sources for name in source.names()), FULL_HISTORY]
+    source, failures = _search(name, POLICIES)
+    if source is None:
+        known = ", ".join(policy_names())
+        others = "an existing .py file or run folder, nor hub:USER/NAME"
+        raise ValueError(f"no policy {name!r}: it is neither one of {known}, nor {others}{failures}")
+    return source
 
 
 def _find_token_policy(name: str) -> Any:
-    sources, failures = _sources(TOKEN_POLICIES)
-    for source in sources:
-        if name in source.names() or (hasattr(source, "accepts") and source.accepts(name)):
-            return source
-    also = "".join(f"; {failure}" for failure in failures)
-    raise ValueError(f"no token policy {name!r}; use one of {', '.join(token_policy_names())}{also}")
+    """The collection that has the policy over tokens. Raises ValueError if none has it."""
+    source, failures = _search(name, TOKEN_POLICIES)
+    if source is None:
+        raise ValueError(f"no token policy {name!r}; use one of {', '.join(token_policy_names())}{failures}")
+    return source
+
+
+def _search(name: str, group: str) -> tuple[Any, str]:
+    """The collection that has the policy, or None; and what to say about collections that cannot be imported."""
+    sources, failures = _sources(group)
+    found = next((source for source in sources if name in source.names()), None)
+    if found is None:  # only then, because a folder may have the name of a policy that is listed
+        found = next((source for source in sources if hasattr(source, "accepts") and source.accepts(name)), None)
+    return found, "".join(f"; {failure}" for failure in failures)

@@ -23,5 +23,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers:
 
 
 def markdown_lines(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as the lines of a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """Cells as the lines of a Markdown table, whose header is the first row."""
+    header, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *others))

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.evaluation.records import Record, Recorder, Results, Settings
+from far_env.evaluation.records import Record, Results, Settings
+from far_env.evaluation.results_folder import Recorder
 
 NASTY = '<img src="x" onerror="alert(1)"></script>&amp;'
 

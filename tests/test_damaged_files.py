@@ -23,7 +23,7 @@ from far_env.agents.options import Sweep
 from far_env.agents.publish import _results, publish_run
 from far_env.agents.results_tables import load_tables
 from far_env.config import config_path, load_yaml
-from far_env.evaluation.records import load
+from far_env.evaluation.results_folder import load
 from far_env.host.training.config import HostTraining
 from far_env.provenance import load_facts
 from tests.damage import assert_sentence, damaged

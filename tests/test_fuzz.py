@@ -24,7 +24,7 @@ from far_env.clips.video import count_frames, read_frames
 from far_env.config import load_yaml
 from far_env.contract import ACTIONS, ChunkDecision, RolloutState, TemporalCachePlan, ask_policy
 from far_env.errors import PolicyError
-from far_env.evaluation.records import load
+from far_env.evaluation.results_folder import load
 from tests.clips.test_video import write_video
 from tests.damage import assert_sentence
 from tests.results_folders import MadeUp, make_results

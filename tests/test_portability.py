@@ -75,7 +75,7 @@ import math, torch
 from pathlib import Path
 from far_env.device import peak_memory_mib
 from far_env.policy_process import PolicyProcess
-from far_env.evaluation.records import _open_alone
+from far_env.evaluation.results_folder import _open_alone
 assert math.isnan(peak_memory_mib(torch.device("cpu")))
 _open_alone(Path("records.jsonl")).close()  # without a lock, where the system has none
 import os

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from far_env.agents.checkpoints import RESULTS_FILE
-from far_env.evaluation.records import RECORDS_FILE
+from far_env.evaluation.results_folder import RECORDS_FILE
 from far_env.io import LOCK_FILE
 from far_env.provenance import FILE as FACTS_FILE
 from far_env.tensor_files import load_tensors

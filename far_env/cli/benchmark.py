@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from far_env.cli.console import keeping_episodes, remark
-from far_env.cli.options import ALL, split_list
+from far_env.cli.options import ALL, check_policy_seconds, split_list
 from far_env.config import parse
 from far_env.contract import RetentionPolicy
 from far_env.errors import PolicyError
@@ -163,7 +163,7 @@ class _Benchmark:
                 remark(f"a dry run: {source}, not the benchmark's data")
             elif isinstance(workload.clips, VideoFolder):
                 _remark_on_clips(workload.clips)
-            precision = str(workload.host.dtype).removeprefix("torch.")
+            precision = workload.host.precision
             where = f"in {precision} on {workload.host.device}"
             remark(f"{name}: noise {workload.noise}, {workload.num_steps} ODE steps {where}")
         workload = self._workloads[name]
@@ -230,8 +230,7 @@ def _policy(name: str, seconds: float) -> Iterator[RetentionPolicy | None]:
     if not is_policy_file(name):
         yield load_policy(name)
         return
-    if not seconds > 0:
-        raise ValueError(f"policy-seconds must be above 0, got {seconds}")
+    check_policy_seconds(seconds)
     with PolicyProcess(Path(name), call_seconds=seconds) as policy:
         try:
             yield policy

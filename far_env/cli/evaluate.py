@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from far_env.cli.console import keeping_episodes, remark
-from far_env.cli.options import ALL, split_list, whole_number
+from far_env.cli.options import ALL, check_policy_seconds, split_list, whole_number
 from far_env.config import parse, parse_mapping
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import MetricUnavailable, PolicyError, unknown_name
@@ -31,6 +31,7 @@ from far_env.policies import (
 
 if TYPE_CHECKING:
     from far_env.distributed.evaluation import ActorPlayer
+    from far_env.evaluation.batches import TokenMemory
     from far_env.evaluation.comparison import Evaluation
     from far_env.rollout.streaming import TokenPolicy
 
@@ -128,10 +129,10 @@ def evaluate(args: Sequence[str]) -> int:
     from far_env.evaluation.comparison import check_runs, tabulate, with_runs
     from far_env.evaluation.evaluate import evaluate_grid
     from far_env.evaluation.fvd import FVD, FeatureStore, VideoFeatures, fvd_unavailable, with_fvd
-    from far_env.evaluation.records import MEMORIES, TOKENS, cell, session_precision
-    from far_env.evaluation.token_memory import TokenMemory
+    from far_env.evaluation.records import cell
+    from far_env.evaluation.results_folder import session_precision
     from far_env.rollout.noise import trajectory_seeds
-    from far_env.workloads import make_workload, resolve_budget
+    from far_env.workloads import make_workload
 
     names = split_list(options.policies, "policies", "policy")
     runs = check_runs(parse_mapping(options.runs, "runs"), "--runs")
@@ -141,18 +142,9 @@ def evaluate(args: Sequence[str]) -> int:
     if options.first_clip < 0:
         raise ValueError(f"first-clip must be at least 0, got {options.first_clip}")
     clip_ids = range(options.first_clip, options.first_clip + options.clips)
-    if options.memory not in MEMORIES:
-        raise ValueError(unknown_name("memory", options.memory, MEMORIES))
-    in_tokens = options.memory == TOKENS
-    if options.max_gap < 0 or (options.max_gap != 1 and not in_tokens):
-        raise ValueError(f"--max-gap is a whole number from 0 on for --memory tokens, got {options.max_gap}")
-    memory = TokenMemory(options.max_gap or None) if in_tokens else None
-    budget_names = split_list(options.budget, "budget", "budget")
-    if in_tokens:
-        budgets = sorted({whole_number(name, "budget") for name in budget_names})
-    else:
-        budgets = sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in budget_names})
-    limited = [budget for budget in budgets if in_tokens or budget < UNLIMITED_FRAMES]
+    memory = _token_memory(options)
+    budgets = _budgets(options.budget, in_tokens=memory is not None)
+    limited = [budget for budget in budgets if memory is not None or budget < UNLIMITED_FRAMES]
     seeds = [whole_number(text, "seeds") for text in split_list(options.seeds, "seeds", "noise seed")]
     noise_seeds = [seed for first in seeds for seed in trajectory_seeds(first, options.trajectories)]
     metrics = split_list(options.metrics, "metrics", "metric")
@@ -161,9 +153,11 @@ def evaluate(args: Sequence[str]) -> int:
     if no_fvd and metrics == [FVD]:
         raise MetricUnavailable(no_fvd)
     clip_metrics = [metric for metric in metrics if metric != FVD]
-    if not options.policy_seconds > 0:
-        raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
-    policies, optional = _load_token_policies(names) if in_tokens else _load_policies(names, budgets, options.policy_seconds)
+    check_policy_seconds(options.policy_seconds)
+    if memory is None:
+        policies, optional = _load_policies(names, budgets, options.policy_seconds)
+    else:
+        policies, optional = _load_token_policies(names)
     if options.json not in (None, "-"):
         make_run_dir(Path(options.json).parent)
     keys = ("data_dir", "protocol", "num_context", "num_predict")
@@ -198,7 +192,7 @@ def evaluate(args: Sequence[str]) -> int:
             optional=set(policies),
             out=None if options.out is None else Path(options.out),
             show_clips=options.show_clips,
-            policy_facts={name: (token_policy_facts if in_tokens else policy_facts)(name) for name in policies},
+            policy_facts={name: (policy_facts if memory is None else token_policy_facts)(name) for name in policies},
             features=features,
             player=None if actors is None else actors(common, options.policy_seconds),
             memory=memory,
@@ -239,6 +233,28 @@ def evaluate(args: Sequence[str]) -> int:
     return 2 if any(name not in optional for name, _ in failed) else int(bool(results.unreadable))
 
 
+def _token_memory(options: EvaluateOptions) -> TokenMemory | None:
+    """The memory of --memory tokens; None for frames. Raises ValueError on an unknown memory or a wrong gap."""
+    from far_env.evaluation.batches import TokenMemory
+    from far_env.evaluation.records import MEMORIES, TOKENS
+
+    if options.memory not in MEMORIES:
+        raise ValueError(unknown_name("memory", options.memory, MEMORIES))
+    if options.max_gap < 0 or (options.max_gap != 1 and options.memory != TOKENS):
+        raise ValueError(f"--max-gap is a whole number from 0 on for --memory tokens, got {options.max_gap}")
+    return TokenMemory(options.max_gap or None) if options.memory == TOKENS else None
+
+
+def _budgets(text: str, in_tokens: bool) -> list[int]:
+    """The budgets of the option, ascending."""
+    from far_env.workloads import resolve_budget
+
+    names = split_list(text, "budget", "budget")
+    if in_tokens:
+        return sorted({whole_number(name, "budget") for name in names})
+    return sorted({min(resolve_budget(name), UNLIMITED_FRAMES) for name in names})
+
+
 def _actors(options: EvaluateOptions, metrics: Sequence[str]) -> Callable[..., ActorPlayer] | None:
     """What makes the player of --ray; None without it. Raises ValueError on options that do not go together."""
     if not options.ray:
@@ -248,14 +264,16 @@ def _actors(options: EvaluateOptions, metrics: Sequence[str]) -> Callable[..., A
         return None
     from far_env.distributed.cluster import ActorSettings
     from far_env.distributed.evaluation import ActorPlayer
+    from far_env.evaluation.fvd import FVD
+    from far_env.evaluation.records import FRAMES
 
     if options.actors < 1:
         raise ValueError(f"--actors must be at least 1, got {options.actors}")
     if options.device != "auto":
         raise ValueError("with --ray the actors' devices are assigned; use --gpus-per-actor in place of --device")
-    if options.memory != "frames":
+    if options.memory != FRAMES:
         raise ValueError(f"--memory {options.memory} is played in one process; evaluate it without --ray")
-    if "fvd" in metrics:
+    if FVD in metrics:
         raise ValueError("fvd compares all videos in one process; evaluate it without --ray")
     if options.precision == "auto" and options.gpus_per_actor:
         raise ValueError("with --gpus-per-actor the precision is not measured here; use --precision float32 or bfloat16")
@@ -282,9 +300,7 @@ def _load_policies(
     names: Sequence[str], budgets: Sequence[int], policy_seconds: float
 ) -> tuple[dict[str, RetentionPolicy | None], set[str]]:
     """Policies by name in the order given, and the names that only "all" includes, which may fail."""
-    baselines = policy_names("baselines") if ALL in names else []
-    optional = set(baselines) - set(names)
-    wanted = dict.fromkeys(single for name in names for single in (baselines if name == ALL else [name]))
+    wanted, optional = _wanted(names, policy_names("baselines") if ALL in names else [])
     if UNLIMITED_FRAMES in budgets:
         wanted[FULL_HISTORY] = None
         if len(budgets) == 1 and len(wanted) > 1:
@@ -307,10 +323,15 @@ def _load_policies(
 
 
 def _load_token_policies(names: Sequence[str]) -> tuple[dict[str, TokenPolicy | None], set[str]]:
-    """The same for policies over tokens."""
-    every = token_policy_names() if ALL in names else []
+    """Policies over tokens by name in the order given, and the names that only "all" includes, which may fail."""
+    wanted, optional = _wanted(names, token_policy_names() if ALL in names else [])
+    return {name: load_token_policy(name) for name in wanted}, optional
+
+
+def _wanted(names: Sequence[str], every: Sequence[str]) -> tuple[dict[str, None], set[str]]:
+    """Names in order, each once, ``every`` in place of "all"; and those that only "all" includes."""
     wanted = dict.fromkeys(single for name in names for single in (every if name == ALL else [name]))
-    return {name: load_token_policy(name) for name in wanted}, set(every) - set(names)
+    return wanted, set(every) - set(names)
 
 
 def _text(tables: Sequence[Evaluation], robust: bool) -> str:

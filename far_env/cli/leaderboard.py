@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from far_env.cli.console import keeping_episodes, remark
+from far_env.cli.options import check_policy_seconds
 from far_env.config import parse
 from far_env.io import write_text
 from far_env.policies import load_policy, policy_facts
@@ -107,8 +108,7 @@ def add(args: Sequence[str]) -> None:
         raise ValueError("leaderboard add needs a policy: a .py file, a run folder, or a name that far-env evaluate takes")
     if options.name is not None and len(options.policies) > 1:
         raise ValueError(f"--name is for a single policy, got {len(options.policies)}")
-    if not options.policy_seconds > 0:
-        raise ValueError(f"policy-seconds must be above 0, got {options.policy_seconds}")
+    check_policy_seconds(options.policy_seconds)
     if options.batch_size < 1:
         raise ValueError(f"batch-size must be at least 1, got {options.batch_size}")
     suite, folder = load_suite(), Path(options.folder)

@@ -32,6 +32,12 @@ def split_list(text: str, option: str, noun: str) -> list[str]:
     return parts
 
 
+def check_policy_seconds(seconds: float) -> None:
+    """Raise ValueError unless it can be the longest time of a call of a policy file."""
+    if not seconds > 0:
+        raise ValueError(f"policy-seconds must be above 0, got {seconds}")
+
+
 def whole_number(text: str, option: str) -> int:
     """A whole number from 0 on. Raises ValueError for any other text."""
     if not text.isdecimal() or len(text) > MAX_DIGITS:

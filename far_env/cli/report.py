@@ -36,8 +36,8 @@ def report(args: Sequence[str]) -> None:
     options = parse(ReportOptions, args, "far-env report", ReportOptions.__doc__ or "")
     from far_env.evaluation.plots import save_plots
     from far_env.evaluation.ranking import select_policies
-    from far_env.evaluation.records import load
     from far_env.evaluation.report import report_page
+    from far_env.evaluation.results_folder import load
 
     if options.show_clips is not None and options.show_clips < 0:
         raise ValueError(f"--show-clips must be at least 0, got {options.show_clips}")

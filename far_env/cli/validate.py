@@ -40,7 +40,7 @@ def validate(args: Sequence[str]) -> int:
     """Play the records of a results folder again and compare."""
     options = parse(ValidateOptions, args, "far-env validate", ValidateOptions.__doc__ or "")
     from far_env.clips.worlds import WORLDS
-    from far_env.evaluation.records import load
+    from far_env.evaluation.results_folder import load
     from far_env.evaluation.validate import choose, report, validate
     from far_env.policies import load_token_policy
     from far_env.workloads import make_workload

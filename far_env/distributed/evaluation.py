@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from far_env.contract import RetentionPolicy
 from far_env.distributed.cluster import ActorSettings, connected
-from far_env.distributed.pool import ActorPool, Task, check_same, start_facts
+from far_env.distributed.pool import ActorPool, Task, check_same, start_facts, use_device
 from far_env.errors import PolicyError, VideoError
-from far_env.evaluation.evaluate import Episode, Job, Session, record_facts
-from far_env.evaluation.records import Record, Recorder, Results, Settings, cell, png
+from far_env.evaluation.facts import record_facts
+from far_env.evaluation.records import Record, Results, Settings, cell
+from far_env.evaluation.results_folder import Recorder, png
+from far_env.evaluation.session import ClipSeed, Job, Session
 from far_env.policies import is_policy_file, is_tuned_form, load_policy
 from far_env.progress import show_progress
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
@@ -32,7 +33,7 @@ from far_env.workloads import Workload, make_workload
 
 @dataclass(frozen=True)
 class ActorPlayer:
-    """A `far_env.evaluation.evaluate.Player`: plays the missing episodes of a session by actors.
+    """A `far_env.evaluation.session.Player`: plays the missing episodes of a session by actors.
 
     Attributes:
         workload_options: arguments of `far_env.workloads.make_workload` other than the name and the device.
@@ -60,8 +61,8 @@ class ActorPlayer:
         expected = start_facts({name: workload.host.weights_hash for name, workload in by_name.items()})
         expected["policies"] = _policy_hashes([job.name for job in jobs])
         options = {name: value for name, value in self.workload_options.items() if name != "device"}
-        options["precision"] = str(workloads[0].host.dtype).removeprefix("torch.")
-        plan = _Plan(session.asked, list(by_name), options, [job.name for job in jobs], self.policy_seconds, self.memo_bytes)
+        options["precision"] = workloads[0].host.precision
+        setup = _Setup(session.asked, list(by_name), options, [job.name for job in jobs], self.policy_seconds, self.memo_bytes)
         failures: dict[tuple[str, int, str], int] = {}
         with session.bar(workloads, jobs) as bar, connected(self.settings) as ray:
 
@@ -69,7 +70,7 @@ class ActorPlayer:
                 number, workload, budget, policy, _ = task.arguments
                 return failures.get((workload, budget, policy), number) < number
 
-            arguments = (plan, self.settings.gpus_per_actor, self.settings.cpus_per_actor)
+            arguments = (setup, self.settings.gpus_per_actor, self.settings.cpus_per_actor)
             pool = ActorPool(ray, EvaluationActor, arguments, self.settings, partial(check_same, expected), bar.write)
             for task, played in pool.completed(tasks, has_failed):
                 number, workload, budget, policy, episodes = task.arguments
@@ -88,7 +89,7 @@ class ActorPlayer:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Setup:
     """What an actor needs to know, as plain values."""
 
     settings: Settings
@@ -100,7 +101,7 @@ class _Plan:
 
 
 @dataclass
-class Played:
+class TaskResult:
     """What came of a task.
 
     Attributes:
@@ -119,46 +120,47 @@ class Played:
 class EvaluationActor:
     """Holds the hosts of an evaluation on one device and plays its tasks."""
 
-    def __init__(self, plan: _Plan, gpus: float, cpus: int) -> None:
-        self._plan = plan
+    def __init__(self, setup: _Setup, gpus: float, cpus: int) -> None:
+        self._setup = setup
         self._device = use_device(gpus, cpus)
+        self._memo = FrameMemo(setup.memo_bytes)
         self._policies: dict[str, RetentionPolicy | None] = {}
         self._workloads: dict[str, Workload] = {}
+        self._facts: dict[str, dict[str, object]] = {}
 
     def prepare(self) -> dict[str, Any]:
         """Load the hosts; returns facts for `far_env.distributed.pool.check_same`."""
-        plan = self._plan
-        for name in plan.workloads:
+        setup = self._setup
+        for name in setup.workloads:
             if name not in self._workloads:
-                self._workloads[name] = make_workload(name, **plan.workload_options, device=self._device)
-        self._facts = {name: record_facts(workload) for name, workload in self._workloads.items()}
-        self._memo = FrameMemo(plan.memo_bytes)
+                workload = self._workloads[name] = make_workload(name, **setup.workload_options, device=self._device)
+                self._facts[name] = record_facts(workload)
         weights = {name: workload.host.weights_hash for name, workload in self._workloads.items()}
-        return start_facts(weights) | {"policies": _policy_hashes(plan.policies)}
+        return start_facts(weights) | {"policies": _policy_hashes(setup.policies)}
 
-    def work(self, number: int, workload: str, budget: int, policy: str, episodes: Sequence[Episode]) -> Played:
+    def work(self, number: int, workload: str, budget: int, policy: str, episodes: Sequence[ClipSeed]) -> TaskResult:
         """Play one policy on some episodes of a workload; ``number`` is that of their batch."""
-        sink = _Collected(self._plan.settings)
-        session = Session(self._plan.settings, sink, self._memo, frozenset([policy]), progress=False, features=None)
+        store = _CollectedRecords(self._setup.settings)
+        session = Session(self._setup.settings, store, self._memo, frozenset([policy]), progress=False, features=None)
         try:
             job = Job(budget, policy, self._policy(policy))
         except PolicyError as error:
-            return Played(failed=str(error))
+            return TaskResult(failed=str(error))
         with show_progress(disable=True) as bar:
             bar.write = lambda text, file=None: None
             try:
                 session.play_batch(self._workloads[workload], episodes, [job], self._facts[workload], bar)
             except VideoError:
-                if not sink.results.unreadable:  # else no clip at all can be read, which this process cannot know
+                if not store.results.unreadable:  # else no clip at all can be read, which this process cannot know
                     raise
-        sink.played.unreadable = {clip: reason for (_, clip), reason in sink.results.unreadable.items()}
-        return sink.played
+        store.result.unreadable = {clip: reason for (_, clip), reason in store.results.unreadable.items()}
+        return store.result
 
     def _policy(self, name: str) -> RetentionPolicy | None:
         """Load a policy where it is first used. Raises PolicyError if a file cannot be loaded, as one that cannot play."""
         if name not in self._policies:
             try:
-                self._policies[name] = load_policy(name, self._plan.policy_seconds)
+                self._policies[name] = load_policy(name, self._setup.policy_seconds)
             except ValueError as error:
                 if is_policy_file(name):
                     raise PolicyError(str(error)) from error
@@ -166,36 +168,26 @@ class EvaluationActor:
         return self._policies[name]
 
 
-def use_device(gpus: float, cpus: int) -> str:
-    """Compute with so many threads, and on the GPU that Ray assigned, of whose memory the share ``gpus`` is used."""
-    torch.set_num_threads(cpus)
-    if not gpus:
-        return "cpu"
-    if gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(gpus)
-    return "cuda"
-
-
-class _Collected:
-    """Keeps what a session plays, to be sent: a `far_env.evaluation.evaluate.Sink`."""
+class _CollectedRecords:
+    """Keeps what a session plays, to be sent: a `far_env.evaluation.session.RecordStore`."""
 
     FOLDER = Path("results")
 
     def __init__(self, settings: Settings) -> None:
         self.results = Results(settings, [], self.FOLDER)
-        self.played = Played()
+        self.result = TaskResult()
 
     def add(self, records: Iterable[Record]) -> None:
-        self.played.records.extend(records)
+        self.result.records.extend(records)
 
     def leave_out(self, policy: str, where: str, reason: str) -> None:
-        self.played.failed = reason
+        self.result.failed = reason
 
     def has_picture(self, path: Path) -> bool:
-        return path.relative_to(self.FOLDER).as_posix() in self.played.pictures
+        return path.relative_to(self.FOLDER).as_posix() in self.result.pictures
 
     def save_picture(self, path: Path, frames: np.ndarray) -> None:
-        self.played.pictures[path.relative_to(self.FOLDER).as_posix()] = png(frames)
+        self.result.pictures[path.relative_to(self.FOLDER).as_posix()] = png(frames)
 
 
 def _tasks(session: Session, workloads: Sequence[Workload], jobs: Sequence[Job], batch_size: int) -> list[Task]:
@@ -211,13 +203,13 @@ def _tasks(session: Session, workloads: Sequence[Workload], jobs: Sequence[Job],
     return tasks
 
 
-def _keep(session: Session, workload: str, played: Played) -> list[int]:
+def _keep(session: Session, workload: str, played: TaskResult) -> list[int]:
     """Add what an actor has played to the session; returns the clips that are newly known to be unreadable."""
     for record in played.records:
         session.check_clip(workload, record.clip, record.clip_sha256)
-    if isinstance(session.recorder, Recorder):
+    if isinstance(session.store, Recorder):
         for path, content in played.pictures.items():
-            session.recorder.write_picture(session.results.folder / path, content)
+            session.store.write_picture(session.results.folder / path, content)
     session.keep(played.records)
     unreadable = session.results.unreadable
     new = [clip for clip in played.unreadable if (workload, clip) not in unreadable]

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from far_env.distributed.cluster import ActorSettings
 from far_env.errors import ClipIdError, MetricUnavailable, PolicyError, first_line
 from far_env.provenance import versions
@@ -192,7 +194,6 @@ class _Queue:
 
 def start_facts(weights: Mapping[str, str]) -> dict[str, Any]:
     """What an actor tells about itself: machine, process, versions of packages, and the hash of each workload's host."""
-
     return {"machine": platform.node(), "pid": os.getpid(), "versions": versions(), "weights": dict(weights)}
 
 
@@ -205,6 +206,16 @@ def check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
                     f"the machine {there['machine']} has another {what} {name} than this one ({other}, not {value}); "
                     "results of both would not be comparable"
                 )
+
+
+def use_device(gpus: float, cpus: int) -> str:
+    """Compute with so many threads, and on the GPU that Ray assigned, of whose memory the share ``gpus`` is used."""
+    torch.set_num_threads(cpus)
+    if not gpus:
+        return "cpu"
+    if gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(gpus)
+    return "cuda"
 
 
 def _cause(error: Any) -> Exception:

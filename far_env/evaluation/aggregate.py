@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from far_env.evaluation.records import Record, Results
-from far_env.evaluation.stored_records import StoredRecords
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class Episodes:
     clips: tuple[int, ...]
     seeds: tuple[int, ...]
     missing: int
+
+    @property
+    def decided(self) -> tuple[str, int, bytes]:
+        """Policy, budget and hash of the decisions, by which `alike` compares."""
+        return self.policy, self.budget, self.decisions
 
     def scores(self, metric: str) -> np.ndarray:
         """A metric of ``clips``, float64 (clips, seeds)."""
@@ -85,7 +89,7 @@ def collect_episodes(
     seeds = results.settings.seeds if seeds is None else seeds
     wanted = {(clip, seed) for clip in clips for seed in seeds}
     order = {policy: place for place, policy in enumerate(results.settings.policies)}
-    by_policy = _by_policy(results, workload)
+    by_policy = results.by_policy(workload)
     for policy, budget in sorted(by_policy, key=lambda key: (order[key[0]], key[1])):
         if budgets is not None and budget not in budgets:
             continue
@@ -96,31 +100,18 @@ def collect_episodes(
             yield Episodes(policy, budget, rows, *numbers, finished, tuple(seeds), len(wanted) - len(rows))
 
 
-def alike(all_episodes: Iterable[Episodes | tuple[str, int, bytes]]) -> dict[str, str]:
+def alike(decided: Iterable[tuple[str, int, bytes]]) -> dict[str, str]:
     """Policies that kept the same frames as an earlier one at every decision, and so have its scores → that one.
 
     Args:
-        all_episodes: or of each the policy, the budget and ``decisions``.
+        decided: `Episodes.decided` of each.
     """
     first: dict[tuple, str] = {}
     same = {}
-    for one in all_episodes:
-        policy, budget, decisions = (one.policy, one.budget, one.decisions) if isinstance(one, Episodes) else one
+    for policy, budget, decisions in decided:
         if (other := first.setdefault((budget, decisions), policy)) != policy:
             same[policy] = other
     return same
-
-
-def _by_policy(results: Results, workload: str) -> dict[tuple[str, int], Iterable[Record]]:
-    """Policy and budget → records on the workload; those of a large folder are read when they are iterated over."""
-    stored = results.records
-    if isinstance(stored, StoredRecords):
-        return {(cell[2], cell[1]): stored.of_cell(cell) for cell in stored.cells() if cell[0] == workload}
-    grouped: dict[tuple[str, int], list[Record]] = defaultdict(list)
-    for record in stored:
-        if record.workload == workload:
-            grouped[record.policy, record.budget].append(record)
-    return dict(grouped)
 
 
 def _columns(records: Iterable[Record]) -> tuple:

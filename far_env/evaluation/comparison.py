@@ -163,7 +163,7 @@ def tabulate(
         decision_ms,
         failed,
         trajectories=trajectories,
-        alike=alike(complete.values()),
+        alike=alike(episodes.decided for episodes in complete.values()),
         policies={name: settings.policies[name] for name in complete},
     )
 

@@ -17,7 +17,7 @@ from far_env.clips.clip import Clip, check_clip_id
 from far_env.clips.video_writing import WRITERS, is_whole
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.errors import VideoError
-from far_env.evaluation.evaluate import record_facts
+from far_env.evaluation.facts import record_facts
 from far_env.io import read_json, write_json
 from far_env.progress import show_progress
 from far_env.rollout.memo import FrameMemo

@@ -13,7 +13,7 @@ import torch
 
 from far_env.clips.worlds import WORLDS
 from far_env.contract import NewestFrames
-from far_env.evaluation.evaluate import FULL_HISTORY, evaluate
+from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.far_long import FARLong
 from far_env.host.training.config import HostTraining, Source
@@ -23,6 +23,7 @@ from far_env.host.training.train import all_episodes, train_models
 from far_env.host.weights import Host
 from far_env.io import write_text
 from far_env.metrics import psnr
+from far_env.policies import FULL_HISTORY
 from far_env.provenance import load_facts
 from far_env.tensor_files import load_tensors
 from far_env.workloads import WORKLOADS, make_workload

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy, tier, wanted_signals
-from far_env.evaluation.evaluate import evaluate_grid, record_facts
+from far_env.evaluation.evaluate import evaluate_grid
+from far_env.evaluation.facts import record_facts
 from far_env.evaluation.leaderboard_entry import (
     FORMAT,
     Cell,
@@ -20,7 +21,7 @@ from far_env.evaluation.leaderboard_entry import (
     check_texts,
     replayable,
 )
-from far_env.evaluation.plans import histories
+from far_env.evaluation.plans import dropped_frames
 from far_env.evaluation.records import Record, Results, Settings
 from far_env.evaluation.validate import Finding, choose, validate
 from far_env.policies import is_tuned_form
@@ -169,16 +170,4 @@ def replayed(
 
 def _episode(record: Record, workload: Workload) -> Episode:
     metrics = {name: round(value, _DIGITS) for name, value in record.metrics.items()}
-    return Episode(record.clip, _dropped(record, workload), metrics, record.clip_sha256)
-
-
-def _dropped(record: Record, workload: Workload) -> tuple[tuple[int, ...], ...]:
-    """Per decision the frames that were dropped."""
-    kept = histories(record, workload.num_context, workload.num_predict)
-    history, dropped = set(range(workload.num_context)), []
-    for step in range(workload.num_predict - 1):
-        history.add(workload.num_context + step)
-        if step in kept:
-            dropped.append(tuple(sorted(history - set(kept[step]))))
-            history = set(kept[step])
-    return tuple(dropped)
+    return Episode(record.clip, dropped_frames(record, workload.num_context, workload.num_predict), metrics, record.clip_sha256)

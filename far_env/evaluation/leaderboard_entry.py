@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,6 +19,7 @@ import numpy as np
 from far_env.config import from_dict, load_yaml
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.errors import short
+from far_env.evaluation.plans import plan_of_dropped
 from far_env.evaluation.records import Record
 from far_env.io import make_run_dir, read_json, write_text
 from far_env.workloads import WORKLOADS, Workload, make_workload
@@ -242,7 +241,7 @@ def replayable(entry: Entry, cell: SuiteCell, suite: Suite, episode: Episode) ->
         policy=entry.name,
         clip=episode.clip,
         seed=suite.seed,
-        plan=_plan(episode.dropped, spec.num_context, spec.num_predict, budget),
+        plan=plan_of_dropped(episode.dropped, spec.num_context, spec.num_predict, budget),
         metrics=episode.metrics,
         psnr_per_frame=[],
         decision_ms=None,
@@ -272,28 +271,6 @@ def check_link(link: str) -> None:
         raise ValueError(f"link is {short(link)}, which is no address: {error}") from error
     if link and (parts.scheme != "https" or not parts.netloc):
         raise ValueError(f"link is {short(link)}; it must be an address that begins with https://, or be empty")
-
-
-def _plan(dropped: Sequence[Sequence[int]], num_context: int, num_predict: int, budget: int) -> list[dict[str, Any]]:
-    """A record's plan from the frames that were dropped. Raises ValueError, in a few words, if they do not fit."""
-    history, plan, answers = list(range(num_context)), [], list(dropped)
-    for step in range(num_predict - 1):
-        history.append(num_context + step)
-        if len(history) <= budget or budget >= UNLIMITED_FRAMES:
-            continue
-        if not answers:
-            raise ValueError(f"has {len(dropped)} decisions; its budget needs one at step {step} too")
-        frames = answers.pop(0)
-        if not set(frames) <= set(history[:-1]) or len(set(frames)) != len(frames):
-            earlier = short(history[:-1])
-            raise ValueError(f"has {short(list(frames))} at step {step}, where some of {earlier} can be dropped, each once")
-        history = [number for number in history if number not in frames]
-        if len(history) > budget:
-            raise ValueError(f"leaves {short(history)} at step {step}, with a budget of {budget}")
-        plan.append({"step": step, "kept": list(history), "demoted": []})
-    if answers:
-        raise ValueError(f"has {len(dropped)} decisions; its budget needs {len(plan)}")
-    return plan
 
 
 def _cell(values: object, wanted: SuiteCell, entry: Entry, suite: Suite, path: Path) -> Cell:

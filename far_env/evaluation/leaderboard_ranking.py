@@ -11,13 +11,15 @@ import numpy as np
 
 from far_env.evaluation.leaderboard_entry import Entry, Suite
 from far_env.evaluation.ranking import metric_format
-from far_env.evaluation.report import fill_page
+from far_env.evaluation.report import fill_page, triple
 from far_env.evaluation.statistics import Interval, mean_intervals
 from far_env.evaluation.table import interval_text, signed_interval_text
 from far_env.text import text_table
 
 SCRIPTS = ("dom.js", "tables.js", "theme.js", "leaderboard.js")
 METRIC = "psnr"
+_SHOWN = ("name", "author", "link", "policy", "sha256", "family", "inputs", "source", "note")
+"""The keys of an entry that the page shows as they are."""
 
 
 @dataclass(frozen=True)
@@ -121,22 +123,17 @@ def page_data(standings: list[Standing], suite: Suite) -> dict[str, Any]:
 def _row(standing: Standing) -> dict[str, Any]:
     entry = standing.entry
     return {
-        **{name: getattr(entry, name) for name in ("name", "author", "link", "policy", "sha256", "family", "inputs", "source")},
-        "note": entry.note,
+        **{name: getattr(entry, name) for name in _SHOWN},
         "madeWith": entry.made_with,
         "place": standing.place,
         "meanPlace": standing.mean_place,
-        "mean": _triple(standing.mean),
-        "gain": None if standing.gain is None else _triple(standing.gain),
-        "cells": [_triple(interval) for interval in standing.cells],
-        "cellGains": [_triple(interval) for interval in standing.cell_gains],
+        "mean": triple(standing.mean),
+        "gain": None if standing.gain is None else triple(standing.gain),
+        "cells": [triple(interval) for interval in standing.cells],
+        "cellGains": [triple(interval) for interval in standing.cell_gains],
     }
 
 
 def _place(value: float, others: list[float]) -> int:
     """1 plus the number of values that are better, by more than rounding."""
     return 1 + sum(bool(other > value + 1e-9) for other in others)
-
-
-def _triple(interval: Interval) -> list[float]:
-    return [float(f"{value:.7g}") for value in (interval.mean, interval.low, interval.high)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from far_env.evaluation.aggregate import Episodes, alike, collect_episodes
 from far_env.evaluation.gaps import psnr_by_gap
 from far_env.evaluation.records import Results
 from far_env.evaluation.statistics import Interval, iqm_interval, mean_intervals, sign_flip_ps
-from far_env.evaluation.stored_records import StoredRecords
 from far_env.metrics import LOWER_IS_BETTER
 from far_env.rollout.intervention import interventions_of
 
@@ -161,11 +159,7 @@ def select_policies(results: Results, names: Sequence[str]) -> Results:
         if name not in settings.policies:
             raise ValueError(f"{results.folder}: {unknown_name('policy', name, list(settings.policies))}")
     chosen = {name: settings.policies[name] for name in names or settings.policies}
-    stored = results.records
-    if isinstance(stored, StoredRecords):
-        records = stored.of_policies(chosen)
-    else:
-        records = [record for record in stored if record.policy in chosen]
+    records = results.of_policies(chosen)
     if not records:
         raise ValueError(f"{results.folder} holds no finished episode{' of these policies' if names else ''}; evaluate first")
     return replace(results, settings=replace(settings, policies=chosen), records=records)
@@ -179,13 +173,13 @@ def make_groups(results: Results) -> list[Group]:
     groups = []
     for workload in results.settings.workloads:
         rows: dict[int, list[Row]] = defaultdict(list)
-        played: dict[int, list[tuple[str, int, bytes]]] = defaultdict(list)
+        decided: dict[int, list[tuple[str, int, bytes]]] = defaultdict(list)
         for episodes in collect_episodes(results, workload):
             budget = min(episodes.budget, UNLIMITED_FRAMES)
             rows[budget].append(_row(results, episodes))
-            played[budget].append((episodes.policy, episodes.budget, episodes.decisions))
+            decided[budget].append(episodes.decided)
         unlimited = rows.pop(UNLIMITED_FRAMES, [])
-        groups += [Group(workload, budget, [*rows[budget], *unlimited], alike(played[budget])) for budget in sorted(rows)]
+        groups += [Group(workload, budget, [*rows[budget], *unlimited], alike(decided[budget])) for budget in sorted(rows)]
         if unlimited and not rows:
             groups.append(Group(workload, UNLIMITED_FRAMES, unlimited))
     return groups
@@ -257,19 +251,10 @@ def choose_reference(policies: Sequence[str], reference: str | None) -> str:
     return reference
 
 
-def _counted_facts(results: Results) -> Iterator[tuple[str, Mapping[str, Any], int]]:
-    """Workload, facts, and the number of records that have them."""
-    if isinstance(results.records, StoredRecords):
-        yield from results.records.counted_facts()
-    else:
-        for record in results.records:
-            yield record.workload, record.facts, 1
-
-
 def facts(results: Results) -> dict[str, dict[str, dict[str, int]]]:
     """Workload → fact → value as text → number of episodes that have it."""
     counts: dict[str, dict[str, dict[str, int]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
-    for workload, of_records, count in _counted_facts(results):
+    for workload, of_records, count in results.counted_facts():
         for name, value in of_records.items():
             text = ", ".join(f"{k} {v}" for k, v in sorted(value.items())) if isinstance(value, dict) else str(value)
             counts[workload][name][text] += count

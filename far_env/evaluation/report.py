@@ -22,7 +22,6 @@ from far_env.evaluation.gaps import MEASURE, gap_bins
 from far_env.evaluation.ranking import Difference, Group, Row, choose_reference, facts, highlighted, make_groups, metric_format
 from far_env.evaluation.records import Record, Results
 from far_env.evaluation.statistics import Interval
-from far_env.evaluation.stored_records import StoredRecords
 from far_env.evaluation.table import policy_labels
 from far_env.policies import VALIDATION_ROLLOUTS
 from far_env.progress import show_progress
@@ -154,19 +153,19 @@ def _group(group: Group, number: dict[str, int], metrics: Sequence[str]) -> dict
 def _difference(difference: Difference) -> list[float]:
     """Mean, low, high and clips of the difference, its p value, and mean, low and high of the probability of improvement."""
     interval = difference.interval
-    return [*_triple(interval), interval.n, _round(difference.p), *_triple(difference.better)]
+    return [*triple(interval), interval.n, _round(difference.p), *triple(difference.better)]
 
 
 def _row(row: Row, number: dict[str, int], bins: Sequence[str]) -> dict[str, Any]:
-    by_gap = row.by_gap if isinstance(row.by_gap, str) else {bins.index(name): _triple(i) for name, i in row.by_gap.items()}
+    by_gap = row.by_gap if isinstance(row.by_gap, str) else {bins.index(name): triple(i) for name, i in row.by_gap.items()}
     return {
         "policy": number[row.policy],
         "budget": row.budget,
         "n": len(row.clips),
         "missing": row.missing,
-        "scores": {metric: value if isinstance(value, str) else _triple(value) for metric, value in row.intervals.items()},
-        "iqm": {metric: value if isinstance(value, str) else _triple(value) for metric, value in row.iqm.items()},
-        "perFrame": row.per_frame if isinstance(row.per_frame, str) else [_triple(value) for value in row.per_frame],
+        "scores": {metric: value if isinstance(value, str) else triple(value) for metric, value in row.intervals.items()},
+        "iqm": {metric: value if isinstance(value, str) else triple(value) for metric, value in row.iqm.items()},
+        "perFrame": row.per_frame if isinstance(row.per_frame, str) else [triple(value) for value in row.per_frame],
         "byGap": by_gap,
         "ms": row.decision_ms,
     }
@@ -213,9 +212,7 @@ def _pictured(results: Results) -> list[Record]:
         clips |= {
             (workload, int(path.stem[len("truth_c") :])) for path in folder.glob("truth_c*.png") if path.stem[7:].isdecimal()
         }
-    if isinstance(results.records, StoredRecords):
-        return list(results.records.of_clips(clips))
-    return [record for record in results.records if (record.workload, record.clip) in clips]
+    return results.of_clips(clips)
 
 
 def _check_strip(path: Path, results: Results, workload: str, num_frames: int) -> None:
@@ -247,7 +244,8 @@ def _bar(items: Sequence[Any], name: str, progress: bool) -> Iterable[Any]:
     return show_progress(items, description=name, delay=1, disable=not progress)
 
 
-def _triple(interval: Interval) -> list[float]:
+def triple(interval: Interval) -> list[float]:
+    """Mean and bounds, as the pages' scripts read them."""
     return [_round(value) for value in (interval.mean, interval.low, interval.high)]
 
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.metrics import clip_metrics, psnr
 from far_env.rollout.intervention import SWAP, IntervenedFrames, interventions_of, metric_of, partner_of
 from far_env.workloads import Workload
+
+
+def scores_of(
+    workload: Workload, clips: Sequence[Clip], predicted: Tensor, metrics: Sequence[str], intervened: IntervenedFrames
+) -> tuple[list[dict[str, float]], list[list[float]]]:
+    """`all_metrics` of every clip's predicted frames (B, n_predict, 3, H, W), and the PSNR of each frame."""
+    truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
+    truth = torch.from_numpy(truth).to(predicted.device)
+    return all_metrics(predicted, truth, metrics, intervened), frame_psnr(predicted, truth).tolist()
 
 
 def all_metrics(

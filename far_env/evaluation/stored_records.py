@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from far_env.evaluation.records import Key, Record
 
-Cell = tuple[str, int, str]
+JobKey = tuple[str, int, str]
 """Workload, budget and policy."""
 
 
@@ -34,20 +34,20 @@ class StoredRecords(Sequence):
         self.clip_hashes: dict[tuple[str, int], str] = {}
         """Workload and clip → hash of the clip's frames."""
         self._read = read
-        self._cells: dict[Cell, int] = {}
-        self._facts: Counter[tuple[Cell, str]] = Counter()
+        self._jobs: dict[JobKey, int] = {}
+        self._facts: Counter[tuple[JobKey, str]] = Counter()
         self._seeds: dict[int, int] = {}
-        self._begin, self._cell, self._clip, self._seed = array("q", [0]), array("i"), array("q"), array("i")
+        self._begin, self._job, self._clip, self._seed = array("q", [0]), array("i"), array("q"), array("i")
         self._chosen: Collection[str] | None = None
 
     def append(self, record: Record, size: int) -> None:
         """Count a record whose line of so many bytes is in the file after all before."""
         self._begin.append(self._begin[-1] + size)
-        cell = record.workload, record.budget, record.policy
-        self._cell.append(self._cells.setdefault(cell, len(self._cells)))
+        job = record.workload, record.budget, record.policy
+        self._job.append(self._jobs.setdefault(job, len(self._jobs)))
         self._clip.append(record.clip)
         self._seed.append(self._seeds.setdefault(record.seed, len(self._seeds)))
-        self._facts[cell, json.dumps(record.facts)] += 1
+        self._facts[job, json.dumps(record.facts)] += 1
         self.clip_hashes[record.workload, record.clip] = record.clip_sha256
 
     def extend(self, records: Iterable[Record]) -> None:
@@ -57,30 +57,28 @@ class StoredRecords(Sequence):
 
     def episode_keys(self) -> Iterator[Key]:
         """The episodes, in the order of the file."""
-        cells, seeds = list(self._cells), list(self._seeds)
+        jobs, seeds = list(self._jobs), list(self._seeds)
         for place in self._places():
-            yield *cells[self._cell[place]], self._clip[place], seeds[self._seed[place]]
+            yield *jobs[self._job[place]], self._clip[place], seeds[self._seed[place]]
 
     def counted_facts(self) -> Iterator[tuple[str, dict[str, Any], int]]:
         """Workload, facts, and the number of records that have them."""
-        for (cell, text), count in self._facts.items():
-            if self._chosen is None or cell[2] in self._chosen:
-                yield cell[0], json.loads(text), count
+        for (job, text), count in self._facts.items():
+            if self._chosen is None or job[2] in self._chosen:
+                yield job[0], json.loads(text), count
 
-    def cells(self) -> list[Cell]:
+    def jobs(self) -> list[JobKey]:
         """The workloads, budgets and policies that have records."""
-        return [cell for cell in self._cells if self._chosen is None or cell[2] in self._chosen]
+        return [job for job in self._jobs if self._chosen is None or job[2] in self._chosen]
 
-    def of_cell(self, cell: Cell) -> Iterator[Record]:
+    def of_job(self, job: JobKey) -> Iterator[Record]:
         """The records of a workload, budget and policy, in the order of the file."""
-        yield from self._at(np.flatnonzero(np.array(self._cell) == self._cells[cell]).tolist())
+        yield from self._at(np.flatnonzero(np.array(self._job) == self._jobs[job]).tolist())
 
     def of_clips(self, clips: Collection[tuple[str, int]]) -> Iterator[Record]:
         """The records of these workloads' clips, in the order of the file."""
-        cells = list(self._cells)
-        wanted = (
-            i for i, (cell, clip) in enumerate(zip(self._cell, self._clip, strict=True)) if (cells[cell][0], clip) in clips
-        )
+        jobs = list(self._jobs)
+        wanted = (i for i, (job, clip) in enumerate(zip(self._job, self._clip, strict=True)) if (jobs[job][0], clip) in clips)
         yield from (record for record in self._at(wanted) if self._chosen is None or record.policy in self._chosen)
 
     def of_policies(self, policies: Collection[str]) -> StoredRecords:
@@ -90,7 +88,7 @@ class StoredRecords(Sequence):
         return chosen
 
     def _places(self) -> list[int]:
-        return np.flatnonzero(np.isin(np.array(self._cell), [self._cells[cell] for cell in self.cells()])).tolist()
+        return np.flatnonzero(np.isin(np.array(self._job), [self._jobs[job] for job in self.jobs()])).tolist()
 
     def _at(self, indices: Iterable[int]) -> Iterator[Record]:
         with self.path.open("rb") as file:
@@ -100,7 +98,7 @@ class StoredRecords(Sequence):
 
     def __len__(self) -> int:
         if self._chosen is None:
-            return len(self._cell)
+            return len(self._job)
         return len(self._places())
 
     def __iter__(self) -> Iterator[Record]:

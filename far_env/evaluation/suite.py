@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from far_env.clips.video_folder import VideoFolder
 from far_env.evaluation.benchmark import BenchmarkScore
-from far_env.evaluation.evaluate import record_facts
+from far_env.evaluation.facts import record_facts
 from far_env.io import make_run_dir, read_json, write_json
 from far_env.workloads import Workload
 

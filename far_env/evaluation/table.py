@@ -203,7 +203,7 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
     head += [f"{metric_format(name).label} dB [95 %]" for name in disturbed]
     is_tuned = any(VALIDATION_ROLLOUTS in values for values in facts.values())
     head += ["validation rollouts"] * is_tuned
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for summary in summaries:
         workload = _workload_label(summary)
         for names in _ranked(summary):

@@ -6,20 +6,16 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-
 from far_env.errors import VideoError
-from far_env.evaluation.evaluate import clip_hash, latents_hash, record_facts
+from far_env.evaluation.batches import TokenMemory, play_tokens, replay_frames
+from far_env.evaluation.facts import clip_hash, latents_hash, record_facts
 from far_env.evaluation.plans import histories
 from far_env.evaluation.records import TOKENS, Record, Results
-from far_env.evaluation.scores import all_metrics, frame_psnr, partner_clip, undisturbed
-from far_env.evaluation.token_memory import TokenMemory, play_episodes
+from far_env.evaluation.scores import partner_clip, scores_of, undisturbed
 from far_env.metrics import require_metrics
 from far_env.progress import Progress, show_progress
 from far_env.rollout.intervention import IntervenedFrames, interventions_of
 from far_env.rollout.memo import FrameMemo
-from far_env.rollout.play import replay
 from far_env.rollout.streaming import TokenPolicy
 from far_env.workloads import Workload
 
@@ -71,8 +67,9 @@ def validate(
     batch_size: int = 64,
     progress: bool = True,
 ) -> list[Finding]:
-    """Play records again, by their plans, and compare latents and metrics. Those of a memory of tokens are played again by
-    their policies, whose plans must be the same too.
+    """Play records again, by their plans, and compare latents and metrics.
+
+    Those of a memory of tokens are played again by their policies, whose plans must be the same too.
 
     Metrics must agree within ``tolerance`` (dB for PSNR, also of every frame). On a CPU, where device, machine, dtype and
     versions are those of the record, the latents must be equal to the last bit as well; on a GPU, and with a memory of tokens,
@@ -91,14 +88,14 @@ def validate(
         check_host(record, workloads[record.workload])
     findings: dict[tuple, Finding] = {}
     memo = FrameMemo()
-    # Neighbouring episodes of the same clip and noise share frames.
-    tokens = results.settings.memory == TOKENS
+    in_tokens = results.settings.memory == TOKENS
 
     def together(record: Record) -> tuple[object, ...]:
         """What records that are played together have in common."""
-        job = (record.policy, record.budget) if tokens else ()
+        job = (record.policy, record.budget) if in_tokens else ()
         return record.workload, record.facts["ode_steps"], *job
 
+    # Neighbouring episodes of the same clip and noise share frames.
     ordered = sorted(records, key=lambda record: (*together(record), record.seed, record.clip))
     total = sum(results.settings.num_predict[record.workload] for record in records)
     with show_progress(total=total, unit="frames", description="validate", disable=not progress) as bar:
@@ -107,7 +104,7 @@ def validate(
             batch = [record for record in ordered[:batch_size] if together(record) == together(first)]
             ordered = ordered[len(batch) :]
             workload = replace(workloads[first.workload], num_steps=first.facts["ode_steps"])
-            policy = load_policy(first.policy) if tokens else None
+            policy = load_policy(first.policy) if in_tokens else None
             for finding in _play_again(results, batch, workload, policy, tolerance, memo, bar):
                 findings[finding.record.key] = finding
     return [findings[record.key] for record in records]
@@ -123,7 +120,6 @@ def _play_again(
     bar: Progress,
 ) -> list[Finding]:
     settings = results.settings
-    plans = None
     clips, partners, readable, findings = [], [], [], []
     for record in records:
         try:
@@ -139,28 +135,23 @@ def _play_again(
     records = readable
     seeds = [record.seed + record.clip for record in records]
     intervened = IntervenedFrames(interventions_of(settings.metrics), workload, seeds, partners, memo)
-    if settings.memory == TOKENS:
-        token_memory = TokenMemory(settings.made_with[workload.name]["max_gap"])
-        played = play_episodes(workload, clips, seeds, policy, records[0].budget, token_memory, bar.update)
-        predicted, latents, plans = played.predicted, played.latents, played.plans
+    in_tokens = settings.memory == TOKENS
+    if in_tokens:
+        memory = TokenMemory(settings.made_with[workload.name]["max_gap"])
+        played = play_tokens(workload, clips, seeds, policy, records[0].budget, memory, bar.update)
     else:
         kept = [histories(record, workload.num_context, workload.num_predict) for record in records]
-        rollouts = replay(workload, clips, seeds, kept, memo=memo, on_frame=bar.update, before_frame=intervened)
-        rows = range(len(records))
-        predicted, latents = rollouts.decode(rows).float(), rollouts.generated(rows)
-    truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
-    truth = torch.from_numpy(truth).to(predicted.device)
-    scores = all_metrics(predicted, truth, settings.metrics, intervened)
-    by_frame = frame_psnr(predicted, truth).tolist()
+        played = replay_frames(workload, clips, seeds, kept, memo, intervened, bar.update)
+    scores, by_frame = scores_of(workload, clips, played.predicted, settings.metrics, intervened)
     facts = record_facts(workload)
     for row, record in enumerate(records):
-        identical = latents_hash(latents[row]) == record.latents_sha256
+        identical = latents_hash(played.latents[row]) == record.latents_sha256
         exact = workload.host.device.type == "cpu" and all(record.facts.get(name) == facts[name] for name in _SAME_BITS)
         if clip_hash(workload, clips[row]) != record.clip_sha256:
             difference = "its clip is a different one here: the data are not those that it was made with"
-        elif exact and not identical and settings.memory != TOKENS:
+        elif exact and not identical and not in_tokens:
             difference = "its latents are different, though machine, dtype and versions are the same"
-        elif plans is not None and plans[row] != record.plan:
+        elif in_tokens and played.plans[row] != record.plan:
             difference = f"its policy {record.policy} keeps other tokens when it is played again"
         else:
             difference = _difference(record, scores[row], by_frame[row], tolerance)

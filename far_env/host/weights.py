@@ -66,6 +66,11 @@ class Host:
         """The dtype of its weights, in which it computes."""
         return next(self.transformer.parameters()).dtype
 
+    @property
+    def precision(self) -> str:
+        """The name of its dtype, such as float32, as options and records have it."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 @torch_defaults()
 def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:

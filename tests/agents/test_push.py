@@ -17,7 +17,7 @@ from far_env.agents.network import RetentionNetwork
 from far_env.agents.push import push_folder
 from far_env.contract import SIGNALS
 from far_env.evaluation.evaluate import evaluate_grid
-from far_env.evaluation.records import load
+from far_env.evaluation.results_folder import load
 from far_env.host.weights import load_host
 from far_env.hub import HubError
 from far_env.policies import load_policy, policy_facts

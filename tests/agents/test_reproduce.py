@@ -23,8 +23,8 @@ from far_env.agents.reproduce import HEADING, put_section
 from far_env.agents.results_tables import load_tables
 from far_env.cli import run_guarded
 from far_env.config import load_yaml, parse
-from far_env.evaluation import evaluate as evaluating
-from far_env.evaluation.records import load
+from far_env.evaluation import batches
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.statistics import mean_interval
 from far_env.policies import load_policy
 
@@ -123,7 +123,7 @@ def test_a_table_is_its_records_and_a_second_run_plays_nothing(reproduce, tmp_pa
         r"- pan 2, pan 4: 3 test clips, .*\n- `far-env reproduce small`: \d+ s of evaluation, \d{4}-\d\d-\d\d\.", text
     )
 
-    monkeypatch.setattr(evaluating, "play", lambda *_, **__: pytest.fail("played again"))
+    monkeypatch.setattr(batches, "play", lambda *_, **__: pytest.fail("played again"))
     assert reproduce("small")[0] == 0
     assert (tmp_path / "RESULTS.md").read_text() == text
 
@@ -184,7 +184,7 @@ def test_a_quick_look_states_its_clips_and_is_extended_to_the_whole_table(reprod
 
 
 def test_a_stopped_table_is_resumed(reproduce, tmp_path, monkeypatch):
-    original, calls = evaluating.play, []
+    original, calls = batches.play, []
 
     def stopping(*args, **options):
         calls.append(args)
@@ -192,9 +192,9 @@ def test_a_stopped_table_is_resumed(reproduce, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(evaluating, "play", stopping)
+    monkeypatch.setattr(batches, "play", stopping)
     assert reproduce("small")[0] == 130 and not (tmp_path / "RESULTS.md").exists()
-    monkeypatch.setattr(evaluating, "play", original)
+    monkeypatch.setattr(batches, "play", original)
     assert reproduce("small")[0] == 0
     sessions = json.loads((tmp_path / "runs/reproduce/small/run.json").read_text())
     assert [session["episodes"] for session in sessions] == [12, 18], "two batches of three clips with two seeds, then three"
@@ -370,7 +370,7 @@ def test_all_tables_are_of_one_commit(reproduce, tables, tmp_path, checkout, mon
     part = tables["small"]["parts"][0] | {"budgets": [4], "clips": 1, "seeds": [42]}
     content = {name: {"caption": f"{name}.", "reference": "random", "parts": [part]} for name in ("one", "two", "three")}
     (tmp_path / "RESULTS.md").write_text("# Mine\n\n<!-- begin regret -->\n7\n<!-- end regret -->\n")
-    original, calls = evaluating.play, []
+    original, calls = batches.play, []
 
     def stopping(*args, **options):
         calls.append(args)
@@ -378,7 +378,7 @@ def test_all_tables_are_of_one_commit(reproduce, tables, tmp_path, checkout, mon
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(evaluating, "play", stopping)
+    monkeypatch.setattr(batches, "play", stopping)
     assert reproduce("--all", tables=content)[0] == 130
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## one" in text and "## two" not in text
@@ -408,12 +408,12 @@ def test_all_tables_are_of_one_commit(reproduce, tables, tmp_path, checkout, mon
 def test_a_change_while_tables_are_measured_ends_it(reproduce, tables, tmp_path, checkout, monkeypatch):
     part = tables["small"]["parts"][0] | {"budgets": [4], "clips": 1, "seeds": [42]}
     content = {name: {"caption": f"{name}.", "reference": "random", "parts": [part]} for name in ("one", "two")}
-    original = evaluating.play
+    original = batches.play
 
     def editing(*args, **options):
         (checkout[1] / "provenance.py").write_text("# edited meanwhile\n")
         return original(*args, **options)
 
-    monkeypatch.setattr(evaluating, "play", editing)
+    monkeypatch.setattr(batches, "play", editing)
     refused(reproduce("--all", tables=content), "changes that are not committed (provenance.py)")
     assert not (tmp_path / "RESULTS.md").exists() and not (tmp_path / "runs/reproduce/two").exists()

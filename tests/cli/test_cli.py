@@ -180,7 +180,7 @@ def test_a_stopped_evaluation_tells_how_to_go_on(capsys, tiny_host_folder, tmp_p
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("far_env.evaluation.evaluate.play", stop)
+    monkeypatch.setattr("far_env.evaluation.batches.play", stop)
     status, _, error = evaluate(capsys, tiny_host_folder, "--policies", "random", "--out", str(tmp_path / "results"))
     assert status == 130 and f"finished so far are in {tmp_path / 'results'}; the same command resumes from there" in error
 

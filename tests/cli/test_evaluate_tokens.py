@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from far_env import cli
-from far_env.evaluation.records import load
 from far_env.evaluation.report import report_data
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.statistics import mean_interval
 from far_env.host.weights import save_host
 from far_env.metrics import psnr

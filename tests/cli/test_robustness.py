@@ -16,7 +16,7 @@ from far_env.cli.console import accept_any_text
 from far_env.cli.options import split_list
 from far_env.errors import VideoError
 from far_env.evaluation.evaluate import evaluate, evaluate_grid
-from far_env.evaluation.records import load
+from far_env.evaluation.results_folder import load
 from far_env.workloads import make_workload
 from tests.clips.test_video import write_video
 

@@ -23,6 +23,13 @@ def cluster():
     cluster.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def known_to_answer(request, monkeypatch):
+    """Commands in this process need not ask in a process of their own, for seconds, whether the cluster answers."""
+    if "cluster" in request.fixturenames:
+        monkeypatch.setattr("far_env.distributed.cluster.check_answers", lambda address: None)
+
+
 @pytest.fixture
 def second_node(cluster):
     """The cluster, with its second machine."""

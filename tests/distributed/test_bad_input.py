@@ -9,6 +9,7 @@ import time
 import pytest
 
 from far_env.cli import main
+from far_env.distributed import cluster
 from far_env.distributed.cluster import ActorSettings, check_resources
 from far_env.distributed.pool import check_same
 
@@ -44,7 +45,7 @@ def test_options_that_do_not_go_together(capsys, args, words):
     assert words in error(capsys, *args)[0]
 
 
-def test_an_address_without_a_cluster(capsys):
+def test_an_address_without_a_cluster(capsys, monkeypatch):
     pytest.importorskip("ray", reason="the extra ray is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,6 +53,7 @@ def test_an_address_without_a_cluster(capsys):
     sentence, seconds = error(capsys, "--ray", "--address", f"127.0.0.1:{port}")
     assert f"no Ray cluster answers at 127.0.0.1:{port}" in sentence and "ray start --head" in sentence
     assert "neither auto nor HOST:PORT" in error(capsys, "--ray", "--address", "ray://somewhere:10001")[0]
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
         port = silent.getsockname()[1]
         sentence, with_start = error(capsys, "--ray", "--address", f"127.0.0.1:{port}")

@@ -17,8 +17,8 @@ from far_env.evaluation.evaluate import evaluate_grid
 from far_env.evaluation.gaps import bin_of, bins, psnr_by_gap
 from far_env.evaluation.plots import save_plots
 from far_env.evaluation.ranking import make_groups
-from far_env.evaluation.records import load
 from far_env.evaluation.report import report_data
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.statistics import mean_interval
 from tests.results_folders import make_results
 

@@ -12,8 +12,8 @@ from benchmarks.drills.policies import HOSTILE, Hostile, running
 from far_env import cli
 from far_env.contract import RolloutState
 from far_env.errors import PolicyError
-from far_env.evaluation import records
 from far_env.evaluation.report import warnings
+from far_env.evaluation.results_folder import load
 from far_env.policy_process import PolicyProcess
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="policy files need a POSIX system")
@@ -72,18 +72,18 @@ def test_a_failed_policy_is_tried_again_and_the_others_are_kept(evaluate, tmp_pa
     HOSTILE["raises"].write(path, told)
     both = f"{path},recent_fill,full_history"
     assert evaluate(both, "--out", str(out), "--budget", "2,4")[0] == 2
-    results = records.load(out)
+    results = load(out)
     assert list(results.settings.failed[str(path)]) == ["pan 2", "pan 4"]
     assert {record.policy for record in results.records} == {"recent_fill", "full_history"}
     assert any(f"{path} was left out on pan 2: policy {path} on clip 0" in sentence for sentence in warnings(results))
     kept = (out / "records.jsonl").read_bytes()
 
     evaluate("random", "--out", str(out))
-    assert list(records.load(out).settings.failed) == [str(path)], "another policy does not change why this one failed"
+    assert list(load(out).settings.failed) == [str(path)], "another policy does not change why this one failed"
     SOUND.write(path, told)
     status, table, _ = evaluate(both, "--out", str(out), "--budget", "2,4")
     assert status == 0 and all(list(cell["failed"]) == [] and str(path) in cell["policies"] for cell in table["tables"])
-    assert records.load(out).settings.failed == {} and (out / "records.jsonl").read_bytes().startswith(kept)
+    assert load(out).settings.failed == {} and (out / "records.jsonl").read_bytes().startswith(kept)
     path.write_text(path.read_text() + "# changed\n")
     status, _, err = evaluate(both, "--out", str(out))
     assert status == 2 and "the content of policy" in err, "its episodes are of the file as it was"

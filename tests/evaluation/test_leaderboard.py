@@ -233,7 +233,7 @@ def test_random_content_is_read_or_refused(made, tmp_path_factory, suite, place,
 
 
 def test_a_stopped_evaluation_resumes(capsys, monkeypatch, tmp_path):
-    import far_env.evaluation.evaluate as module
+    import far_env.evaluation.batches as module
 
     played, play = [], module.play
 

@@ -16,10 +16,11 @@ from far_env.clips.clip import Clip
 from far_env.clips.worlds import WORLDS
 from far_env.contract import TemporalCachePlan
 from far_env.errors import PolicyError
-from far_env.evaluation import evaluate as evaluating
-from far_env.evaluation.evaluate import evaluate, evaluate_grid, tabulate
+from far_env.evaluation import batches
+from far_env.evaluation.comparison import tabulate
+from far_env.evaluation.evaluate import evaluate, evaluate_grid
 from far_env.evaluation.plans import histories
-from far_env.evaluation.records import Recorder, load, session_precision
+from far_env.evaluation.results_folder import Recorder, load, session_precision
 from far_env.host.weights import load_host
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
@@ -78,7 +79,7 @@ def played(monkeypatch):
         calls.append((workload.name, getattr(policy, "name", None), budget, tuple(seeds)))
         return play(workload, clips, seeds, policy, budget, **options)
 
-    monkeypatch.setattr(evaluating, "play", watching)
+    monkeypatch.setattr(batches, "play", watching)
     return calls
 
 
@@ -148,7 +149,7 @@ class Stop:
 
 def test_a_stopped_evaluation_goes_on_where_it_was(finished, workloads, tmp_path, monkeypatch, played):
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "play", Stop(400))
+        patch.setattr(batches, "play", Stop(400))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, workloads, seeds=(42, 50))
     before = (tmp_path / "records.jsonl").read_text()

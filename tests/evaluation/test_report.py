@@ -18,8 +18,8 @@ from far_env import cli
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation import plots
 from far_env.evaluation.ranking import highlighted, make_groups, metric_format, select_policies
-from far_env.evaluation.records import load
 from far_env.evaluation.report import report_data, report_page, warnings
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.statistics import improvement_interval, iqm_interval, mean_interval, sign_flip_p
 from tests.results_folders import NASTY, MadeUp, make_results
 

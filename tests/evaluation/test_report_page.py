@@ -12,8 +12,8 @@ from PIL import Image
 
 from far_env.evaluation.gaps import gap_bins
 from far_env.evaluation.ranking import make_groups
-from far_env.evaluation.records import load
 from far_env.evaluation.report import report_page
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.statistics import mean_interval
 from far_env.evaluation.table import Comparison, family_line
 from tests.results_folders import NASTY, make_results

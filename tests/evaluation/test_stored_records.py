@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.evaluation import records as module
+from far_env.evaluation import results_folder as module
 from far_env.evaluation.comparison import tabulate
 from far_env.evaluation.plots import save_plots
 from far_env.evaluation.ranking import select_policies
-from far_env.evaluation.records import Recorder, load
 from far_env.evaluation.report import report_data, report_page
+from far_env.evaluation.results_folder import Recorder, load
 from far_env.evaluation.stored_records import StoredRecords
 from far_env.evaluation.table import results_table
 from tests.results_folders import MadeUp, make_results

@@ -10,7 +10,7 @@ import pytest
 from far_env import baselines, cli
 from far_env.evaluation import tuning
 from far_env.evaluation.evaluate import evaluate
-from far_env.evaluation.records import load
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.table import markdown_table
 from far_env.evaluation.tuning import rungs, tune
 from far_env.policies import load_policy, load_tuned_form, policy_facts
@@ -75,7 +75,7 @@ def test_a_stopped_search_continues_and_a_finished_one_plays_nothing(workload, t
         tune(workload, 3, "sink_recent", tmp_path / "parts", clips=4, halvings=1, progress=False)
     monkeypatch.setattr(tuning, "evaluate_grid", grid)
     assert tune(workload, 3, "sink_recent", tmp_path / "parts", clips=4, halvings=1, progress=False) == whole
-    monkeypatch.setattr("far_env.evaluation.evaluate.play", None)
+    monkeypatch.setattr("far_env.evaluation.batches.play", None)
     assert tune(workload, 3, "sink_recent", tmp_path / "parts", clips=4, halvings=1, progress=False) == whole
 
 

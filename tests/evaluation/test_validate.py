@@ -10,7 +10,7 @@ import pytest
 
 from far_env import baselines, cli
 from far_env.evaluation.evaluate import evaluate_grid
-from far_env.evaluation.records import load
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.validate import choose, validate
 from far_env.workloads import make_workload
 

@@ -18,8 +18,8 @@ from far_env.envs.sb3 import SB3VecEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.benchmark import TASKS, benchmark_workload, run_benchmark
 from far_env.evaluation.evaluate import evaluate, evaluate_grid
-from far_env.evaluation.records import load
 from far_env.evaluation.report import report_data
+from far_env.evaluation.results_folder import load
 from far_env.evaluation.table import results_table
 from far_env.frame_meta import frame_features
 from far_env.metrics import psnr

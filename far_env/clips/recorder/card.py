@@ -102,7 +102,7 @@ def _versions(facts: dict[str, Any]) -> list[str]:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    rows = [["split", "episodes", "frames", "ended early", "padded frames", "seeds", "MiB"], ["---"] * 7]
+    rows = [["split", "episodes", "frames", "ended early", "padded frames", "seeds", "MiB"]]
     for split in SPLITS:
         counts = facts["splits"][split]
         seeds = counts.get("seeds")
