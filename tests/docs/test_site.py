@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import gymnasium as gym
 import pytest
 
 import far_env  # noqa: F401  (registers the environments)
-from far_env import baselines
+from far_env import baselines, plugins
 from far_env.plugins import entry_points
 from tests.docs.blocks import PAGES, ROOT, generator
 
@@ -111,13 +112,6 @@ def test_files_and_variables_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_of_modules_on_a_page_can_be_imported(page):
-    import importlib
-
-    for name in set(re.findall(r"`(far_env(?:\.\w+)+)`", page.read_text(encoding="utf-8"))):
-        if name in ("far_env.policies", "far_env.workloads", "far_env.hosts", "far_env.commands"):
-            continue  # groups of entry points
-        module, _, member = name.rpartition(".")
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            assert hasattr(importlib.import_module(module), member), name
+    groups = {plugins.POLICIES, plugins.TOKEN_POLICIES, plugins.HOSTS, plugins.WORKLOADS, plugins.COMMANDS}
+    for name in set(re.findall(r"`(far_env(?:\.\w+)+)`", page.read_text(encoding="utf-8"))) - groups:
+        pkgutil.resolve_name(name)
