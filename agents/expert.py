@@ -103,9 +103,11 @@ def _evict(
             left = np.flatnonzero(stays)
             if len(left) <= budgets[index]:
                 continue
-            costs = np.full(len(stays), np.inf)
-            costs[left[:-1]] = expert.log_error(row, covers[index].costs_without(left)[:-1])
-            if len(left) in recorded[index]:
+            is_recorded = len(left) in recorded[index]
+            if is_recorded or chosen is None:
+                costs = np.full(len(stays), np.inf)
+                costs[left[:-1]] = expert.log_error(row, covers[index].costs_without(left)[:-1])
+            if is_recorded:
                 recorder.decision(first_call + index, stays.copy(), costs)
             if chosen is not None:
                 stays[chosen[index]] = False

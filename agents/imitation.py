@@ -26,6 +26,7 @@ from far_env.agents.expert_actors import ActorBatchPlayer
 from far_env.agents.expert_data import load_expert_data
 from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
 from far_env.agents.network import RetentionNetwork, network_with_weights
+from far_env.host.training.muon import split_parameters
 from far_env.io import read_json, write_json
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors, save_weights
@@ -73,8 +74,8 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: Im
     plus ``expected_cost_weight`` times the expected cost in units of the temperature, plus ``similarity_weight`` times the mean
     squared error of the similarities of frames; means over decisions, and over pairs of frames.
     """
-    x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
-    scores = network.score(x[decisions.call], e[decisions.call], decisions.remaining).float()
+    scores, e = _scores(network, decisions)
+    scores = scores.float()
     fixed = decisions.costs.isinf()
     extra = (decisions.costs - decisions.costs.amin(dim=1, keepdim=True)) / settings.temperature
     log_probs = (-scores).masked_fill(fixed, -1e9).log_softmax(dim=1)
@@ -88,11 +89,16 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: Im
 @torch.no_grad()
 def mean_regret(network: RetentionNetwork, decisions: Decisions) -> float:
     """How much the expected logarithmic error of the scorer's choices is above that of the best, mean over decisions."""
-    x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
-    scores = network.score(x[decisions.call], e[decisions.call], decisions.remaining)
+    scores, _ = _scores(network, decisions)
     chosen = scores.masked_fill(decisions.costs.isinf(), torch.inf).argmin(dim=1)
     regret = decisions.costs.gather(1, chosen[:, None])[:, 0] - decisions.costs.amin(dim=1)
     return float(regret.mean())
+
+
+def _scores(network: RetentionNetwork, decisions: Decisions) -> tuple[Tensor, Tensor]:
+    """Scores (D, N) of the frames in each decision, and the edges of each call, which is encoded once."""
+    x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
+    return network.score(x[decisions.call], e[decisions.call], decisions.remaining), e
 
 
 def imitate(
@@ -274,9 +280,7 @@ def make_optimizers(network: RetentionNetwork, learning_rate: float) -> dict[str
     those that write the outputs, which learn several times faster with it; AdamW for the rest.
     """
     ends = ("embed_nodes", "embed_edges", "embed_remaining", "head", "similarity")
-    inner = {name for name, p in network.named_parameters() if p.ndim == 2 and not name.startswith(ends)}
-    matrices = [p for name, p in network.named_parameters() if name in inner]
-    others = [p for name, p in network.named_parameters() if name not in inner]
+    matrices, others = split_parameters(network, lambda name, p: p.ndim == 2 and not name.startswith(ends))
     return {
         "muon": torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         "adamw": torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01),

@@ -43,7 +43,7 @@ class SleepingActor:
         self._seconds = seconds
 
     def prepare(self) -> dict[str, Any]:
-        """Nothing to tell."""
+        """No facts."""
         return {}
 
     def work(self, number: int) -> bytes:

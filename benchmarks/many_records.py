@@ -99,22 +99,22 @@ def clocks() -> tuple[float, float]:
 def read(folder: Path) -> None:
     """Read the folder, print a table and write the report's page; print the time and this process's highest memory so far."""
 
-    def told(what: str, start: tuple[float, float]) -> None:
+    def measured(what: str, start: tuple[float, float]) -> None:
         memory = peak_memory_mib(torch.device("cpu"))
         wall, cpu = (now - then for now, then in zip(clocks(), start, strict=True))
         print(f"{what}: {cpu:.0f} s of the processor ({wall:.0f} s), memory so far {memory:.0f} MiB", flush=True)
 
-    told("imports", clocks())
+    measured("imports", clocks())
     start = clocks()
     results = load(folder)
-    told(f"read {len(results.records):,} records, {(folder / RECORDS_FILE).stat().st_size / 2**20:.0f} MiB", start)
+    measured(f"read {len(results.records):,} records, {(folder / RECORDS_FILE).stat().st_size / 2**20:.0f} MiB", start)
     start = clocks()
     text = results_table(tabulate(results, "pan", BUDGETS[0]))
-    told(f"table of {len(text.splitlines())} lines", start)
+    measured(f"table of {len(text.splitlines())} lines", start)
     start = clocks()
     page = report_page(results)
     (folder / "report.html").write_text(page, encoding="utf-8")
-    told(f"page of {len(page.encode()) / 1e6:.1f} MB", start)
+    measured(f"page of {len(page.encode()) / 1e6:.1f} MB", start)
 
 
 def run() -> None:

@@ -193,7 +193,7 @@ class _Queue:
 
 
 def start_facts(weights: Mapping[str, str]) -> dict[str, Any]:
-    """What an actor tells about itself: machine, process, versions of packages, and the hash of each workload's host."""
+    """Facts about an actor: machine, process, versions of packages, and the hash of each workload's host."""
     return {"machine": platform.node(), "pid": os.getpid(), "versions": versions(), "weights": dict(weights)}
 
 

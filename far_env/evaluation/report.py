@@ -63,7 +63,7 @@ def fill_page(template: str, scripts: Sequence[str], title: str, data: dict[str,
         # Inside a script element only "<" could end the data.
         "data": json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     }
-    text = (folder / template).read_text(encoding="utf-8")
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("head.html", template))
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 

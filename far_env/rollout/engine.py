@@ -32,9 +32,9 @@ from far_env.frame_meta import frame_features
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.context import context_latents
 from far_env.rollout.memo import FrameMemo, content_key
-from far_env.rollout.noise import harness_noise, rollout_noise
+from far_env.rollout.noise import workload_noise
 from far_env.rollout.signals import RecordedSignals, SignalRecorder
-from far_env.workloads import HARNESS, Workload
+from far_env.workloads import Workload
 
 
 @dataclass
@@ -175,7 +175,7 @@ class RolloutBatch:
                 num_context=num_context,
                 num_predict=num_predict,
                 steps=0,
-                noise=self._draw_noise(seed, num_predict),
+                noise=workload_noise(self.workload, seed, num_predict),
                 noise_seed=int(seed),
                 actions=row_actions,
                 kept=list(range(num_context)),
@@ -345,7 +345,7 @@ class RolloutBatch:
                 num_context=num_context,
                 num_predict=num_predict,
                 steps=state["steps"][row],
-                noise=self._draw_noise(seed, num_predict),
+                noise=workload_noise(self.workload, seed, num_predict),
                 noise_seed=seed,
                 actions=actions[row],
                 kept=list(state["kept"][row]),
@@ -359,12 +359,6 @@ class RolloutBatch:
     def _unbegun(self) -> Rollout:
         lengths = {"num_context": self.workload.num_context, "num_predict": self.workload.num_predict}
         return Rollout(**lengths, steps=self.workload.num_predict, noise=self._empty[None], noise_seed=0)
-
-    def _draw_noise(self, seed: int, num_predict: int) -> Tensor:
-        host = self.workload.host
-        if self.workload.noise == HARNESS:
-            return harness_noise(seed, num_predict, host.latent_shape, host.device, host.dtype)
-        return rollout_noise(seed, num_predict, host.latent_shape).to(self._empty)
 
     def _chosen(self, rows: Sequence[int]) -> list[Rollout]:
         return [self._rows[row] for row in rows]

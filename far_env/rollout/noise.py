@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from far_env.device import torch_defaults
+from far_env.workloads import HARNESS, Workload
 
 BENCHMARK_SEED = 42
 """The benchmark seeds clip number i with 42 + i."""
@@ -63,3 +64,11 @@ def harness_noise(
     generator = torch.Generator(device).manual_seed(noise_seed)
     draws = [torch.randn((1, 1, *latent_shape), generator=generator, device=device, dtype=dtype) for _ in range(num_steps)]
     return torch.cat(draws)[:, 0]
+
+
+def workload_noise(workload: Workload, noise_seed: int, num_steps: int) -> Tensor:
+    """Initial noise of every step (num_steps, C, h, w) as the workload draws it, on its host's device and in its dtype."""
+    host = workload.host
+    if workload.noise == HARNESS:
+        return harness_noise(noise_seed, num_steps, host.latent_shape, host.device, host.dtype)
+    return rollout_noise(noise_seed, num_steps, host.latent_shape).to(host.device, host.dtype)

@@ -28,8 +28,8 @@ from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
 from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
 from far_env.rollout.context import context_latents
-from far_env.rollout.noise import harness_noise, rollout_noise
-from far_env.workloads import HARNESS, Workload
+from far_env.rollout.noise import workload_noise
+from far_env.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,7 @@ def reference_rollout(
     host, label = workload.host, workload.label_of(clip)
     actions = workload.actions_of(clip, workload.num_frames)
     given = context_latents(host, [clip], workload.num_frames if workload.true_feedback else workload.num_context)[0]
-    if workload.noise == HARNESS:
-        noise = harness_noise(noise_seed, workload.num_predict, host.latent_shape, host.device, host.dtype)
-    else:
-        noise = rollout_noise(noise_seed, workload.num_predict, host.latent_shape).to(host.device, host.dtype)
+    noise = workload_noise(workload, noise_seed, workload.num_predict)
     kept = list(given[: workload.num_context])
     numbers = list(range(workload.num_context))
     generated, intervened, history = [], [], []

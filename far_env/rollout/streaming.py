@@ -38,9 +38,9 @@ from far_env.host.far_long import FARLong
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.host.weights import Host
 from far_env.rollout.context import context_latents
-from far_env.rollout.noise import harness_noise, rollout_noise
+from far_env.rollout.noise import workload_noise
 from far_env.rollout.token_cache import FULL, MERGED, CacheView, TokenCache
-from far_env.workloads import HARNESS, Workload
+from far_env.workloads import Workload
 
 
 @runtime_checkable
@@ -65,7 +65,7 @@ class TokenPolicy(Protocol):
 
 @dataclass(frozen=True)
 class TokenSizes:
-    """What a policy is told where it chooses coarse frames.
+    """What a policy receives where it chooses coarse frames.
 
     Attributes:
         budget: entries that may stay in each head.
@@ -175,7 +175,7 @@ class StreamingBatch:
         self._actions, self._labels = self._classes(clips)
         num_given = workload.num_frames if workload.true_feedback else workload.num_context
         self.given = context_latents(host, clips, num_given)
-        self.noise = torch.stack([self._draw(seed) for seed in noise_seeds])
+        self.noise = torch.stack([workload_noise(workload, seed, workload.num_predict) for seed in noise_seeds])
         self._full_latents: list[dict[int, Tensor]] = [{} for _ in clips]
         self.cache = TokenCache(
             host.transformer,
@@ -216,12 +216,6 @@ class StreamingBatch:
         if workload.labels:
             labels = torch.tensor([workload.label_of(clip) for clip in clips], device=device)
         return actions, labels
-
-    def _draw(self, seed: int) -> Tensor:
-        host, num_predict = self.workload.host, self.workload.num_predict
-        if self.workload.noise == HARNESS:
-            return harness_noise(seed, num_predict, host.latent_shape, host.device, host.dtype)
-        return rollout_noise(seed, num_predict, host.latent_shape).to(host.device, host.dtype)
 
     def _numbers(self, number: int) -> Tensor:
         return torch.full((self.cache.num_rows,), number, device=self.workload.host.device)

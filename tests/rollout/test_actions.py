@@ -82,8 +82,7 @@ def clips():
 )
 def test_a_frame_equals_the_published_sampler(golden, monkeypatch, case, guidance, actions, name):
     fixture = golden(case)
-    for module in ("engine", "reference"):
-        monkeypatch.setattr(f"far_env.rollout.{module}.rollout_noise", lambda seed, *_: fixture["in.noise"][seed])
+    monkeypatch.setattr("far_env.rollout.noise.rollout_noise", lambda seed, *_: fixture["in.noise"][seed])
     host = Host("fixture", fixture.far(), Identity(), "", (4, 4, 4), 4, 20)
     workload = Workload("fixture", None, host, 5, 1, 20, guidance, actions)
     clips = [Clip(i, fixture["in.context"][i].numpy(), fixture["in.action"][i].numpy()) for i in range(2)]
@@ -98,7 +97,7 @@ def test_a_frame_equals_the_published_sampler(golden, monkeypatch, case, guidanc
 def test_a_guided_rollout_equals_the_published_one(golden, monkeypatch, case):
     """Of the published rollout the first frame serves as context; FAR-Long's window of four frames is crossed."""
     fixture = golden(case)
-    monkeypatch.setattr("far_env.rollout.engine.rollout_noise", lambda seed, *_: fixture["in.ar_noise"][seed, 1:])
+    monkeypatch.setattr("far_env.rollout.noise.rollout_noise", lambda seed, *_: fixture["in.ar_noise"][seed, 1:])
     host = Host("fixture", fixture.far(), Identity(), "", (4, 4, 4), 4, 20)
     workload = Workload("fixture", None, host, 1, 11, 8, 1.5, True)
     expected = fixture["out.ar_latents_8steps"]

@@ -93,7 +93,7 @@ def published(golden, request):
 
 def test_engine_equals_the_published_rollout_with_dropped_frames(published, monkeypatch):
     fixture, workload = published
-    monkeypatch.setattr("far_env.rollout.engine.rollout_noise", lambda seed, *_: fixture["in.noise"][seed])
+    monkeypatch.setattr("far_env.rollout.noise.rollout_noise", lambda seed, *_: fixture["in.noise"][seed])
     batch = RolloutBatch(workload, 2)
     batch.begin([0, 1], [Clip(i, fixture["in.context"][i].numpy()) for i in range(2)], [0, 1])
     for step in range(6):

@@ -26,6 +26,21 @@ function setOptions(select, options, chosen) {
   select.value = chosen;
 }
 
+// The form of filters: blank sets it and the state to their defaults, read takes the state from it; the page is drawn after each.
+function listenToFilters(blank, read) {
+  blank();
+  byId("filters").addEventListener("input", () => {
+    read();
+    render();
+  });
+  byId("filters").addEventListener("submit", (event) => event.preventDefault());
+  byId("filters").addEventListener("reset", (event) => {
+    event.preventDefault();
+    blank();
+    render();
+  });
+}
+
 const withMinus = (text) => text.replace("-", "\u2212");
 const fixed = (value, digits) => withMinus((Math.abs(value) < 0.5 * 10 ** -digits ? 0 : value).toFixed(digits));
 const signed = (value, digits) => (value >= 0.5 * 10 ** -digits ? "+" : "") + fixed(value, digits);

@@ -114,18 +114,11 @@ function setUpFilters() {
     byId("filter-text").value = "";
     setOptions(byId("filter-inputs"), [["", "all"], ...inputs.map((value) => [value, value])], "");
   };
-  blank();
-  byId("filters").addEventListener("input", () => {
+  const read = () => {
     state.inputs = byId("filter-inputs").value;
     state.text = byId("filter-text").value.trim().toLowerCase();
-    render();
-  });
-  byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  byId("filters").addEventListener("reset", (event) => {
-    event.preventDefault();
-    blank();
-    render();
-  });
+  };
+  listenToFilters(blank, read);
 }
 
 byId("summary").textContent = data.suite;

@@ -287,20 +287,13 @@ function setUpFilters() {
       data.reference,
     );
   };
-  blank();
-  byId("filters").addEventListener("input", () => {
+  const read = () => {
     for (const name of Object.keys(fields)) state[name] = byId(`filter-${name}`).value;
     state.text = byId("filter-text").value.trim().toLowerCase();
     state.metric = Number(byId("metric").value);
     state.reference = Number(byId("reference").value);
-    render();
-  });
-  byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  byId("filters").addEventListener("reset", (event) => {
-    event.preventDefault();
-    blank();
-    render();
-  });
+  };
+  listenToFilters(blank, read);
 }
 
 function setUpKeys(turnTheme) {

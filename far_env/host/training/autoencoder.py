@@ -15,7 +15,7 @@ from far_env.host.training.config import AutoencoderTraining
 from far_env.host.training.episodes import Episodes
 from far_env.host.training.histories import draw_sources
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
-from far_env.host.training.muon import ConvolutionMuon
+from far_env.host.training.muon import ConvolutionMuon, split_parameters
 
 
 def train_autoencoder(
@@ -89,9 +89,7 @@ def _make_optimizers(config: AutoencoderTraining, model: Autoencoder) -> dict[st
     """AdamW for everything, or, with a learning rate of Muon, Muon for the kernels between the first and the last layer."""
     if config.muon_learning_rate is None:
         return {"optimizer": torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)}
-    is_kernel = {name: p.ndim == 4 and "conv_in" not in name and "conv_out" not in name for name, p in model.named_parameters()}
-    kernels = [p for name, p in model.named_parameters() if is_kernel[name]]
-    others = [p for name, p in model.named_parameters() if not is_kernel[name]]
+    kernels, others = split_parameters(model, lambda name, p: p.ndim == 4 and "conv_in" not in name and "conv_out" not in name)
     return {
         "optimizer": torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.01),
         "muon": ConvolutionMuon(kernels, lr=config.muon_learning_rate, weight_decay=0.01),

@@ -1,11 +1,23 @@
-"""Muon for convolutions: torch's Muon takes matrices, and a kernel is one, with a row per output channel."""
+"""Which parameters Muon trains, and Muon for convolutions: torch's takes matrices, and a kernel is one, a row per channel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def split_parameters(
+    model: torch.nn.Module, is_muons: Callable[[str, torch.nn.Parameter], bool]
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The parameters that Muon trains, and the others, each in the model's order.
+
+    Args:
+        is_muons: whether Muon trains the parameter of this name.
+    """
+    named = list(model.named_parameters())
+    return [p for name, p in named if is_muons(name, p)], [p for name, p in named if not is_muons(name, p)]
 
 
 class ConvolutionMuon(torch.optim.Muon):

@@ -14,6 +14,7 @@ from far_env.host.far_long import FARLong, initialise_from, make_transformer
 from far_env.host.training.config import TransformerTraining
 from far_env.host.training.latent_cache import EncodedEpisodes
 from far_env.host.training.loop import constant_with_warmup, cosine_with_warmup, run_steps, set_learning_rate
+from far_env.host.training.muon import split_parameters
 from far_env.host.training.next_frame import NextFrameTest
 from far_env.host.training.objectives import OBJECTIVES, Drawing, NoisyFrames, velocity_loss
 from far_env.host.training.processes import Processes
@@ -132,9 +133,7 @@ def train_transformer(
 
 def _optimizers(config: TransformerTraining, model: FAR) -> dict[str, torch.optim.Optimizer]:
     """The optimisers of the model's parameters, by name."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if config.optimizer == "muon" and _is_hidden_matrix(name)]
-    others = [p for name, p in named if config.optimizer != "muon" or not _is_hidden_matrix(name)]
+    matrices, others = split_parameters(model, lambda name, p: config.optimizer == "muon" and _is_hidden_matrix(name))
     adamw = torch.optim.AdamW(others, lr=config.adamw_learning_rate, weight_decay=config.weight_decay)
     if not matrices:
         return {"adamw": adamw}
