@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,20 +47,30 @@ class ActorCritic(nn.Module):
 
     def forward(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Both latents."""
-        inputs = self._unpack(packed)
-        return self._logits(inputs), self.critic(*inputs)
+        return self.forward_actor(packed), self.forward_critic(packed)
 
     def forward_actor(self, packed: Tensor) -> Tensor:
         """Logits (B, N)."""
-        return self._logits(self._unpack(packed))
+        return self._by_size(packed, self._logits)
 
     def forward_critic(self, packed: Tensor) -> Tensor:
         """Pooled features (B, width)."""
-        return self.critic(*self._unpack(packed))
+        return self._by_size(packed, self.critic)
 
-    def _logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _logits(self, *inputs: Tensor) -> Tensor:
         scores = self.actor(*inputs)
         return F.pad(-scores, (0, self.latent_dim_pi - scores.shape[1]))
+
+    def _by_size(self, packed: Tensor, network: Callable[..., Tensor]) -> Tensor:
+        """Outputs of a network. Graphs of at most half the size of the largest are not padded to it, which would be slow."""
+        start = sum(int(np.prod(shape)) for name, shape in self.shapes.items() if name < "mask")
+        sizes = packed[:, start : start + self.latent_dim_pi].sum(dim=1)
+        small = sizes <= sizes.max() / 2
+        if not small.any():
+            return network(*self._unpack(packed))
+        order = torch.cat([small.nonzero()[:, 0], (~small).nonzero()[:, 0]])
+        outputs = [network(*self._unpack(packed[rows])) for rows in (small, ~small)]
+        return torch.cat(outputs)[order.argsort()]
 
     def _unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
         """The networks' inputs, without the padding that all graphs have."""

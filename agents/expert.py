@@ -15,7 +15,7 @@ from far_env.agents.histories import Histories, TrueHistories, true_frames, uses
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.observation import FrameGraph, signal_arrays
 from far_env.agents.oracle import Coverage
-from far_env.latent_cells import cell_distances
+from far_env.latent_cells import cell_distances, nearest_cells
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import Workload
@@ -52,7 +52,8 @@ def play_with_expert(
         histories = RolloutBatch(workload, len(clip_ids), signals=config.signals)
         seeds = [BENCHMARK_SEED + clip_id for clip_id in clip_ids]
         histories.begin(range(len(clip_ids)), [clips[index] for index in clip_of_row], seeds)
-    expert = Expert(latents, clip_of_row, context, isinstance(histories, TrueHistories))
+    true_frames_kept, feedback = isinstance(histories, TrueHistories), workload.true_feedback
+    expert = Expert(latents, clip_of_row, context, true_frames=true_frames_kept, feedback=feedback)
     graphs = [FrameGraph(config.dropped_frames) for _ in clip_ids]
     rows = range(len(clip_ids))
     for step in range(steps - 1):
@@ -125,24 +126,27 @@ class Expert:
         latents: of whole clips (C, T, C, h, w), each clip once.
         clip: of each row, the index of its clip.
         context: frames that are given.
-        true_frames: whether histories consist of true frames.
+        true_frames: whether histories consist of true frames. feedback: see `far_env.agents.oracle.Coverage`.
     """
 
-    def __init__(self, latents: Tensor, clip: Sequence[int], context: int, true_frames: bool) -> None:
-        self.clip, self.context, self.true_frames = list(clip), context, true_frames
+    def __init__(self, latents: Tensor, clip: Sequence[int], context: int, *, true_frames: bool, feedback: bool) -> None:
+        self.clip, self.context, self.true_frames, self.feedback = list(clip), context, true_frames, feedback
         self.truth = latents[:, context:]
         num_steps = self.truth.shape[1]
         self.unit = (latents.flatten(1).var(dim=1) * latents[0, 0].numel() * num_steps).tolist()
-        between = cell_distances(latents, latents)
+        between, nearest = nearest_cells(latents, latents)
         mean = between.mean(dim=-1)
         similarity = torch.exp(-mean / mean.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
         self.similarity = similarity.half().cpu().numpy()[self.clip]
         coming = range(context, latents.shape[1])
-        self.missing = torch.stack([between[:, frame, frame - 1] for frame in coming], dim=1).cpu().numpy()
+        self.previous, self.nearest = (
+            torch.stack([of_pairs[:, frame, frame - 1] for frame in coming], dim=1).cpu().numpy()
+            for of_pairs in (between, nearest)
+        )
         if true_frames:
             self.distances = between[:, context:].transpose(1, 2).cpu().numpy()
         else:
-            self.distances = np.zeros((len(clip), latents.shape[1], *self.missing.shape[1:]), dtype=np.float32)
+            self.distances = np.zeros((len(clip), latents.shape[1], *self.previous.shape[1:]), dtype=np.float32)
             self.num_seen = 0
 
     def see(self, histories: Histories) -> None:
@@ -158,9 +162,9 @@ class Expert:
 
     def cover(self, row: int, births: Sequence[int], step: int) -> Coverage:
         """How well these frames cover what comes after a step."""
-        distances = self.distances[self.clip[row] if self.true_frames else row]
-        coming = distances[list(births), step + 1 :].reshape(len(births), -1)
-        return Coverage(self.missing[self.clip[row], step + 1 :].ravel(), coming)
+        clip = self.clip[row]
+        coming = self.distances[clip if self.true_frames else row][list(births), step + 1 :]
+        return Coverage(coming, self.previous[clip, step + 1 :], self.nearest[clip, step + 1 :], self.feedback)
 
     def log_error(self, row: int, costs: np.ndarray) -> np.ndarray:
         """The logarithm of the expected error of a rollout, from a cost of `Coverage`."""

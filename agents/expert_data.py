@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 CALLS_PER_ROLLOUT = 4
-"""Calls whose evictions are recorded: the first of a rollout, and others chosen at random."""
+"""Calls whose evictions are recorded: the first of a rollout, and others chosen at random, early ones more often."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,14 @@ class Recorder:
 
 
 def _some_calls(rollouts: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
-    """Indices of at most `CALLS_PER_ROLLOUT` calls of each rollout: its first, and others chosen by its generator."""
+    """Indices of at most `CALLS_PER_ROLLOUT` calls of each rollout: its first, and others chosen by its generator.
+
+    The earlier a call, the more likely it is chosen, in proportion to the calls that follow: what it drops is missing longer.
+    """
     chosen = []
     for rollout, rng in enumerate(generators):
         first, *others = np.flatnonzero(rollouts == rollout)
-        chosen += [first, *rng.permutation(others)[: CALLS_PER_ROLLOUT - 1]]
+        following = np.arange(len(others), 0, -1)
+        count = min(CALLS_PER_ROLLOUT - 1, len(others))
+        chosen += [first, *rng.choice(others, count, replace=False, p=following / following.sum() if count else None)]
     return np.array(chosen)

@@ -115,7 +115,7 @@ def imitate(
     """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
     First the expert acts on true frames; then, round by round, the scorer that has learned all before: on true frames, then
-    in rollouts. The clips of a part are shared among the workloads (`clip_shares`), and each is played under several of the
+    in rollouts. Each workload gets an equal share of the clips of a part, and each clip is played under several of the
     budgets in turn. What is finished is not made again, so that a stopped run resumes where it stopped.
 
     The networks learn in the precision of the first workload's host.
@@ -189,29 +189,20 @@ def planned_parts(
     """The parts of each round, those of the expert first; see `imitate`, whose arguments these are."""
     rounds = ["expert", *["true"] * settings.true_rounds, *["rollouts"] * settings.rounds]
     counts = [settings.true_clips, *[settings.clips_per_round] * (len(rounds) - 1)]
-    shares, rng = clip_shares(workloads), np.random.default_rng((seed, 4))
+    rng = np.random.default_rng((seed, 4))
     order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-sum(counts) // num_clips))]).tolist()
     planned = []
     for kind, count in zip(rounds, counts, strict=True):
         clips, order = order[:count], order[count:]
-        ends = np.round(np.cumsum(shares) * count).astype(int).tolist()
+        ends = np.linspace(0, count, len(workloads) + 1).round().astype(int).tolist()
         parts = []
-        for workload, begin, end in zip(workloads, [0, *ends], ends, strict=False):
+        for workload, begin, end in zip(workloads, ends, ends[1:], strict=False):
             of_workload = deciding_budgets(workload, budgets)
             ids = [clip for clip in clips[begin:end] for _ in range(settings.budgets_per_clip)]
             if ids:
                 parts.append(Part(kind, workload, ids, [of_workload[i % len(of_workload)] for i in range(len(ids))]))
         planned.append(parts)
     return planned
-
-
-def clip_shares(workloads: Sequence[Workload]) -> np.ndarray:
-    """The share of the clips that each workload gets, float64 (workloads,): one over the root of its number of frames.
-
-    Between equal numbers of clips and equal numbers of frames, which would leave few clips of the longest.
-    """
-    shares = np.array([workload.num_frames**-0.5 for workload in workloads])
-    return shares / shares.sum()
 
 
 def fit(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.latent_cells import cell_distances
+from far_env.latent_cells import cell_distances, nearest_cells
 from far_env.metrics import psnr
 from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
@@ -27,42 +27,67 @@ from far_env.workloads import Workload, check_decides
 
 @dataclass(frozen=True)
 class Coverage:
-    """The degree to which every frame of a history covers the content of the frames to come.
+    """How well the frames of a history cover the content of the m frames to come, cell by cell of their latents.
+
+    A cell can be copied from the nearest cell of a kept frame, or from the frame generated before it, whose own error it then
+    inherits. So where content was dropped, every frame that shows it is wrong, not only the first.
 
     Attributes:
-        missing: float32 (cells,), the squared distance of each latent cell of a coming frame to the nearest cell in the true
-            frame before it, which every rollout has without memory.
-        distance: float32 (history, cells), the same to the nearest cell in each frame of the history.
+        distance: float32 (history, m, cells), the squared distance of each cell of a coming frame to the nearest cell in each
+            frame of the history, of which the newest is the last.
+        previous: float32 (m, cells), the same to the nearest cell in the true frame before it.
+        nearest: integers (m, cells), the index of that cell.
+        feedback: whether the true frame is fed back, so that the frame before has no error to be inherited.
     """
 
-    missing: np.ndarray
     distance: np.ndarray
+    previous: np.ndarray
+    nearest: np.ndarray
+    feedback: bool = False
 
     def cost(self, kept: Sequence[int]) -> float:
-        """Sum over cells of the distance to the nearest source when these frames are kept."""
-        return float(np.minimum(self.missing, self.distance[list(kept)].min(axis=0)).sum())
+        """The expected squared error of all cells when these frames are kept, the newest among them."""
+        return float(self._errors(self.distance[list(kept)].min(axis=0)[..., None])[0])
 
     def costs_without(self, kept: Sequence[int]) -> np.ndarray:
-        """`cost` of these frames, two at least, without the first, without the second, and so on: float64 (kept,)."""
-        distance = np.minimum(self.missing, self.distance[list(kept)])
-        nearest, cells = distance.argmin(axis=0), np.arange(distance.shape[1])
-        first = distance[nearest, cells].astype(np.float64)
-        distance[nearest, cells] = np.inf
-        second = distance.min(axis=0).astype(np.float64)
-        return first.sum() + np.bincount(nearest, second - first, len(distance))
+        """`cost` of these frames, two at least, without the first, without the second, and so on: float64 (kept,).
+
+        Without the newest, the frame before is not what it was copied from, so that its cost has no meaning.
+        """
+        distance = self.distance[list(kept)].transpose(1, 2, 0).copy()
+        nearest = distance.argmin(axis=-1)[..., None]
+        without = np.repeat(np.take_along_axis(distance, nearest, axis=-1), len(kept), axis=-1)
+        np.put_along_axis(distance, nearest, np.inf, axis=-1)
+        np.put_along_axis(without, nearest, distance.min(axis=-1, keepdims=True), axis=-1)
+        return self._errors(without)
+
+    def _errors(self, distance: np.ndarray) -> np.ndarray:
+        """Expected squared errors of sets of frames, float64 (sets,), from distances to the nearest cell (m, cells, sets)."""
+        total = np.zeros(distance.shape[-1])
+        errors = None
+        for of_kept, previous, nearest in zip(distance, self.previous[..., None], self.nearest, strict=True):
+            if self.feedback:
+                errors = np.minimum(of_kept, previous)
+            elif errors is None:  # the frame before the first is the newest of the history
+                errors = of_kept
+            else:
+                errors = np.minimum(of_kept, previous + errors[nearest])
+            total += errors.sum(axis=0, dtype=np.float64)
+        return total
 
 
-def coverage(history: Tensor, newest: Tensor, future: Tensor) -> Coverage:
+def coverage(history: Tensor, newest: Tensor, future: Tensor, *, feedback: bool = False) -> Coverage:
     """Match the cells of coming frames with those of the history, see `far_env.latent_cells.cell_distances`.
 
     Args:
         history: latents (n, C, h, w) of the frames that may be kept.
         newest: the true latent (C, h, w) of the frame generated last.
         future: true latents (m, C, h, w) of the frames still to come.
+        feedback: see `Coverage`.
     """
-    missing = cell_distances(future[:, None], torch.cat([newest[None], future[:-1]])[:, None])[:, 0, 0]
-    distance = cell_distances(future[None], history[None])[0]
-    return Coverage(missing.flatten().cpu().numpy(), distance.transpose(0, 1).flatten(1).cpu().numpy())
+    previous, nearest = nearest_cells(future[:, None], torch.cat([newest[None], future[:-1]])[:, None])
+    distance = cell_distances(future[None], history[None])[0].transpose(0, 1)
+    return Coverage(*(part.cpu().numpy() for part in (distance, previous[:, 0, 0], nearest[:, 0, 0])), feedback)
 
 
 def best_cover(cover: Coverage, max_frames: int, limit: int = 1) -> list[list[int]]:
@@ -184,7 +209,8 @@ class _Beam:
         for row in self.alive:
             length = self.batch.history_length(row)
             history = self.batch.history([row])[0][0, :length]
-            cover = coverage(history, self.latents[step], self.latents[step + 1 :])
+            feedback = self.batch.workload.true_feedback
+            cover = coverage(history, self.latents[step], self.latents[step + 1 :], feedback=feedback)
             numbers = self.batch.frame_numbers(row)
             for kept in best_cover(cover, max_frames, self.branches):
                 expected = self.errors[row] + self.scale * cover.cost(kept)

@@ -74,7 +74,8 @@ def kept_frames(workload: Workload, latents: torch.Tensor, policy: object, budge
         if budget is not None and len(numbers) > budget:
             if policy == HINDSIGHT:
                 newest = context + step
-                ids = best_cover(coverage(latents[numbers], latents[newest], latents[newest + 1 :]), budget)[0]
+                cover = coverage(latents[numbers], latents[newest], latents[newest + 1 :], feedback=True)
+                ids = best_cover(cover, budget)[0]
             else:
                 features = torch.from_numpy(histories.features([0])[0])
                 state = RolloutState(step, float(budget), total)

@@ -257,6 +257,24 @@ def test_probabilities_are_a_softmax_over_the_frames_that_may_be_dropped(workloa
         observations = env.step(actions)[0]
 
 
+@torch.no_grad()
+def test_graphs_that_are_much_smaller_than_others_get_the_same_answers(tiny_workload, tiny_host):
+    long = Workload("tiny_cuts", WORLDS["orbit"], tiny_host, num_context=14, num_predict=4, num_steps=3)
+    env = make_env([tiny_workload, long], rows=(3, 2))
+    model = make_model(env, SMALL)
+    observations = env.reset()
+    sizes = observations["mask"].sum(axis=1)
+    assert 2 * sizes.min() <= sizes.max()
+    tensors = {name: torch.from_numpy(value)[[3, 0, 4, 1, 2]] for name, value in observations.items()}
+    packed = model.policy.extract_features(tensors)
+    logits, values = model.policy.mlp_extractor(packed)
+    for row in range(5):
+        alone = model.policy.mlp_extractor(packed[row : row + 1])
+        remains = tensors["remaining"][row] > 0
+        torch.testing.assert_close(logits[row, remains], alone[0][0, remains], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(values[row], alone[1][0], atol=1e-4, rtol=1e-4)
+
+
 class KnownAnswer(EvictionVecEnv):
     """One eviction per episode, rewarded with how unlike the oldest frame the dropped one is: 1 for the most unlike."""
 

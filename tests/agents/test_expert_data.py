@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -69,12 +70,19 @@ def costs_by_loops(workload, truth: np.ndarray, seen: np.ndarray, left: list[int
     result = []
     for dropped in left[:-1]:
         sources = np.concatenate([cells(seen[number]) for number in left if number != dropped])
-        error = 0.0
+        total, errors = 0.0, None
         for coming in range(newest + 1, workload.num_frames):
-            before = np.concatenate([sources, cells(truth[coming - 1])])
+            previous, errors_before, errors = cells(truth[coming - 1]), errors, []
             for cell in cells(truth[coming]):
-                error += ((before - cell) ** 2).sum(axis=1).min()
-        result.append(np.log(error / unit + 0.01))
+                error = ((sources - cell) ** 2).sum(axis=1).min()
+                distances = ((previous - cell) ** 2).sum(axis=1)
+                if workload.true_feedback:
+                    error = min(error, distances.min())
+                elif errors_before is not None:
+                    error = min(error, distances.min() + errors_before[distances.argmin()])
+                errors.append(error)
+            total += sum(errors)
+        result.append(np.log(total / unit + 0.01))
     return result
 
 
@@ -161,6 +169,13 @@ def test_the_expert_drops_what_costs_least_and_sometimes_another(tiny_workload, 
     )
 
 
+def test_nothing_is_inherited_from_true_frames_that_are_fed_back(tiny_workload):
+    workload = dataclasses.replace(tiny_workload, feedback="true")
+    data = gather(workload, IDS[:2], BUDGETS[:2])
+    truths = [true_latents(workload, clip_id) for clip_id in IDS[:2]]
+    assert check_costs(data, workload, truths, truths) >= 8
+
+
 def test_the_first_call_and_some_others_are_recorded_with_the_last_evictions_and_some_others(tiny_workload, monkeypatch):
     monkeypatch.setattr(expert, "OTHER_EVICTIONS", 1)
     # of six frames at first, budgets of 2, 4 and 1 drop four, two and five; 8 drops one in the fourth step; then one a step
@@ -179,6 +194,19 @@ def test_the_first_call_and_some_others_are_recorded_with_the_last_evictions_and
         assert len(data) == len({(call, stays.numpy().tobytes()) for call, stays in zip(called, data.remaining, strict=True)})
         data_order = data.rollout[data.call].tolist()
         assert data_order == sorted(data_order)
+
+
+def test_early_calls_are_recorded_more_often():
+    generators = [np.random.default_rng(seed) for seed in range(4000)]
+    chosen = expert_data._some_calls(np.repeat(np.arange(4000), 5), generators)
+    counts = np.bincount(chosen % 5, minlength=5)
+    assert len(chosen) == 4 * 4000 and counts[0] == 4000
+    # Three of four others are drawn one after the other, with weights of 4, 3, 2 and 1.
+    weights, exact = np.array([4, 3, 2, 1]) / 10, np.zeros(4)
+    for drawn in itertools.permutations(range(4), 3):
+        left = 1 - np.cumsum([0, *weights[list(drawn[:2])]])
+        exact[list(drawn)] += np.prod(weights[list(drawn)] / left)
+    np.testing.assert_allclose(counts[1:] / 4000, exact, atol=0.03)
 
 
 @pytest.mark.parametrize("true_frames", [True, False])

@@ -15,33 +15,63 @@ from far_env.metrics import psnr
 from far_env.rollout.reference import reference_rollout
 
 
+def random_cover(rng, history, frames, cells, feedback=False):
+    shapes = (history, frames, cells), (frames, cells)
+    distance, previous = (rng.random(shape).astype(np.float32) for shape in shapes)
+    return Coverage(distance, previous, rng.integers(0, cells, (frames, cells)), feedback)
+
+
 def test_a_cell_is_compared_with_all_cells_of_a_source():
     generator = torch.Generator().manual_seed(0)
     history, newest, future = (torch.randn(n, 3, 2, 4, generator=generator) for n in (5, 1, 3))
     cover = coverage(history, newest[0], future)
     before = [newest[0], future[0], future[1]]
-    for index, (f, r, c) in enumerate(itertools.product(range(3), range(2), range(4))):
-
-        def nearest(source, target=future[f, :, r, c]):
-            places = itertools.product(range(2), range(4))
-            return min(float((source[:, row, column] - target).square().sum()) for row, column in places)
-
-        assert cover.missing[index] == pytest.approx(nearest(before[f]), rel=1e-4)
+    places = list(itertools.product(range(2), range(4)))
+    for frame, (cell, (r, c)) in itertools.product(range(3), enumerate(places)):
+        target = future[frame, :, r, c]
+        of_before = [float((before[frame][:, row, column] - target).square().sum()) for row, column in places]
+        assert cover.previous[frame, cell] == pytest.approx(min(of_before), rel=1e-4)
+        assert cover.nearest[frame, cell] == np.argmin(of_before)
         for row in range(5):
-            assert cover.distance[row, index] == pytest.approx(nearest(history[row]), rel=1e-4)
+            nearest = min(float((history[row, :, y, x] - target).square().sum()) for y, x in places)
+            assert cover.distance[row, frame, cell] == pytest.approx(nearest, rel=1e-4)
 
 
-def test_what_is_lost_without_each_frame_is_the_cost_of_the_others():
-    rng = np.random.default_rng(2)
-    cover = Coverage(rng.random(50).astype(np.float32), rng.random((9, 50)).astype(np.float32))
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_cell_inherits_the_error_of_the_cell_it_is_copied_from(feedback):
+    cover = random_cover(np.random.default_rng(3), history=6, frames=5, cells=7, feedback=feedback)
+
+    def error(frame, cell, kept):
+        of_kept = min(cover.distance[row, frame, cell] for row in kept)
+        if feedback:
+            return min(of_kept, cover.previous[frame, cell])
+        if frame == 0:  # the frame before is in the history
+            return of_kept
+        return min(of_kept, cover.previous[frame, cell] + error(frame - 1, cover.nearest[frame, cell], kept))
+
+    for kept in ([5], [0, 2, 5], list(range(6))):
+        exact = sum(error(frame, cell, kept) for frame in range(5) for cell in range(7))
+        assert cover.cost(kept) == pytest.approx(exact, rel=1e-5)
+
+
+def test_content_that_was_dropped_is_missing_in_every_frame_that_shows_it():
+    # Old content appears in the first frame to come and stays; the frames differ in nothing else.
+    distance = np.zeros((2, 4, 1), dtype=np.float32)
+    distance[1] = 1
+    cover = Coverage(distance, np.zeros((4, 1), dtype=np.float32), np.zeros((4, 1), dtype=np.int64))
+    assert cover.cost([0, 1]) == 0 and cover.cost([1]) == 4
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_what_is_lost_without_each_frame_is_the_cost_of_the_others(feedback):
+    cover = random_cover(np.random.default_rng(2), history=9, frames=5, cells=10, feedback=feedback)
     for kept in ([0, 1], [1, 3, 4, 8], list(range(9))):
         sequential_eviction = [cover.cost([other for other in kept if other != row]) for row in kept]
         np.testing.assert_allclose(cover.costs_without(kept), sequential_eviction, rtol=1e-5)
 
 
 def test_the_best_cover_is_the_cheapest_set_with_the_newest_frame():
-    rng = np.random.default_rng(0)
-    cover = Coverage(rng.random(30).astype(np.float32) * 2, rng.random((7, 30)).astype(np.float32))
+    cover = random_cover(np.random.default_rng(0), history=7, frames=3, cells=10)
     sets = best_cover(cover, 3, limit=4)
     every = sorted(([*chosen, 6] for chosen in itertools.combinations(range(6), 2)), key=cover.cost)
     assert sets == every[:4]
@@ -50,10 +80,10 @@ def test_the_best_cover_is_the_cheapest_set_with_the_newest_frame():
 
 def test_a_long_history_is_cut_down_row_by_row():
     rng = np.random.default_rng(1)
-    distance = rng.random((37, 40)).astype(np.float32) + 1
+    distance = rng.random((37, 4, 10)).astype(np.float32) + 1
     for column in range(40):  # seven rows hold everything
-        distance[[3, 8, 13, 20, 21, 30, 33][column % 7], column] = 0
-    cover = Coverage(np.full(40, 9, dtype=np.float32), distance)
+        distance[[3, 8, 13, 20, 21, 30, 33][column % 7], column // 10, column % 10] = 0
+    cover = Coverage(distance, np.full((4, 10), 9, dtype=np.float32), np.zeros((4, 10), dtype=np.int64))
     first, *others = best_cover(cover, 8, limit=3)
     assert first == [3, 8, 13, 20, 21, 30, 33, 36] and cover.cost(first) == 0
     assert len(others) == 2 and all(len(set(kept)) == 8 and kept[-1] == 36 for kept in others)
