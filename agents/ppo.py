@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecMonitor
@@ -134,7 +135,10 @@ class PPOStage:
         return ResumablePPO(
             EvictionPolicy,
             VecMonitor(EvictionVecEnv(envs, self.config.network)),
-            policy_kwargs={"network": self.config.network},
+            policy_kwargs={
+                "network": self.config.network,
+                "bfloat16": self.chosen_workloads[0].host.dtype == torch.bfloat16,
+            },
             learning_rate=lambda remaining: learning_rate * remaining,
             seed=self.config.seed,
             device="cpu",

@@ -273,6 +273,11 @@ def test_graphs_that_are_much_smaller_than_others_get_the_same_answers(tiny_work
         remains = tensors["remaining"][row] > 0
         torch.testing.assert_close(logits[row, remains], alone[0][0, remains], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(values[row], alone[1][0], atol=1e-4, rtol=1e-4)
+    model.policy.mlp_extractor.bfloat16 = True
+    for exact, rounded in zip((logits, values), model.policy.mlp_extractor(packed), strict=True):
+        assert rounded.dtype == torch.float32
+        torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+        assert not torch.equal(rounded, exact)
 
 
 class KnownAnswer(EvictionVecEnv):
