@@ -21,7 +21,7 @@ from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, lpips_unavailabl
 from far_env.rollout.intervention import check_interventions, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload
+from far_env.workloads import UNITS, Workload
 
 
 def evaluate(
@@ -134,6 +134,7 @@ def evaluate_grid(
         show_clips=show_clips,
         made_with={workload.name: made_with(workload, memory) for workload in workloads},
         memory=FRAMES if memory is None else TOKENS,
+        units={workload.name: _units(workload) for workload in workloads if workload.host.chunked},
     )
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
@@ -155,6 +156,12 @@ def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...],
     names = tuple(name for name in wanted if name not in unavailable)
     require_metrics(names or wanted)
     return tuple(sorted(set(names), key=(*METRICS, *FAR_METRICS).index)), unavailable
+
+
+def _units(workload: Workload) -> list[int]:
+    """Chunks that are given and predicted, and how much of a budget one takes."""
+    share = 1 if workload.budget_counts == UNITS else max(unit.frames for unit in workload.units)
+    return [workload.context_units, workload.predict_units, share]
 
 
 def _remark_of(policy: RetentionPolicy | None) -> dict[str, str]:

@@ -162,6 +162,9 @@ def _load_settings(path: Path) -> Settings:
     if settings.memory not in MEMORIES:
         raise ValueError(f"{path} has the memory {short(settings.memory)}; this version reads {' and '.join(MEMORIES)}")
     sizes = [*settings.num_context.values(), *settings.num_predict.values(), *settings.frame_size.values()]
+    if not all(len(units) == 3 and units[2] > 0 for units in settings.units.values()):
+        raise ValueError(f"{path} has units that are not three numbers; restore it or evaluate into another folder")
+    sizes += [size for units in settings.units.values() for size in units]
     if not all(0 <= size <= MAX_FRAMES for size in sizes):
         raise ValueError(f"{path} has a size that is not in 0 to {MAX_FRAMES}; restore it or evaluate into another folder")
     if not all(workload in getattr(settings, name) for name in BY_WORKLOAD for workload in settings.workloads):
@@ -239,7 +242,7 @@ def _record(values: object, settings: Settings, asked: Mapping[str, frozenset]) 
         raise ValueError(f"needs {num_predict} evidence_gaps, each null or a whole number from 1 on")
     record = _made(fields, values, gaps)
     if settings.memory == FRAMES:
-        histories(record, settings.num_context[record.workload], num_predict)
+        histories(record, *settings.plan_sizes(record.workload, record.budget))
     else:
         check_token_plan(record, settings.num_context[record.workload], num_predict)
     return record

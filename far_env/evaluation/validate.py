@@ -140,7 +140,7 @@ def _play_again(
         memory = TokenMemory(settings.made_with[workload.name]["max_gap"])
         played = play_tokens(workload, clips, seeds, policy, records[0].budget, memory, bar.update)
     else:
-        kept = [histories(record, workload.num_context, workload.num_predict) for record in records]
+        kept = [histories(record, *settings.plan_sizes(workload.name, record.budget)) for record in records]
         played = replay_frames(workload, clips, seeds, kept, memo, intervened, bar.update)
     scores, by_frame = scores_of(workload, clips, played.predicted, settings.metrics, intervened)
     facts = record_facts(workload)
