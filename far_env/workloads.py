@@ -18,6 +18,7 @@ import numpy as np
 
 from far_env.clips.clip import Clip, ClipSource
 from far_env.clips.datasets import BAIR, UCF101, DMLab, Doom, Minecraft, RecordedFolder
+from far_env.clips.prompted import PromptedVideos, PromptFolder
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
@@ -197,6 +198,11 @@ class Workload:
         return Conditions(self.num_steps, self.guidance, tuple(actions), label, prompt)
 
     @property
+    def has_truth(self) -> bool:
+        """Whether its clips have true frames; prompts alone have none."""
+        return not getattr(self.clips, "without_frames", False)
+
+    @property
     def classes(self) -> bool:
         """Whether the host is conditioned on the clips' actions or labels."""
         return self.actions or self.labels
@@ -323,6 +329,11 @@ ORBIT_WIDE = WorkloadSpec(_world("orbit_wide"), 36, 36, "embedded_long")
 RECORDED = WorkloadSpec(RecordedFolder, 16, 16, host=None, actions=None, free_lengths=True)
 DOOM = WorkloadSpec(Doom, 20, 20, host=None, actions=None, free_lengths=True)
 
+# Prompts, and videos with prompts, for text-to-video models: one chunk, then chunks of twelve frames; 81 are what AnyFlow-FAR
+# was trained on.
+PROMPTED = WorkloadSpec(PromptFolder, 0, 81, "any_flow_far", prompts=True, free_lengths=True)
+PROMPTED_VIDEO = WorkloadSpec(PromptedVideos, 13, 68, "any_flow_far", prompts=True, free_lengths=True)
+
 # `BENCHMARK_WORKLOADS`.
 UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)
 DMLAB_LONG_PREDICTION = WorkloadSpec(partial(DMLab, num_frames=72), 36, 36, "far_b_long_dmlab", 20, NULL_CLASS)
@@ -445,7 +456,9 @@ def _lengths(name: str, spec: WorkloadSpec, num_context: int | None, num_predict
         spec.num_context if num_context is None else num_context,
         spec.num_predict if num_predict is None else num_predict,
     )
-    if spec.free_lengths and min(lengths) < 1:
+    if spec.free_lengths and not spec.num_context and lengths[0]:
+        raise ValueError(f"the workload {name} gives no frames: num_context must be 0, got {lengths[0]}")
+    if spec.free_lengths and (lengths[0] < min(1, spec.num_context) or lengths[1] < 1):
         raise ValueError(f"num_context and num_predict must be at least 1, got {lengths[0]} and {lengths[1]}")
     return lengths
 
