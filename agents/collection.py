@@ -92,7 +92,7 @@ def collect(
     """
     if true_frames:
         check_true_signals(config.signals)
-    slots = max(workload.num_context, *budgets) + 1
+    slots = max(workload.context_units, *map(workload.max_units, budgets)) + 1
     ids, limits, shared = tuple(clip_ids), tuple(budgets), (slots, seed, config, true_frames)
     starts = range(0, len(ids), batch_size)
     batches = [Batch(first, ids[first : first + batch_size], limits[first : first + batch_size], *shared) for first in starts]

@@ -20,6 +20,7 @@ from far_env.agents.surrogate import MEMO_BYTES, SurrogateVectorEnv, comparison_
 from far_env.agents.trainer import Run, check_run_dir, checked, stages
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.envs.vector_env import FrameRetentionVectorEnv
+from far_env.host.far_host import require_far
 from far_env.policies import load_policy
 from far_env.progress import show_progress
 from far_env.workloads import deciding_budgets
@@ -96,7 +97,9 @@ def check_folder(folder: Path) -> Path:
 
 
 def estimate(run: Run, tflops: float | None = None) -> RunCost:
-    """Count a run's stages and their costs."""
+    """Count a run's stages and their costs. Raises ValueError if a host is no FAR, whose operations are counted."""
+    for workload in run.workloads:
+        require_far(workload.host, "an estimate of what a run costs")
     if run.config.imitation.true_clips:
         check_true_signals(run.config.network.signals)
     workloads = [on_meta(workload) for workload in run.workloads]

@@ -33,7 +33,7 @@ class EvictionVecEnv(VecEnv):
 
     def __init__(self, envs: Sequence[FrameRetentionVectorEnv], config: NetworkConfig) -> None:
         self.envs, self.config = list(envs), config
-        sizes = [(env.episodes.num_slots, env.episodes.workload.num_frames) for env in envs]
+        sizes = [(env.episodes.num_slots, env.episodes.workload.num_units) for env in envs]
         self.num_nodes = max(max(slots, min(frames, FrameGraph.MAX_NODES)) for slots, frames in sizes)
         self._rows = [(env, row) for env in self.envs for row in range(env.num_envs)]
         self.graphs = [FrameGraph(config.dropped_frames) for _ in self._rows]

@@ -11,11 +11,12 @@ from torch import Tensor
 from far_env.agents.config import NetworkConfig
 from far_env.agents.expert_data import ExpertData, Recorder
 from far_env.agents.graph_batches import Scores
-from far_env.agents.histories import Histories, TrueHistories, true_frames, uses_true_frames
+from far_env.agents.histories import Histories, TrueHistories, uses_true_frames
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.observation import FrameGraph, signal_arrays
 from far_env.agents.oracle import Coverage
 from far_env.latent_cells import cell_distances, nearest_cells
+from far_env.rollout.context import true_units
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.workloads import Workload
@@ -38,13 +39,13 @@ def play_with_expert(
     use_true_frames: bool,
     recorder: Recorder,
 ) -> ExpertData:
-    """Decisions about some clips, which are played in one batch."""
+    """Decisions about some clips, which are played in one batch. Where the host generates chunks, these are decided about."""
     unique = list(dict.fromkeys(clip_ids))
     clip_of_row = [unique.index(clip_id) for clip_id in clip_ids]
     clips = [workload.clips.clip("train", clip_id) for clip_id in unique]
-    host, context, steps = workload.host, workload.num_context, workload.num_predict
-    frames = torch.stack([true_frames(workload, clip) for clip in clips])
-    latents = host.autoencoder.encode(frames.to(host.dtype)).float()
+    context, steps = workload.context_units, workload.predict_units
+    budgets = [workload.max_units(budget) for budget in budgets]
+    latents = true_units(workload, clips).float()
     histories: Histories
     if use_true_frames or uses_true_frames(workload, config.signals):
         histories = TrueHistories(latents[clip_of_row], context)

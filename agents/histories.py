@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from far_env.clips.clip import Clip
 from far_env.frame_meta import frame_features
 from far_env.rollout.signals import column_gaps, latent_cosines
 from far_env.workloads import Workload
@@ -96,8 +95,3 @@ def check_true_signals(signals: Sequence[str]) -> None:
     """Raise ValueError on signals that only rollouts of a host have."""
     if not set(signals) <= set(TrueHistories.SIGNALS):
         raise ValueError("true frames have no signals but lat_cos and column_gap")
-
-
-def true_frames(workload: Workload, clip: Clip) -> Tensor:
-    """The clip's frames that correspond to a rollout's, (T, 3, H, W), on the host's device."""
-    return torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)

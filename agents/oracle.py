@@ -19,6 +19,7 @@ from far_env.clips.clip import Clip
 from far_env.latent_cells import cell_distances, nearest_cells
 from far_env.metrics import psnr
 from far_env.progress import show_progress
+from far_env.rollout.context import true_units
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.play import Decision
@@ -168,12 +169,12 @@ def search(
     beams = [
         _Beam(batch, clip, range(index * per_clip, (index + 1) * per_clip), width, branches) for index, clip in enumerate(clips)
     ]
-    with show_progress(total=workload.num_predict, description="search", unit="steps", disable=not progress) as bar:
-        for step in range(workload.num_predict):
+    with show_progress(total=workload.predict_units, description="search", unit="steps", disable=not progress) as bar:
+        for step in range(workload.predict_units):
             batch.advance([row for beam in beams for row in beam.alive])
             for beam in beams:
                 beam.score(step)
-                if step < workload.num_predict - 1 and batch.history_length(beam.alive[0]) > max_frames:
+                if step < workload.predict_units - 1 and batch.history_length(beam.alive[0]) > max_frames:
                     beam.branch(step, max_frames)
             bar.update()
     return [beam.best() for beam in beams]
@@ -184,11 +185,10 @@ class _Beam:
 
     def __init__(self, batch: RolloutBatch, clip: Clip, rows: range, width: int, branches: int) -> None:
         workload = batch.workload
-        host = workload.host
         self.batch, self.rows, self.width, self.branches = batch, rows, width, branches
-        frames = torch.from_numpy(clip.frames[: workload.num_frames]).to(host.device)
+        frames = torch.from_numpy(clip.frames[: workload.num_frames]).to(workload.host.device)
         self.truth = frames[workload.num_context :]
-        self.latents = host.autoencoder.encode(frames[None].to(host.dtype))[0, workload.num_context :]
+        self.latents = true_units(workload, [clip])[0, workload.context_units :]
         self.scale = pixel_error_scale(frames, self.latents)
         self.alive = [rows[0]]
         self.errors = {rows[0]: 0.0}
@@ -196,9 +196,10 @@ class _Beam:
         self.generated = 0
 
     def score(self, step: int) -> None:
-        """Add the squared error of the frame that was just generated."""
-        frames = self.batch.decode(self.alive, step, step + 1).float()[:, 0]
-        errors = (frames - self.truth[step]).square().mean(dim=(1, 2, 3)).tolist()
+        """Add the squared error of what was just generated, summed over its frames."""
+        frames = self.batch.decode(self.alive, step, step + 1).float()
+        shown = slice(*map(self.batch.workload.predicted_frames, (step, step + 1)))
+        errors = (frames - self.truth[shown]).square().mean(dim=(2, 3, 4)).sum(dim=1).tolist()
         for row, error in zip(self.alive, errors, strict=True):
             self.errors[row] += error
         self.generated += len(self.alive)

@@ -26,7 +26,7 @@ from far_env.agents.surrogate import SurrogateRollouts, SurrogateVectorEnv
 from far_env.clips.clip import Clip
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.device import product_rate
-from far_env.host.weights import Host
+from far_env.host.far_host import FARHost
 from far_env.rollout.engine import RolloutBatch
 from far_env.workloads import Workload, deciding_budgets
 
@@ -190,7 +190,7 @@ class _MadeClips:
 class _RandomLatents:
     """In place of an autoencoder: latents at random."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: FARHost) -> None:
         self.host = host
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class _RandomLatents:
         return torch.randn(*frames.shape[:2], *self.host.latent_shape).to(frames.device, self.host.dtype)
 
 
-def _without_autoencoder(host: Host) -> Host:
+def _without_autoencoder(host: FARHost) -> FARHost:
     return replace(host, autoencoder=_RandomLatents(host))
 
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from far_env.agents.expert import COST_FLOOR
-from far_env.agents.histories import TrueHistories, true_frames
+from far_env.agents.histories import TrueHistories
 from far_env.clips.clip import Clip
 from far_env.envs.episodes import EpisodeBatch, Reward
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.frame_meta import FEATURES, frame_features
 from far_env.latent_cells import nearest_cells
+from far_env.rollout.context import true_units
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.signals import column_gaps, latent_cosines
 from far_env.workloads import Workload
@@ -64,8 +65,8 @@ class FrameDistances:
 
 def comparison_bytes(workload: Workload) -> int:
     """What is kept in memory of one clip: its latents and its `FrameDistances`."""
-    channels, height, width = workload.host.latent_shape
-    frames, cells = workload.num_frames, height * width
+    channels, height, width = workload.unit_shape
+    frames, cells = workload.num_units, height * width
     return 4 * frames * channels * cells + frames**2 * ((4 + 2) * cells + 4 * len(FEATURES) + 4 + 4 * width)
 
 
@@ -80,10 +81,10 @@ class SurrogateRollouts(TrueHistories):
     def __init__(self, workload: Workload, num_rows: int) -> None:
         self.workload = workload
         self.memo = FrameMemo(MEMO_BYTES)
-        shape = workload.host.latent_shape
-        super().__init__(torch.zeros(num_rows, workload.num_frames, *shape), workload.num_context)
-        self.next = [workload.num_frames] * num_rows
-        self.errors = np.zeros((num_rows, workload.num_frames, shape[1] * shape[2]), dtype=np.float32)
+        shape = workload.unit_shape
+        super().__init__(torch.zeros(num_rows, workload.num_units, *shape), workload.context_units)
+        self.next = [workload.num_units] * num_rows
+        self.errors = np.zeros((num_rows, workload.num_units, shape[1] * shape[2]), dtype=np.float32)
         self._units = np.ones(num_rows)
         self._distances = [FrameDistances(*[np.zeros(0)] * 5)] * num_rows
 
@@ -137,7 +138,7 @@ class SurrogateRollouts(TrueHistories):
 
     def finished(self, row: int) -> bool:
         """Return whether the row's clip has ended, or none has begun."""
-        return self.next[row] >= self.workload.num_frames
+        return self.next[row] >= self.workload.num_units
 
     def frame_numbers(self, row: int) -> list[int]:
         """True numbers of the row's history, oldest first."""
@@ -162,8 +163,7 @@ class SurrogateRollouts(TrueHistories):
         names = [content_key(clip.clip_id, part) for part in range(6)]  # the clips of an environment are of one split
         parts = [self.memo.get(name) for name in names]
         if any(part is None for part in parts):
-            host = self.workload.host
-            latents = host.autoencoder.encode(true_frames(self.workload, clip)[None].to(host.dtype))[0].float().cpu()
+            latents = true_units(self.workload, [clip])[0].float().cpu()
             parts = [latents, *map(torch.from_numpy, vars(FrameDistances.of(latents)).values())]
             for name, part in zip(names, parts, strict=True):
                 self.memo.put(name, part)
@@ -203,7 +203,7 @@ class SurrogateEpisodes(EpisodeBatch):
 
     def estimate(self, row: int) -> float:
         """Expected PSNR in dB of the frames so far: of the estimated errors and `COST_FLOOR` of the clip's variance."""
-        errors = self.rollouts.errors[row, self.workload.num_context : self.rollouts.next[row]]
+        errors = self.rollouts.errors[row, self.workload.context_units : self.rollouts.next[row]]
         variance = float(self.clips[row].frames[: self.workload.num_frames].var())
         return -10 * float(np.log10(max(variance, 1e-12) * (COST_FLOOR + float(errors.mean()))))
 

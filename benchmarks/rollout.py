@@ -27,8 +27,9 @@ from far_env.contract import RetentionPolicy
 from far_env.device import denormals_flushed, peak_memory_mib, product_rate, synchronize
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.far import FAR
+from far_env.host.far_host import FARHost
 from far_env.host.sampler import sample_next_frame
-from far_env.host.weights import Host, load_host
+from far_env.host.weights import load_host
 from far_env.host.zoo import RELEASED
 from far_env.metrics import psnr
 from far_env.policies import load_policy
@@ -36,7 +37,7 @@ from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.memo import DEFAULT_BYTES
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
-from far_env.rollout.reference import denoise_uncached, reference_rollout
+from far_env.rollout.reference import reference_rollout
 from far_env.workloads import Workload, make_workload
 
 BUDGET = 4
@@ -109,7 +110,7 @@ class Stopwatch:
 
 
 @contextmanager
-def instrumented(host: Host, wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
+def instrumented(host: FARHost, wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
     """While the block runs, the host's computations are wrapped by ``wrap(label, function)``."""
     places = [
         *((host.transformer, name, "transformer") for name in ("encode_context", "denoise", "modulate", "next_frame")),
@@ -124,7 +125,7 @@ def instrumented(host: Host, wrap: Callable[[str, Callable], Callable]) -> Itera
             delattr(target, name)
 
 
-def transformer_flops(host: Host, function: Callable[[], object]) -> int:
+def transformer_flops(host: FARHost, function: Callable[[], object]) -> int:
     """Floating-point operations of the transformer in one call of ``function``."""
     counted = 0
 
@@ -207,14 +208,14 @@ def far_b_speedup(device: torch.device, num_kept: int = 8, num_steps: int = 20) 
     model = FAR(**RELEASED["far_b_ucf101"].config).to(device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
-    host = Host("FAR-B size, random weights", model, None, "", (32, 8, 8), 64, num_steps)
+    host = FARHost("FAR-B size, random weights", model, None, "", (32, 8, 8), 64, num_steps)
     workload = Workload("far_b", None, host, num_context=num_kept, num_predict=1, num_steps=num_steps)
     kept, noise = torch.randn(num_kept, 32, 8, 8, device=device), torch.randn(32, 8, 8, device=device)
     sample_next_frame(model, kept[None], noise[None, None], num_steps=1)
     seconds = {}
     for name, function in {
         "engine": lambda: sample_next_frame(model, kept[None], noise[None, None], num_steps=num_steps),
-        "reference": lambda: denoise_uncached(workload, kept, noise),
+        "reference": lambda: host.generate(list(kept), noise, workload.conditions()),
     }.items():
         synchronize(device)
         start = time.perf_counter()

@@ -23,7 +23,7 @@ _ENVIRONMENT_NAMES = {
     "minecraft_c36p264": "MinecraftC36P264",
 }
 """Workloads whose environment is not called by the workload's name in camel case."""
-_WITHOUT_ENVIRONMENT = ("ucf101_c0p16_128", "ucf101_c0p16_256")
+_WITHOUT_ENVIRONMENT = ("ucf101_c0p16_128", "ucf101_c0p16_256", "prompted")
 """Workloads that generate from nothing, so that there is nothing to reward."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,9 +49,14 @@ def frame_size_mb(latent_shape: tuple[int, ...]) -> float:
     return channels * height * width * 4 / 2**20
 
 
-def frame_meta_list(features: Tensor, step: int, size_mb: float) -> list[FrameMeta]:
-    """One row of `frame_features` (N, 4), without padding, as the dataclasses a policy receives."""
+def frame_meta_list(features: Tensor, step: int, size_mb: float | Sequence[float]) -> list[FrameMeta]:
+    """One row of `frame_features` (N, 4), without padding, as the dataclasses a policy receives.
+
+    Args:
+        size_mb: of every frame, or one for each.
+    """
     num_frames = len(features)
+    sizes = [float(size_mb)] * num_frames if isinstance(size_mb, int | float) else list(size_mb)
     metas = []
     for index, (boundary, drift, similarity, motion) in enumerate(features.tolist()):
         age = num_frames - 1 - index
@@ -59,7 +66,7 @@ def frame_meta_list(features: Tensor, step: int, size_mb: float) -> list[FrameMe
                 age=age,
                 dynamic_age=age,
                 recentness=1.0 / (1.0 + age),
-                size_mb=size_mb,
+                size_mb=sizes[index],
                 access_count=1,
                 recent_hit_count=1,
                 last_access_step=step,

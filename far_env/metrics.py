@@ -15,8 +15,10 @@ METRICS = ("psnr", "ssim", "lpips")
 """As the benchmark computes them."""
 FAR_METRICS = ("far_psnr", "far_lpips")
 """As the program of FAR's authors (github.com/showlab/FAR) computes them, to compare with their tables; its SSIM is ours."""
-LOWER_IS_BETTER = ("lpips", "far_lpips")
-NEED_ALEXNET = frozenset({"lpips", "far_lpips"})
+KEPT_SSIM, KEPT_LPIPS, COLOUR_DRIFT = UNREFERENCED = ("kept_ssim", "kept_lpips", "colour_drift")
+"""Those that need no true continuation, see `far_env.evaluation.unreferenced`."""
+LOWER_IS_BETTER = ("lpips", "far_lpips", KEPT_LPIPS, COLOUR_DRIFT)
+NEED_ALEXNET = frozenset({"lpips", "far_lpips", KEPT_LPIPS})
 _SSIM_RADIUS = 5
 _LPIPS_FRAMES = 256
 """Frames that LPIPS compares at once, so that its memory does not grow with the number of clips and their length."""
@@ -68,11 +70,16 @@ def lpips_unavailable() -> str | None:
     )
 
 
-def require_metrics(names: tuple[str, ...] | list[str]) -> None:
-    """Raise ValueError for an unknown metric and `MetricUnavailable` for one that cannot be computed here."""
+def require_metrics(names: tuple[str, ...] | list[str], others: tuple[str, ...] = ()) -> None:
+    """Raise ValueError for an unknown metric and `MetricUnavailable` for one that cannot be computed here.
+
+    Args:
+        others: further metrics that are known, such as `UNREFERENCED`.
+    """
+    known = (*METRICS, *FAR_METRICS, *others)
     for name in names:
-        if name not in (*METRICS, *FAR_METRICS):
-            raise ValueError(unknown_name("metric", name, (*METRICS, *FAR_METRICS)))
+        if name not in known:
+            raise ValueError(unknown_name("metric", name, known))
     if not NEED_ALEXNET.isdisjoint(names) and (reason := lpips_unavailable()):
         raise MetricUnavailable(reason)
 

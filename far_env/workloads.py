@@ -6,17 +6,19 @@ returns one. Those of far-env are declared the same way and are defined in this 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from far_env.clips.clip import Clip, ClipSource
 from far_env.clips.datasets import BAIR, UCF101, DMLab, Doom, Minecraft, RecordedFolder
+from far_env.clips.prompted import PromptedVideos, PromptFolder
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
@@ -24,7 +26,8 @@ from far_env.contract import GENERATED, TRUE, UNLIMITED_FRAMES, resolve_feedback
 from far_env.device import resolve_device, resolve_precision
 from far_env.errors import first_line, unknown_name
 from far_env.frame_meta import frame_size_mb
-from far_env.host.weights import Host, load_host
+from far_env.host.protocol import Conditions, Host, Unit
+from far_env.host.weights import load_host
 from far_env.plugins import WORKLOADS as GROUP
 from far_env.plugins import distribution_name, entry_points, load
 
@@ -38,6 +41,8 @@ NULL_CLASS = -1.0
 PORTABLE, HARNESS = "portable", "harness"
 NOISES = (PORTABLE, HARNESS)
 """Where noise is drawn: on the CPU in float32, the same for every device, or as the benchmark's program draws it."""
+UNITS, FRAMES = BUDGETS_COUNT = ("units", "frames")
+"""What a budget counts where a host generates chunks of several frames: chunks, or the frames that they show."""
 BENCHMARK_WORKLOADS = ("ucf101_short_prediction", "dmlab_long_prediction")
 """Those of the benchmark ar-video-kv-temporal-policy."""
 
@@ -45,6 +50,9 @@ BENCHMARK_WORKLOADS = ("ucf101_short_prediction", "dmlab_long_prediction")
 @dataclass(frozen=True)
 class Workload:
     """Everything a rollout needs but the clip's number, the seed and the policy.
+
+    Lengths are in frames. A host may generate chunks of several frames: then a history, a plan and its numbers, steps and
+    decisions count chunks, which are the *units* of the workload. With FAR a unit is a frame.
 
     Attributes:
         name: as registered.
@@ -58,6 +66,8 @@ class Workload:
         actions: every frame conditions the host by its action, ``clip.actions[i]`` being that of frame i. Without, a host
             that takes classes gets the null class on all frames.
         labels: the host is conditioned on the class of every clip, ``clip.label``; classes are given as with actions.
+        prompts: the host is conditioned on the text of every clip, ``clip.prompt``.
+        budget_counts: one of `BUDGETS_COUNT`. A budget in frames allows as many units as fit if each is of the largest size.
         feedback: "generated", or "true": after each generated frame the clip's true frame, encoded, enters the history in its
             place, so that errors do not accumulate. The metrics are still those of the generated frames. True and False, as
             YAML reads them, are accepted and stand for "true" and "generated".
@@ -66,8 +76,9 @@ class Workload:
 
     Raises:
         ValueError: if a length or the number of steps is below 1 (0 frames may be given), if the guidance is another number or
-            needs classes that are not used, if the host does not take actions or labels, on another feedback or noise, or on
-            true frames in a workload of the benchmark.
+            needs classes that are not used, if the host does not take actions, labels or prompts, or needs prompts that are
+            not used, on another feedback or noise, on true frames in a workload of the benchmark, or if the given or all frames
+            are not whole units of the host.
     """
 
     name: str
@@ -82,8 +93,12 @@ class Workload:
     clip_options: Mapping[str, Any] = field(default_factory=dict, compare=False)
     noise: str = PORTABLE
     labels: bool = False
+    prompts: bool = False
+    budget_counts: str = UNITS
 
     def __post_init__(self) -> None:
+        if self.budget_counts not in BUDGETS_COUNT:
+            raise ValueError(unknown_name("budget_counts", self.budget_counts, BUDGETS_COUNT))
         if self.noise not in NOISES:
             raise ValueError(unknown_name("noise", self.noise, NOISES))
         object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
@@ -97,24 +112,95 @@ class Workload:
             raise ValueError(f"num_context of {self.name} must be at least {int(self.true_feedback)}, got {self.num_context}")
         if self.guidance != NULL_CLASS and not 1 <= self.guidance < math.inf:
             raise ValueError(f"the guidance of {self.name} must be 1, above 1, or −1 for the null class, got {self.guidance}")
-        if (self.guidance > 1 and not self.classes) or (self.guidance == NULL_CLASS and self.classes):
+        if (self.guidance > 1 and not (self.classes or self.prompts)) or (self.guidance == NULL_CLASS and self.classes):
             use = "with" if self.classes else "without"
             raise ValueError(
                 f"{self.name} has guidance {self.guidance} {use} actions or labels; above 1 needs them, −1 excludes them"
             )
-        if self.labels and self.host.transformer.condition != "label":
+        for condition, used in (("label", self.labels), ("action", self.actions), ("prompt", self.prompts)):
+            if used and self.host.condition != condition:
+                raise ValueError(
+                    f"{self.name} conditions its host on {condition}s, which host {self.host.name} does not take; use a "
+                    "workload without"
+                )
+        if self.host.condition == "prompt" and not self.prompts:
+            raise ValueError(f"the host {self.host.name} needs a prompt for every clip, which {self.name} has not; use prompts")
+        if self.actions and self.host.chunked:
+            raise ValueError(f"{self.name} has an action for every frame, and host {self.host.name} generates chunks of frames")
+        if self.num_context and self.num_context not in self._ends:
+            ends = ", ".join(map(str, self._ends[:-1])) or "none"
             raise ValueError(
-                f"{self.name} conditions its host on labels, which host {self.host.name} does not take; use a workload without"
-            )
-        if self.actions and self.host.transformer.condition != "action":
-            raise ValueError(
-                f"{self.name} conditions its host on actions, which host {self.host.name} does not take; use a workload without"
+                f"the {self.num_context} given frames of {self.name} end within a chunk of host {self.host.name}, whose chunks "
+                f"end at frame {ends}; give as many frames as whole chunks have"
             )
 
     @property
     def num_frames(self) -> int:
         """Context and predicted frames together."""
         return self.num_context + self.num_predict
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The sizes of all units of a clip, those that are given first."""
+        return self.host.units(self.num_frames)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Frames up to the end of each unit."""
+        return list(itertools.accumulate(unit.frames for unit in self.units))
+
+    @property
+    def num_units(self) -> int:
+        """Units of a clip, given and predicted."""
+        return len(self.units)
+
+    @property
+    def context_units(self) -> int:
+        """Units that are given."""
+        return self._ends.index(self.num_context) + 1 if self.num_context else 0
+
+    @property
+    def predict_units(self) -> int:
+        """Units that are generated."""
+        return self.num_units - self.context_units
+
+    def predicted_frames(self, num_steps: int) -> int:
+        """Frames that the first ``num_steps`` generated units show."""
+        done = self.context_units + num_steps
+        return (self._ends[done - 1] if done else 0) - self.num_context
+
+    @property
+    def most_latents(self) -> int:
+        """Latents of the largest unit."""
+        return max(unit.latents for unit in self.units)
+
+    @property
+    def unit_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one unit in a history; a chunk is `far_env.host.protocol.as_wide_latent`."""
+        channels, height, width = self.host.latent_shape
+        return channels, height, width * self.most_latents
+
+    def unit_sizes_mb(self, numbers: Sequence[int]) -> list[float]:
+        """MiB of float32 latents of units of these numbers."""
+        return [self.units[number].latents * frame_size_mb(self.host.latent_shape) for number in numbers]
+
+    def max_units(self, budget: int) -> int:
+        """Units that a history may hold under a budget. Raises ValueError if it does not hold the largest one."""
+        if self.budget_counts == UNITS or budget >= UNLIMITED_FRAMES:
+            return budget
+        largest = max(unit.frames for unit in self.units)
+        if budget < largest:
+            raise ValueError(f"a budget of {budget} frames does not hold a chunk of {self.name}, which has {largest} frames")
+        return budget // largest
+
+    def conditions(self, actions: Sequence[int] = (), label: int | None = None, prompt: str | None = None) -> Conditions:
+        """What a unit is generated with; actions are those of the kept frames and the new one."""
+        return Conditions(self.num_steps, self.guidance, tuple(actions), label, prompt)
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether its clips have true frames; prompts alone have none."""
+        return not getattr(self.clips, "without_frames", False)
 
     @property
     def classes(self) -> bool:
@@ -138,7 +224,7 @@ class Workload:
         if clip.actions is None:
             raise ValueError(f"{who} has none; use data that comes with actions, or a workload without")
         actions = np.asarray(clip.actions)[:num_frames]
-        num_classes = self.host.transformer.null_class
+        num_classes = self.host.num_classes
         if actions.shape != (num_frames,):
             raise ValueError(f"{who} has them in the shape {np.shape(clip.actions)}; its {num_frames} frames need one each")
         if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() >= num_classes:
@@ -152,7 +238,7 @@ class Workload:
         """The clip's class; None if the workload does without. Raises ValueError if it has none that the host accepts."""
         if not self.labels:
             return None
-        num_classes = self.host.transformer.null_class
+        num_classes = self.host.num_classes
         if clip.label is None or not 0 <= clip.label < num_classes:
             raise ValueError(
                 f"{self.name} gives the label of clip {clip.clip_id} to its host, which accepts 0 to {num_classes - 1}; the "
@@ -160,9 +246,17 @@ class Workload:
             )
         return int(clip.label)
 
-    def capacity_mb(self, max_frames: int) -> float:
-        """MiB of float32 latents that a history of ``max_frames`` takes."""
-        return max_frames * frame_size_mb(self.host.latent_shape)
+    def prompt_of(self, clip: Clip) -> str | None:
+        """The clip's prompt; None if the workload does without. Raises ValueError if the clip has none."""
+        if not self.prompts:
+            return None
+        if not clip.prompt or not clip.prompt.strip():
+            raise ValueError(f"{self.name} gives the prompt of clip {clip.clip_id} to its host, and the clip has none")
+        return clip.prompt
+
+    def capacity_mb(self, max_units: int) -> float:
+        """MiB of float32 latents that a history of ``max_units`` takes."""
+        return max_units * frame_size_mb(self.unit_shape)
 
 
 @dataclass(frozen=True)
@@ -177,6 +271,8 @@ class WorkloadSpec:
         guidance, feedback: as in `Workload`.
         actions: as in `Workload`; None if the host decides: one that takes actions gets them.
         labels: a host that takes labels gets those of the clips, and the guidance; another one gets no guidance.
+        prompts: a host that takes prompts gets those of the clips.
+        budget_counts: as in `Workload`.
         free_lengths: other lengths may be asked for; the clip source then takes ``num_frames``.
     """
 
@@ -190,6 +286,8 @@ class WorkloadSpec:
     feedback: str = GENERATED
     free_lengths: bool = False
     labels: bool = False
+    prompts: bool = False
+    budget_counts: str = UNITS
 
 
 def _world(name: str) -> Callable[..., ClipSource]:
@@ -230,6 +328,11 @@ ORBIT_WIDE = WorkloadSpec(_world("orbit_wide"), 36, 36, "embedded_long")
 # Clips that far-env record wrote. There is no host for all of them.
 RECORDED = WorkloadSpec(RecordedFolder, 16, 16, host=None, actions=None, free_lengths=True)
 DOOM = WorkloadSpec(Doom, 20, 20, host=None, actions=None, free_lengths=True)
+
+# Prompts, and videos with prompts, for text-to-video models: one chunk, then chunks of twelve frames; 81 are what AnyFlow-FAR
+# was trained on.
+PROMPTED = WorkloadSpec(PromptFolder, 0, 81, "any_flow_far", prompts=True, free_lengths=True)
+PROMPTED_VIDEO = WorkloadSpec(PromptedVideos, 13, 68, "any_flow_far", prompts=True, free_lengths=True)
 
 # `BENCHMARK_WORKLOADS`.
 UCF101_SHORT_PREDICTION = WorkloadSpec(partial(UCF101, num_frames=16), 5, 11, "far_b_ucf101", 20)
@@ -328,16 +431,20 @@ def make_workload(
         raise ValueError(f"workload {name} does not take these clip options: {error}") from error
     torch_device = resolve_device(device)
     loaded = load_host(host, str(torch_device), resolve_precision(precision, torch_device))
+    if loaded.frame_size != clips.size and hasattr(loaded, "with_frame_size"):
+        loaded = loaded.with_frame_size(clips.size)
     if loaded.frame_size != clips.size:
         raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
     if isinstance(clips, VideoFolder):
         clips.host = loaded
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
-    actions = loaded.transformer.condition == "action" if spec.actions is None else spec.actions
-    labels = spec.labels and loaded.transformer.condition == "label"
+    actions = loaded.condition == "action" if spec.actions is None else spec.actions
+    labels = spec.labels and loaded.condition == "label"
+    prompts = spec.prompts and loaded.condition == "prompt"
     guidance = 1.0 if spec.labels and not labels else spec.guidance
     feedback = spec.feedback if feedback is None else feedback
-    return Workload(name, clips, loaded, *lengths, num_steps, guidance, actions, feedback, made_with, labels=labels)
+    conditions = {"labels": labels, "prompts": prompts, "budget_counts": spec.budget_counts}
+    return Workload(name, clips, loaded, *lengths, num_steps, guidance, actions, feedback, made_with, **conditions)
 
 
 def _lengths(name: str, spec: WorkloadSpec, num_context: int | None, num_predict: int | None) -> tuple[int, int]:
@@ -349,7 +456,9 @@ def _lengths(name: str, spec: WorkloadSpec, num_context: int | None, num_predict
         spec.num_context if num_context is None else num_context,
         spec.num_predict if num_predict is None else num_predict,
     )
-    if spec.free_lengths and min(lengths) < 1:
+    if spec.free_lengths and not spec.num_context and lengths[0]:
+        raise ValueError(f"the workload {name} gives no frames: num_context must be 0, got {lengths[0]}")
+    if spec.free_lengths and (lengths[0] < min(1, spec.num_context) or lengths[1] < 1):
         raise ValueError(f"num_context and num_predict must be at least 1, got {lengths[0]} and {lengths[1]}")
     return lengths
 
@@ -388,16 +497,17 @@ def check_decides(workload: Workload, max_frames: int) -> None:
     """Raise ValueError if no decision under this budget can influence a frame of the workload, or none can be rewarded."""
     if workload.num_context == 0:
         raise ValueError(f"{workload.name} generates videos from nothing: no true continuation tells which frames to keep")
-    if max_frames > workload.num_frames - 2:
+    if workload.max_units(max_frames) > workload.num_units - 2:
+        units = "chunks" if workload.host.chunked else "frames"
         raise ValueError(
-            f"a budget of {max_frames} leaves nothing to decide in {workload.name}, whose clips have {workload.num_frames} "
-            f"frames; use at most {workload.num_frames - 2}"
+            f"a budget of {max_frames} leaves nothing to decide in {workload.name}, whose clips have {workload.num_units} "
+            f"{units}; use at most {workload.num_units - 2}"
         )
 
 
 def deciding_budgets(workload: Workload, budgets: Sequence[int]) -> list[int]:
     """The budgets under which a decision can influence a frame of the workload. Raises ValueError if there is none."""
-    deciding = [budget for budget in budgets if budget <= workload.num_frames - 2]
+    deciding = [budget for budget in budgets if workload.max_units(budget) <= workload.num_units - 2]
     if not deciding:
         check_decides(workload, min(budgets))
     return deciding

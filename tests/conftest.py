@@ -15,8 +15,9 @@ import torch
 from far_env.clips.worlds import WORLDS
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
+from far_env.host.far_host import FARHost
 from far_env.host.far_long import FARLong
-from far_env.host.weights import Host, load_host, save_host
+from far_env.host.weights import load_host, save_host
 from far_env.host.zoo import RELEASED
 from far_env.workloads import Workload
 
@@ -142,7 +143,7 @@ TINY_FAR_LONG = {
 
 
 @pytest.fixture(scope="session")
-def tiny_long_host(tiny_host) -> Host:
+def tiny_long_host(tiny_host) -> FARHost:
     """The tiny host with a FAR-Long whose window is six frames."""
     transformer = FARLong(**TINY_FAR_LONG)
     randomise(transformer, 3)

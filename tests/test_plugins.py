@@ -160,6 +160,7 @@ def test_environment_names_follow_from_workload_names():
     assert far_env.environment_id("my_world-2") == "far_env/MyWorld2-v0"
     names = ["Pan", "Cuts", "Orbit", "UCF101Short", "DMLabLong", "UCF101C4P12", "BAIRC2P14", "BAIRC2P28", "DMLabC144P156"]
     names += ["DMLabC36P264", "MinecraftC144P156", "MinecraftC36P264", "PanWide", "CutsWide", "OrbitWide", "Recorded", "Doom"]
+    names += ["Prompted", "PromptedVideo"]
     names += ["Maze", "MazeLong", "MazeRetrieval", "MazeRetrievalC36P36", "Ucf101C0p16128", "Ucf101C0p16256"]
     built_in = [
         declared.name

@@ -176,14 +176,12 @@ def _from_nothing(options: GenerateOptions) -> Workload:
             raise ValueError(f"--{name.replace('_', '-')} needs clips, which a workload has (--workload)")
     device = resolve_device(options.device)
     host = load_host(options.host, str(device), resolve_precision(options.precision, device))
-    takes_labels = host.transformer.condition == "label"
-    labels = range(host.transformer.null_class) if takes_labels and options.labels == ALL else ()
+    takes_labels = host.condition == "label"
+    labels = range(host.num_classes) if takes_labels and options.labels == ALL else ()
     if options.labels and not labels:
         labels = [whole_number(text, "labels") for text in split_list(options.labels, "labels", "label")]
-    if takes_labels and (not labels or max(labels) >= host.transformer.null_class):
-        raise ValueError(
-            f"the host {host.name} takes labels: give --labels from 0 to {host.transformer.null_class - 1}, or all"
-        )
+    if takes_labels and (not labels or max(labels) >= host.num_classes):
+        raise ValueError(f"the host {host.name} takes labels: give --labels from 0 to {host.num_classes - 1}, or all")
     if labels and not takes_labels:
         raise ValueError(f"the host {host.name} takes no labels; leave --labels out")
     guidance = options.guidance if options.guidance is not None else GUIDANCE if labels else 1.0

@@ -26,6 +26,7 @@ class Clip:
         latents: float32 (T, C, h, w), scaled as the host's, if the data is pre-encoded: a rollout's context is then taken from
             here, and ``frames`` are decoded from them by the host's autoencoder. Else None.
         label: class of the whole clip, where the data has classes.
+        prompt: text that describes the whole clip, where the data has texts.
     """
 
     clip_id: int
@@ -33,6 +34,7 @@ class Clip:
     actions: np.ndarray | None = None
     latents: np.ndarray | None = None
     label: int | None = None
+    prompt: str | None = None
 
     def context(self, num_context: int) -> np.ndarray:
         """The first ``num_context`` frames: latents (n, C, h, w) if the clip has latents, else pixels (n, 3, H, W)."""

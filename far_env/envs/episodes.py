@@ -75,10 +75,10 @@ class EpisodeBatch:
         ValueError: if no decision under one of these budgets can influence a frame, or on an unknown signal.
 
     Attributes:
-        max_frames: per row, the budget of its episode.
+        max_frames: per row, the units (frames, or chunks where the host generates these) that its episode may keep.
         decisions: per row, (step, true numbers of the frames that stayed) of every decision of its episode.
         raw_signals: per row, the signals at its last observation, by name: of its frames alone, NaN where there is no value.
-        num_slots: rows of an observation and bits of an action, max(n_context, *budgets) + 1. Histories are
+        num_slots: rows of an observation and bits of an action, max(n_context, *max_frames) + 1. Histories are
             right-aligned: the newest frame is always in the last slot.
     """
 
@@ -96,8 +96,8 @@ class EpisodeBatch:
         for budget in budgets:
             check_decides(workload, budget)
         self.workload = workload
-        self.max_frames = [budgets[0]] * num_rows
-        self.num_slots = max(workload.num_context, *budgets) + 1
+        self.max_frames = [workload.max_units(budgets[0])] * num_rows
+        self.num_slots = max(workload.context_units, *map(workload.max_units, budgets)) + 1
         self.memo = FrameMemo(memo_bytes)
         self.signals = check_signals(signals)
         self.rollouts = self.new_rollouts(num_rows)
@@ -140,7 +140,7 @@ class EpisodeBatch:
         self.rollouts.begin(rows, clips, noise_seeds)
         for row, split, clip, seed, budget in zip(rows, splits, clips, noise_seeds, budgets, strict=True):
             self.splits[row], self.clips[row], self.noise_seeds[row] = split, clip, int(seed)
-            self.max_frames[row] = int(budget)
+            self.max_frames[row] = self.workload.max_units(int(budget))
             self.decisions[row] = []
             self._rewarded[row] = 0.0
             self._decoded[row] = 0
@@ -185,9 +185,10 @@ class EpisodeBatch:
                 by_step.setdefault(self.rollouts.step(row), []).append(index)
         for done, indices in by_step.items():
             same_step = [rows[index] for index in indices]
-            ended = done == self.workload.num_predict
+            ended = done == self.workload.predict_units
             names = self.metric_names if ended else tuple(self.reward.weights)
-            truth = torch.stack([self.truth(row, done) for row in same_step])
+            num_frames = self.workload.predicted_frames(done)
+            truth = torch.stack([self.truth(row, num_frames) for row in same_step])
             for index, metrics in zip(indices, clip_metrics(self.predicted(same_step), truth, names), strict=True):
                 row = rows[index]
                 score = self.reward.score(metrics)
@@ -206,14 +207,15 @@ class EpisodeBatch:
 
     @torch_defaults()
     def predicted(self, rows: Sequence[int]) -> Tensor:
-        """Frames generated so far, decoded, of rows that are at the same step: float32 (R, step, 3, H, W)."""
+        """Frames generated so far, decoded, of rows that are at the same step: float32 (R, F, 3, H, W)."""
         done = self.rollouts.step(rows[0])
         for first in np.unique(self._decoded[rows]).tolist():
             outdated = [row for row in rows if self._decoded[row] == first]
             if first < done:
-                self._pixels[outdated, first:done] = self.rollouts.decode(outdated, first, done).float()
+                shown = slice(self.workload.predicted_frames(first), self.workload.predicted_frames(done))
+                self._pixels[outdated, shown] = self.rollouts.decode(outdated, first, done).float()
                 self._decoded[outdated] = done
-        return self._pixels[rows, :done]
+        return self._pixels[rows, : self.workload.predicted_frames(done)]
 
     def observe(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Observations of rows, stacked: frames (R, slots, 6), mask (R, slots), budget (R, 3) and signals, all float32.
@@ -237,7 +239,7 @@ class EpisodeBatch:
         frames[:, :, -1] = motion / (1 + motion)
         steps = np.array([self.last_step(row) for row in rows])
         allowed = np.array([self.max_frames[row] for row in rows])
-        budget = np.stack([allowed / slots, steps / self.workload.num_predict, lengths / slots], axis=1)
+        budget = np.stack([allowed / slots, steps / self.workload.predict_units, lengths / slots], axis=1)
         observation = {"frames": frames.clip(0, 1), "mask": mask, "budget": budget.astype(np.float32)}
         if self.signals:
             by_row = self.rollouts.signals(rows)
@@ -269,8 +271,12 @@ class EpisodeBatch:
     def signal_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a signal in an observation: one entry per slot, or per pair of slots, and the signal's dimensions."""
         host, slots = self.workload.host, self.num_slots
-        dimensions = {"column_gap": host.latent_shape[-1:], "key_proto": (sum(host.transformer.axes_dims_rope),)}
-        return (slots, *((slots,) if name in OF_PAIRS else ()), *dimensions.get(name, ()))
+        dimensions: tuple[int, ...] = ()
+        if name == "column_gap":
+            dimensions = self.workload.unit_shape[-1:]
+        elif name == "key_proto":
+            dimensions = (sum(host.transformer.axes_dims_rope),)
+        return (slots, *((slots,) if name in OF_PAIRS else ()), *dimensions)
 
     def action_mask(self, row: int) -> np.ndarray:
         """int8 (slots,): 0 must drop (padding), 1 must keep (the newest frame), 2 free."""
@@ -293,7 +299,7 @@ class EpisodeBatch:
             "clip_id": self.clips[row].clip_id,
             "noise_seed": self.noise_seeds[row],
             "step": self.last_step(row),
-            "total_steps": self.workload.num_predict,
+            "total_steps": self.workload.predict_units,
             "max_frames": self.max_frames[row],
             "capacity_mb": self.workload.capacity_mb(self.max_frames[row]),
             "action_mask": self.action_mask(row),

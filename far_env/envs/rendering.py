@@ -79,14 +79,21 @@ def render_workload_episode(workload: Workload, clip: np.ndarray, predicted: np.
     """`render_episode` in the one size (height, width, 3) that all episodes of a workload have, at most MAX_WIDTH wide.
 
     Args:
-        clip: all true frames of the episode (T, 3, H, W), context first.
+        clip: all true frames of the episode (T, 3, H, W), context first. Of a chunk the last frame is shown.
         predicted: frames generated so far (S, 3, H, W).
         decisions: those made so far.
     """
-    size = min(clip.shape[-1], frame_side(workload.num_frames))
+    clip, predicted = of_each_unit(workload, clip, 0), of_each_unit(workload, predicted, workload.context_units)
+    size = min(clip.shape[-1], frame_side(workload.num_units))
     # No decision follows the last frame, and at most one every other.
-    num_decision_rows = workload.num_predict - 1
-    return render_episode(shrink(clip, size), shrink(predicted, size), decisions, workload.num_context, num_decision_rows)
+    num_decision_rows = workload.predict_units - 1
+    return render_episode(shrink(clip, size), shrink(predicted, size), decisions, workload.context_units, num_decision_rows)
+
+
+def of_each_unit(workload: Workload, frames: np.ndarray, first: int) -> np.ndarray:
+    """The last frame of each unit, of frames (T, 3, H, W) that whole units show, from unit ``first`` on."""
+    ends = np.cumsum([unit.frames for unit in workload.units[first:]])
+    return frames[ends[ends <= len(frames)] - 1]
 
 
 def frame_side(num_columns: int) -> int:
@@ -117,15 +124,16 @@ def save_comparison(
     Green marks a frame that stayed, grey one that did not; the blue bar marks the frames that were given.
     """
     clip = workload.clips.clip(split, clip_id)
-    truth = clip.frames[: workload.num_frames]
+    truth = of_each_unit(workload, clip.frames[: workload.num_frames], 0)
     width = len(truth) * (truth.shape[-1] + GAP) - GAP
     parts = [_caption(f"{workload.name}, {split} clip {clip_id}: truth", width), frame_row(truth, len(truth))]
     for name, policy in policies.items():
         rollouts, decisions = play(workload, [clip], [BENCHMARK_SEED + clip_id], policy, max_frames)
         predicted = rollouts.decode([0])[0].float().cpu()
-        score = psnr(predicted, torch.from_numpy(truth[workload.num_context :])).item()
+        score = psnr(predicted, torch.from_numpy(clip.frames[workload.num_context : workload.num_frames])).item()
         kept = [(decision.step, decision.kept) for decision in decisions[0]]
-        picture = render_episode(truth, predicted.numpy(), kept, workload.num_context)
+        shown = of_each_unit(workload, predicted.numpy(), workload.context_units)
+        picture = render_episode(truth, shown, kept, workload.context_units)
         parts += [_caption(f"{name}, budget {max_frames}: {score:.1f} dB", width), picture[truth.shape[-2] :]]
     with replacing(path) as temporary:
         Image.fromarray(np.concatenate(parts)).save(temporary, format="png")

@@ -30,6 +30,12 @@ class FrameRetentionEnv(gym.Env):
     the end the predicted frames are compared with the true continuation. Rules and quirks are those of the benchmark
     ``ar-video-kv-temporal-policy``, so a policy learned here can be exported to it.
 
+    A host may generate chunks of several frames instead (`far_env.host.protocol`). Then all of this is about chunks: the
+    budget, a slot, an age, a step and ``kept_frames`` count them, and the features are those of their latents. AnyFlow-FAR sees
+    the newest ``full_chunk_limit`` chunks, the one that is generated among them, at full resolution, and older kept ones
+    coarsely. Which these are follows from how many are kept, not from the action: dropping a chunk lets an older one become
+    full again, "demote" means keep, and under a budget below the limit (3 in the released models) nothing is coarse.
+
     ## Action Space
     ``MultiBinary(N)`` with N = max(context frames, budget) + 1 slots: 1 keeps, 0 drops. Histories are right-aligned, the newest
     frame in the last slot. Every vector is legal: padding is ignored, the newest frame always stays, and of too many frames
@@ -75,7 +81,8 @@ class FrameRetentionEnv(gym.Env):
     - ``telescoping``: pay the change of the running clip score at every decision; the sum is the same.
     - ``metrics``: further metrics for ``info`` at the end.
     - ``split``, ``num_clips``: which clips reset draws from, the first ``num_clips`` of the split.
-    - ``host``: "embedded", a released transformer or a host folder; None for the workload's default.
+    - ``host``: "embedded", a released transformer, a host folder or that of a diffusers pipeline, or the name of an installed
+      host; None for the workload's default.
     - ``device``, ``precision``: "auto" uses a GPU where there is one; "float32", "bfloat16" or "auto". Neither a surrounding
       ``torch.autocast`` nor torch's default device or dtype changes them.
     - ``memo_bytes``: memory for frames that are generated again, 0 for none. Drawing the same few clips often becomes cheaper;

@@ -35,7 +35,7 @@ class PlayedBatch:
     """Finished rollouts.
 
     Attributes:
-        latents: (R, n_predict, C, h, w).
+        latents: of all generated frames or chunks, (R, L, C, h, w).
         predicted: pixels (R, n_predict, 3, H, W), float32.
         plans: of each row, see `far_env.evaluation.records.Record`.
         decision_ms: of each row, mean milliseconds per decision; None without decisions.
@@ -105,7 +105,7 @@ def play_tokens(
     rollouts = play_streaming(workload, clips, noise_seeds, policy, limit, max_gap=memory.max_gap, on_frame=on_frame)
     latents = torch.stack([rollout.latents for rollout in rollouts])
     with torch.no_grad():
-        predicted = workload.host.autoencoder.decode(latents).float()
+        predicted = workload.host.decode(latents).float()
     plans = [[_token_entry(decision) for decision in rollout.decisions if decision.step >= 0] for rollout in rollouts]
     # The policy decides for all rows together; each has an equal share.
     costs = [_milliseconds(rollout.decisions, len(clips)) for rollout in rollouts]

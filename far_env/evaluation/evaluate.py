@@ -17,11 +17,11 @@ from far_env.evaluation.fvd import FeatureStore
 from far_env.evaluation.records import FRAMES, TOKENS, Results, Settings
 from far_env.evaluation.results_folder import Recorder
 from far_env.evaluation.session import Job, Player, Session
-from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, lpips_unavailable, require_metrics
+from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, UNREFERENCED, lpips_unavailable, require_metrics
 from far_env.rollout.intervention import check_interventions, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload
+from far_env.workloads import UNITS, Workload
 
 
 def evaluate(
@@ -110,10 +110,18 @@ def evaluate_grid(
             raise ValueError("interventions replace whole frames, which a memory of tokens does not have; leave them out")
     names, unavailable = available_metrics(metrics)
     for workload in workloads:
-        if workload.num_context == 0 and (names or interventions or features is None):
+        referenced = [name for name in names if name not in UNREFERENCED]
+        if workload.num_context == 0 and (referenced or interventions or (features is None and not names)):
             raise ValueError(
-                f"{workload.name} generates videos from nothing, which have no true continuation: its only metric is fvd"
+                f"{workload.name} generates videos from nothing, which have no true continuation: its only metrics are fvd and "
+                f"{', '.join(UNREFERENCED)}"
             )
+        if interventions and workload.host.chunked:
+            raise ValueError(
+                f"interventions replace single frames, and host {workload.host.name} keeps chunks of them; leave them out"
+            )
+        if features is not None and not workload.has_truth:
+            raise ValueError(f"{workload.name} has prompts alone, and FVD compares with true videos; leave fvd out")
     for workload, clip_id in itertools.product(workloads, (min(clip_ids), max(clip_ids))):
         check_clip_id(workload.clips, split, clip_id)
     jobs = [Job(UNLIMITED_FRAMES, name, None) for name, policy in policies.items() if policy is None]
@@ -134,6 +142,7 @@ def evaluate_grid(
         show_clips=show_clips,
         made_with={workload.name: made_with(workload, memory) for workload in workloads},
         memory=FRAMES if memory is None else TOKENS,
+        units={workload.name: _units(workload) for workload in workloads if workload.host.chunked},
     )
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
@@ -153,8 +162,14 @@ def available_metrics(wanted: Sequence[str] = METRICS) -> tuple[tuple[str, ...],
     if (needy := NEED_ALEXNET.intersection(wanted)) and (reason := lpips_unavailable()):
         unavailable = {name: reason for name in wanted if name in needy}
     names = tuple(name for name in wanted if name not in unavailable)
-    require_metrics(names or wanted)
-    return tuple(sorted(set(names), key=(*METRICS, *FAR_METRICS).index)), unavailable
+    require_metrics(names or wanted, UNREFERENCED)
+    return tuple(sorted(set(names), key=(*METRICS, *FAR_METRICS, *UNREFERENCED).index)), unavailable
+
+
+def _units(workload: Workload) -> list[int]:
+    """Chunks that are given and predicted, and how much of a budget one takes."""
+    share = 1 if workload.budget_counts == UNITS else max(unit.frames for unit in workload.units)
+    return [workload.context_units, workload.predict_units, share]
 
 
 def _remark_of(policy: RetentionPolicy | None) -> dict[str, str]:

@@ -56,8 +56,9 @@ def made_with(workload: Workload, memory: TokenMemory | None) -> dict[str, objec
 
 
 def clip_hash(workload: Workload, clip: Clip) -> str:
-    """First 16 hex digits of the SHA-256 of the clip's true frames."""
-    return _digest(np.ascontiguousarray(clip.frames[: workload.num_frames]).tobytes())
+    """First 16 hex digits of the SHA-256 of the clip's true frames, and of its prompt where it has one."""
+    prompt = b"" if clip.prompt is None else clip.prompt.encode()
+    return _digest(np.ascontiguousarray(clip.frames[: workload.num_frames]).tobytes() + prompt)
 
 
 def latents_hash(latents: Tensor) -> str:

@@ -291,7 +291,7 @@ def with_fvd(
 def _given(workload: Workload, clips: Sequence[Clip]) -> Iterator[np.ndarray]:
     """The given frames of each clip, uint8 (n_context, H, W, 3), through the autoencoder."""
     with torch.no_grad():
-        frames = workload.host.autoencoder.decode(context_latents(workload.host, clips, workload.num_context))
+        frames = workload.host.decode(context_latents(workload.host, clips, workload.num_context))
     return map(_uint8, frames.float().cpu().numpy())
 
 

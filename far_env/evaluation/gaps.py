@@ -56,7 +56,7 @@ def psnr_by_gap(episodes: Episodes) -> dict[str, Interval] | str:
         return "no clip is finished with every noise seed"
     gaps = episodes.evidence_gaps()
     if gaps is None:
-        return "the records have no gaps; they were written by an older version"
+        return "the records have no gaps: their clips have no true frames, or they were written by an older version"
     values = episodes.psnr_per_frame()
     if not np.isfinite(values).all():
         return "the PSNR of a frame is not finite"

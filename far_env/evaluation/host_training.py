@@ -15,12 +15,12 @@ from far_env.clips.worlds import WORLDS
 from far_env.contract import NewestFrames
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.statistics import mean_interval
+from far_env.host.far_host import FARHost
 from far_env.host.far_long import FARLong
 from far_env.host.training.config import HostTraining, Source
 from far_env.host.training.next_frame import HISTORIES, NextFrameTest
 from far_env.host.training.processes import is_first_process
 from far_env.host.training.train import all_episodes, train_models
-from far_env.host.weights import Host
 from far_env.io import write_text
 from far_env.metrics import psnr
 from far_env.policies import FULL_HISTORY
@@ -29,7 +29,7 @@ from far_env.tensor_files import load_tensors
 from far_env.workloads import WORKLOADS, make_workload
 
 
-def train_host(config: HostTraining) -> Host:
+def train_host(config: HostTraining) -> FARHost:
     """Train (or finish training) a host, measure it, write its folder with a model card, and return it as loaded from there.
 
     Raises:
@@ -75,7 +75,7 @@ def measure_quality(config: HostTraining, device: str) -> dict[str, dict[str, fl
     return quality
 
 
-def _model_card(config: HostTraining, host: Host, quality: dict[str, dict[str, float]], run_dir: Path) -> str:
+def _model_card(config: HostTraining, host: FARHost, quality: dict[str, dict[str, float]], run_dir: Path) -> str:
     """The README.md of a host folder."""
     parts = {"autoencoder": host.autoencoder, "transformer": host.transformer}
     weights = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}
@@ -137,7 +137,7 @@ A frame-autoregressive flow-matching transformer (FAR, arXiv 2503.19325) and a d
 """
 
 
-def _next_frame_section(config: HostTraining, host: Host) -> str:
+def _next_frame_section(config: HostTraining, host: FARHost) -> str:
     """The next-frame test of the finished host, as a section of its card."""
     settings = config.validation
     test = NextFrameTest(settings, all_episodes(config), host.autoencoder, config.seed)

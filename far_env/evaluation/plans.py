@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from far_env.evaluation.records import Record
 
 
-def histories(record: Record, num_context: int, num_predict: int) -> dict[int, list[int]]:
+def histories(record: Record, num_context: int, num_predict: int, max_kept: int | None = None) -> dict[int, list[int]]:
     """Step → true numbers of the frames that were kept by its decision, ascending.
+
+    Args:
+        num_context, num_predict, max_kept: as of `far_env.evaluation.records.Settings.plan_sizes`; None for the budget.
 
     Raises:
         ValueError: if the plan is not valid: a frame is kept that was not in the history, the newest is dropped, more are kept
             than the budget allows, or a decision is missing, superfluous or out of order.
     """
-    decisions = {}
+    budget, decisions = record.budget if max_kept is None else max_kept, {}
     for entry in record.plan:
         try:
             frames = [entry["step"], *entry["kept"], *entry["demoted"]]
@@ -35,13 +38,13 @@ def histories(record: Record, num_context: int, num_predict: int) -> dict[int, l
     def keep(step: int, history: list[int]) -> list[int]:
         decided.append(step)
         kept = decisions.get(step, [])
-        if not set(kept) <= set(history) or history[-1] not in kept or len(kept) > record.budget:
+        if not set(kept) <= set(history) or history[-1] not in kept or len(kept) > budget:
             raise ValueError(
                 f"has a plan that keeps {short(kept)} of {history} at step {step}, with a budget of {record.budget}"
             )
         return kept
 
-    _decide(num_context, num_predict, record.budget, keep)
+    _decide(num_context, num_predict, budget, keep)
     if decided != [entry["step"] for entry in record.plan]:
         raise ValueError(f"has a plan for steps {sorted(decisions)}; its budget needs decisions at {decided}")
     return decisions

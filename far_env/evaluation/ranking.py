@@ -22,6 +22,9 @@ _FORMATS = {
     "psnr": ("PSNR", "dB", 2),
     "ssim": ("SSIM", "", 3),
     "lpips": ("LPIPS", "", 3),
+    "kept_ssim": ("SSIM with kept frames", "", 3),
+    "kept_lpips": ("LPIPS to kept frames", "", 3),
+    "colour_drift": ("colour drift", "", 3),
     "far_psnr": ("FAR's PSNR", "dB", 2),
     "far_lpips": ("FAR's LPIPS", "", 3),
 }

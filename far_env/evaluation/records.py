@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from far_env.contract import UNLIMITED_FRAMES
 from far_env.evaluation.stored_records import StoredRecords
 
 FRAMES, TOKENS = MEMORIES = ("frames", "tokens")
@@ -45,6 +46,7 @@ class Settings:
         made_with: per workload what else determines its numbers, such as weights, ode_steps, dtype, feedback and clip_options.
         failed: policy → `cell` → why the policy was left out there, when it was tried last.
         memory: one of `MEMORIES`.
+        units: per workload whose host generates chunks, how many are given and predicted, and how much of a budget one takes.
     """
 
     workloads: list[str]
@@ -62,6 +64,13 @@ class Settings:
     made_with: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
     memory: str = FRAMES
+    units: dict[str, list[int]] = field(default_factory=dict)
+
+    def plan_sizes(self, workload: str, budget: int) -> tuple[int, int, int]:
+        """Given and predicted units of a workload, frames or chunks, and how many a plan under this budget may keep."""
+        frames = [self.num_context[workload], self.num_predict[workload], 1]
+        context, predict, share = self.units.get(workload, frames)
+        return context, predict, budget if budget >= UNLIMITED_FRAMES else budget // share
 
     def merged(self, other: Settings, where: Path, played: Container[str]) -> Settings:
         """These settings with another evaluation's workloads, budgets, policies, seeds and clips added.
@@ -75,7 +84,7 @@ class Settings:
             ValueError: if anything else differs, so that the numbers would not be comparable.
         """
         differing = [(name, getattr(self, name), getattr(other, name)) for name in _EQUAL]
-        for name in _SIZES:
+        for name in (*_SIZES, "units"):
             old, new = getattr(self, name), getattr(other, name)
             differing += [(f"{name} of {key}", old[key], new[key]) for key in old.keys() & new.keys()]
         for workload in self.made_with.keys() & other.made_with.keys():
@@ -88,7 +97,9 @@ class Settings:
             if before != now:
                 raise ValueError(f"{where} holds an evaluation with {name} {before}, not {now}; choose another folder")
         lists = {name: sorted({*getattr(self, name), *getattr(other, name)}) for name in _MERGED_LISTS}
-        merged = {name: {**getattr(self, name), **getattr(other, name)} for name in (*BY_WORKLOAD, "policies", "unavailable")}
+        merged = {
+            name: {**getattr(self, name), **getattr(other, name)} for name in (*BY_WORKLOAD, "units", "policies", "unavailable")
+        }
         tried = {cell(workload, budget) for workload in other.workloads for budget in other.budgets}
         failed = {
             policy: {where: reason for where, reason in reasons.items() if policy not in other.policies or where not in tried}

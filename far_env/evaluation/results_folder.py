@@ -162,6 +162,9 @@ def _load_settings(path: Path) -> Settings:
     if settings.memory not in MEMORIES:
         raise ValueError(f"{path} has the memory {short(settings.memory)}; this version reads {' and '.join(MEMORIES)}")
     sizes = [*settings.num_context.values(), *settings.num_predict.values(), *settings.frame_size.values()]
+    if not all(len(units) == 3 and units[2] > 0 for units in settings.units.values()):
+        raise ValueError(f"{path} has units that are not three numbers; restore it or evaluate into another folder")
+    sizes += [size for units in settings.units.values() for size in units]
     if not all(0 <= size <= MAX_FRAMES for size in sizes):
         raise ValueError(f"{path} has a size that is not in 0 to {MAX_FRAMES}; restore it or evaluate into another folder")
     if not all(workload in getattr(settings, name) for name in BY_WORKLOAD for workload in settings.workloads):
@@ -228,7 +231,9 @@ def _record(values: object, settings: Settings, asked: Mapping[str, frozenset]) 
             raise ValueError(f"has the {name} {short(fields[name])}, which is not in {SETTINGS_FILE}")
     num_predict = settings.num_predict[fields["workload"]]
     numbers = [*fields["metrics"].values(), *fields["psnr_per_frame"]]
-    if len(fields["psnr_per_frame"]) != num_predict or not all(map(_is_number, numbers)):
+    # Videos that are generated from prompts alone have no true frames.
+    counts = (num_predict,) if settings.num_context[fields["workload"]] else (num_predict, 0)
+    if len(fields["psnr_per_frame"]) not in counts or not all(map(_is_number, numbers)):
         raise ValueError(f"needs numbers as metrics and {num_predict} of them in psnr_per_frame")
     if fields["metrics"].keys() != set(settings.metrics):
         raise ValueError(f"has the metrics {', '.join(fields['metrics'])}; {SETTINGS_FILE} has {', '.join(settings.metrics)}")
@@ -239,7 +244,7 @@ def _record(values: object, settings: Settings, asked: Mapping[str, frozenset]) 
         raise ValueError(f"needs {num_predict} evidence_gaps, each null or a whole number from 1 on")
     record = _made(fields, values, gaps)
     if settings.memory == FRAMES:
-        histories(record, settings.num_context[record.workload], num_predict)
+        histories(record, *settings.plan_sizes(record.workload, record.budget))
     else:
         check_token_plan(record, settings.num_context[record.workload], num_predict)
     return record

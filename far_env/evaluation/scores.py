@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.metrics import clip_metrics, psnr
+from far_env.evaluation.unreferenced import unreferenced_metrics
+from far_env.metrics import UNREFERENCED, clip_metrics, psnr
 from far_env.rollout.intervention import SWAP, IntervenedFrames, interventions_of, metric_of, partner_of
 from far_env.workloads import Workload
 
 
 def scores_of(
-    workload: Workload, clips: Sequence[Clip], predicted: Tensor, metrics: Sequence[str], intervened: IntervenedFrames
+    workload: Workload,
+    clips: Sequence[Clip],
+    predicted: Tensor,
+    metrics: Sequence[str],
+    intervened: IntervenedFrames,
+    plans: Sequence[Sequence[Mapping]],
 ) -> tuple[list[dict[str, float]], list[list[float]]]:
-    """`all_metrics` of every clip's predicted frames (B, n_predict, 3, H, W), and the PSNR of each frame."""
+    """The metrics of every clip's predicted frames (B, n_predict, 3, H, W), and the PSNR of each frame.
+
+    Without true frames there are `UNREFERENCED` metrics alone, and no PSNR.
+
+    Args:
+        plans: of each clip, as in a record.
+    """
+    alone = tuple(name for name in metrics if name in UNREFERENCED)
+    without = unreferenced_metrics(workload, clips, predicted, plans, alone) if alone else [{} for _ in clips]
+    if not workload.has_truth:
+        return without, [[] for _ in clips]
     truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
     truth = torch.from_numpy(truth).to(predicted.device)
-    return all_metrics(predicted, truth, metrics, intervened), frame_psnr(predicted, truth).tolist()
+    against = all_metrics(predicted, truth, [name for name in metrics if name not in UNREFERENCED], intervened)
+    return [a | b for a, b in zip(against, without, strict=True)], frame_psnr(predicted, truth).tolist()
 
 
 def all_metrics(
@@ -36,7 +53,7 @@ def all_metrics(
 
 
 def undisturbed(metrics: Sequence[str]) -> tuple[str, ...]:
-    """The metrics that are not measured under an intervention."""
+    """The metrics that are not measured under an intervention, those without a reference included."""
     return tuple(name for name in metrics if not interventions_of([name]))
 
 

@@ -139,7 +139,7 @@ def full_size_workload(
         split = next(split for split in ("test", *SPLITS) if clips.num_clips(split))
         clip = clips.clip(split, 0)
     else:
-        clip = made_clip(length, host.frame_size, host.transformer.null_class or 1)
+        clip = made_clip(length, host.frame_size, host.num_classes or 1)
     lengths = (spec.num_context, num_frames, num_steps)
     return Workload(name, clips, host, *lengths, guidance=spec.guidance, actions=spec.actions), clip
 

@@ -97,7 +97,7 @@ class Session:
         self.recorded = set(self.results.episode_keys())
         self.done = self.recorded if features is None else self.recorded & features.episodes
         self.clip_hashes = self.results.clip_hashes()
-        self.gaps: dict[tuple[str, int], list[int | None]] = {}
+        self.gaps: dict[tuple[str, int], list[int | None] | None] = {}
         self.partners: dict[tuple[str, int], Clip | None] = {}
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
@@ -184,7 +184,8 @@ class Session:
         self.check_clip(workload.name, clip_id, clip_hash(workload, clip))
         if (workload.name, clip_id) not in self.gaps:
             lengths = (workload.num_context, workload.num_frames)
-            self.gaps[workload.name, clip_id] = evidence_gaps(workload.clips, clip, *lengths)
+            gaps = evidence_gaps(workload.clips, clip, *lengths) if workload.has_truth else None
+            self.gaps[workload.name, clip_id] = gaps
         return clip
 
     def check_clip(self, workload: str, clip_id: int, content: str) -> None:
@@ -207,7 +208,7 @@ class Session:
             played = play_tokens(*rollouts, self.token_memory, bar.update)
         else:
             played = play_frames(*rollouts, self.memo, intervened, bar.update)
-        scores, by_frame = scores_of(workload, clips, played.predicted, self.asked.metrics, intervened)
+        scores, by_frame = scores_of(workload, clips, played.predicted, self.asked.metrics, intervened, played.plans)
         records = []
         for row, clip in enumerate(clips):
             if any(math.isnan(value) for value in (*scores[row].values(), *by_frame[row])):
@@ -254,7 +255,7 @@ class Session:
             further = trajectory(record.seed) > 0 and record.seed % TRAJECTORY_STRIDE in self.asked.seeds
             if clip.clip_id in self.shown and not further:
                 truth = self.results.truth_picture(workload.name, clip.clip_id)
-                if not store.has_picture(truth):
+                if workload.has_truth and not store.has_picture(truth):
                     store.save_picture(truth, clip.frames[: workload.num_frames])
                 store.save_picture(self.results.picture(record), frames.cpu().numpy())
 

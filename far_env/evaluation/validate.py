@@ -12,7 +12,7 @@ from far_env.evaluation.facts import clip_hash, latents_hash, record_facts
 from far_env.evaluation.plans import histories
 from far_env.evaluation.records import TOKENS, Record, Results
 from far_env.evaluation.scores import partner_clip, scores_of, undisturbed
-from far_env.metrics import require_metrics
+from far_env.metrics import UNREFERENCED, require_metrics
 from far_env.progress import Progress, show_progress
 from far_env.rollout.intervention import IntervenedFrames, interventions_of
 from far_env.rollout.memo import FrameMemo
@@ -82,7 +82,7 @@ def validate(
     Raises:
         ValueError: on a record of another host, or one whose metrics cannot be computed here.
     """
-    require_metrics(undisturbed(results.settings.metrics))
+    require_metrics(undisturbed(results.settings.metrics), UNREFERENCED)
     workloads = {name: make(name) for name in dict.fromkeys(record.workload for record in records)}
     for record in records:
         check_host(record, workloads[record.workload])
@@ -140,9 +140,11 @@ def _play_again(
         memory = TokenMemory(settings.made_with[workload.name]["max_gap"])
         played = play_tokens(workload, clips, seeds, policy, records[0].budget, memory, bar.update)
     else:
-        kept = [histories(record, workload.num_context, workload.num_predict) for record in records]
+        kept = [histories(record, *settings.plan_sizes(workload.name, record.budget)) for record in records]
         played = replay_frames(workload, clips, seeds, kept, memo, intervened, bar.update)
-    scores, by_frame = scores_of(workload, clips, played.predicted, settings.metrics, intervened)
+    scores, by_frame = scores_of(
+        workload, clips, played.predicted, settings.metrics, intervened, [record.plan for record in records]
+    )
     facts = record_facts(workload)
     for row, record in enumerate(records):
         identical = latents_hash(played.latents[row]) == record.latents_sha256

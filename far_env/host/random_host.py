@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from far_env.host.weights import Host
+from far_env.host.far_host import FARHost
 from far_env.host.zoo import find_released
 
 DEVIATION = 0.05
 """Standard deviation of the layers that a new FAR initialises with zeros, which would make every velocity zero."""
 
 
-def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Host:
+def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> FARHost:
     """A host like the released transformer ``name`` and its autoencoder, the same on every device.
 
     Raises:
@@ -30,7 +30,7 @@ def random_host(name: str, device: torch.device, dtype: torch.dtype, seed: int =
     transformer, autoencoder = modules
     side = released.frame_size // autoencoder.compression
     shape = (released.config.get("in_channels", 32), side, side)
-    return Host(f"{name}, random weights", transformer, autoencoder, f"seed{seed}", shape, released.frame_size)
+    return FARHost(f"{name}, random weights", transformer, autoencoder, f"seed{seed}", shape, released.frame_size)
 
 
 def _without_zeros(model: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,9 +14,12 @@ from torch import nn
 
 from far_env.device import resolve_device, torch_defaults
 from far_env.errors import WeightsError, first_line
+from far_env.host.any_flow_files import ALSO_FILES, INDEX, NEEDED_FILES, is_pipeline, load_pipeline
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
+from far_env.host.far_host import FARHost
 from far_env.host.far_long import make_transformer
+from far_env.host.protocol import Host, check_host
 from far_env.host.zoo import RELEASED, load_released
 from far_env.hub import is_hub_name, snapshot
 from far_env.io import write_json
@@ -34,51 +36,14 @@ SHIPPED = {
 _PARTS = ("autoencoder", "transformer")
 
 
-@dataclass(frozen=True)
-class Host:
-    """The frozen video model on one device.
-
-    Attributes:
-        name: the name or folder from which it was loaded.
-        transformer, autoencoder: in eval mode, without gradients.
-        weights_hash: eight hex digits: of the SHA-256 of config.json, which holds those of both weight files, or, of a released
-            model, of the transformer's file.
-        latent_shape: (C, h, w) of one frame at ``frame_size``.
-        frame_size: side of its square frames in pixels.
-        num_steps: default number of ODE steps of its workloads.
-    """
-
-    name: str
-    transformer: FAR
-    autoencoder: Autoencoder
-    weights_hash: str
-    latent_shape: tuple[int, int, int]
-    frame_size: int = 64
-    num_steps: int = 20
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its weights."""
-        return next(self.transformer.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its weights, in which it computes."""
-        return next(self.transformer.parameters()).dtype
-
-    @property
-    def precision(self) -> str:
-        """The name of its dtype, such as float32, as options and records have it."""
-        return str(self.dtype).removeprefix("torch.")
-
-
 @torch_defaults()
 def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype: torch.dtype = torch.float32) -> Host:
     """Load a shipped host, a plugin's host or a released transformer by name, or a folder written by `save_host`.
 
-    The folder may be a repository of the Hugging Face hub, hub:user/name[@revision]; the host's name then has the commit.
-    Hosts are kept in memory, once per device and dtype. A plugin's host is an entry point of ``far_env.hosts``: a function
-    ``load(device: torch.device, dtype: torch.dtype) -> Host``.
+    A folder in diffusers' format is loaded as `far_env.host.any_flow.AnyFlowFAR`. Either folder may be a repository of the
+    Hugging Face hub, hub:user/name[@revision]; the host's name then has the commit.
+    Hosts are kept in memory, once per device and dtype. A plugin's host is an entry point of ``far_env.hosts``: a subclass
+    of `far_env.host.protocol.Host`, or a function ``load(device: torch.device, dtype: torch.dtype)`` that returns a host.
 
     Raises:
         WeightsError: if a file is missing or damaged, its hash is not the expected one, or keys or shapes do not fit.
@@ -91,22 +56,27 @@ def load_host(name: str | os.PathLike = "embedded", device: str = "auto", dtype:
     if name in entry_points(HOSTS):
         return _registered_host(name, torch_device, dtype)
     if is_hub_name(name):
+        if is_pipeline(snapshot(name, (), (INDEX,)).folder):
+            kept = snapshot(name, NEEDED_FILES, ALSO_FILES)
+            return load_pipeline(kept.name, kept.folder, torch_device, dtype)
         kept = snapshot(name, ("config.json", "transformer.safetensors"), ("autoencoder.safetensors",))
         return _folder_host(kept.name, kept.folder, torch_device, dtype)
+    if is_pipeline(Path(name)):
+        return load_pipeline(name, Path(name), torch_device, dtype)
     return _folder_host(name, Path(name), torch_device, dtype)
 
 
-def load_embedded(device: torch.device, dtype: torch.dtype) -> Host:
+def load_embedded(device: torch.device, dtype: torch.dtype) -> FARHost:
     """The shipped FAR for the worlds pan and cuts."""
     return _folder_host("embedded", SHIPPED["embedded"], device, dtype)
 
 
-def load_embedded_long(device: torch.device, dtype: torch.dtype) -> Host:
+def load_embedded_long(device: torch.device, dtype: torch.dtype) -> FARHost:
     """The shipped FAR-Long for the world orbit."""
     return _folder_host("embedded_long", SHIPPED["embedded_long"], device, dtype)
 
 
-def load_embedded_maze(device: torch.device, dtype: torch.dtype) -> Host:
+def load_embedded_maze(device: torch.device, dtype: torch.dtype) -> FARHost:
     """The shipped FAR, conditioned on actions, for the mazes."""
     return _folder_host("embedded_maze", SHIPPED["embedded_maze"], device, dtype)
 
@@ -115,21 +85,16 @@ def load_embedded_maze(device: torch.device, dtype: torch.dtype) -> Host:
 def _registered_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
     """The host of an entry point, far-env's or a plugin's."""
     entry = entry_points(HOSTS)[name]
-    host = load(entry)(device, dtype)
-    if not isinstance(host, Host):
-        raise ValueError(
-            f"the host {name} of the distribution {distribution_name(entry)} must be a far_env.host.weights.Host, "
-            f"got {type(host).__name__}"
-        )
-    return host
+    origin = f"the host {name} of the distribution {distribution_name(entry)}"
+    return check_host(load(entry)(device, dtype), origin)
 
 
-def _folder_host(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Host:
+def _folder_host(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> FARHost:
     return _load_host(name, folder.resolve(), _read_config(folder), device, dtype)
 
 
 @lru_cache(maxsize=4)
-def _load_host(name: str, folder: Path, config_text: str, device: torch.device, dtype: torch.dtype) -> Host:
+def _load_host(name: str, folder: Path, config_text: str, device: torch.device, dtype: torch.dtype) -> FARHost:
     # The text contains the weights' hashes, so a host that was trained again does not hit the cache.
     config = _check_config(folder, config_text)
     modules: dict[str, nn.Module] = {}
@@ -150,7 +115,7 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
     side = config["frame_size"] // modules["autoencoder"].compression
     if config["latent_shape"] != [modules["transformer"].in_channels, side, side]:
         raise WeightsError(f"{folder / 'config.json'}: latent_shape does not fit the models; restore the file")
-    return Host(
+    return FARHost(
         name=name,
         weights_hash=hashlib.sha256(config_text.encode()).hexdigest()[:8],
         latent_shape=tuple(config["latent_shape"]),
@@ -161,13 +126,13 @@ def _load_host(name: str, folder: Path, config_text: str, device: torch.device, 
 
 
 @lru_cache(maxsize=1)
-def _released_host(name: str, device: torch.device, dtype: torch.dtype) -> Host:
+def _released_host(name: str, device: torch.device, dtype: torch.dtype) -> FARHost:
     released = RELEASED[name]
     if released.autoencoder is None:
         raise WeightsError(f"{name} is an autoencoder; name a transformer, whose autoencoder is included")
     autoencoder = load_released(released.autoencoder).to(device, dtype)
     side = released.frame_size // autoencoder.compression
-    return Host(
+    return FARHost(
         name=name,
         transformer=load_released(name).to(device, dtype),
         autoencoder=autoencoder,

@@ -2,14 +2,16 @@
 
 What makes it fast, and exact:
 
-- Keys and values of clean frames are computed once per frame, not once per ODE step, and outlive an eviction as long as no
-  frame before them was dropped.
-- Rows share every forward pass; shorter histories are padded and masked.
+- With FAR, keys and values of clean frames are computed once per frame, not once per ODE step, and rows share every forward
+  pass: `far_env.rollout.cached_frames`. Other hosts generate unit after unit: `far_env.rollout.plain_units`.
 - A latent is a pure function of host, clip, noise seed, step, kept frames and their classes: a memo under a hash of these
   returns what was computed before, for example for another policy. The same holds for its pixels.
 
 With feedback of true frames, the history holds the clip's encoded frames, which are given from the start, in place of generated
 ones; generated frames are kept beside it.
+
+Where a host generates chunks, "frame" stands for a chunk wherever histories, numbers and steps are meant; `decode` and
+`generated` give the frames and the latents that the chunks hold.
 
 The result is that of `far_env.rollout.reference`.
 """
@@ -17,8 +19,7 @@ The result is that of `far_env.rollout.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,69 +28,17 @@ from torch import Tensor
 from far_env.clips.clip import Clip
 from far_env.contract import GENERATED
 from far_env.device import torch_defaults
-from far_env.errors import PolicyError
 from far_env.frame_meta import frame_features
-from far_env.host.sampler import FrameSampler, with_null_class
+from far_env.host.far_host import FARHost
+from far_env.host.protocol import as_wide_latent, join_units, split_units
+from far_env.rollout.cached_frames import CachedFrames
 from far_env.rollout.context import context_latents
 from far_env.rollout.memo import FrameMemo, content_key
 from far_env.rollout.noise import workload_noise
-from far_env.rollout.signals import RecordedSignals, SignalRecorder
+from far_env.rollout.plain_units import PlainUnits
+from far_env.rollout.signals import RecordedSignals
+from far_env.rollout.state import Rollout, UnitGenerator
 from far_env.workloads import Workload
-
-
-@dataclass
-class Rollout:
-    """One row. Tensors are never changed in place, so that copies may share them.
-
-    Attributes:
-        num_context, num_predict: frames given and to be generated.
-        steps: generated frames.
-        kept: true numbers of the history's frames; context frames are 0 … n_context-1.
-        frames: clean latents (C, h, w) by true number, kept or not: of all frames so far, or where true frames are fed back of
-            the whole clip, without the generated ones.
-        keys: content keys of these frames.
-        generated: latents of the generated frames so far, by step.
-        generated_keys: content keys of these.
-        actions: of all frames, by true number; none where the host is not conditioned on actions.
-        label: of the clip; None where the host is not conditioned on labels.
-        prefix: keys and values (layers, 2, branches, tokens, heads, d) of the first frames of the history, as many as are
-            valid. There is one branch, or with guidance two, that of the null class first.
-        num_coarse: how many of the history's oldest frames were coarse when these were computed.
-        noise: (n_predict, C, h, w).
-        noise_seed: the seed of that noise.
-        recorded: signals of its frames, where they are recorded.
-    """
-
-    num_context: int
-    num_predict: int
-    steps: int
-    noise: Tensor
-    noise_seed: int
-    actions: tuple[int, ...] = ()
-    kept: list[int] = field(default_factory=list)
-    frames: list[Tensor] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    generated: list[Tensor] = field(default_factory=list)
-    generated_keys: list[str] = field(default_factory=list)
-    prefix: list[Tensor] = field(default_factory=list)
-    num_coarse: int = 0
-    recorded: RecordedSignals = field(default_factory=RecordedSignals)
-    label: int | None = None
-
-    @property
-    def newest(self) -> int:
-        """The true number of the newest frame."""
-        return self.num_context + self.steps - 1
-
-    def visible_actions(self) -> list[int]:
-        """Actions of the history's frames and of the next one, where the host is conditioned on actions."""
-        return [self.actions[number] for number in (*self.kept, self.newest + 1)] if self.actions else []
-
-    def copy(self) -> Rollout:
-        """A rollout that continues from the same state independently; the tensors are shared."""
-        names = ("kept", "frames", "keys", "generated", "generated_keys", "prefix")
-        lists = {name: list(getattr(self, name)) for name in names}
-        return replace(self, **lists)
 
 
 class RolloutBatch:
@@ -106,22 +55,18 @@ class RolloutBatch:
             computed even if the memo holds them.
 
     Raises:
-        PolicyError: on signals of a workload without given frames or with labels, where they are not recorded.
+        PolicyError: on signals that are not recorded with this workload and host.
     """
 
     @torch_defaults()
     def __init__(self, workload: Workload, num_rows: int, memo: FrameMemo | None = None, signals: Sequence[str] = ()) -> None:
         host = workload.host
-        if signals and (workload.labels or workload.num_context == 0):
-            raise PolicyError(f"signals are not recorded in {workload.name}: they need given frames, and a host without labels")
         self.workload = workload
         self.memo = FrameMemo(0) if memo is None else memo
-        self._empty = torch.zeros(host.latent_shape, device=host.device, dtype=host.dtype)
+        self._empty = torch.zeros(workload.unit_shape, device=host.device, dtype=host.dtype)
         self._rows = [self._unbegun() for _ in range(num_rows)]
-        self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
-        self._num_branches = 2 if self._sampler.guided else 1
         self._origin = (self.memo.host_number(host), workload.num_steps, workload.guidance, workload.noise)
-        self._recorder = SignalRecorder(signals, self._sampler)
+        self._generator: UnitGenerator = (CachedFrames if isinstance(host, FARHost) else PlainUnits)(workload, signals)
 
     def step(self, row: int) -> int:
         """Number of frames that the row has generated."""
@@ -148,16 +93,19 @@ class RolloutBatch:
         """Start a rollout in each of ``rows``: encode its clip's context frames, or all that are fed back, and draw its noise.
 
         Args:
-            num_context, num_predict: other lengths than the workload's.
+            num_context, num_predict: other lengths than the workload's, for hosts whose units are frames.
 
         Raises:
-            ValueError: if the workload needs actions and a clip has none that fit, or if a clip is too short.
+            ValueError: if the workload needs actions, labels or prompts and a clip has none that fit, or is too short.
         """
         host = self.workload.host
         num_context = self.workload.num_context if num_context is None else num_context
         num_predict = self.workload.num_predict if num_predict is None else num_predict
+        context_units = num_context if not host.chunked else self.workload.context_units
+        units = self.workload.units if host.chunked else host.units(num_context + num_predict)
         actions = [self.workload.actions_of(clip, num_context + num_predict) for clip in clips]
         labels = [self.workload.label_of(clip) for clip in clips]
+        prompts = [self.workload.prompt_of(clip) for clip in clips]
         num_given = num_context + (num_predict if self.workload.true_feedback else 0)
         contexts = [clip.context(num_given) for clip in clips]
         keys = [content_key(*self._origin, context.data.cast("B") if num_given else b"") for context in contexts]
@@ -167,22 +115,25 @@ class RolloutBatch:
             for i, latents in zip(missing, context_latents(host, [clips[i] for i in missing], num_given), strict=True):
                 latents_by_row[i] = latents.clone()
                 self.memo.put(keys[i], latents_by_row[i])
-        context_by_row = [latents[:num_context] for latents in latents_by_row]
-        recorded = self._recorder.begin(context_by_row, noise_seeds, actions if self.workload.actions else None)
-        begun = zip(rows, keys, latents_by_row, noise_seeds, actions, labels, recorded, strict=True)
-        for row, key, latents, seed, row_actions, label, row_recorded in begun:
+        given_units = units if self.workload.true_feedback else units[:context_units]
+        frames_by_row = [split_units(host, latents, given_units) for latents in latents_by_row]
+        context_by_row = [latents[: sum(unit.latents for unit in units[:context_units])] for latents in latents_by_row]
+        recorded = self._generator.begin(context_by_row, noise_seeds, actions if self.workload.actions else None)
+        begun = zip(rows, keys, frames_by_row, noise_seeds, actions, labels, prompts, recorded, strict=True)
+        for row, key, frames, seed, row_actions, label, prompt, row_recorded in begun:
             self._rows[row] = Rollout(
-                num_context=num_context,
-                num_predict=num_predict,
+                units=units,
+                num_context=context_units,
                 steps=0,
-                noise=workload_noise(self.workload, seed, num_predict),
+                noise=workload_noise(self.workload, seed, units[context_units:]),
                 noise_seed=int(seed),
                 actions=row_actions,
-                kept=list(range(num_context)),
-                frames=list(latents),
-                keys=[content_key(key, number) for number in range(num_given)],
+                kept=list(range(context_units)),
+                frames=frames,
+                keys=[content_key(key, number) for number in range(len(frames))],
                 recorded=row_recorded,
                 label=label,
+                prompt=prompt,
             )
 
     def cache_bytes(self, row: int) -> int:
@@ -195,13 +146,19 @@ class RolloutBatch:
             self._rows[other] = self._rows[row].copy()
 
     def keyed_history(self, row: int) -> list[tuple[Tensor, str]]:
-        """The latents (C, h, w) of the row's history, oldest first, each with the key of its content."""
+        """The latents of the row's history, oldest first, each with the key of its content."""
         rollout = self._rows[row]
         return [(rollout.frames[number], rollout.keys[number]) for number in rollout.kept]
 
     def history(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Kept latents (R, K, C, h, w), oldest first, shorter rows padded with zeros at the end, and lengths (R,)."""
-        histories = [[rollout.frames[number] for number in rollout.kept] for rollout in self._chosen(rows)]
+        """Kept latents (R, K, C, h, w), oldest first, shorter rows padded with zeros at the end, and lengths (R,).
+
+        A chunk is one wide latent, see `far_env.host.protocol.as_wide_latent`.
+        """
+        size = self.workload.most_latents
+        histories = [
+            [as_wide_latent(rollout.frames[number], size) for number in rollout.kept] for rollout in self._chosen(rows)
+        ]
         longest = max(map(len, histories))
         padded = [frame for history in histories for frame in history + [self._empty] * (longest - len(history))]
         lengths = torch.tensor([len(history) for history in histories], device=self._empty.device)
@@ -220,7 +177,7 @@ class RolloutBatch:
             [[rollout.actions[number] for number in rollout.kept] for rollout in chosen] if self.workload.actions else None
         )
         kept = [rollout.kept for rollout in chosen]
-        return self._recorder.arrays([rollout.recorded for rollout in chosen], kept, self.history(rows)[0], actions)
+        return self._generator.arrays([rollout.recorded for rollout in chosen], kept, self.history(rows)[0], actions)
 
     @torch_defaults()
     @torch.no_grad()
@@ -233,7 +190,7 @@ class RolloutBatch:
     @torch_defaults()
     @torch.no_grad()
     def next_frames(self, rows: Sequence[int], histories: Sequence[Sequence[tuple[Tensor, str]]]) -> list[Tensor]:
-        """The next frame (C, h, w) of each row if its history held other latents. The rows stay as they are.
+        """The next frame of each row if its history held other latents. The rows stay as they are.
 
         Args:
             histories: of each row, the latents in place of its frames, oldest first, with the keys of their contents.
@@ -258,20 +215,24 @@ class RolloutBatch:
         return self._rows[row].steps >= self._rows[row].num_predict
 
     def generated(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
-        """Generated latents first … last-1 (R, n, C, h, w), zero where there is none (yet)."""
+        """Generated latents (R, L, C, h, w) of steps first … last-1, zero where there is none (yet).
+
+        The rows must have units of the same sizes.
+        """
         chosen = self._chosen(rows)
         steps = self._steps(chosen, first, last)
-        frames = [rollout.generated[step] if step < rollout.steps else self._empty for rollout in chosen for step in steps]
-        return torch.stack(frames).unflatten(0, (len(chosen), len(steps)))
+        return torch.stack([join_units(self.workload.host, [_at(rollout, step) for step in steps]) for rollout in chosen])
 
     @torch_defaults()
     def decode(self, rows: Sequence[int], first: int = 0, last: int | None = None) -> Tensor:
-        """Predicted frames first … last-1 of each row as pixels (R, last − first, 3, H, W)."""
-        latents = self.generated(rows, first, last)
-        autoencoder = self.workload.host.autoencoder
-        if self.memo.max_bytes == 0:
-            return autoencoder.decode(latents)
+        """What steps first … last-1 of each row predicted, as pixels (R, F, 3, H, W); one frame per step unless in chunks."""
+        host = self.workload.host
         chosen = self._chosen(rows)
+        if host.chunked:
+            return torch.stack([self._decode_chunks(rollout, first, last) for rollout in chosen])
+        latents = self.generated(rows, first, last)
+        if self.memo.max_bytes == 0:
+            return host.decode(latents)
         keys = [
             content_key("pixels", *self._origin, rollout.generated_keys[step] if step < rollout.steps else "not generated")
             for rollout in chosen
@@ -280,26 +241,39 @@ class RolloutBatch:
         pixels = {key: self.memo.get(key) for key in dict.fromkeys(keys)}
         place = {key: i for i, key in enumerate(keys) if pixels[key] is None}
         if place:
-            decoded = autoencoder.decode(latents.flatten(0, 1)[list(place.values())][None])[0]
+            decoded = host.decode(latents.flatten(0, 1)[list(place.values())][None])[0]
             for key, frame in zip(place, decoded, strict=True):
                 pixels[key] = frame.clone()
                 self.memo.put(key, pixels[key])
         return torch.stack([pixels[key] for key in keys]).unflatten(0, latents.shape[:2])
+
+    def _decode_chunks(self, rollout: Rollout, first: int, last: int | None) -> Tensor:
+        """The frames (F, 3, H, W) of generated chunks; a chunk is decoded with all that come before it in the clip."""
+        steps = self._steps([rollout], first, last)
+        sequence = [*rollout.frames[: rollout.num_context], *(_at(rollout, step) for step in range(steps.stop))]
+        frames = self.workload.host.decode(join_units(self.workload.host, sequence)[None])[0]
+        return frames[sum(unit.frames for unit in rollout.units[: rollout.num_context + steps.start]) :]
 
     def state_dict(self) -> dict:
         """The rollouts as tensors and plain values."""
         return {
             "host": self.workload.host.weights_hash,
             "feedback": self.workload.feedback,
-            "lengths": [(rollout.num_context, rollout.num_predict) for rollout in self._rows],
+            "lengths": [
+                tuple(
+                    sum(unit.frames for unit in part) for part in (row.units[: row.num_context], row.units[row.num_context :])
+                )
+                for row in self._rows
+            ],
             "steps": [rollout.steps for rollout in self._rows],
             "kept": [list(rollout.kept) for rollout in self._rows],
             "keys": [list(rollout.keys) for rollout in self._rows],
             "noise_seeds": [rollout.noise_seed for rollout in self._rows],
             "actions": [list(rollout.actions) for rollout in self._rows],
             "labels": [rollout.label for rollout in self._rows],
-            "frames": [_stacked(rollout.frames) for rollout in self._rows],
-            "generated": [_stacked(rollout.generated) if self.workload.true_feedback else None for rollout in self._rows],
+            "prompts": [rollout.prompt for rollout in self._rows],
+            "frames": [self._stored(rollout.frames) for rollout in self._rows],
+            "generated": [self._stored(rollout.generated) if self.workload.true_feedback else None for rollout in self._rows],
             "generated_keys": [list(rollout.generated_keys) for rollout in self._rows],
             "recorded": [rollout.recorded.state_dict() for rollout in self._rows],
         }
@@ -335,17 +309,23 @@ class RolloutBatch:
                 continue
             seed = state["noise_seeds"][row]
             num_context, num_predict = state["lengths"][row]
-            latents, keys = list(frames.to(self._empty)), list(state["keys"][row])
+            units = self.workload.host.units(num_context + num_predict)
+            if self.workload.host.chunked:
+                num_context = self.workload.context_units
+            keys = list(state["keys"][row])
+            latents = split_units(self.workload.host, frames.to(self._empty), units[: len(keys)])
             generated, generated_keys = latents[num_context:], keys[num_context:]
             if self.workload.true_feedback:
                 outputs, generated_keys = state["generated"][row], list(state["generated_keys"][row])
-                generated = [] if outputs is None else list(outputs.to(self._empty))
+                done = units[num_context : num_context + len(generated_keys)]
+                generated = [] if outputs is None else split_units(self.workload.host, outputs.to(self._empty), done)
             self._rows[row] = Rollout(
                 label=state.get("labels", [None] * len(self._rows))[row],
+                prompt=state.get("prompts", [None] * len(self._rows))[row],
+                units=units,
                 num_context=num_context,
-                num_predict=num_predict,
                 steps=state["steps"][row],
-                noise=workload_noise(self.workload, seed, num_predict),
+                noise=workload_noise(self.workload, seed, units[num_context:]),
                 noise_seed=seed,
                 actions=actions[row],
                 kept=list(state["kept"][row]),
@@ -357,8 +337,10 @@ class RolloutBatch:
             )
 
     def _unbegun(self) -> Rollout:
-        lengths = {"num_context": self.workload.num_context, "num_predict": self.workload.num_predict}
-        return Rollout(**lengths, steps=self.workload.num_predict, noise=self._empty[None], noise_seed=0)
+        steps, host = self.workload.predict_units, self.workload.host
+        sizes = [(unit.latents,) if host.chunked else () for unit in self.workload.units[self.workload.context_units :]]
+        noise = [self._empty.new_zeros((*size, *host.latent_shape)) for size in sizes]
+        return Rollout(self.workload.units, self.workload.context_units, steps, noise, noise_seed=0)
 
     def _chosen(self, rows: Sequence[int]) -> list[Rollout]:
         return [self._rows[row] for row in rows]
@@ -368,24 +350,25 @@ class RolloutBatch:
         return range(max(rollout.num_predict for rollout in rollouts))[first:last]
 
     def _generate(self, rollouts: Sequence[Rollout]) -> list[tuple[str, Tensor]]:
-        """Key and latent (C, h, w) of each rollout's next frame. Rollouts that would become the same one are computed once."""
+        """Key and latent of each rollout's next frame. Rollouts that would become the same one are computed once."""
         frames: dict[str, Tensor] = {}
         missing: dict[str, list[Rollout]] = {}
         keys = []
         for rollout in rollouts:
             kept_keys = [rollout.keys[number] for number in rollout.kept]
             classes = rollout.visible_actions() if rollout.label is None else ("label", rollout.label)
+            if rollout.prompt is not None:
+                classes = ("prompt", rollout.prompt)
             key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *kept_keys, *classes)
             keys.append(key)
-            latent = None if self._recorder.needs_probe else self.memo.get(key)
+            latent = None if self._generator.needs_probe else self.memo.get(key)
             if latent is None:
                 missing.setdefault(key, []).append(rollout)
             else:
                 frames[key] = latent
         if missing:
             first = [alike[0] for alike in missing.values()]
-            self._encode_histories(first)
-            for (key, alike), latent in zip(missing.items(), self._sample(first), strict=True):
+            for (key, alike), latent in zip(missing.items(), self._generator.generate(first), strict=True):
                 # A view would keep the frames of all rows alive for as long as one of them.
                 frames[key] = latent.clone()
                 self.memo.put(key, frames[key])
@@ -405,76 +388,13 @@ class RolloutBatch:
         if rollout.steps == rollout.num_predict:
             rollout.prefix = []
 
-    def _encode_histories(self, rollouts: Sequence[Rollout]) -> None:
-        """Compute the keys and values that are not known yet, rows with alike histories together."""
-        model = self._sampler.model
-        groups: dict[tuple[int, int], list[Rollout]] = {}
-        for rollout in rollouts:
-            num_coarse = model.num_coarse(len(rollout.kept) + 1)
-            if num_coarse != rollout.num_coarse:
-                # A frame that becomes coarse or fine is another one, and so is every finer frame that attends to it.
-                rollout.prefix = rollout.prefix[: min(num_coarse, rollout.num_coarse)]
-                rollout.num_coarse = num_coarse
-            if len(rollout.prefix) < len(rollout.kept):
-                groups.setdefault((len(rollout.prefix), len(rollout.kept)), []).append(rollout)
-        for (num_known, num_kept), alike in groups.items():
-            frames = torch.stack([rollout.frames[number] for rollout in alike for number in rollout.kept[num_known:]])
-            frames = frames.unflatten(0, (len(alike), num_kept - num_known))
-            counts = model.token_counts(num_kept, frames)[num_known:]
-            past = None
-            if num_known:
-                past = torch.stack([torch.cat(rollout.prefix, dim=3) for rollout in alike], dim=3).flatten(2, 3)
-            if self._sampler.guided:
-                frames = torch.cat([frames, frames])
-            encoded = model.encode_context(frames, past, num_known, **self._context_conditions(alike, num_known))
-            encoded = encoded.unflatten(2, (self._num_branches, len(alike)))
-            for row, rollout in enumerate(alike):
-                rollout.prefix += [block.clone() for block in encoded[:, :, :, row].split(counts, dim=3)]
-
-    def _context_conditions(self, rollouts: Sequence[Rollout], num_known: int) -> dict[str, Any]:
-        """Arguments of `FAR.encode_context` for the rollouts' frames after the first ``num_known`` kept ones."""
-        if self.workload.labels:
-            labels = self._labels(rollouts)
-            return {"label": with_null_class(self._sampler.model, labels) if self._sampler.guided else labels}
-        if not self.workload.actions:
-            return {"shared": self._sampler.shared_modulations}
-        actions = torch.tensor([rollout.visible_actions()[num_known:-1] for rollout in rollouts], device=self._empty.device)
-        return {"action": with_null_class(self._sampler.model, actions) if self._sampler.guided else actions}
-
-    def _labels(self, rollouts: Sequence[Rollout]) -> Tensor | None:
-        """Labels (R,), where the host is conditioned on them."""
-        return (
-            torch.tensor([rollout.label for rollout in rollouts], device=self._empty.device) if self.workload.labels else None
-        )
-
-    def _sample(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """The next latent (R, C, h, w) of rollouts whose histories are encoded."""
-        noise = torch.stack([rollout.noise[rollout.steps] for rollout in rollouts])[:, None]
-        model = self._sampler.model
-        num_tokens = max(sum(block.shape[3] for block in rollout.prefix) for rollout in rollouts)
-        memory = model.new_memory(self._num_branches * len(rollouts), num_tokens + model.tokens_per_frame(noise), noise)
-        by_branch = memory.unflatten(2, (self._num_branches, len(rollouts)))
-        for row, rollout in enumerate(rollouts):
-            start = 0
-            for block in rollout.prefix:
-                end = start + block.shape[3]
-                by_branch[:, :, :, row, start:end] = block
-                start = end
-            # Masked, but 0 times what memory happens to hold might not be 0.
-            by_branch[:, :, :, row, start:num_tokens] = 0
-        action = None
-        if self.workload.actions:
-            action = torch.tensor([rollout.visible_actions()[-1:] for rollout in rollouts], device=noise.device)
-        probe = self._recorder.probe([[block.shape[3] for block in rollout.prefix] for rollout in rollouts], num_tokens, noise)
-        lengths, label = [len(rollout.kept) for rollout in rollouts], self._labels(rollouts)
-        latents = self._sampler(memory, noise, lengths, label=label, action=action, probe=probe)
-        if probe is not None:
-            recorded = self._recorder.record(probe, [rollout.recorded for rollout in rollouts], memory, latents)
-            for rollout, row_recorded in zip(rollouts, recorded, strict=True):
-                rollout.recorded = row_recorded
-        return latents[:, 0]
+    def _stored(self, units: Sequence[Tensor]) -> Tensor | None:
+        """The latents of units in turn on the CPU, None if there are none."""
+        return join_units(self.workload.host, units).cpu() if units else None
 
 
-def _stacked(frames: Sequence[Tensor]) -> Tensor | None:
-    """Latents as one tensor on the CPU, None if there are none."""
-    return torch.stack(list(frames)).cpu() if frames else None
+def _at(rollout: Rollout, step: int) -> Tensor:
+    """The unit that a rollout generated at a step, zeros if it has not yet or, where units are frames, is shorter."""
+    return (
+        rollout.generated[step] if step < rollout.steps else torch.zeros_like(rollout.noise[min(step, len(rollout.noise) - 1)])
+    )

@@ -70,7 +70,7 @@ class Intervention:
         memo: holds its latents, or receives them.
 
     Raises:
-        ValueError: if the partner has fewer frames than a rollout.
+        ValueError: if the partner has fewer frames than a rollout, or if the host generates chunks.
     """
 
     @torch_defaults()
@@ -80,6 +80,8 @@ class Intervention:
     ) -> None:
         self.name, self.noise_seed = name, int(noise_seed)
         host = workload.host
+        if host.chunked:
+            raise ValueError(f"interventions replace single frames, and host {host.name} keeps chunks of them; leave them out")
         if name == SWAP:
             memo = FrameMemo(0) if memo is None else memo
             self._key = content_key(SWAP, memo.host_number(host), partner.context(workload.num_frames).data.cast("B"))
@@ -89,7 +91,7 @@ class Intervention:
                 memo.put(self._key, self._latents)
         elif name == BLANK:
             grey = torch.full((1, 1, 3, host.frame_size, host.frame_size), GREY, device=host.device, dtype=host.dtype)
-            self._latents, self._key = host.autoencoder.encode(grey)[0], content_key(BLANK)
+            self._latents, self._key = host.encode(grey)[0], content_key(BLANK)
 
     def replace(self, kept: Sequence[Keyed], numbers: Sequence[int], step: int) -> list[Keyed]:
         """What is given to the host in place of a history.
@@ -168,4 +170,4 @@ class IntervenedFrames:
     @torch.no_grad()
     def decode(self, name: str) -> Tensor:
         """The same as pixels (R, n, 3, H, W)."""
-        return self._workload.host.autoencoder.decode(self.latents(name))
+        return self._workload.host.decode(self.latents(name))

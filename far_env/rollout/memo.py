@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from far_env.host.weights import Host
+from far_env.host.protocol import Host
 
 DEFAULT_BYTES = 256 * 2**20
 

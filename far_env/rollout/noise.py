@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from far_env.device import torch_defaults
+from far_env.host.protocol import Unit, split_units
 from far_env.workloads import HARNESS, Workload
 
 BENCHMARK_SEED = 42
@@ -66,9 +67,19 @@ def harness_noise(
     return torch.cat(draws)[:, 0]
 
 
-def workload_noise(workload: Workload, noise_seed: int, num_steps: int) -> Tensor:
-    """Initial noise of every step (num_steps, C, h, w) as the workload draws it, on its host's device and in its dtype."""
+def workload_noise(workload: Workload, noise_seed: int, units: Sequence[Unit] | None = None) -> list[Tensor]:
+    """Initial noise of generated units, (C, h, w) or (n, C, h, w) each, as the workload draws it: latent after latent.
+
+    It is on the host's device and in its dtype.
+
+    Args:
+        units: their sizes; None for those of the workload.
+    """
     host = workload.host
+    units = workload.units[workload.context_units :] if units is None else units
+    num_latents = sum(unit.latents for unit in units)
     if workload.noise == HARNESS:
-        return harness_noise(noise_seed, num_steps, host.latent_shape, host.device, host.dtype)
-    return rollout_noise(noise_seed, num_steps, host.latent_shape).to(host.device, host.dtype)
+        noise = harness_noise(noise_seed, num_latents, host.latent_shape, host.device, host.dtype)
+    else:
+        noise = rollout_noise(noise_seed, num_latents, host.latent_shape).to(host.device, host.dtype)
+    return split_units(host, noise, units)

@@ -1,6 +1,7 @@
 """The executable specification of a rollout: one clip, no cache, no batch, in the order of the benchmark's description.
 
-Slow on purpose. `far_env.rollout.engine` must equal it.
+Any host will do: of it, encoding, decoding and one new unit from clean ones are used. With FAR a unit is a frame. Slow on
+purpose. `far_env.rollout.engine` must equal it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from far_env.contract import (
     wanted_signals,
 )
 from far_env.device import torch_defaults
-from far_env.frame_meta import frame_features, frame_meta_list, frame_size_mb
-from far_env.host.far import CLEAN_TIME
-from far_env.host.sampler import make_scheduler
+from far_env.frame_meta import frame_features, frame_meta_list
+from far_env.host.protocol import as_wide_latent, join_units, split_units
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import workload_noise
 from far_env.workloads import Workload
@@ -37,10 +37,10 @@ class Rollout:
     """The result of a finished rollout.
 
     Attributes:
-        latents: generated latents (n_predict, C, h, w), whatever was fed back.
+        latents: generated latents (L, C, h, w), whatever was fed back.
         frames: the same, decoded, (n_predict, 3, H, W) in [0, 1].
-        kept: per policy call, (step, true frame numbers that stayed); context frames are 0 … n_context-1.
-        intervened: latents of the frames that were generated from replaced histories, or None.
+        kept: per policy call, (step, true numbers of the units that stayed); those of the context are 0 … n-1.
+        intervened: latents of the units that were generated from replaced histories, or None.
     """
 
     latents: Tensor
@@ -50,7 +50,7 @@ class Rollout:
 
 
 class SignalSource(Protocol):
-    """Computes the signals of one rollout from the passes of `denoise_uncached`."""
+    """Computes the signals of one rollout from the passes of `far_env.host.far_host.FARHost.generate`."""
 
     def generating(self) -> AbstractContextManager[None]:
         """The context in which one frame is denoised."""
@@ -66,9 +66,10 @@ MakeSignals = Callable[[Workload, Sequence[str], Tensor, int, Sequence[int]], Si
 """From the workload, the wanted names, context latents (n, C, h, w), the noise seed and the actions of all frames."""
 
 Replaced = Callable[[Sequence[Tensor], Sequence[int], int], Sequence[Tensor]]
-"""From the kept latents (C, h, w), their true numbers and the step to as many latents in their place."""
+"""From the latents of the kept units, their true numbers and the step to as many in their place."""
 
 
+@torch_defaults()
 @torch.no_grad()
 def reference_rollout(
     workload: Workload,
@@ -90,75 +91,46 @@ def reference_rollout(
 
     Raises:
         PolicyError: if the policy raises or answers an invalid plan.
-        ValueError: if the workload needs actions and the clip has none that fit, or is too short for feedback of true frames.
+        ValueError: if the workload needs actions, a label or a prompt and the clip has none that fit, or is too short for
+            feedback of true frames.
     """
-    host, label = workload.host, workload.label_of(clip)
+    host, label, prompt = workload.host, workload.label_of(clip), workload.prompt_of(clip)
     actions = workload.actions_of(clip, workload.num_frames)
-    given = context_latents(host, [clip], workload.num_frames if workload.true_feedback else workload.num_context)[0]
-    noise = workload_noise(workload, noise_seed, workload.num_predict)
-    kept = list(given[: workload.num_context])
-    numbers = list(range(workload.num_context))
+    num_given = workload.num_frames if workload.true_feedback else workload.num_context
+    given_units = workload.units if workload.true_feedback else workload.units[: workload.context_units]
+    given = split_units(host, context_latents(host, [clip], num_given)[0], given_units)
+    noise = workload_noise(workload, noise_seed)
+    context = given[: workload.context_units]
+    kept, numbers = list(context), list(range(len(context)))
+    max_units = workload.max_units(max_frames)
     generated, intervened, history = [], [], []
     wanted = wanted_signals(policy)
-    signals = make_signals(workload, wanted, given[: len(kept)], noise_seed, actions) if wanted and make_signals else None
-    for step in range(workload.num_predict):
-        new = workload.num_context + step
-        frame_actions = [actions[number] for number in [*numbers, new]] if workload.actions else None
+    signals = make_signals(workload, wanted, join_units(host, kept), noise_seed, actions) if wanted and make_signals else None
+    for step in range(workload.predict_units):
+        new = workload.context_units + step
+        frame_actions = [actions[number] for number in [*numbers, new]] if workload.actions else []
+        conditions = workload.conditions(frame_actions, label, prompt)
         with nullcontext() if signals is None else signals.generating():
-            frames = torch.stack(kept) if kept else given[:0]
-            frame = denoise_uncached(workload, frames, noise[step], frame_actions, label)
+            frame = host.generate(kept, noise[step], conditions)
         generated.append(frame)
         if replaced is not None:
-            others = torch.stack(replaced(kept, numbers, step)) if kept else given[:0]
-            intervened.append(denoise_uncached(workload, others, noise[step], frame_actions, label))
+            intervened.append(host.generate(replaced(kept, numbers, step) if kept else [], noise[step], conditions))
         kept.append(given[new] if workload.true_feedback else frame)
         numbers.append(new)
         if signals is not None:
             signals.finish(frame)
-        if policy is not None and max_frames < UNLIMITED_FRAMES and len(kept) > max_frames:
-            metas = frame_meta_list(frame_features(torch.stack(kept)[None])[0], step, frame_size_mb(host.latent_shape))
-            capacity_mb = workload.capacity_mb(max_frames)
-            state = RolloutState(step, capacity_mb, workload.num_predict)
+        if policy is not None and max_units < UNLIMITED_FRAMES and len(kept) > max_units:
+            history_latents = torch.stack([as_wide_latent(unit, workload.most_latents) for unit in kept])
+            metas = frame_meta_list(frame_features(history_latents[None])[0], step, workload.unit_sizes_mb(numbers))
+            capacity_mb = workload.capacity_mb(max_units)
+            state = RolloutState(step, capacity_mb, workload.predict_units)
             if signals is not None:
-                state = ObservedRolloutState(step, capacity_mb, workload.num_predict, signals.arrays(kept, numbers))
-            budget = {"max_frames": max_frames, "capacity_mb": capacity_mb}
+                state = ObservedRolloutState(step, capacity_mb, workload.predict_units, signals.arrays(kept, numbers))
+            budget = {"max_frames": max_units, "capacity_mb": capacity_mb}
             ids = ask_policy(policy, metas, state, budget, clip=clip.clip_id).kept
             kept, numbers = [kept[i] for i in ids], [numbers[i] for i in ids]
             history.append((step, list(numbers)))
-    latents = torch.stack(generated)
-    with torch_defaults():
-        frames = host.autoencoder.decode(latents[None])[0]
-    return Rollout(latents, frames, history, torch.stack(intervened) if intervened else None)
-
-
-@torch_defaults()
-@torch.no_grad()
-def denoise_uncached(
-    workload: Workload, kept: Tensor, noise: Tensor, actions: Sequence[int] | None = None, label: int | None = None
-) -> Tensor:
-    """One new frame (C, h, w) after the kept ones (K, C, h, w), every ODE step over the whole sequence.
-
-    Args:
-        actions: of the kept frames and the new one, K + 1.
-        label: of the clip. Without actions and label, the null class is on all frames.
-    """
-    transformer = workload.host.transformer
-    null = transformer.null_conditions(1, len(kept) + 1, noise.device)
-    conditions = null
-    if actions is not None:
-        conditions = {"action": torch.tensor([actions], device=noise.device)}
-    elif label is not None:
-        conditions = {"label": torch.tensor([label], device=noise.device)}
-    scheduler = make_scheduler(workload.num_steps, noise.device)
-    frame = noise
-    for time in scheduler.timesteps:
-        sequence = torch.cat([kept, frame[None]])[None]
-        times = torch.full(sequence.shape[:2], CLEAN_TIME, device=noise.device)
-        times[:, -1] = time
-        velocity = transformer(sequence, times, **conditions)[0, -1]
-        if workload.guidance > 1:
-            # classifier-free guidance, arXiv 2207.12598; the unconditional side has the null class on every frame
-            unconditional = transformer(sequence, times, **null)[0, -1]
-            velocity = unconditional + workload.guidance * (velocity - unconditional)
-        frame = scheduler.step(velocity, time, frame).prev_sample
-    return frame
+    latents = join_units(host, generated)
+    decoded_from = [*context, *generated] if host.chunked else generated
+    frames = host.decode(join_units(host, decoded_from)[None])[0][-workload.num_predict :]
+    return Rollout(latents, frames, history, join_units(host, intervened) if intervened else None)

@@ -34,9 +34,10 @@ from far_env.device import torch_defaults
 from far_env.errors import PolicyError, first_line
 from far_env.host.blocks import rotate
 from far_env.host.far import CLEAN_TIME, COARSE_TIME_FACTOR, Modulations
+from far_env.host.far_host import require_far
 from far_env.host.far_long import FARLong
+from far_env.host.protocol import Host
 from far_env.host.sampler import FrameSampler, with_null_class
-from far_env.host.weights import Host
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import workload_noise
 from far_env.rollout.token_cache import FULL, MERGED, CacheView, TokenCache
@@ -115,7 +116,8 @@ class StreamingRollout:
 
 def check_token_budget(host: Host, budget: int) -> None:
     """Raise ValueError unless the budget is a whole number of entries that holds the newest frame."""
-    needed = host.transformer.tokens_per_frame(torch.empty(host.latent_shape))
+    transformer = require_far(host, "a memory of tokens").transformer
+    needed = transformer.tokens_per_frame(torch.empty(host.latent_shape))
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < needed:
         raise ValueError(
             f"the token budget must be a whole number and hold the newest frame, which has {needed} tokens on host "
@@ -157,7 +159,7 @@ class StreamingBatch:
         *,
         max_gap: int | None = 1,
     ) -> None:
-        host = workload.host
+        host = require_far(workload.host, "a memory of tokens")
         if (policy is None) != (budget is None):
             raise ValueError("a token budget and a policy belong together; give both, or neither to keep everything")
         if budget is not None:
@@ -175,7 +177,7 @@ class StreamingBatch:
         self._actions, self._labels = self._classes(clips)
         num_given = workload.num_frames if workload.true_feedback else workload.num_context
         self.given = context_latents(host, clips, num_given)
-        self.noise = torch.stack([workload_noise(workload, seed, workload.num_predict) for seed in noise_seeds])
+        self.noise = torch.stack([torch.stack(workload_noise(workload, seed)) for seed in noise_seeds])
         self._full_latents: list[dict[int, Tensor]] = [{} for _ in clips]
         self.cache = TokenCache(
             host.transformer,

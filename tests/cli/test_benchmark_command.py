@@ -25,7 +25,6 @@ from far_env.metrics import psnr, ssim
 from far_env.policy_file import policy_from_file
 from far_env.policy_process import PolicyProcess
 from far_env.rollout.noise import rollout_noise
-from far_env.rollout.reference import denoise_uncached
 from far_env.workloads import WORKLOADS
 
 LINE = re.compile(r"TEST_METRICS: (\w+=\S+)( \w+=\S+)*")
@@ -60,7 +59,7 @@ def restated(workload, policy, max_frames, num_clips):
         state = RolloutState(0, capacity, workload.num_predict)
         for step in range(workload.num_predict):
             state.step = step
-            frame = denoise_uncached(workload, kept, noise[step])
+            frame = host.generate(list(kept), noise[step], workload.conditions())
             predicted.append(frame)
             kept = torch.cat([kept, frame[None]])
             numbers.append(workload.num_context + step)

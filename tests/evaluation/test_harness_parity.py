@@ -18,7 +18,7 @@ from far_env.contract import FrameMeta, TemporalCachePlan, apply_plan
 from far_env.evaluation.benchmark import run_benchmark
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
-from far_env.host.weights import Host
+from far_env.host.far_host import FARHost
 from far_env.metrics import psnr, ssim
 from far_env.policies import load_policy
 from far_env.policy_file import policy_from_file
@@ -60,7 +60,7 @@ def workload() -> Workload:
     models = {"transformer": transformer, "autoencoder": autoencoder}
     for model in models.values():
         model.eval().requires_grad_(False)
-    host = Host("harness", **models, weights_hash="fixture", latent_shape=(32, 8, 8))
+    host = FARHost("harness", **models, weights_hash="fixture", latent_shape=(32, 8, 8))
     clips = GivenClips(np.load(FOLDER / "clips_ucf.npz")["clips"])
     return Workload("ucf101_short_prediction", clips, host, 5, 11, EXPECTED["ode_steps"])
 

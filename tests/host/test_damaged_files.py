@@ -15,7 +15,8 @@ from torch import nn
 
 from far_env.errors import WeightsError
 from far_env.host import zoo
-from far_env.host.weights import Host, load_host
+from far_env.host.far_host import FARHost
+from far_env.host.weights import load_host
 from far_env.tensor_files import file_hash, load_tensors, load_weights, save_tensors, save_weights
 from tests.conftest import TINY_FAR
 from tests.damage import assert_sentence, damaged, write_code
@@ -137,7 +138,7 @@ def test_a_hundred_damaged_hosts(tiny_host_folder, tmp_path):
         except WeightsError as error:
             assert_sentence(error, folder)
         else:
-            assert isinstance(host, Host) and (path.name == "config.json" or not changed)
+            assert isinstance(host, FARHost) and (path.name == "config.json" or not changed)
         path.write_bytes(content)
 
 

@@ -17,8 +17,8 @@ from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.far import FAR
+from far_env.host.far_host import FARHost
 from far_env.host.sampler import sample_next_frame
-from far_env.host.weights import Host
 from far_env.host.zoo import RELEASED
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
@@ -53,7 +53,7 @@ class Steered:
 
 
 @pytest.fixture(scope="session")
-def action_hosts(tiny_host, tiny_long_host) -> dict[str, Host]:
+def action_hosts(tiny_host, tiny_long_host) -> dict[str, FARHost]:
     transformer = FAR(**TINY_FAR, condition_cfg={"type": "action", "num_action_classes": NUM_CLASSES})
     randomise(transformer, 4)
     short = replace(tiny_host, name="tiny_action", transformer=transformer.eval().requires_grad_(False))
@@ -83,7 +83,7 @@ def clips():
 def test_a_frame_equals_the_published_sampler(golden, monkeypatch, case, guidance, actions, name):
     fixture = golden(case)
     monkeypatch.setattr("far_env.rollout.noise.rollout_noise", lambda seed, *_: fixture["in.noise"][seed])
-    host = Host("fixture", fixture.far(), Identity(), "", (4, 4, 4), 4, 20)
+    host = FARHost("fixture", fixture.far(), Identity(), "", (4, 4, 4), 4, 20)
     workload = Workload("fixture", None, host, 5, 1, 20, guidance, actions)
     clips = [Clip(i, fixture["in.context"][i].numpy(), fixture["in.action"][i].numpy()) for i in range(2)]
     batch, _ = play(workload, clips, [0, 1], None, 9999)
@@ -98,7 +98,7 @@ def test_a_guided_rollout_equals_the_published_one(golden, monkeypatch, case):
     """Of the published rollout the first frame serves as context; FAR-Long's window of four frames is crossed."""
     fixture = golden(case)
     monkeypatch.setattr("far_env.rollout.noise.rollout_noise", lambda seed, *_: fixture["in.ar_noise"][seed, 1:])
-    host = Host("fixture", fixture.far(), Identity(), "", (4, 4, 4), 4, 20)
+    host = FARHost("fixture", fixture.far(), Identity(), "", (4, 4, 4), 4, 20)
     workload = Workload("fixture", None, host, 1, 11, 8, 1.5, True)
     expected = fixture["out.ar_latents_8steps"]
     clips = [Clip(i, expected[i].numpy(), fixture["in.ar_action"][i].numpy()) for i in range(2)]

@@ -17,7 +17,7 @@ from far_env.metrics import psnr
 from far_env.rollout.intervention import INTERVENTIONS, IntervenedFrames, Intervention, check_interventions, partner_of
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play, replay
-from far_env.rollout.reference import denoise_uncached, reference_rollout
+from far_env.rollout.reference import reference_rollout
 from far_env.workloads import Workload
 from tests.rollout.test_actions import Steered
 from tests.rollout.test_rollout import Sloppy
@@ -201,6 +201,6 @@ def test_what_the_specification_is_given_decides_the_frame(tiny_workload):
     with torch.no_grad():
         mine, theirs = (tiny_workload.host.autoencoder.encode(torch.from_numpy(c.frames[:5])[None])[0] for c in (clip, other))
         noise = torch.randn((1, 1, *tiny_workload.host.latent_shape), generator=torch.Generator().manual_seed(3))[0, 0]
-        frame = denoise_uncached(tiny_workload, torch.cat([theirs[:4], mine[4:]]), noise)
+        frame = tiny_workload.host.generate([*theirs[:4], *mine[4:]], noise, tiny_workload.conditions())
     torch.testing.assert_close(rollout.intervened[0], frame, atol=ATOL, rtol=0)
     assert not torch.allclose(rollout.intervened[0], rollout.latents[0], atol=1e-3)

@@ -10,7 +10,6 @@ import torch
 from far_env.baselines import tokens
 from far_env.host.sampler import make_scheduler
 from far_env.rollout.reencoding import denoise_reencoded, reencoding_gap
-from far_env.rollout.reference import denoise_uncached
 from tests.rollout.test_actions import Steered
 
 
@@ -46,7 +45,7 @@ def test_coarse_frames_between_full_ones_keep_their_places_in_time(steered):
 
 def test_on_a_far_it_is_the_specification(tiny_workload):
     kept, noise = torch.randn(5, 4, 8, 8), torch.randn(4, 8, 8)
-    expected = denoise_uncached(tiny_workload, kept, noise)
+    expected = tiny_workload.host.generate(list(kept), noise, tiny_workload.conditions())
     torch.testing.assert_close(denoise_reencoded(tiny_workload, kept[None], [False] * 5, noise[None])[0], expected)
 
 

@@ -14,8 +14,9 @@ from far_env.baselines.filling import FillingPolicy
 from far_env.clips.clip import Clip
 from far_env.contract import OF_LATENTS, SIGNALS, RolloutState, make_plan
 from far_env.errors import PolicyError
+from far_env.host.far_host import FARHost
 from far_env.host.sampler import FrameSampler
-from far_env.host.weights import Host, load_host
+from far_env.host.weights import load_host
 from far_env.rollout.attention_probe import AttentionProbe, QueryMoments
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
@@ -63,7 +64,7 @@ def fixture_workload(golden, name, guidance=1.0, actions=False):
     fixture = golden(name)
     key = next(key for key in ("in.context", "in.latents", "in.above.latents") if key in fixture)
     latents = fixture[key]
-    host = Host("fixture", fixture.far(), Identity(), "", tuple(latents.shape[2:]), 4, 4)
+    host = FARHost("fixture", fixture.far(), Identity(), "", tuple(latents.shape[2:]), 4, 4)
     generator = torch.Generator().manual_seed(3)
     clips = []
     for i in range(2):

@@ -18,6 +18,7 @@ from far_env.device import denormals_flushed, resolve_device, resolve_precision
 from far_env.errors import unknown_name
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
+from far_env.host.far_host import FARHost
 from far_env.host.far_long import FARLong, make_transformer
 from far_env.host.training.autoencoder import train_autoencoder
 from far_env.host.training.config import HostTraining
@@ -26,7 +27,7 @@ from far_env.host.training.latent_cache import EncodedEpisodes, check_first_clas
 from far_env.host.training.next_frame import NextFrameTest
 from far_env.host.training.processes import Processes
 from far_env.host.training.transformer import train_transformer
-from far_env.host.weights import SHIPPED, Host, load_host, save_host
+from far_env.host.weights import SHIPPED, load_host, save_host
 from far_env.host.zoo import RELEASED, load_released
 from far_env.io import locked, make_run_dir, read_json, write_json
 from far_env.provenance import run_facts, save_facts, session_precision
@@ -41,7 +42,7 @@ class Start:
 
 
 @denormals_flushed()
-def train_models(config: HostTraining) -> Host:
+def train_models(config: HostTraining) -> FARHost:
     """Train (or finish training) both models, write them to ``config.output_dir``, and return the host loaded from there.
 
     Of several processes that were launched together, the first one writes.
