@@ -166,6 +166,9 @@ class ActorVecEnv(VecEnv):
         self._masks = np.zeros((ends[-1], example.num_nodes), dtype=bool)
         self._since: list[list[Call]] = [[] for _ in groups]
         """Of each group, the calls that lead to its present state: a reset or a state, and the steps after it."""
+        self._states: list[tuple] = []
+        """Of each group, the state of its environment and of its graphs at the last `env_states`."""
+        self._loaded: list[Any] = []
         self._pending: list[Any] = []
         self._calls: list[Call] = []
         for actor in self._actors:

@@ -91,6 +91,26 @@ def test_the_published_tables_name_policies_that_exist_or_can_be_trained(monkeyp
         assert not differing, f"{name} was trained with another {differing}"
 
 
+def test_rules_are_tuned_by_as_many_rollouts_as_the_learned_policy_was_validated_by():
+    tables, agents = load_tables(CONFIGS / "results.yaml")
+    tuned = [part for table in tables.values() for part in table.parts if part.tune]
+    assert {workload for part in tuned for workload in part.workloads} >= {"pan", "cuts", "orbit", "maze_retrieval"}
+    for part in tuned:
+        assert {*part.tune} < {*part.policies}, "the default form is there too"
+        config = parse(AgentTraining, shlex.split(agents["pretrained/general"]), "train_agent.py", "")
+        for workload in part.workloads:
+            validated = config.validation_rollouts[workload]
+            assert validated in (0, part.tune_rollouts), (workload, validated)
+
+
+def test_validation_rollouts_are_those_that_a_training_plays():
+    """22 updates that validate before every fifth and at the end: 0, 5, 10, 15, 20 and 22; 84 clips of each of two worlds."""
+    arguments = "--workload pan,cuts,orbit --validation-clips 84 --validate-every 5 --ppo.workload pan,cuts --ppo.num-envs 64"
+    arguments += " --ppo.n-steps 40 --ppo.total-timesteps 56320"
+    config = parse(AgentTraining, shlex.split(arguments), "train_agent.py", "")
+    assert config.validation_rollouts == {"pan": 6 * 84, "cuts": 6 * 84, "orbit": 0}
+
+
 def test_a_table_is_its_records_and_a_second_run_plays_nothing(reproduce, tmp_path, monkeypatch):
     assert reproduce("small")[0] == 0
     text = (tmp_path / "RESULTS.md").read_text()
@@ -301,6 +321,14 @@ def test_broken_marks_are_refused_before_any_work(reproduce, tmp_path, content):
             "unknown intervention 'swpa'; did you mean 'swap'",
         ),
         (lambda t: t["small"]["parts"][0].update(tune=["recent_fill"]), "part 1: baseline recent_fill has no parameters"),
+        (
+            lambda t: t["small"]["parts"][0].update(tune=["scene_tracker"], tune_rollouts=15),
+            "part 1: 2 forms are tuned by 16 rollouts or more, got 15",
+        ),
+        (
+            lambda t: t["small"]["parts"][0].update(interventions=["swap"], intervention_clips=0),
+            "part 1: intervention_clips must be at least 1, got 0",
+        ),
         (
             lambda t: t["small"].update(runs={"two": ["random"]}),
             "small: runs: two needs a list of two or more",
