@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from far_env.agents.config import NetworkConfig
-from far_env.config import from_dict
+from far_env.agents.config import AgentTraining, NetworkConfig
+from far_env.config import from_dict, load_yaml
 from far_env.contract import tier
 from far_env.errors import unknown_name
 from far_env.hub import Snapshot, is_hub_name, snapshot
 from far_env.io import read_json, write_json
+from far_env.policies import TRAINING_ROLLOUTS
 
 if TYPE_CHECKING:
     from far_env.agents.network import RetentionNetwork
@@ -57,18 +58,32 @@ def load(name: str) -> AgentPolicy:
 def facts(name: str) -> dict[str, str]:
     """Facts about a policy that results record: family, tier, source, a note on its training, and the hash of its weights.
 
+    Where its settings can be read, also by how many rollouts of validation clips the weights were chosen.
+
     Raises:
         ValueError: as `load`.
     """
     folder = scorer_folder(name)
     network, about = load_scorer(folder)
+    chosen_by = _validation_rollouts(folder / SETTINGS_FILE)
     return {
+        **({} if chosen_by is None else {TRAINING_ROLLOUTS: chosen_by}),
         "family": "learned",
         "tier": tier(network.config.signals),
         "source": source(name),
         "note": f"trained on {about.get('trained_on', 'unknown clips')}",
         "sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }
+
+
+def _validation_rollouts(settings: Path) -> str | None:
+    """The rollouts of `AgentTraining.validation_rollouts`; None without a file that this version can read."""
+    try:
+        rollouts = load_yaml(AgentTraining, settings).validation_rollouts
+    except ValueError:
+        return None
+    names = [name for name, count in rollouts.items() if count]
+    return f"{sum(rollouts.values())}" + f" on {', '.join(names)}" * bool(names)
 
 
 def source(name: str) -> str:

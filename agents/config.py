@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -99,6 +100,10 @@ class PPOSettings:
     """Gradients are clipped to this norm."""
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
+    groups: int = 1
+    """Groups into which the environments of each workload are divided: those of a group are generated together. Actors (see
+    ray) hold one or more groups each, so there can be no more of them than groups. Results depend on the number of groups in
+    their last digits, but not on that of actors."""
     workload: str | None = None
     """Workloads of the stage and of its validation, some of the run's, separated by commas; by default all."""
 
@@ -110,7 +115,7 @@ class PPOSettings:
                 "total_timesteps and critic_warmup_updates cannot be negative: "
                 f"{self.total_timesteps}, {self.critic_warmup_updates}"
             )
-        require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate")
+        require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "groups")
 
     def workload_names(self, of_run: list[str]) -> list[str]:
         """The workloads of the stage, given those of the run."""
@@ -252,7 +257,8 @@ class AgentTraining:
     """Frames that are predicted, for workloads of recorded clips; by default the workload's."""
 
     ray: ActorSettings = field(default_factory=ActorSettings)
-    """Actors that collect the decisions of imitation, on this machine or on several; the data are the same for any number."""
+    """Actors that collect the decisions of imitation and play the episodes of PPO, on this machine or on several; the run is
+    the same for any number."""
 
     RENAMED: ClassVar[dict[str, str]] = {"stand_in": "surrogate"}
 
@@ -276,9 +282,27 @@ class AgentTraining:
             chosen = settings.workload_names(names)
             if missing := [name for name in chosen if name not in names]:
                 raise ValueError(f"{stage}.workload names {', '.join(missing)}, which {self.workload} does not contain")
-            if settings.total_timesteps and settings.num_envs % len(chosen):
-                raise ValueError(f"{stage}.num_envs is {settings.num_envs}, which {len(chosen)} workloads cannot share evenly")
+            if settings.total_timesteps and settings.num_envs % (len(chosen) * settings.groups):
+                each = f" with {settings.groups} groups each" * (settings.groups > 1)
+                raise ValueError(
+                    f"{stage}.num_envs is {settings.num_envs}, which {len(chosen)} workloads{each} cannot share evenly"
+                )
         return names
+
+    @property
+    def validation_rollouts(self) -> dict[str, int]:
+        """Workload → rollouts of its validation clips by which PPO's best scorer is chosen; their budgets share them.
+
+        A stage validates before its first update, before every ``validate_every``-th, and at its end.
+        """
+        names = self.workload_names
+        rollouts = dict.fromkeys(names, 0)
+        for settings in (self.surrogate, self.ppo):
+            if settings.total_timesteps:
+                updates = math.ceil(settings.total_timesteps / (settings.n_steps * settings.num_envs))
+                for name in settings.workload_names(names):
+                    rollouts[name] += self.validation_clips * (math.ceil(updates / self.validate_every) + 1)
+        return rollouts
 
     @property
     def source_options(self) -> dict[str, Any]:

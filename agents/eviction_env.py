@@ -29,12 +29,14 @@ class EvictionVecEnv(VecEnv):
     Args:
         envs: with autoreset mode SAME_STEP; they may differ in workload, budgets and slots.
         config: of the scorer: its signals, and whether it sees dropped frames.
+        num_nodes: N; by default as many as these environments need.
     """
 
-    def __init__(self, envs: Sequence[FrameRetentionVectorEnv], config: NetworkConfig) -> None:
+    def __init__(self, envs: Sequence[FrameRetentionVectorEnv], config: NetworkConfig, num_nodes: int | None = None) -> None:
         self.envs, self.config = list(envs), config
         sizes = [(env.episodes.num_slots, env.episodes.workload.num_units) for env in envs]
-        self.num_nodes = max(max(slots, min(frames, FrameGraph.MAX_NODES)) for slots, frames in sizes)
+        needed = max(max(slots, min(units, FrameGraph.MAX_NODES)) for slots, units in sizes)
+        self.num_nodes = needed if num_nodes is None else num_nodes
         self._rows = [(env, row) for env in self.envs for row in range(env.num_envs)]
         self.graphs = [FrameGraph(config.dropped_frames) for _ in self._rows]
         self.remaining: list[np.ndarray] = [np.zeros(0, dtype=bool) for _ in self._rows]
@@ -123,6 +125,15 @@ class EvictionVecEnv(VecEnv):
             vars(self.graphs[index]).update(values)
             self.remaining[index] = saved["remaining"].numpy().copy()
             self.observations[index] = {name: value.numpy().copy() for name, value in saved["arrays"].items()}
+
+    def env_states(self) -> list[Any]:
+        """The states of the environments, see `FrameRetentionVectorEnv.state_dict`."""
+        return [env.state_dict() for env in self.envs]
+
+    def load_env_states(self, states: Sequence[Any]) -> None:
+        """Restore what `env_states` returned."""
+        for env, state in zip(self.envs, states, strict=True):
+            env.load_state_dict(state)
 
     def close(self) -> None:
         """Close the environments."""

@@ -185,7 +185,8 @@ class ReproduceOptions:
     all: bool = False
     """All tables, from one commit: a changed source tree and episodes of another commit are refused."""
     from_scratch: bool = False
-    """First train the tables' learned policies, in run folders, and compare those instead of the shipped ones."""
+    """First train the tables' shipped policies again, in run folders, and compare those. Policies that are not shipped are
+    trained in any case, where their run folder holds none."""
     clips: int | None = None
     """At most this many clips, for a quick estimate; the table states its number of clips."""
     file: str = "results"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import VecMonitor
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.eviction_env import EvictionVecEnv
 from far_env.agents.eviction_policy import EvictionPolicy
+from far_env.agents.rollout_actors import ActorVecEnv, groups_of, make_env
 from far_env.agents.training_callbacks import TrainingProgress, ValidationCheckpoint, Weights, host_hashes
 from far_env.agents.training_logs import log_writers
+from far_env.distributed.cluster import connected
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.tensor_files import load_tensors
-from far_env.workloads import Workload, deciding_budgets
+from far_env.workloads import Workload
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 
@@ -75,20 +78,36 @@ class PPOStage:
         if saved is not None and saved["num_timesteps"] >= total:
             return saved["best_weights"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        envs = self.make_envs()
-        model = self._make_model(envs)
-        validation = ValidationCheckpoint(self.config, self.chosen_workloads, self.budgets, self.settings, envs, path)
-        if saved is not None:
-            validation.restore(model, saved)
-        elif start is not None:
-            model.policy.scorer.load_state_dict(start)
-        model.set_logger(Logger(str(self.folder), log_writers(self.folder, model.num_timesteps, validation.logged)))
-        display = TrainingProgress(self.name, total, self.config.reward.metric, validation)
-        try:
-            model.learn(total - model.num_timesteps, callback=[validation, display], reset_num_timesteps=False)
-        finally:
-            model.logger.close()
+        with self._environment() as environment:
+            model = self._make_model(environment)
+            validation = ValidationCheckpoint(self.config, self.chosen_workloads, self.budgets, self.settings, path)
+            if saved is not None:
+                validation.restore(model, saved)
+            elif start is not None:
+                model.policy.scorer.load_state_dict(start)
+            model.set_logger(Logger(str(self.folder), log_writers(self.folder, model.num_timesteps, validation.logged)))
+            display = TrainingProgress(self.name, total, self.config.reward.metric, validation)
+            try:
+                model.learn(total - model.num_timesteps, callback=[validation, display], reset_num_timesteps=False)
+            finally:
+                model.logger.close()
         return validation.best_weights
+
+    @contextmanager
+    def _environment(self) -> Iterator[VecEnv]:
+        """All rows of the stage, in this process or in actors."""
+        config = self.config
+        if not config.ray.actors:
+            yield EvictionVecEnv(self.make_envs(), config.network)
+            return
+        workloads = self.chosen_workloads
+        example = EvictionVecEnv(
+            [make_env(config, each, self.budgets, self.env_class, 1) for each in workloads], config.network
+        )
+        with connected(config.ray) as ray:
+            environment = ActorVecEnv(ray, example, self.env_class, config, self.settings, workloads)
+            yield environment
+            environment.close()
 
     def _load(self, path: Path) -> dict[str, Any]:
         """The checkpoint. Raises ValueError if it is damaged or was made with other hosts."""
@@ -101,40 +120,29 @@ class PPOStage:
         return saved
 
     def make_envs(self) -> list[FrameRetentionVectorEnv]:
-        """Make one vector environment per workload of the stage, with equal shares of the stage's environments.
+        """Make the vector environments of the stage's groups, with equal shares of its environments.
 
         Raises:
             ValueError: on a reward or signals that these environments do not have.
         """
-        reward = self.config.reward
-        return [
-            self.env_class(
-                self.settings.num_envs // len(self.chosen_workloads),
-                workload,
-                deciding_budgets(workload, self.budgets),
-                reward={reward.metric: reward.sign * reward.scale},
-                telescoping=reward.telescoping,
-                num_clips=self.config.train_clips,
-                signals=self.config.network.signals,
-                autoreset_mode="SAME_STEP",
-            )
-            for workload in self.chosen_workloads
-        ]
+        workloads = {workload.name: workload for workload in self.chosen_workloads}
+        groups = groups_of(self.settings, list(workloads))
+        return [make_env(self.config, workloads[name], self.budgets, self.env_class, rows) for name, rows in groups]
 
     def observation_bytes(self, envs: Sequence[FrameRetentionVectorEnv]) -> int:
         """Bytes of the observation of one row."""
         parts = EvictionVecEnv(envs, self.config.network).observation_space.spaces.values()
         return sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in parts)
 
-    def _make_model(self, envs: Sequence[FrameRetentionVectorEnv]) -> ResumablePPO:
-        """A new model that acts in these environments."""
+    def _make_model(self, environment: VecEnv) -> ResumablePPO:
+        """A new model that acts in this environment."""
         options = asdict(self.settings)
         learning_rate = options.pop("learning_rate")
-        for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates", "workload"):
+        for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates", "groups", "workload"):
             options.pop(not_in_sb3)
         return ResumablePPO(
             EvictionPolicy,
-            VecMonitor(EvictionVecEnv(envs, self.config.network)),
+            VecMonitor(environment),
             policy_kwargs={
                 "network": self.config.network,
                 "bfloat16": self.chosen_workloads[0].host.dtype == torch.bfloat16,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from far_env.agents.checkpoints import WEIGHTS_FILE
+from far_env.agents.checkpoints import PRETRAINED, WEIGHTS_FILE
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import ReproduceOptions
 from far_env.agents.results_tables import HALVINGS, Part, Table, listing, load_tables
@@ -25,7 +25,7 @@ from far_env.clips.clip import check_clip_id
 from far_env.config import config_path, parse, require_positive
 from far_env.contract import RetentionPolicy
 from far_env.errors import ClipIdError, unknown_name
-from far_env.evaluation.comparison import runs_text, tabulate, with_runs
+from far_env.evaluation.comparison import runs_text, tabulate, with_interventions, with_runs
 from far_env.evaluation.evaluate import evaluate_grid
 from far_env.evaluation.ranking import select_policies
 from far_env.evaluation.results_folder import RECORDS_FILE, SETTINGS_FILE, load
@@ -65,12 +65,11 @@ def reproduce(options: ReproduceOptions) -> None:
     if options.all:
         _check_commit(names, Path(options.episodes))
     _check_workloads({name: tables[name] for name in names}, options.device)
-    trained = {}
-    if options.from_scratch:
-        learned = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
-        trained = _train({name: agents[name] for name in learned}, options.device)
+    learned = dict.fromkeys(policy for name in names for policy in tables[name].policies if policy in agents)
+    wanted = {name: agents[name] for name in learned if options.from_scratch or not name.startswith(PRETRAINED)}
+    trained = _train(wanted, options.device)
     trained_by = {trained.get(name, name): arguments for name, arguments in agents.items()}
-    policies = _load({name: tables[name].renamed(trained) for name in names}, trained_by)
+    policies = _load({name: tables[name].renamed(trained) for name in names})
     for name in names:
         table = tables[name].renamed(trained)
         folder = make_run_dir(Path(options.episodes) / name)
@@ -112,12 +111,16 @@ def _train(agents: Mapping[str, str], device: str) -> dict[str, str]:
     """Learned policy → the run folder trained in its place; finished runs are not trained again.
 
     Raises:
-        ValueError: if a run folder contains a run with other settings.
+        ValueError: if a run folder contains a run with other settings, or a policy that is not shipped is none.
     """
     configs = {}
     for name, arguments in agents.items():
         config = parse(AgentTraining, shlex.split(arguments), "train_agent.py", f"As {name} is trained.")
         configs[name] = replace(config, resume=True, device=device)
+        if not name.startswith(PRETRAINED) and config.run_dir != name:
+            raise ValueError(
+                f"agents: {name} is trained into {config.run_dir}; a policy that is not shipped has its folder's name"
+            )
         check_run_dir(configs[name], Path(config.run_dir))
     for name, config in configs.items():
         if not (Path(config.run_dir) / WEIGHTS_FILE).exists():
@@ -126,16 +129,9 @@ def _train(agents: Mapping[str, str], device: str) -> dict[str, str]:
     return {name: config.run_dir for name, config in configs.items()}
 
 
-def _load(tables: Mapping[str, Table], agents: Mapping[str, str]) -> dict[str, RetentionPolicy | None]:
-    """All policies of the tables. Raises ValueError on one that does not exist, saying how it is trained if that is known."""
-    policies = {}
-    for name in dict.fromkeys(policy for table in tables.values() for policy in table.policies):
-        try:
-            policies[name] = load_policy(name)
-        except ValueError as error:
-            hint = f"; --from-scratch trains it with train_agent.py {agents[name]}" if name in agents else ""
-            raise ValueError(f"{error}{hint}") from error
-    return policies
+def _load(tables: Mapping[str, Table]) -> dict[str, RetentionPolicy | None]:
+    """All policies of the tables. Raises ValueError on one that does not exist."""
+    return {name: load_policy(name) for name in dict.fromkeys(policy for table in tables.values() for policy in table.policies)}
 
 
 def _check_commit(names: Sequence[str], episodes: Path) -> None:
@@ -174,41 +170,63 @@ def _measure(
     """Summaries by part, workload and budget. Episodes with the same host, precision, feedback, split, … share a folder."""
     summaries = []
     for part in table.parts:
-        rows = {row: members for row, members in table.runs.items() if row in part.policies}
         for name in part.workloads:
             workload = _workload(name, part, options.device)
             dtype = workload.host.precision
             protocol = [dtype, *["true_frames"] * workload.true_feedback, *[part.split] * (part.split != "test")]
-            place = folder / "_".join([workload.host.weights_hash, *protocol, *part.interventions])
+            place = folder / "_".join([workload.host.weights_hash, *protocol])
             # A tuned form is played under the budget for which it was tuned.
             for budgets in [(budget,) for budget in part.budgets] if part.tune else [part.budgets]:
                 played = {policy: policies[policy] for policy in table.policies_of(part)}
                 for rule in part.tune:
                     path = _tuned(rule, workload, budgets[0], part, place.with_name(f"{place.name}_tuned"), options)
                     played[path] = load_policy(path)
-                results = evaluate_grid(
-                    [workload],
-                    budgets,
-                    played,
-                    part.clip_ids,
-                    seeds=part.seeds,
-                    split=part.split,
-                    metrics=METRICS,
-                    interventions=part.interventions,
-                    batch_size=options.batch_size,
-                    out=place,
-                    policy_facts={policy: policy_facts(policy) for policy in played},
-                )
-                selected = select_policies(results, list(played))
-                for budget in budgets:
-                    measured = tabulate(selected, name, budget, clip_ids=part.clip_ids, seeds=part.seeds)
-                    summaries.append(with_runs(measured, rows).summary(table.reference))
+                measured = _measure_part(table, part, workload, budgets, played, place, options.batch_size)
+                if part.disturbed is not None:
+                    few = _measure_part(table, part.disturbed, workload, budgets, played, place, options.batch_size)
+                    measured = list(map(with_interventions, measured, few))
+                summaries += measured
     return summaries
+
+
+def _measure_part(
+    table: Table,
+    part: Part,
+    workload: Workload,
+    budgets: Sequence[int],
+    played: Mapping[str, RetentionPolicy | None],
+    place: Path,
+    batch_size: int,
+) -> list[dict[str, object]]:
+    """The summaries of one workload by budget; without interventions where these are played on fewer clips."""
+    interventions = part.interventions if part.disturbed is None else ()
+    results = evaluate_grid(
+        [workload],
+        budgets,
+        played,
+        part.clip_ids,
+        seeds=part.seeds,
+        split=part.split,
+        metrics=METRICS,
+        interventions=interventions,
+        batch_size=batch_size,
+        out=place.with_name("_".join([place.name, *interventions])),
+        policy_facts={policy: policy_facts(policy) for policy in played},
+    )
+    selected = select_policies(results, list(played))
+    rows = {row: members for row, members in table.runs.items() if row in part.policies}
+    tables = [tabulate(selected, workload.name, budget, clip_ids=part.clip_ids, seeds=part.seeds) for budget in budgets]
+    return [with_runs(measured, rows).summary(table.reference) for measured in tables]
 
 
 def _tuned(rule: str, workload: Workload, budget: int, part: Part, folder: Path, options: ReproduceOptions) -> str:
     """The file of a rule's tuned form, which is searched on validation clips as far as that has not been done."""
-    search = {"clips": part.tune_clips, "seeds": part.seeds, "halvings": HALVINGS, "batch_size": options.batch_size}
+    search = {
+        "clips": part.tune_clips(rule, budget),
+        "seeds": part.seeds,
+        "halvings": HALVINGS,
+        "batch_size": options.batch_size,
+    }
     return str(tune_into(folder, workload, budget, rule, **search)[1])
 
 
@@ -230,7 +248,7 @@ def _section(
             sources.append(f"- {policy}: {training}; weights {facts['sha256'][:8]}.")
     dates = " and ".join(dict.fromkeys(session["date"] for session in sessions))
     sources.append(f"- `{command}`: {sum(session['seconds'] for session in sessions):.0f} s of evaluation, {dates}.")
-    rows = markdown_table(summaries, table.reference, robust=table.robust)
+    rows = markdown_table(summaries, table.reference, robust=table.robust, tiers=table.tiers)
     family = family_line(comparisons_of(summaries, table.reference), table.reference)
     lines = [f"## {name}", table.caption.strip(), rows, f"{family}.", "\n".join(sources)]
     return "\n\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from far_env.agents.checkpoints import PRETRAINED
 from far_env.config import from_dict, load_yaml
 from far_env.errors import unknown_name
 from far_env.evaluation.comparison import check_runs
-from far_env.evaluation.tuning import rungs
+from far_env.evaluation.tuning import clips_within, most_rollouts, rungs
 from far_env.policies import FULL_HISTORY, policy_variants
 from far_env.rollout.intervention import check_interventions
 from far_env.rollout.noise import BENCHMARK_SEED
@@ -45,16 +46,29 @@ class Part:
     """generated or true; by default the workload's."""
     interventions: tuple[str, ...] = ()
     """PSNR is also measured under each of these, see `far_env.rollout.intervention`."""
+    intervention_clips: int | None = None
+    """On how many of the clips, from the first on; by default on all."""
     tune: tuple[str, ...] = ()
     """Rules that have a second row each, of the form that is tuned for the workload and the budget on validation clips."""
-    tune_clips: int = 32
-    """Validation clips of the last round of tuning."""
+    tune_rollouts: int = 512
+    """Validation rollouts that tuning one of them takes at most."""
 
     @property
     def clip_ids(self) -> range:
         """The clips that are played."""
         first = self.first_clip or 0
         return range(first, first + self.clips)
+
+    @property
+    def disturbed(self) -> Part | None:
+        """The part of the clips that interventions are played on, where these are not all."""
+        if not self.interventions or self.intervention_clips is None or self.intervention_clips >= self.clips:
+            return None
+        return replace(self, clips=self.intervention_clips, intervention_clips=None, tune=())
+
+    def tune_clips(self, rule: str, budget: int) -> int:
+        """Validation clips of the last round of a rule's tuning, as many as `tune_rollouts` allow."""
+        return clips_within(len(policy_variants(rule, budget)), self.tune_rollouts, HALVINGS, len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class Table:
     """Rows that are the mean over several training runs: name → its policies."""
     robust: bool = True
     """Whether the table has columns of the interquartile mean and the probability of improvement."""
+    tiers: bool = False
+    """Whether it has a column of what the policies read, see `far_env.contract.tier`."""
 
     def policies_of(self, part: Part) -> list[str]:
         """The policies that a part plays, in place of its rows of several runs their policies; without tuned forms."""
@@ -88,10 +104,13 @@ class Table:
         policies = self.policies_of(part)
         limited = [name for name in policies if name != FULL_HISTORY]
         rollouts = len(part.budgets) * (len(limited) + len(part.tune)) + len(policies) - len(limited)
-        rollouts *= part.clips * len(part.seeds) * (1 + len(part.interventions))
-        for rule in part.tune:
-            rounds = [rungs(len(policy_variants(rule, budget)), part.tune_clips, HALVINGS) for budget in part.budgets]
-            rollouts += len(part.seeds) * sum(map(_num_rollouts, rounds))
+        played_clips = part.clips * (1 + len(part.interventions))
+        if part.disturbed is not None:
+            played_clips = part.clips + part.disturbed.clips * (1 + len(part.interventions))
+        rollouts *= played_clips * len(part.seeds)
+        for rule, budget in itertools.product(part.tune, part.budgets):
+            rounds = rungs(len(policy_variants(rule, budget)), part.tune_clips(rule, budget), HALVINGS)
+            rollouts += len(part.seeds) * most_rollouts(rounds)
         return rollouts * sum(WORKLOADS[name].num_predict for name in part.workloads)
 
     def limited(self, clips: int | None) -> Table:
@@ -109,12 +128,6 @@ class Table:
         parts = [replace(part, policies=new(part.policies)) for part in self.parts]
         runs = {row: new(members) for row, members in self.runs.items()}
         return replace(self, parts=tuple(parts), runs=runs, reference=names.get(self.reference, self.reference))
-
-
-def _num_rollouts(rounds: Sequence[tuple[int, int]]) -> int:
-    """Rollouts of a tuning, of each round those of the clips that it adds."""
-    before = [0, *(clips for _, clips in rounds)]
-    return sum(forms * (clips - played) for (forms, clips), played in zip(rounds, before, strict=False))
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,8 @@ def _check(part: Part, table: Table, where: str) -> None:
     for name in part.workloads:
         if name not in WORKLOADS:
             raise ValueError(f"{where}: {unknown_name('workload', name, list(WORKLOADS))}")
+    if part.intervention_clips is not None and part.intervention_clips < 1:
+        raise ValueError(f"{where}: intervention_clips must be at least 1, got {part.intervention_clips}")
     if part.clips < 1 or min(part.budgets) < 1 or min(part.seeds) < 0 or part.first_clip < 0:
         raise ValueError(f"{where}: clips and budgets must be at least 1, seeds and first_clip at least 0")
     if table.reference in table.runs:
@@ -187,6 +202,7 @@ def _check(part: Part, table: Table, where: str) -> None:
     try:
         check_interventions(part.interventions)
         for rule in part.tune:
-            rungs(len(policy_variants(rule, part.budgets[0])), part.tune_clips, HALVINGS)
+            for budget in part.budgets:
+                part.tune_clips(rule, budget)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -16,7 +16,6 @@ from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.training_logs import TIMESTEPS, VALIDATED_AT
 from far_env.agents.validation import validation_scores
-from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.progress import show_progress
 from far_env.tensor_files import save_tensors
 from far_env.workloads import Workload
@@ -32,7 +31,6 @@ class ValidationCheckpoint(BaseCallback):
 
     Args:
         settings: of this stage.
-        envs: the environments of the stage, whose states are saved.
         path: of the checkpoint.
 
     Attributes:
@@ -45,12 +43,11 @@ class ValidationCheckpoint(BaseCallback):
         workloads: Sequence[Workload],
         budgets: Sequence[int],
         settings: PPOSettings,
-        envs: Sequence[FrameRetentionVectorEnv],
         path: Path,
     ) -> None:
         super().__init__()
         self.config, self.workloads, self.budgets, self.settings = config, workloads, budgets, settings
-        self.envs, self.path = envs, path
+        self.path = path
         self.updates = -1
         self.best_score = -np.inf
         self.best_weights: Weights = {}
@@ -69,12 +66,11 @@ class ValidationCheckpoint(BaseCallback):
         infos = ({"r": np.float32(total), "l": length} for total, length in zip(returns, lengths, strict=True))
         model.ep_info_buffer = deque(infos, model._stats_window_size)
         model.ep_success_buffer = deque()
-        for env, state in zip(self.envs, saved["envs"], strict=True):
-            env.load_state_dict(state)
         # SB3 would reset the environment if it had no last observation.
         model._last_obs = {key: value.numpy() for key, value in saved["last_obs"].items()}
         model._last_episode_starts = saved["last_episode_starts"].numpy()
         monitor = model.env
+        monitor.venv.load_env_states(saved["envs"])
         monitor.venv.load_state_dict(saved["graphs"])
         monitor.episode_returns = saved["episode_returns"].numpy()
         monitor.episode_lengths = saved["episode_lengths"].numpy()
@@ -136,7 +132,7 @@ class ValidationCheckpoint(BaseCallback):
                 "updates": self.updates,
                 "best_score": float(self.best_score),
                 "best_weights": self.best_weights,
-                "envs": [env.state_dict() for env in self.envs],
+                "envs": monitor.venv.env_states(),
                 "graphs": monitor.venv.state_dict(),
                 "last_obs": {key: torch.as_tensor(value) for key, value in model._last_obs.items()},
                 "last_episode_starts": torch.as_tensor(model._last_episode_starts),

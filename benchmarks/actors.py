@@ -12,14 +12,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.sleeping import SleepingActor
 from far_env.cli import run_guarded
 from far_env.cli.options import split_list, whole_number
 from far_env.config import parse
 from far_env.distributed.cluster import ActorSettings, connected
 from far_env.distributed.pool import ActorPool, Task
-
-RECORDS, RECORD_BYTES = 64, 1100
-"""Of a task: the records of a batch, as text of the size that records of 11 predicted frames have."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +32,6 @@ class Options:
     """Per actor."""
     address: str | None = None
     """A running Ray cluster; by default one is started on this machine."""
-
-
-class SleepingActor:
-    """Sleeps, and answers as much as an evaluation does."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def prepare(self) -> dict[str, Any]:
-        """No facts."""
-        return {}
-
-    def work(self, number: int) -> bytes:
-        """Sleep; the answer has the size of a batch of records."""
-        time.sleep(self._seconds)
-        return bytes(RECORDS * RECORD_BYTES)
 
 
 def measure(num_actors: int, options: Options) -> tuple[float, float]:

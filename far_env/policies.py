@@ -31,6 +31,8 @@ from far_env.policy_process import CALL_SECONDS, IsolatedPolicy, PolicyProcess
 
 VALIDATION_ROLLOUTS = "validation_rollouts"
 """The fact that says how many rollouts of validation clips a policy's parameters were chosen by."""
+TRAINING_ROLLOUTS = "training_validation_rollouts"
+"""The fact that says by how many rollouts of validation clips, of which worlds, a learned policy's weights were chosen."""
 FULL_HISTORY = "full_history"
 """The reference without a budget: this name means that no policy is asked and nothing is dropped."""
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from far_env.config import require_positive
+from far_env.errors import first_line
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a cluster that is started here. Records and decisions are small, and latents stay with the actors."""
@@ -67,7 +68,10 @@ def connected(settings: ActorSettings) -> Iterator[ModuleType]:
     try:
         if settings.address is None:
             local = {"num_cpus": max(1, settings.actors * settings.cpus_per_actor), "object_store_memory": OBJECT_STORE_BYTES}
-            ray.init("local", include_dashboard=False, **local, **quiet)
+            try:
+                ray.init("local", include_dashboard=False, **local, **quiet)
+            except Exception as error:  # Ray raises no class of its own, above all where a busy machine is too slow for it
+                raise ValueError(f"Ray does not start on this machine: {first_line(error)}") from error
         else:
             check_answers(settings.address)
             ray.init(settings.address, **quiet)

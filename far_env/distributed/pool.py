@@ -115,7 +115,7 @@ class ActorPool:
                 try:
                     result = self._ray.get(reference)
                 except self._ray.exceptions.RayTaskError as error:
-                    raise _cause(error) from error
+                    raise cause(error) from error
                 except self._ray.exceptions.RayError as error:
                     self._replace(actor)
                     losses[task] += 1
@@ -140,7 +140,7 @@ class ActorPool:
         try:
             facts = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            raise _cause(error) from error
+            raise cause(error) from error
         except self._ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts == MAX_LOSSES:
@@ -218,7 +218,7 @@ def use_device(gpus: float, cpus: int) -> str:
     return "cuda"
 
 
-def _cause(error: Any) -> Exception:
+def cause(error: Any) -> Exception:
     """What a task raised, where it is an error of users."""
     return error.cause if isinstance(error.cause, _OF_USERS) else error
 

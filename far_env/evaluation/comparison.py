@@ -14,6 +14,8 @@ from far_env.evaluation.aggregate import Episodes, alike, collect_episodes
 from far_env.evaluation.records import FRAMES, Results, cell
 from far_env.evaluation.statistics import Interval, improvement_interval, iqm_interval, mean_interval, sign_flip_p
 from far_env.metrics import LOWER_IS_BETTER
+from far_env.policies import TRAINING_ROLLOUTS
+from far_env.rollout.intervention import INTERVENTIONS, metric_of
 from far_env.rollout.noise import seeds_text, trajectory_seeds
 
 
@@ -185,7 +187,10 @@ def with_runs(table: Evaluation, rows: Mapping[str, Sequence[str]]) -> Evaluatio
         metrics = table.scores[members[0]]
         scores[row] = {metric: np.concatenate([table.scores[name][metric] for name in members], axis=1) for metric in metrics}
         first = table.policies.get(members[0], {})
-        facts[row] = {**{key: first[key] for key in ("family", "tier") if key in first}, "note": runs_text(members)}
+        facts[row] = {
+            **{key: first[key] for key in ("family", "tier", TRAINING_ROLLOUTS) if key in first},
+            "note": runs_text(members),
+        }
         if timed := [table.decision_ms[name] for name in members if name in table.decision_ms]:
             costs[row] = float(np.mean(timed))
         if all(name in table.fvd for name in members):
@@ -205,6 +210,17 @@ def with_runs(table: Evaluation, rows: Mapping[str, Sequence[str]]) -> Evaluatio
         alike={name: other for name, other in kept(alike).items() if other not in replaced},
         runs={row: tuple(members) for row, members in rows.items() if row in scores},
     )
+
+
+def with_interventions(summary: dict[str, Any], disturbed: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary with the PSNR under interventions of another one, of fewer of the same clips: their number is in
+    ``intervention_clips``."""
+    names = [metric_of(name) for name in INTERVENTIONS]
+    policies = {
+        policy: scores | {name: disturbed["policies"][policy][name] for name in names if name in disturbed["policies"][policy]}
+        for policy, scores in summary["policies"].items()
+    }
+    return {**summary, "policies": policies, "intervention_clips": disturbed["clips"]}
 
 
 def check_runs(rows: Mapping[str, object], where: str) -> dict[str, tuple[str, ...]]:

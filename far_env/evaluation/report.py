@@ -9,10 +9,11 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -44,11 +45,42 @@ def report_page(results: Results, reference: str | None = None, show_clips: int 
     """
     data = report_data(results, reference, show_clips, progress)
     images = data.pop("images")
-    return fill_page("page.html", SCRIPTS, f"far-env report: {', '.join(results.settings.workloads)}", data, images)
+    parts = in_parts(data)
+    return fill_page("page.html", SCRIPTS, f"far-env report: {', '.join(results.settings.workloads)}", data, parts, images)
 
 
-def fill_page(template: str, scripts: Sequence[str], title: str, data: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """A page of the assets with style, scripts, data and pictures (data URIs) inside; it may load nothing else."""
+def in_parts(data: dict[str, Any]) -> dict[str, Any]:
+    """Take out of `report_data` what the page reads only when it shows it; returns it by the id of its element.
+
+    Those are the differences to all policies but the reference, by group, and plans, metrics and pictures of the clips. So the
+    page shows its tables and charts before it has read the rest, and parses few of many megabytes.
+    """
+    parts = {}
+    for i, group in enumerate(data["groups"]):
+        place = next((row for row, own in enumerate(group["rows"]) if own["policy"] == data["reference"]), None)
+        matrices = parts[f"differences-{i}"] = group.pop("differences")
+        group["toReference"] = {
+            metric: [None if place is None else line[place] for line in lines] for metric, lines in matrices.items()
+        }
+    for i, clip in enumerate(data["clips"]):
+        parts[f"clip-{i}"] = clip["runs"]
+        clip["runs"] = [{key: run[key] for key in ("policy", "budget", "seed")} for run in clip["runs"]]
+    return parts
+
+
+def fill_page(
+    template: str,
+    scripts: Sequence[str],
+    title: str,
+    data: dict[str, Any],
+    parts: Mapping[str, Any] = MappingProxyType({}),
+    images: Sequence[str] = (),
+) -> str:
+    """A page of the assets with style, scripts, data and pictures (data URIs) inside; it may load nothing else.
+
+    Args:
+        parts: id of an element → data that the scripts read from it when they need them.
+    """
     folder = files("far_env") / "assets" / "report"
     style = (folder / "style.css").read_text(encoding="utf-8")
     script = "\n".join(['"use strict";', *((folder / name).read_text(encoding="utf-8") for name in scripts)])
@@ -58,10 +90,14 @@ def fill_page(template: str, scripts: Sequence[str], title: str, data: dict[str,
         "style_hash": _source_hash(style),
         "script": script,
         "script_hash": _source_hash(script),
-        # The browser decodes a picture where it is shown, not all of them at once.
-        "images": "\n".join(f'<script type="text/plain" id="image-{i}">{uri}</script>' for i, uri in enumerate(images)),
-        # Inside a script element only "<" could end the data.
-        "data": json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
+        "data": _json(data),
+        # After the script, so that the page is drawn before they are read. A picture is decoded where it is shown.
+        "parts": "\n".join(
+            [
+                *(f'<script type="application/json" id="{name}">{_json(value)}</script>' for name, value in parts.items()),
+                *(f'<script type="text/plain" id="image-{i}">{uri}</script>' for i, uri in enumerate(images)),
+            ]
+        ),
     }
     text = "".join((folder / name).read_text(encoding="utf-8") for name in ("head.html", template))
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
@@ -251,6 +287,11 @@ def triple(interval: Interval) -> list[float]:
 
 def _round(value: float) -> float:
     return float(f"{value:.7g}")
+
+
+def _json(value: Any) -> str:
+    """As the content of a script element, where only "<" could end it."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _source_hash(text: str) -> str:

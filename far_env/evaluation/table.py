@@ -13,7 +13,7 @@ from far_env.contract import TRUE
 from far_env.evaluation.comparison import Evaluation, pooled_summary, runs_text
 from far_env.evaluation.ranking import metric_format
 from far_env.evaluation.statistics import Interval, holm, improvement_interval, iqm_interval, mean_interval, sign_flip_p
-from far_env.policies import VALIDATION_ROLLOUTS
+from far_env.policies import TRAINING_ROLLOUTS, VALIDATION_ROLLOUTS
 from far_env.rollout.intervention import INTERVENTIONS, metric_of
 from far_env.text import markdown_lines, text_table
 
@@ -185,7 +185,9 @@ def source_line(facts: Mapping[str, object]) -> str:
     )
 
 
-def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "recent_fill", robust: bool = False) -> str:
+def markdown_table(
+    summaries: Sequence[Mapping[str, Any]], reference: str = "recent_fill", robust: bool = False, tiers: bool = False
+) -> str:
     """Summaries of evaluations (`Evaluation.summary`) as one table: a row per workload, budget and policy, best first.
 
     Policies that decided alike share a row. PSNR under interventions has columns. Where a policy was tuned, a column has the
@@ -194,6 +196,7 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
     Args:
         reference: the policy whose paired PSNR difference the summaries hold.
         robust: as for `results_table`; the summaries need them.
+        tiers: add a column of what the policies read.
     """
     head = ["workload", "budget", "policy", "PSNR dB [95 %]", "SSIM [95 %]", f"PSNR − {reference} [95 %]"]
     facts = {name: values for summary in summaries for name, values in summary.get("policy_facts", {}).items()}
@@ -202,7 +205,7 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
     head += ["PSNR IQM dB [95 %]", "P(better) [95 %]"] * robust
     head += [f"{metric_format(name).label} dB [95 %]" for name in disturbed]
     is_tuned = any(VALIDATION_ROLLOUTS in values for values in facts.values())
-    head += ["validation rollouts"] * is_tuned
+    head += ["validation rollouts"] * is_tuned + ["tier"] * tiers
     lines = [head]
     for summary in summaries:
         workload = _workload_label(summary)
@@ -219,6 +222,7 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]], reference: str = "rec
                 cells += [interval_text(Interval(**scores["psnr_iqm"]), 2), better]
             cells += [interval_text(Interval(**scores[metric]), 2) if metric in scores else "" for metric in disturbed]
             cells += [_rollouts(names, facts)] * is_tuned
+            cells += [" = ".join(dict.fromkeys(facts.get(name, {}).get("tier", "") for name in names))] * tiers
             lines.append(cells)
     return markdown_lines(lines)
 
@@ -237,11 +241,16 @@ def policy_labels(policies: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 
 def _rollouts(names: Sequence[str], policies: Mapping[str, Mapping[str, str]]) -> str:
-    """The validation rollouts that the policies of a row received by tuning: 0 for defaults, "trained" for learned policies."""
+    """The validation rollouts by which the policies of a row were chosen.
+
+    Of a rule those of its tuning, for this workload and budget: 0 for defaults. Of a learned policy those of its whole
+    training, or "trained" where they are not known.
+    """
     texts = []
     for name in names:
         facts = policies.get(name, {})
-        texts.append(facts.get(VALIDATION_ROLLOUTS, "trained" if facts.get("family") == "learned" else "0"))
+        untuned = "trained" if facts.get("family") == "learned" else "0"
+        texts.append(facts.get(VALIDATION_ROLLOUTS) or facts.get(TRAINING_ROLLOUTS) or untuned)
     return " = ".join(dict.fromkeys(texts))
 
 
@@ -251,6 +260,8 @@ def source_lines(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     for summary in summaries:
         machines = summary["machine"] if isinstance(summary["machine"], list) else [summary["machine"]]
         line = f"{source_line(summary)}, {', '.join(machines)}"
+        if "intervention_clips" in summary:
+            line += f"; interventions on the first {summary['intervention_clips']} clips"
         cells.setdefault(line, []).append(f"{summary['workload']} {summary['budget']}")
     return [f"{', '.join(dict.fromkeys(names))}: {line}" for line, names in cells.items()]
 

@@ -37,6 +37,32 @@ def rungs(num_variants: int, clips: int, halvings: int) -> list[tuple[int, int]]
     ]
 
 
+def most_rollouts(rounds: Sequence[tuple[int, int]]) -> int:
+    """The rollouts that these rounds of `rungs` play at most for each noise seed: every round those of the clips that it adds.
+
+    The default form plays in all rounds, beside the better half where it is not of it.
+    """
+    before, total = 0, 0
+    for number, (forms, clips) in enumerate(rounds):
+        total += (forms + (number > 0)) * (clips - before)
+        before = clips
+    return total
+
+
+def clips_within(num_variants: int, rollouts: int, halvings: int, num_seeds: int = 1) -> int:
+    """The most clips of the last round with which so many forms are tuned by at most so many rollouts.
+
+    Raises:
+        ValueError: if the fewest clips take more.
+    """
+    clips = 2**halvings
+    if (fewest := num_seeds * most_rollouts(rungs(num_variants, clips, halvings))) > rollouts:
+        raise ValueError(f"{num_variants} forms are tuned by {fewest} rollouts or more, got {rollouts}")
+    while num_seeds * most_rollouts(rungs(num_variants, clips + 1, halvings)) <= rollouts:
+        clips += 1
+    return clips
+
+
 def tune(
     workload: Workload,
     max_frames: int,

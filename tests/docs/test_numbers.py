@@ -28,8 +28,14 @@ def measured(markdown: str) -> dict[tuple[str, str, str], list[str]]:
     cells: dict[tuple[str, str, str], list[str]] = {}
     for row in rows(markdown):
         if len(row) >= 5 and row[1].isdigit():
-            cells.setdefault((row[0], row[1], row[2]), []).append(row[3])
+            for policy in row[2].split(" = "):
+                cells.setdefault((row[0], row[1], policy), []).append(row[3])
     return cells
+
+
+def section_of(table: str) -> str:
+    """The text between the marks of a table of RESULTS.md."""
+    return RESULTS.partition(f"<!-- begin {table} -->\n")[2].partition(f"\n<!-- end {table} -->")[0]
 
 
 def interval(cell: str) -> tuple[float, float, float]:
@@ -62,31 +68,26 @@ def test_the_program_of_the_readme_names_a_table_that_is_missing():
 
 
 def test_the_best_rules_of_the_readme_are_the_best():
-    """The rows that claim the best rule of a tier name the highest PSNR among the rules of RESULTS.md, tuned ones excepted."""
-    results = measured(RESULTS)
-    reads_latents = {"nearest_neighbour", "least_novel", "context_match"}
-    reads_attention = {"h2o", "snapkv", "decoprune", "future_forcing", "deep_forcing", "flowcache_paper", "packforcing"}
-    reads_attention |= {"relax_forcing"}
+    """The rows that claim the best rule of a tier name the highest PSNR of the table of that workload, tuned rules excepted."""
+    reads_latents = {"nearest_neighbour", "least_novel", "k_center", "latent_ri", "keepsake (appearance half)"}
     remembers = {"path_tracker", "scene_tracker"}
     for label, *_ in rows(README):
         if not label.startswith("best rule"):
             continue
         excluded = remembers if "without a memory" in label else set()
-        for (workload, budget), named in zip(
-            [("pan", "4"), ("cuts", "4"), ("orbit", "8"), ("maze_retrieval", "8")], re.findall(r"`(\w+)`", label), strict=False
-        ):
+        tables = [("headline", "pan"), ("cuts", "cuts"), ("orbit", "orbit"), ("maze", "maze_retrieval")]
+        for (table, workload), named in zip(tables, re.findall(r"`(\w+)`", label), strict=False):
             rules = {
-                policy: max(interval(cell)[0] for cell in cells)
-                for (name, size, policy), cells in results.items()
-                if (name, size) == (workload, budget)
+                policy: interval(cell)[0]
+                for (name, _, policy), (cell,) in measured(section_of(table)).items()
+                if name == workload
                 and "/" not in policy
-                and policy != "full_history"
-                and policy not in {"partition", *(name for name in (key[2] for key in results) if " tuned on " in name)}
-                and policy not in reads_attention
+                and policy not in {"full_history", "partition"}
+                and " tuned on " not in policy
                 and (policy in reads_latents) == ("latents" in label)
                 and policy not in excluded
             }
-            assert named == max(rules, key=rules.get), (workload, label)
+            assert named == max(rules, key=rules.get).partition(" (")[0], (workload, label)
 
 
 def test_the_training_table_of_the_readme_is_that_of_its_configuration():
@@ -123,9 +124,9 @@ def test_a_policy_card_and_the_results_name_the_weights_that_ship(card):
 def test_the_results_have_the_captions_policies_and_commands_of_the_configuration():
     config = yaml.safe_load((ROOT / "configs/results.yaml").read_text(encoding="utf-8"))
     for name, table in config["tables"].items():
-        section = RESULTS.partition(f"<!-- begin {name} -->\n")[2].partition(f"\n<!-- end {name} -->")[0]
+        section = section_of(name)
         assert section.startswith(f"## {name}\n\n{table['caption'].strip()}\n\n|"), name
-        labels = {label for row in rows(section)[1:] for label in row[2].split(" = ")}
+        labels = {label.partition(" (")[0] for row in rows(section)[1:] for label in row[2].split(" = ")}
         tuned = {
             f"{rule} tuned on {workload} {budget}"
             for part in table["parts"]
@@ -136,7 +137,8 @@ def test_the_results_have_the_captions_policies_and_commands_of_the_configuratio
         assert labels == {policy for part in table["parts"] for policy in part["policies"]} | tuned
         commands = dict(re.findall(r"^- (\S+): trained on .* by `python train_agent.py (.*)`; weights \w+\.$", section, re.M))
         assert commands == {policy: config["agents"][policy] for policy in commands}
-        assert commands.keys() == labels & config["agents"].keys(), name
+        members = {policy for row in table.get("runs", {}).values() for policy in row}
+        assert commands.keys() == (labels | members) & config["agents"].keys(), name
 
 
 @pytest.mark.parametrize("card", HOST_CARDS, ids=lambda card: card.parent.name)

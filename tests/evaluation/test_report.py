@@ -41,9 +41,31 @@ def page(results):
     return report_page(results, progress=False)
 
 
-def embedded(page):
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+def element(page, name):
+    (text,) = re.findall(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)
     return json.loads(text)
+
+
+def embedded(page):
+    """The data of the page, with those of its parts in their places."""
+    data = element(page, "data")
+    for i, group in enumerate(data["groups"]):
+        group["differences"] = element(page, f"differences-{i}")
+    for i, clip in enumerate(data["clips"]):
+        clip["runs"] = element(page, f"clip-{i}")
+    return data
+
+
+def test_the_page_shows_aggregates_before_it_reads_the_rest(page):
+    data, whole = element(page, "data"), embedded(page)
+    assert all(run.keys() == {"policy", "budget", "seed"} for clip in data["clips"] for run in clip["runs"]) and data["clips"]
+    assert all({"plan", "psnr", "image"} <= run.keys() for clip in whole["clips"] for run in clip["runs"])
+    for group, all_differences in zip(data["groups"], whole["groups"], strict=True):
+        place = [row["policy"] for row in group["rows"]].index(data["reference"])
+        for metric, lines in all_differences["differences"].items():
+            assert group["toReference"][metric] == [line[place] for line in lines]
+    script = page.index("<script>")
+    assert page.index('id="data"') < script < page.index('id="differences-0"') < page.index('id="image-0"')
 
 
 def clip_means(results, workload, budget, policy, value):
@@ -116,7 +138,9 @@ def pictures(page):
 
 def test_names_cannot_end_the_data_or_become_markup(page):
     assert NASTY not in page and "<img" not in page
-    assert page.count("</script>") == 2 + len(pictures(page))
+    data = embedded(page)
+    scripts, of_data = 1, 1 + len(data["groups"]) + len(data["clips"])
+    assert page.count("</script>") == scripts + of_data + len(pictures(page))
     assert NASTY in [policy["name"] for policy in embedded(page)["policies"]]
 
 

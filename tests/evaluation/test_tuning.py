@@ -12,7 +12,7 @@ from far_env.evaluation import tuning
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.results_folder import load
 from far_env.evaluation.table import markdown_table
-from far_env.evaluation.tuning import rungs, tune
+from far_env.evaluation.tuning import clips_within, most_rollouts, rungs, tune
 from far_env.policies import load_policy, load_tuned_form, policy_facts
 
 
@@ -36,6 +36,19 @@ def test_every_round_halves_the_forms_and_doubles_the_clips():
     for halvings, clips in ((-1, 8), (3, 7)):
         with pytest.raises(ValueError, match="halvings need"):
             rungs(4, clips, halvings)
+
+
+@pytest.mark.parametrize(("variants", "rollouts", "seeds"), [(34, 500, 1), (7, 28, 1), (8, 200, 3), (3, 17, 1)])
+def test_as_many_clips_as_rollouts_allow(variants, rollouts, seeds):
+    def cost(clips):  # every form on the first clips, the better half and the default on the clips that are added, …
+        (_, first), (half, second), (quarter, last) = rungs(variants, clips, 2)
+        return seeds * (variants * first + (half + 1) * (second - first) + (quarter + 1) * (last - second))
+
+    clips = clips_within(variants, rollouts, 2, seeds)
+    assert cost(clips) <= rollouts < cost(clips + 1)
+    assert cost(clips) == seeds * most_rollouts(rungs(variants, clips, 2))
+    with pytest.raises(ValueError, match=f"tuned by {cost(4)} rollouts or more, got {cost(4) - 1}"):
+        clips_within(variants, cost(4) - 1, 2, seeds)
 
 
 def test_without_halvings_the_best_of_all_forms_is_found(workload, tmp_path):

@@ -2,6 +2,13 @@
 
 const byId = (id) => document.getElementById(id);
 
+// What stands in an element of its own after the scripts; null while the browser has not read it.
+const readParts = new Map();
+function part(id) {
+  if (!readParts.has(id) && byId(id)) readParts.set(id, JSON.parse(byId(id).textContent));
+  return readParts.get(id) ?? null;
+}
+
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {})) {
     if (typeof value === "function") node.addEventListener(name.slice(2), value);

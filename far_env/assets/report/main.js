@@ -195,7 +195,7 @@ function render() {
   byId("count").textContent = `${count} of ${data.policies.length} policies`;
   renderTables();
   renderCharts();
-  player.refilter();
+  if (document.readyState !== "loading") player.refilter(); // else the clips are not read yet
 }
 
 function renderFixed() {
@@ -322,6 +322,7 @@ data.highlighted.forEach((policy, slot) => state.slots.set(policy, slot));
 renderFixed();
 setUpKeys(setUpTheme());
 render();
+document.addEventListener("DOMContentLoaded", render);
 let width = window.innerWidth;
 window.addEventListener("resize", () => {
   if (width === window.innerWidth) return;

@@ -30,6 +30,7 @@ function makePlayer(data, passes) {
 
   function load() {
     const { clip } = state;
+    clip.runs = part(`clip-${data.clips.indexOf(clip)}`);
     const clips = clipsShown();
     const runs = shownRuns(clip);
     const workloads = [...new Set(clips.map((one) => one.workload))];
@@ -241,7 +242,7 @@ function makePlayer(data, passes) {
     resize: () => state.clip && loadPanels(),
     watch,
     key: (name) => keys[name],
-    usable: () => !byId("player").hidden,
+    usable: () => state.clip && !byId("player").hidden,
   };
 }
 

@@ -112,8 +112,12 @@ function scoreColumn(metric, statistic = "scores") {
   };
 }
 
-const differenceTo = (group, metric, reference, row) =>
-  reference < 0 ? null : group.differences[metric.name][group.rows.indexOf(row)][reference];
+function differenceTo(group, metric, reference, row) {
+  if (reference < 0) return null;
+  const place = group.rows.indexOf(row);
+  if (group.rows[reference].policy === data.reference) return group.toReference[metric.name][place];
+  return part(`differences-${data.groups.indexOf(group)}`)?.[metric.name][place][reference] ?? null;
+}
 
 function differenceColumn(data, group, metric, reference) {
   const name = data.policies[group.rows[reference]?.policy]?.name;
