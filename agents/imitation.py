@@ -26,6 +26,7 @@ from far_env.agents.expert_actors import ActorBatchPlayer
 from far_env.agents.expert_data import load_expert_data
 from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
 from far_env.agents.network import RetentionNetwork, network_with_weights
+from far_env.allocator import return_freed_memory
 from far_env.host.training.muon import split_parameters
 from far_env.io import read_json, write_json
 from far_env.progress import show_progress
@@ -159,6 +160,7 @@ def imitate(
             network = fit(decisions, network_config, settings, seed, weights, checkpoint, precision)
             save_tensors(scorer_path, dict(network.state_dict()))
         checkpoint.unlink(missing_ok=True)
+        return_freed_memory()
         weights = load_tensors(scorer_path)
     return network_with_weights(network_config, weights)
 

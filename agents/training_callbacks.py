@@ -16,6 +16,7 @@ from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.training_logs import TIMESTEPS, VALIDATED_AT
 from far_env.agents.validation import validation_scores
+from far_env.allocator import return_freed_memory
 from far_env.progress import show_progress
 from far_env.tensor_files import save_tensors
 from far_env.workloads import Workload
@@ -80,6 +81,7 @@ class ValidationCheckpoint(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self.updates += 1
+        return_freed_memory()  # of the update before
         if self.updates % self.config.validate_every == 0:
             self._validate()
         self._log()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BYTES = 2**27
-"""Bound of the memory for distances of cells that are compared at once."""
+_BYTES = 2**24
+"""Bound of the memory for distances of cells that are compared at once; several such tensors are alive together."""
 
 
 def cell_distances(targets: Tensor, sources: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from diffusers.models.attention import FeedForward
+from diffusers.models import attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from far_env.host.linear import apply_linear, linear
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -142,16 +144,16 @@ class Attention(nn.Module):
     def query(self, x: Tensor, table: Tensor, coarse: bool = False) -> Tensor:
         """(B, tokens, D) to (B, tokens, heads, d)."""
         layers = self.projections(coarse)
-        return rotate(layers.norm_query(self._split(layers.query(x))), table)
+        return rotate(layers.norm_query(self._split(apply_linear(layers.query, x))), table)
 
     def key_value(self, x: Tensor, table: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor]:
         """(B, tokens, D) to keys and values, both (B, tokens, heads, d)."""
-        return rotate(self.key(x, coarse), table), self._split(self.projections(coarse).value(x))
+        return rotate(self.key(x, coarse), table), self._split(apply_linear(self.projections(coarse).value, x))
 
     def key(self, x: Tensor, coarse: bool = False) -> Tensor:
         """(B, tokens, D) to keys before rotation (B, tokens, heads, d)."""
         layers = self.projections(coarse)
-        return layers.norm_key(self._split(layers.key(x)))
+        return layers.norm_key(self._split(apply_linear(layers.key, x)))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, coarse: bool = False) -> Tensor:
         """Attend and project.
@@ -167,7 +169,7 @@ class Attention(nn.Module):
         """
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.projections(coarse).out(out.transpose(1, 2).flatten(2))
+        return apply_linear(self.projections(coarse).out, out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -199,6 +201,18 @@ class LongAttention(Attention):
         )
 
 
+class FeedForward(attention.FeedForward):
+    """Two linear layers with GELU between them: diffusers' module, whose parameters keep their names."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, mult=4, activation_fn="gelu-approximate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        first, _, second = self.net
+        return apply_linear(second, linear(x, first.proj.weight, first.proj.bias, gelu=True))
+
+
 class TransformerBlock(nn.Module):
     """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)), with one modulation per frame."""
 
@@ -207,7 +221,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = AdaptiveNorm(dim)
         self.attn = attention
         self.norm2 = AdaptiveNorm(dim)
-        self.mlp = FeedForward(dim, mult=4, activation_fn="gelu-approximate")
+        self.mlp = FeedForward(dim)
 
     def modulation(self, condition: Tensor) -> Modulation:
         """The modulation for a condition (B, F, D), after SiLU."""

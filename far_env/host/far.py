@@ -23,6 +23,7 @@ from far_env.host.blocks import (
     rotary_table,
     unpatchify,
 )
+from far_env.host.linear import apply_linear
 
 CLEAN_TIME = -1.0
 """The time of a clean context frame; noisy frames have times in (0, 1000]."""
@@ -364,12 +365,12 @@ class FAR(nn.Module):
         """(B, F, C, h, w) to (B, F, S, D)."""
         patch_size, embedder, _ = self._ends(coarse)
         self._grid(latents, coarse)
-        return embedder(patchify(latents, patch_size))
+        return apply_linear(embedder, patchify(latents, patch_size))
 
     def _project(self, x: Tensor, modulations: Modulations, latents: Tensor, coarse: bool = False) -> Tensor:
         """(B, F, S, D) to velocities (B, F, C, h, w), with the size of ``latents``."""
         patch_size, _, projector = self._ends(coarse)
-        return unpatchify(projector(modulated_norm(x, *modulations.final)), patch_size, *latents.shape[-2:])
+        return unpatchify(apply_linear(projector, modulated_norm(x, *modulations.final)), patch_size, *latents.shape[-2:])
 
     def _table(self, positions: Tensor, latents: Tensor, coarse: bool = False) -> Tensor:
         """Rotary table of frames at ``positions`` (B or 1, F), rounded to the latents' dtype first, as upstream does."""
