@@ -58,7 +58,7 @@ def session_precision(folder: Path, precision: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that the numbers depend on."""
-    names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy", "scipy", "av")
+    names = ("far-env", "torch", "diffusers", "gymnasium", "stable-baselines3", "numpy", "scikit-image", "av")
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
