@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from far_env.baselines import description, parameters_in, parameters_text
 from far_env.baselines.token_merging import FutureForcingReconstruction
+from far_env.baselines.token_packing import PackForcing
 from far_env.baselines.token_rules import (
     FlowCacheTokens,
     HeavyHitters,
@@ -35,6 +36,7 @@ _POLICIES: dict[str, type] = {
         FlowCacheTokens,
         TwoLevels,
         SinksAndCoarse,
+        PackForcing,
         FutureForcingReconstruction,
     )
 }

@@ -54,6 +54,7 @@ def random_view(seed=0, num_slots=37, budget=24, shape=(2, 3, 2), most_empty=4, 
         budget=budget,
         tokens_per_frame=PER_FRAME,
         tokens_per_coarse_frame=1,
+        tokens_per_row=2,
     )
 
 
