@@ -17,8 +17,8 @@ from far_env.baselines.token_rules import best, staying
 from far_env.errors import unknown_name
 
 if TYPE_CHECKING:
-    from far_env.rollout.streaming import TokenSizes
     from far_env.rollout.token_cache import CacheView
+    from far_env.rollout.token_policy import TokenSizes
 
 MIDDLES = ("compressed", "averaged", "strided", "none")
 BLOCK_FRAMES = 4

@@ -23,7 +23,7 @@ from far_env.baselines.token_rules import (
 from far_env.errors import unknown_name
 
 if TYPE_CHECKING:
-    from far_env.rollout.streaming import TokenPolicy
+    from far_env.rollout.token_policy import TokenPolicy
 
 _POLICIES: dict[str, type] = {
     cls.name: cls

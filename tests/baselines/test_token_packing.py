@@ -11,8 +11,9 @@ import torch
 from far_env.baselines import tokens
 from far_env.baselines.token_packing import PackForcing, Parts
 from far_env.host.compressor import Compressor, save_compressor
-from far_env.rollout.streaming import StreamingBatch, TokenSizes
+from far_env.rollout.streaming import StreamingBatch
 from far_env.rollout.token_cache import COMPRESSED, FULL, MERGED
+from far_env.rollout.token_policy import TokenSizes
 from tests.conftest import randomise
 
 BUDGET, FULL_TOKENS, BLOCK, LENGTH = 160, 16, 4, 4

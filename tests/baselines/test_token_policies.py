@@ -14,8 +14,8 @@ from far_env.baselines.token_merging import FutureForcingReconstruction, QueryPr
 from far_env.baselines.token_rules import SinksAndCoarse, TwoLevels, best
 from far_env.policies import load_token_policy, token_policy_facts, token_policy_names
 from far_env.rollout.attention_probe import QueryMoments
-from far_env.rollout.streaming import TokenSizes, check_answer
 from far_env.rollout.token_cache import COARSE, EMPTY, FULL, CacheView
+from far_env.rollout.token_policy import TokenSizes, check_answer
 
 PER_FRAME, DIM = 4, 6
 

@@ -120,7 +120,9 @@ def history_velocity(model: FAR, compressor: Compressor, batch: CompressedHistor
         tokens = compressor(blocks, batch.small.flatten(0, 1))[:, 0].unflatten(0, batch.small.shape[:2])
         weight = compressor.tokens_covered
         groups.add_tokens(tokens, block_modulations(modulations, compressor.block_frames), compressor, weight)
-    groups.add(batch.recent, _modulations(model, batch.recent, actions, "recent"))
+    # Without gradients: in a rollout most of the newest frames were encoded while the frames of the blocks were still there.
+    with torch.no_grad():
+        groups.add(batch.recent, _modulations(model, batch.recent, actions, "recent"))
     followed = num_recent - predicted + 1 + torch.arange(predicted)
     noisy = model.modulate(batch.times, dtype=batch.noisy.dtype, **_conditions(model, batch.noisy, actions, "noisy"))
     return groups.predict(batch.noisy, noisy, followed)
@@ -209,7 +211,11 @@ class _Groups:
             memory = tuple(torch.cat(pair, dim=1) for pair in zip(self._memories[index], new, strict=True))
             x = block(x, modulations.blocks[index], table, mask, memory)
             if noisy is None:
-                self._memories[index] = memory
+                own_part = (part[:, -frames * size :] for part in memory)
+                with torch.enable_grad():  # what was there before keeps its gradients
+                    self._memories[index] = tuple(
+                        torch.cat(pair, dim=1) for pair in zip(self._memories[index], own_part, strict=True)
+                    )
         if noisy is None:
             self._positions, self._weights = keys, weights
             self._next += frames
