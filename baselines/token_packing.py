@@ -1,4 +1,4 @@
-"""PackForcing over tokens: first frames, a compressed middle and newest frames, with the parts that can be left out to compare.
+"""PackForcing over tokens, with the parts that can be left out to compare, and a compressed past without training.
 
 Every part is a whole number of frames or blocks, the same in every layer and head.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MIDDLES = ("compressed", "averaged", "strided", "none")
 BLOCK_FRAMES = 4
 """Frames of a block where there is no compressor."""
-SIDE = 2
-"""Tokens along each axis of a frame that one token of a block stands for."""
+PLACES = 4
+"""Tokens of a frame that one token of a block stands for."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class PackForcing:
 
     def parts(self, budget: int, full: int, length: int) -> Parts:
         """The parts of a budget. Raises ValueError if the newest frames have no room for a block."""
-        block = full // SIDE**2
+        block = full // PLACES
         num_sink = math.floor(self.f_sink * budget / full + 0.5)
         parts = Parts(num_sink, math.floor(self.f_middle * budget / block), full, block, length, budget)
         needed = (num_sink + length) * full + parts.num_blocks * block
@@ -123,7 +123,7 @@ class PackForcing:
         """All but the oldest blocks."""
         present = view.frame >= 0
         if self.middle == "compressed":
-            block = view.tokens_per_frame // SIDE**2
+            block = view.tokens_per_frame // PLACES
             blocks = present & (view.cell >= view.tokens_per_frame)
             newest_first = torch.arange(view.frame.shape[-1], device=view.frame.device).expand_as(view.frame)
             kept = best(newest_first, blocks, math.floor(self.f_middle * view.budget / block) * block)
@@ -134,15 +134,40 @@ class PackForcing:
         middle = present & (number >= 0) & (number < num_blocks)
         if self.middle == "none":
             return staying(present & ~middle)
-        first = (view.frame - parts.num_sink) % parts.length == 0
-        row, column = view.cell // view.tokens_per_row, view.cell % view.tokens_per_row
-        roots = middle & first & (row % SIDE == 0) & (column % SIDE == 0)
         kept = middle & (number >= num_blocks - parts.num_blocks)
+        # Frames outside the middle are groups of their own.
+        roots = view.quarters(torch.where(middle, number, num_blocks + 1 + view.frame))
+        own = staying(present & ~middle)
         if self.middle == "strided":
-            return staying(present & ~middle | kept & roots)
-        # A place of a block; what is in the same place is merged. All layers and heads of a row have the same entries.
-        place = (number * view.tokens_per_row + row // SIDE) * view.tokens_per_row + column // SIDE
-        place, is_root = place[0, :, 0], (roots & kept)[0, :, 0]
-        same = (place[:, :, None] == place[:, None, :]) & is_root[:, None, :]
-        root = same.int().argmax(dim=-1)[None, :, None].expand_as(view.frame)
-        return torch.where(kept, root, staying(present & ~middle))
+            return torch.where(kept & (roots == staying(present)), roots, own)
+        return torch.where(kept, roots, own)
+
+
+class RecentAveraged:
+    """Keeps the newest frames whole, and those before them with the means of each 2×2 tokens, as far back as the budget holds.
+
+    FAR's two levels without training, on any host. It is also an agent for the environments of a token memory: compress all
+    but the newest frames.
+
+    Source: FAR, arXiv 2503.19325, §3.4. Parameter ``f_recent``, the share of the budget for whole frames.
+    """
+
+    name = "recent_averaged"
+    family = "anchor"
+    source = "FAR, arXiv 2503.19325"
+
+    def __init__(self, f_recent: float = 0.5) -> None:
+        self.f_recent = share(self.name, "f_recent", f_recent)
+
+    def coarse_frames(self, frames: list[int], sizes: TokenSizes) -> list[int]:
+        """None: coarse tokens of a FAR-Long are not used."""
+        return []
+
+    def retain(self, view: CacheView) -> Tensor:
+        """See the class."""
+        full = view.tokens_per_frame
+        num_whole = max(1, math.floor(self.f_recent * view.budget / full + 0.5))
+        num_averaged = (view.budget - num_whole * full) // (full // PLACES)
+        whole = view.frame > view.newest - num_whole
+        averaged = ~whole & (view.frame > view.newest - num_whole - num_averaged) & (view.frame >= 0)
+        return torch.where(averaged, view.quarters(view.frame), staying(whole))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from far_env.baselines import description, parameters_in, parameters_text
 from far_env.baselines.token_merging import FutureForcingReconstruction
-from far_env.baselines.token_packing import PackForcing
+from far_env.baselines.token_packing import PackForcing, RecentAveraged
 from far_env.baselines.token_rules import (
     FlowCacheTokens,
     HeavyHitters,
@@ -37,6 +37,7 @@ _POLICIES: dict[str, type] = {
         TwoLevels,
         SinksAndCoarse,
         PackForcing,
+        RecentAveraged,
         FutureForcingReconstruction,
     )
 }

@@ -101,9 +101,11 @@ class StreamingBatch:
         policy: None keeps everything.
         budget: entries that each head may keep; None for all.
         max_gap: see `far_env.rollout.token_cache.TokenCache`.
+        enter: whether the given frames enter at once; else `enter` is called for each, before any is generated.
 
     Attributes:
         step: number of frames generated.
+        entered: number of given frames in the memory.
         cache: the entries.
         decisions: of every row, so far.
         given: true latents (R, n, C, h, w), those of the context first.
@@ -125,6 +127,7 @@ class StreamingBatch:
         budget: int | None,
         *,
         max_gap: int | None = 1,
+        enter: bool = True,
     ) -> None:
         host = workload.host
         if (policy is None) != (budget is None):
@@ -137,7 +140,7 @@ class StreamingBatch:
             )
         self.workload, self.budget = workload, budget
         self.policy = copy.deepcopy(policy)
-        self.step = 0
+        self.step = self.entered = 0
         self.decisions: list[list[TokenDecision]] = [[] for _ in clips]
         self._model = host.transformer
         self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
@@ -163,8 +166,15 @@ class StreamingBatch:
         block = (None, None) if compressor is None else (math.prod(compressor.grid(like)), compressor.block_frames)
         full, coarse = self.cache.tokens_per_frame, self.cache.tokens_per_coarse_frame
         self._sizes = TokenSizes(budget, full, coarse, host.transformer.short_term_ctx_winsize - 1, *block)
-        for number in range(workload.num_context):
-            self._remember(number, self.given[:, number])
+        while enter and self.entered < workload.num_context:
+            self.enter()
+
+    @torch_defaults()
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Encode the next given frame."""
+        self._remember(self.entered, self.given[:, self.entered])
+        self.entered += 1
 
     @torch_defaults()
     @torch.no_grad()

@@ -71,6 +71,20 @@ class CacheView:
     tokens_per_coarse_frame: int | None
     tokens_per_row: int
 
+    def quarters(self, group: Tensor) -> Tensor:
+        """The slot that stands for the 2×2 full tokens around each entry: the oldest upper left one of its group.
+
+        Args:
+            group: int64 (layers, rows, heads, slots), such as the frame, or the block of frames. All layers and heads of a row
+                have the same entries.
+        """
+        cell = self.cell[0, :, 0]
+        down, across = cell // self.tokens_per_row, cell % self.tokens_per_row
+        corner = down // SPACING * SPACING * self.tokens_per_row + across // SPACING * SPACING
+        place = group[0, :, 0] * self.tokens_per_frame + corner
+        stands = (place[:, :, None] == place[:, None, :]) & (cell == corner)[:, None, :]
+        return stands.int().argmax(dim=-1)[None, :, None].expand_as(group)
+
 
 class TokenCache:
     """The entries of a batch of rollouts.

@@ -133,3 +133,27 @@ def test_compressed_blocks_are_asked_for_only_where_frames_are_left_to_compress(
     assert policy.compressed_blocks(list(range(11)), sizes) == [1]
     assert policy.compressed_blocks([0, *range(5, 16)], sizes) == [5]
     assert policy.coarse_frames([0, 1], sizes) == []
+
+
+def test_without_training_the_past_is_averaged_as_far_back_as_the_budget_holds(tiny_workload):
+    """Of 160 tokens five frames are whole, and frames of four tokens have the rest."""
+    asked = 0
+    policy = tokens.load("recent_averaged")
+    retain = policy.retain
+
+    class Counted(type(policy)):
+        def retain(self, view):
+            nonlocal asked
+            asked = view.newest
+            return retain(view)
+
+    for newest, cache in stream(tiny_workload, Counted()):
+        if newest != asked:  # there was room: what the last answer left, and whole frames after it
+            continue
+        averaged = range(max(0, newest - 24), newest - 4)
+        expected = [(f, c) for f in range(newest - 4, newest + 1) for c in range(16)]
+        expected += [(f, c) for f in averaged for c in (0, 2, 8, 10)]
+        for place in np.ndindex(*cache.kind.shape[:3]):
+            found = zip(cache.frame[place].tolist(), cache.cell[place].tolist(), strict=True)
+            assert sorted(found) == sorted(expected)
+    assert asked > 24, "the oldest frames have left"
