@@ -35,7 +35,7 @@ from far_env.contract import policy_name
 from far_env.device import torch_defaults
 from far_env.errors import PolicyError, first_line
 from far_env.host.blocks import rotate
-from far_env.host.compressor import block_modulations, load_compressor, small_latents
+from far_env.host.compressor import Compressor, block_modulations, load_compressor, small_latents
 from far_env.host.far import CLEAN_TIME, COARSE_TIME_FACTOR, Modulations
 from far_env.host.far_long import FARLong
 from far_env.host.sampler import FrameSampler, with_null_class
@@ -149,8 +149,7 @@ class StreamingBatch:
         self.given = context_latents(host, clips, num_given)
         self.noise = torch.stack([workload_noise(workload, seed, workload.num_predict) for seed in noise_seeds])
         self._full_latents: list[dict[int, Tensor]] = [{} for _ in clips]
-        name = getattr(policy, "compressor", None)
-        compressor = None if name is None else load_compressor(name, host)
+        compressor = _compressor_of(policy, host)
         like = torch.empty(host.latent_shape, device=host.device, dtype=host.dtype)
         self._top_blocks = getattr(policy, "top_blocks", None)
         self.cache = TokenCache(
@@ -305,11 +304,15 @@ class StreamingBatch:
         """First frames of the blocks that the policy compresses."""
         if self.cache.compressor is None:
             return []
-        firsts, length = list(self.policy.compressed_blocks(frames, self._sizes)), self._sizes.block_frames
+        where, length = f"token policy {policy_name(self.policy)}", self._sizes.block_frames
+        try:
+            firsts = list(self.policy.compressed_blocks(frames, self._sizes))
+        except Exception as error:
+            raise PolicyError(f"{where}: {first_line(error)}") from error
         wanted = [first + i for first in firsts for i in range(length)]
         if len(set(wanted)) < len(wanted) or not set(wanted) <= set(frames[:-1]):
             raise PolicyError(
-                f"token policy {policy_name(self.policy)}: compresses blocks of {length} frames from {firsts} on; they must be "
+                f"{where}: compresses blocks of {length} frames from {firsts} on; they must be "
                 f"apart, and of the frames that are at full resolution and not the newest, {frames[:-1]}"
             )
         return firsts
@@ -336,6 +339,15 @@ class StreamingBatch:
             for first in self.cache.kept_frames(row, COMPRESSED):
                 coarse.update(range(first, first + self._sizes.block_frames))
             decisions.append(TokenDecision(step, tuple(sorted(full)), tuple(sorted(coarse)), tokens[row], seconds))
+
+
+def _compressor_of(policy: TokenPolicy | None, host: Host) -> Compressor | None:
+    """The compressor that a policy names. Raises PolicyError if it cannot be loaded."""
+    name = getattr(policy, "compressor", None)
+    try:
+        return None if name is None else load_compressor(name, host)
+    except ValueError as error:
+        raise PolicyError(f"token policy {policy_name(policy)}: {error}") from error
 
 
 def _one_per_row(pending: list[list[int]]) -> Iterator[tuple[list[int], list[int]]]:

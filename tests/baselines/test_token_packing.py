@@ -10,6 +10,7 @@ import torch
 
 from far_env.baselines import tokens
 from far_env.baselines.token_packing import PackForcing, Parts
+from far_env.errors import PolicyError
 from far_env.host.compressor import Compressor, save_compressor
 from far_env.rollout.streaming import StreamingBatch
 from far_env.rollout.token_cache import COMPRESSED, FULL, MERGED
@@ -78,6 +79,18 @@ def stream(workload, policy):
 
 def parts_of(newest):
     return by_frames(newest, 1, 10)  # f_sink 0.125 and f_middle 0.25 of 160 tokens, one frame and ten blocks
+
+
+def test_what_keeps_it_from_being_played_is_said(tiny_workload, folder):
+    clips = [tiny_workload.clips.clip("test", 0)]
+    with pytest.raises(
+        PolicyError, match=r"token policy packforcing: no compressor ships for the host .* far-env train-compressor"
+    ):
+        StreamingBatch(tiny_workload, clips, [1], PackForcing(), BUDGET)
+    with pytest.raises(
+        PolicyError, match="token policy packforcing: packforcing with blocks of 4 frames needs 4 newest frames"
+    ):
+        StreamingBatch(tiny_workload, clips, [1], PackForcing(compressor=str(folder)), 64)
 
 
 def test_blocks_are_compressed_in_time_order_and_leave_in_the_order_they_came(tiny_workload, folder):
