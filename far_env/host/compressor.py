@@ -1,9 +1,11 @@
 """A trained compressor for a token memory: a block of frames becomes a few tokens, as in PackForcing (arXiv 2603.25730, §3.2).
 
-Two branches are added. The high-resolution one convolves the block's latents, in space and time; the low-resolution one decodes
-them, averages the frames and their pixels, encodes the one small picture again with the frozen autoencoder, and embeds it. The
-sum is a grid of tokens of the transformer's width, half as many along each axis as of a frame, from which the frozen
-transformer computes keys and values like from any other tokens. With four frames in a block these are 16 times fewer tokens.
+Two branches are added. The high-resolution one embeds the block's latents by patches of space and time, and convolves them; the
+low-resolution one decodes them, averages the frames and their pixels, encodes the one small picture again with the frozen
+autoencoder, and embeds it. The sum is a grid of tokens of the transformer's width, half as many along each axis as of a frame,
+from which the frozen transformer computes keys and values like from any other tokens. With four frames in a block these are 16
+times fewer tokens. Training begins with the tokens that are in their places in the block's last frame, which the transformer
+knows.
 """
 
 from __future__ import annotations
@@ -60,21 +62,31 @@ class Compressor(nn.Module):
             raise ValueError(f"a compressor needs a transformer whose patch size is a power of two, got {patch_size}")
         self.settings = {"block_frames": block_frames, "channels": channels, "branches": branches}
         self.patch_size, self.block_frames = patch_size, block_frames
-        self.high = self.low = None
+        self.patches = self.high = self.low = None
         if branches != "low":
+            size = (block_frames, patch_size * SPACING, patch_size * SPACING)
+            self.patches = nn.Conv3d(in_channels, width, size, size)
             self.high = _convolutions(in_channels, channels, width, patch_size * SPACING, block_frames)
-            if branches == "both":  # so that training begins with the low-resolution tokens
-                for parameter in self.high[-1].parameters():
-                    nn.init.zeros_(parameter)
         if branches != "high":
             self.low = nn.Linear(in_channels * patch_size**2, width)
 
     @staticmethod
     def of(model: FAR, **settings: Any) -> Compressor:
-        """A new compressor for a transformer, whose embedding of patches the low-resolution branch begins with."""
+        """A new compressor for a transformer; its tokens are those of the block's last frame, or of the small picture.
+
+        Of a frame these are the upper left of each 2×2. What else is added is zero before training.
+        """
         compressor = Compressor(model.in_channels, model.patch_size, model.x_embedder.out_features, **settings)
-        if compressor.low is not None:
+        zeroed: list[nn.Module] = []
+        if compressor.patches is None:
             compressor.low.load_state_dict(model.x_embedder.state_dict())
+        else:
+            side, weight = model.patch_size, torch.zeros_like(compressor.patches.weight)
+            weight[:, :, -1, :side, :side] = model.x_embedder.weight.detach().unflatten(1, (-1, side, side))
+            compressor.patches.load_state_dict({"weight": weight, "bias": model.x_embedder.bias.detach()})
+            zeroed = [compressor.high[-1], *([] if compressor.low is None else [compressor.low])]
+        for parameter in (parameter for module in zeroed for parameter in module.parameters()):
+            nn.init.zeros_(parameter)
         return compressor
 
     def grid(self, latents: Tensor) -> tuple[int, int]:
@@ -104,7 +116,9 @@ class Compressor(nn.Module):
         """
         tokens = 0
         if self.high is not None:
-            tokens = tokens + self.high(latents.transpose(1, 2))[:, :, 0].flatten(2).transpose(1, 2)
+            of_block = latents.transpose(1, 2)
+            high = self.patches(of_block) + self.high(of_block)
+            tokens = tokens + high[:, :, 0].flatten(2).transpose(1, 2)
         if self.low is not None:
             tokens = tokens + self.low(patchify(small[:, None], self.patch_size)[:, 0])
         return tokens[:, None]

@@ -28,9 +28,12 @@ class BlockSelection:
     def __init__(self, cache: TokenCache, frame: NextFrame, number: int) -> None:
         self._cache, self._number, self._layer = cache, number, 0
         self._blocks = torch.where(cache.kind == COMPRESSED, cache.frame, NO_FRAME)
-        self._chooses = bool((self._blocks >= 0).any())
-        # Compressed entries have weights, so that there are masks.
-        masks = [mask.clone() for mask in frame.masks] if self._chooses else frame.masks
+        of_rows = self._blocks.transpose(0, 1).flatten(1)
+        self._chooses = max((len(blocks[blocks >= 0].unique()) for blocks in of_rows), default=0) > number
+        masks = frame.masks
+        if self._chooses:
+            shape = (frame.memory.shape[2], cache.kind.shape[2], 1, frame.memory.shape[3])
+            masks = [frame.memory.new_zeros(shape) if mask is None else mask.clone() for mask in frame.masks]
         self.frame = NextFrame(frame.memory, frame.table, masks)
 
     def attention(self, query: Tensor, key: Tensor, table: Tensor, mask: Tensor | None) -> None:

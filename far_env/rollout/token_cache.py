@@ -9,7 +9,6 @@ All tensors of entries have the shape (layers, rows, heads, slots), where a row 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -207,11 +206,10 @@ class TokenCache:
         hidden = kinds != COARSE if kind == COARSE else kinds == EMPTY
         hidden = hidden | (self.frame[:, rows] >= query[None, :, None, None])
         logits = weight.clamp(min=1).log() + self.model.slope_scale * positions
-        own = math.log(self.compressor.tokens_covered) if kind == COMPRESSED else 0.0
-        if self.model.slope_scale == 0 and own == 0 and not bool((hidden | (weight != 1)).any()):
+        if self.model.slope_scale == 0 and not bool((hidden | (weight != 1)).any()):
             return NextFrame(memory, table, [None] * len(memory))
         logits = logits.masked_fill(hidden, float("-inf"))
-        masks = torch.nn.functional.pad(_branched(logits, self.num_branches), (0, num_new), value=own)[..., None, :]
+        masks = torch.nn.functional.pad(_branched(logits, self.num_branches), (0, num_new))[..., None, :]
         return NextFrame(memory, table, masks.to(memory.dtype))
 
     def append(self, number: int, written: NextFrame, received: Tensor | None = None, queries: Tensor | None = None) -> None:
@@ -257,8 +255,7 @@ class TokenCache:
         frames = self.frame[:, rows]
         old = (frames >= first) & (frames < first + length) & (self.kind[:, rows] == FULL)
         covering = self._covering[kind][self.cell[:, rows].clamp(max=self.tokens_per_frame - 1)]
-        covered = _scattered(old.float(), covering, num_new)
-        present = covered > 0
+        present = _scattered(old.float(), covering, num_new) > 0
         statistics = {name: getattr(self, name)[..., rows, :, :] for name in STATISTICS}
         summed = {name: _scattered(values * old, covering, num_new) for name, values in statistics.items()}
         emptied = torch.zeros_like(self.kind, dtype=torch.bool)
@@ -272,8 +269,6 @@ class TokenCache:
         cells = self._first_cell[kind] + torch.arange(num_new, device=key.device)
         start = self.num_slots
         self._extend(whole_key, whole_value, frame, cells, kind)
-        if kind == COMPRESSED:
-            self.weight[:, rows, :, start:] = covered
         for name, values in summed.items():
             getattr(self, name)[..., rows, :, start:] = values
         self._compact()

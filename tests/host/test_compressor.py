@@ -23,7 +23,14 @@ from far_env.host.compressor import (
 )
 from far_env.host.far import Modulations
 from far_env.host.training import compressor as training
-from far_env.host.training.compressor import draw_history, draw_lengths, history_velocity, validation_losses
+from far_env.host.training.compressor import (
+    draw_history,
+    draw_lengths,
+    history_loss,
+    history_velocity,
+    taught,
+    validation_losses,
+)
 from far_env.host.training.compressor_clips import encode_clips
 from far_env.host.training.compressor_config import CompressorTraining
 from tests.conftest import randomise
@@ -55,8 +62,16 @@ def test_a_block_becomes_a_quarter_of_a_frames_tokens(tiny_host, block_frames, b
     assert compressor.table(latents, tiny_host.transformer).shape == (1, 4, 1, 8)
 
 
-def test_the_low_resolution_branch_begins_as_the_host_sees_the_small_mean_picture(tiny_host):
+def test_training_begins_with_the_upper_left_tokens_of_the_last_frame(tiny_host):
     compressor = Compressor.of(tiny_host.transformer, block_frames=2)
+    latents = torch.randn(1, 2, *tiny_host.latent_shape)
+    patches = [latents[0, 1, :, y : y + 2, x : x + 2].reshape(-1) for y in (0, 4) for x in (0, 4)]
+    expected = tiny_host.transformer.x_embedder(torch.stack(patches))
+    assert torch.allclose(compressor(latents, small_latents(tiny_host.autoencoder, latents))[0, 0], expected, atol=1e-5)
+
+
+def test_the_low_resolution_branch_alone_begins_as_the_host_sees_the_small_mean_picture(tiny_host):
+    compressor = Compressor.of(tiny_host.transformer, block_frames=2, branches="low")
     latents = torch.randn(1, 2, *tiny_host.latent_shape)
     pictures = tiny_host.autoencoder.decode(latents)[0].mean(dim=0)
     halves = torch.stack([pictures[:, y::2, x::2] for y in range(2) for x in range(2)]).mean(dim=0)
@@ -65,6 +80,15 @@ def test_the_low_resolution_branch_begins_as_the_host_sees_the_small_mean_pictur
     embedder = tiny_host.transformer.x_embedder
     patches = [small[:, y : y + 2, x : x + 2].reshape(-1) for y in (0, 2) for x in (0, 2)]
     assert torch.allclose(compressor(latents, small[None])[0, 0], embedder(torch.stack(patches)), atol=1e-5)
+
+
+def test_the_teacher_is_the_host_with_all_frames(tiny_host, tmp_path):
+    batch = draw_history(TINY, some_clips(tiny_host, tmp_path), (0, 1, 2), tiny_host.device)
+    compressor = random_compressor(tiny_host)
+    learned = taught(tiny_host.transformer, compressor, batch)
+    assert history_loss(tiny_host.transformer, compressor, learned, "full") == 0
+    assert torch.equal(learned.velocities, history_velocity(tiny_host.transformer, compressor, batch, "full"))
+    assert torch.equal(learned.noisy, batch.noisy)
 
 
 def test_the_modulation_of_a_block_is_the_mean_of_its_frames():
@@ -144,7 +168,7 @@ def test_lengths_fit_into_clips_or_an_error_says_how_long_they_must_be():
 
 def test_training_lowers_the_loss_and_changes_the_compressor_alone(tiny_host, tmp_path):
     clips = some_clips(tiny_host, tmp_path)
-    config = replace(TINY, steps=40, learning_rate=3e-3, warmup=5, validate_every=0)
+    config = replace(TINY, steps=40, learning_rate=3e-3, warmup=5, validate_every=0, teacher=False)
     before = {key: value.clone() for key, value in tiny_host.transformer.state_dict().items()}
     start = Compressor.of(tiny_host.transformer, block_frames=2, channels=8)
     untrained = validation_losses(config, tiny_host, start, clips)["compressed"]

@@ -116,7 +116,7 @@ def test_decisions_and_entries_name_the_frames_of_a_block(tiny_workload, tiny_ho
     cache = batch.cache
     assert cache.kept_frames(0, FULL) == [0, 5] and cache.kept_frames(0, COMPRESSED) == [1, 3]
     compressed = cache.kind == COMPRESSED
-    assert cache.weight[compressed].unique().tolist() == [8.0], "four tokens of each of two frames"
+    assert cache.weight[compressed].unique().tolist() == [1.0]
     assert cache.tokens_per_frame == 16 and bool((cache.counts() == 2 * 16 + 2 * 4).all())
     assert cache.cell[compressed].unique().tolist() == [16, 17, 18, 19]
     assert cache.positions(torch.tensor([6]))[0, 0, 0].unique().tolist() == [-4, -3, -2, -1]

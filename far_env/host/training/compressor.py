@@ -1,4 +1,4 @@
-"""Train a compressor for a frozen host, on the host's own flow-matching loss with the middle of every history compressed.
+"""Train a compressor for a frozen host: to predict with the middle of a history compressed what it does with all its frames.
 
 A history is, in time order: first frames at full resolution, compressed blocks, newest frames at full resolution. Each of the
 last frames is predicted from noise, as when a host is trained. Time positions count frames and blocks without gaps.
@@ -6,7 +6,7 @@ last frames is predicted from noise, as when a host is trained. Time positions c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +118,7 @@ def history_velocity(model: FAR, compressor: Compressor, batch: CompressedHistor
     elif middle == "compressed":
         blocks = batch.middle.unflatten(1, (-1, compressor.block_frames)).flatten(0, 1)
         tokens = compressor(blocks, batch.small.flatten(0, 1))[:, 0].unflatten(0, batch.small.shape[:2])
-        weight = compressor.tokens_covered
-        groups.add_tokens(tokens, block_modulations(modulations, compressor.block_frames), compressor, weight)
+        groups.add_tokens(tokens, block_modulations(modulations, compressor.block_frames), compressor)
     # Without gradients: in a rollout most of the newest frames were encoded while the frames of the blocks were still there.
     with torch.no_grad():
         groups.add(batch.recent, _modulations(model, batch.recent, actions, "recent"))
@@ -131,6 +130,12 @@ def history_velocity(model: FAR, compressor: Compressor, batch: CompressedHistor
 def history_loss(model: FAR, compressor: Compressor, batch: CompressedHistory, middle: str = "compressed") -> Tensor:
     """Mean squared error of the velocities."""
     return (history_velocity(model, compressor, batch, middle).float() - batch.velocities).square().mean()
+
+
+def taught(model: FAR, compressor: Compressor, batch: CompressedHistory) -> CompressedHistory:
+    """The batch with the velocities that the model predicts when all frames of the middle are there."""
+    with torch.no_grad():
+        return replace(batch, velocities=history_velocity(model, compressor, batch, "full").float())
 
 
 def _conditions(model: FAR, frames: Tensor, actions: dict[str, Tensor] | None, part: str) -> dict[str, Tensor]:
@@ -159,7 +164,6 @@ class _Groups:
         empty = like.new_empty(model.layer_shape(len(like), 0))
         self._memories = [(empty, empty) for _ in model.transformer_blocks]
         self._positions = torch.empty(0, dtype=torch.int64, device=like.device)
-        self._weights = torch.empty(0, device=like.device)
         self._next = 0
         self._newest = 0
 
@@ -167,16 +171,16 @@ class _Groups:
         """Clean frames (B, n, C, h, w)."""
         if frames.shape[1]:
             self._newest = self._next
-            self._run(self._embedded(frames), modulations, self._grid, 1, 1)
+            self._run(self._embedded(frames), modulations, self._grid, 1)
 
-    def add_tokens(self, x: Tensor, modulations: Modulations, compressor: Compressor, weight: int) -> None:
-        """Tokens of blocks (B, m, S, D), each of which counts as so many."""
-        self._run(x, modulations, compressor.grid(self._like), SPACING, weight)
+    def add_tokens(self, x: Tensor, modulations: Modulations, compressor: Compressor) -> None:
+        """Tokens of blocks (B, m, S, D)."""
+        self._run(x, modulations, compressor.grid(self._like), SPACING)
 
     def predict(self, noisy: Tensor, modulations: Modulations, followed: Tensor) -> Tensor:
         """Velocities of noisy frames (B, p, C, h, w), the i-th after the first ``followed[i]`` frames of the last group."""
         positions = self._newest + followed.to(noisy.device)
-        x = self._run(self._embedded(noisy), modulations, self._grid, 1, 1, positions)
+        x = self._run(self._embedded(noisy), modulations, self._grid, 1, positions)
         tokens = self._model.proj_out(modulated_norm(x, *modulations.final))
         return unpatchify(tokens, self._model.patch_size, *noisy.shape[-2:])
 
@@ -189,7 +193,6 @@ class _Groups:
         modulations: Modulations,
         grid: tuple[int, int],
         spacing: int,
-        weight: int,
         noisy: Tensor | None = None,
     ) -> Tensor:
         """Run all blocks; clean tokens are remembered. Noisy frames have these positions, and none attends to another."""
@@ -201,9 +204,8 @@ class _Groups:
         of_frame = own.repeat_interleave(size)
         within = of_frame[None] <= of_frame[:, None] if noisy is None else of_frame[None] == of_frame[:, None]
         visible = torch.cat([self._positions[None] < queries[:, None], within], dim=1)
-        weights = torch.cat([self._weights, torch.full((len(queries),), float(weight), device=x.device)])
-        logits = weights.log()[None] + model.slope_scale * (keys[None] - queries[:, None])
-        mask = logits.masked_fill(~visible, float("-inf"))[None, None].to(x.dtype)
+        logits = model.slope_scale * (keys[None] - queries[:, None]).to(x.dtype)
+        mask = logits.masked_fill(~visible, float("-inf"))[None, None]
         table = rotary_table(positions[None], *grid, model.axes_dims_rope, spacing)
         for index, block in enumerate(model.transformer_blocks):
             # New tensors for every layer and group, because autograd needs what was written unchanged.
@@ -217,7 +219,7 @@ class _Groups:
                         torch.cat(pair, dim=1) for pair in zip(self._memories[index], own_part, strict=True)
                     )
         if noisy is None:
-            self._positions, self._weights = keys, weights
+            self._positions = keys
             self._next += frames
         return x
 
@@ -245,7 +247,8 @@ def train_compressor(
         optimizer.zero_grad(set_to_none=True)
         batch = draw_history(config, clips["train"], (config.seed, 1, step), host.device)
         with torch.autocast(host.device.type, dtype, enabled=dtype != torch.float32):
-            loss = history_loss(host.transformer, compressor, batch)
+            target = taught(host.transformer, compressor, batch) if config.teacher else batch
+            loss = history_loss(host.transformer, compressor, target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(compressor.parameters(), 1.0)
         optimizer.step()

@@ -45,6 +45,9 @@ class CompressorTraining:
     """Smallest number of newest frames at full resolution."""
     max_recent: int = 10
     """Largest number of them."""
+    teacher: bool = True
+    """Learn the velocities that the host predicts with all frames in place of the blocks; without, the host's own loss, on true
+    frames, which has more noise."""
     predicted: int = 4
     """Frames predicted after each history, the last ones."""
     noise_mean: float = 0.8
