@@ -66,7 +66,8 @@ class PackForcing:
     frame attends to the blocks whose keys agree most with its queries at the first ODE step; positions in time are counted
     without gaps whenever something leaves. Adapted: blocks of four frames become four tokens, 16 times fewer, not 32; frames
     enter one at a time, so that the number of newest frames falls by four whenever a block is made; blocks that are not
-    attended to count for the budget too; the compressor was trained on true histories with noise, not on generated ones.
+    attended to count for the budget too; a compressor is trained on true histories with noise, not on generated ones, to
+    predict what the host predicts with whole frames.
 
     To compare, ``middle=averaged`` has the means of the same tokens' keys and values in place of each compressed token,
     ``strided`` one token of each 16, ``none`` nothing in the same place; ``top_blocks=0`` attends to all blocks, and
