@@ -19,8 +19,8 @@ from far_env.baselines.filling import count, share
 from far_env.baselines.partition import slots
 
 if TYPE_CHECKING:
-    from far_env.rollout.streaming import TokenSizes
     from far_env.rollout.token_cache import CacheView
+    from far_env.rollout.token_policy import TokenSizes
 
 
 def staying(stays: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from far_env.baselines import description, parameters_in, parameters_text
 from far_env.baselines.token_merging import FutureForcingReconstruction
+from far_env.baselines.token_packing import PackForcing, RecentAveraged
 from far_env.baselines.token_rules import (
     FlowCacheTokens,
     HeavyHitters,
@@ -22,7 +23,7 @@ from far_env.baselines.token_rules import (
 from far_env.errors import unknown_name
 
 if TYPE_CHECKING:
-    from far_env.rollout.streaming import TokenPolicy
+    from far_env.rollout.token_policy import TokenPolicy
 
 _POLICIES: dict[str, type] = {
     cls.name: cls
@@ -35,6 +36,8 @@ _POLICIES: dict[str, type] = {
         FlowCacheTokens,
         TwoLevels,
         SinksAndCoarse,
+        PackForcing,
+        RecentAveraged,
         FutureForcingReconstruction,
     )
 }

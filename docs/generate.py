@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
 from option_tables import (
     all_commands,
     code,
@@ -32,6 +33,7 @@ from far_env.baselines import tokens
 from far_env.clips.worlds import WORLDS, World
 from far_env.contract import OF_LATENTS, SIGNALS
 from far_env.envs.retention_env import FrameRetentionEnv
+from far_env.envs.token_env import TokenRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.leaderboard_entry import Cell, Entry, Episode, load_entries, load_suite
 from far_env.evaluation.leaderboard_ranking import ranking, ranking_rows
@@ -46,8 +48,7 @@ EXAMPLE_BUDGET = 4
 
 def environments() -> str:
     """The registered environments, their spaces, the class's docstring, and the worlds."""
-    ours = [spec for spec in gym.registry.values() if spec.id.startswith(NAMESPACE) and "workload" in spec.kwargs]
-    specs = sorted(ours, key=lambda spec: spec.id)
+    specs = sorted(_specs("FrameRetentionEnv"), key=lambda spec: spec.id)
     order = [*WORLDS, *WORKLOADS]
     specs.sort(key=lambda spec: order.index(spec.kwargs["workload"]))
     rows = []
@@ -72,11 +73,20 @@ def environments() -> str:
     parts.append(_demoted(docstring(FrameRetentionEnv), by=1))
     parts.append("## Several episodes in one batch")
     parts.append(_demoted(docstring(FrameRetentionVectorEnv), by=1))
+    parts.append("## A token memory")
+    ids = [(f"`{spec.id}`", f"`{spec.kwargs['workload']}`") for spec in _specs("TokenRetentionEnv")]
+    parts.append(table(("id", "workload"), ids))
+    parts.append(_demoted(docstring(TokenRetentionEnv), by=1))
     return joined(parts)
 
 
+def _specs(name: str) -> list[EnvSpec]:
+    """The registered environments of a class of far-env."""
+    return [spec for spec in gym.registry.values() if str(spec.entry_point).endswith(f":{name}")]
+
+
 def _world(name: str, world: World) -> str:
-    env_id = next(spec.id for spec in gym.registry.values() if spec.kwargs.get("workload") == name)
+    env_id = next(spec.id for spec in _specs("FrameRetentionEnv") if spec.kwargs["workload"] == name)
     env = gym.make(env_id, budget=EXAMPLE_BUDGET, device="cpu")
     spaces = [("action space", f"`{env.action_space}`")]
     spaces += [(f"observation `{key}`", f"`{_space(space)}`") for key, space in env.observation_space.spaces.items()]

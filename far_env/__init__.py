@@ -55,5 +55,8 @@ def _register_environments() -> None:
 
 
 _register_environments()
+for _id, _workload in (("far_env/OrbitTokens-v0", "orbit"), ("far_env/MazeRetrievalTokens-v0", "maze_retrieval")):
+    if _id not in gymnasium.registry:
+        gymnasium.register(id=_id, entry_point="far_env.envs.token_env:TokenRetentionEnv", kwargs={"workload": _workload})
 if "far_env/DoomWalk-v0" not in gymnasium.registry:  # which far-env record plays
     gymnasium.register(id="far_env/DoomWalk-v0", entry_point="far_env.clips.recorder.doom:DoomWalk")

@@ -162,7 +162,7 @@ def policy_variants(name: str, max_frames: int) -> list[str]:
 
 
 def load_token_policy(name: str) -> Any:
-    """The policy of this name over tokens (`far_env.rollout.streaming.TokenPolicy`); None for `FULL_HISTORY`.
+    """The policy of this name over tokens (`far_env.rollout.token_policy.TokenPolicy`); None for `FULL_HISTORY`.
 
     Raises:
         ValueError: if there is none, or if its parameters or the plugin cannot be used.

@@ -151,6 +151,20 @@ def tiny_long_host(tiny_host) -> FARHost:
 
 
 @pytest.fixture(scope="session")
+def tiny_action_host(tiny_host) -> Host:
+    """The tiny host with a FAR that takes three actions."""
+    transformer = FAR(**TINY_FAR, condition_cfg={"type": "action", "num_action_classes": 3})
+    randomise(transformer, 4)
+    return replace(tiny_host, name="tiny_action", transformer=transformer.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def tiny_hosts(tiny_host, tiny_action_host, tiny_long_host) -> dict[str, Host]:
+    """One host of every kind."""
+    return {"plain": tiny_host, "actions": tiny_action_host, "long": tiny_long_host}
+
+
+@pytest.fixture(scope="session")
 def tiny_long_workload(tiny_long_host) -> Workload:
     """The pan world on the tiny long host: 5 + 11 frames, 3 ODE steps."""
     return Workload("tiny_long_pan", WORLDS["pan"], tiny_long_host, num_context=5, num_predict=11, num_steps=3)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from far_env.distributed.evaluation import ActorPlayer
     from far_env.evaluation.batches import TokenMemory
     from far_env.evaluation.comparison import Evaluation
-    from far_env.rollout.streaming import TokenPolicy
+    from far_env.rollout.token_policy import TokenPolicy
 
 
 @dataclass(frozen=True)

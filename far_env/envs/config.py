@@ -127,6 +127,11 @@ class EpisodeConfig:
         Raises:
             ValueError: if the workload cannot be made, has too few clips, or leaves nothing to decide under a budget.
         """
+        workload = self.make_workload()
+        return episode_class(workload, self.budgets, num_rows, self.scoring, self.metrics, self.memo_bytes, tuple(self.signals))
+
+    def make_workload(self) -> Workload:
+        """Load the workload. Raises ValueError if it cannot be made or has too few clips."""
         workload = self.workload
         if isinstance(workload, str):
             placement = {"host": self.host, "device": self.device, "precision": self.precision}
@@ -141,7 +146,7 @@ class EpisodeConfig:
             raise ValueError(
                 f"num_clips must be in 1 to {available}, the clips of {workload.name}/{self.split}; got {self.num_clips}"
             )
-        return episode_class(workload, self.budgets, num_rows, self.scoring, self.metrics, self.memo_bytes, tuple(self.signals))
+        return workload
 
     def draw(
         self,

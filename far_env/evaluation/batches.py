@@ -15,7 +15,8 @@ from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.intervention import IntervenedFrames
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import Decision, play, replay
-from far_env.rollout.streaming import TokenDecision, TokenPolicy, check_token_budget, play_streaming
+from far_env.rollout.streaming import TokenDecision, check_token_budget, play_streaming
+from far_env.rollout.token_policy import TokenPolicy
 from far_env.workloads import Workload
 
 

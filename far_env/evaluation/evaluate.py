@@ -88,7 +88,7 @@ def evaluate_grid(
         policy_facts: name → `far_env.policies.policy_facts` of a policy, for the folder and for tables.
         features: receives the features of all videos, for FVD. Episodes that it lacks are played again, and their records stay.
         player: plays the episodes elsewhere, see `far_env.distributed.evaluation`; by default this process does.
-        memory: budgets count tokens, and policies are `far_env.rollout.streaming.TokenPolicy`; None for frames.
+        memory: budgets count tokens, and policies are `far_env.rollout.token_policy.TokenPolicy`; None for frames.
 
     Raises:
         PolicyError: if a policy that is not optional raises or answers an invalid plan.

@@ -90,11 +90,19 @@ class FrameSampler:
         return self._solve(self.model.next_frame(memory, noise, lengths), noise, label, action, probe)
 
     @torch.no_grad()
-    def solve(self, frame: NextFrame, noise: Tensor, *, label: Tensor | None = None, action: Tensor | None = None) -> Tensor:
+    def solve(
+        self,
+        frame: NextFrame,
+        noise: Tensor,
+        *,
+        label: Tensor | None = None,
+        action: Tensor | None = None,
+        probe: FrameProbe | None = None,
+    ) -> Tensor:
         """The same as `__call__` for a frame that is prepared; with guidance for 2B rows, those of the null class first."""
         if self.guided:
             label, action = (with_null_class(self.model, condition) for condition in (label, action))
-        return self._solve(frame, noise, label, action, None)
+        return self._solve(frame, noise, label, action, probe)
 
     def _solve(
         self, frame: NextFrame, noise: Tensor, label: Tensor | None, action: Tensor | None, probe: FrameProbe | None

@@ -17,8 +17,9 @@ from far_env.device import torch_defaults
 from far_env.host.far import CLEAN_TIME
 from far_env.host.far_long import FARLong
 from far_env.host.sampler import make_scheduler
-from far_env.rollout.streaming import StreamingBatch, TokenPolicy
+from far_env.rollout.streaming import StreamingBatch
 from far_env.rollout.token_cache import COARSE, TokenCache
+from far_env.rollout.token_policy import TokenPolicy
 from far_env.workloads import Workload
 
 

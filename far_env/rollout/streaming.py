@@ -14,16 +14,18 @@ What equals `far_env.rollout.reference`:
 - After a drop, entries remember what was dropped: the keys and values of later frames were computed while it was there. The
   difference to encoding the kept frames again is what `far_env.rollout.reencoding` measures.
 
-Which frames of a FAR-Long are coarse is the policy's choice; by default those outside the window of the kept frames.
+Which frames of a FAR-Long are coarse is the policy's choice; by default those outside the window of the kept frames. With a
+compressor (`far_env.host.compressor`), a policy also chooses blocks of frames that become a few tokens each, on any host.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,51 +35,18 @@ from far_env.contract import policy_name
 from far_env.device import torch_defaults
 from far_env.errors import PolicyError, first_line
 from far_env.host.blocks import rotate
+from far_env.host.compressor import Compressor, block_modulations, load_compressor, small_latents
 from far_env.host.far import CLEAN_TIME, COARSE_TIME_FACTOR, Modulations
 from far_env.host.far_host import require_far
 from far_env.host.far_long import FARLong
 from far_env.host.protocol import Host
 from far_env.host.sampler import FrameSampler, with_null_class
+from far_env.rollout.block_selection import BlockSelection
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import workload_noise
-from far_env.rollout.token_cache import FULL, MERGED, CacheView, TokenCache
+from far_env.rollout.token_cache import COARSE, COMPRESSED, FULL, MERGED, TokenCache
+from far_env.rollout.token_policy import TokenPolicy, TokenSizes, check_answer
 from far_env.workloads import Workload
-
-
-@runtime_checkable
-class TokenPolicy(Protocol):
-    """Decides which entries stay. It is copied for every batch and asked for all rows, layers and heads at once.
-
-    It may also have these attributes:
-
-    - ``attention_frames``: of how many of the newest frames it reads received attention; 0 by default, for none.
-    - ``query_moments``: whether it reads moments of queries; False by default.
-    - ``coarse_frames(frames, sizes) -> frames``: which of the frames that a row keeps at full resolution, ascending and with
-      the newest, become coarse; by default those outside the host's window. Only asked on a FAR-Long, with `TokenSizes`. The
-      newest always stays full.
-    """
-
-    def retain(self, view: CacheView) -> Tensor:
-        """The slot into which every entry goes, see `far_env.rollout.token_cache.TokenCache.regroup`.
-
-        At most ``view.budget`` entries may stay in each head, those of the newest frame unchanged among them.
-        """
-
-
-@dataclass(frozen=True)
-class TokenSizes:
-    """What a policy receives where it chooses coarse frames.
-
-    Attributes:
-        budget: entries that may stay in each head.
-        full, coarse: tokens of a frame.
-        window: frames at full resolution that the host was trained with, beside the one to come.
-    """
-
-    budget: int
-    full: int
-    coarse: int
-    window: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,7 @@ class TokenDecision:
     Attributes:
         step: the frame generated last; negative while given frames enter, −1 for the last of them.
         full: frames that have entries at full resolution, single or merged, in any layer or head.
-        coarse: frames that have coarse entries alone.
+        coarse: frames that have coarse entries alone, or are in a compressed block.
         tokens: entries of a head, mean over layers and heads.
         seconds: how long the policy took, for all rows of the batch together.
     """
@@ -134,9 +103,11 @@ class StreamingBatch:
         policy: None keeps everything.
         budget: entries that each head may keep; None for all.
         max_gap: see `far_env.rollout.token_cache.TokenCache`.
+        enter: whether the given frames enter at once; else `enter` is called for each, before any is generated.
 
     Attributes:
         step: number of frames generated.
+        entered: number of given frames in the memory.
         cache: the entries.
         decisions: of every row, so far.
         given: true latents (R, n, C, h, w), those of the context first.
@@ -158,6 +129,7 @@ class StreamingBatch:
         budget: int | None,
         *,
         max_gap: int | None = 1,
+        enter: bool = True,
     ) -> None:
         host = require_far(workload.host, "a memory of tokens")
         if (policy is None) != (budget is None):
@@ -170,7 +142,7 @@ class StreamingBatch:
             )
         self.workload, self.budget = workload, budget
         self.policy = copy.deepcopy(policy)
-        self.step = 0
+        self.step = self.entered = 0
         self.decisions: list[list[TokenDecision]] = [[] for _ in clips]
         self._model = host.transformer
         self._sampler = FrameSampler(host.transformer, workload.num_steps, workload.guidance)
@@ -179,17 +151,31 @@ class StreamingBatch:
         self.given = context_latents(host, clips, num_given)
         self.noise = torch.stack([torch.stack(workload_noise(workload, seed)) for seed in noise_seeds])
         self._full_latents: list[dict[int, Tensor]] = [{} for _ in clips]
+        compressor = _compressor_of(policy, host)
+        like = torch.empty(host.latent_shape, device=host.device, dtype=host.dtype)
+        self._top_blocks = getattr(policy, "top_blocks", None)
         self.cache = TokenCache(
             host.transformer,
-            torch.empty(host.latent_shape, device=host.device, dtype=host.dtype),
+            like,
             len(clips),
             2 if self._sampler.guided else 1,
             max_gap=max_gap,
             attention_frames=getattr(policy, "attention_frames", 0),
             query_moments=getattr(policy, "query_moments", False),
+            compressor=compressor,
         )
-        for number in range(workload.num_context):
-            self._remember(number, self.given[:, number])
+        block = (None, None) if compressor is None else (math.prod(compressor.grid(like)), compressor.block_frames)
+        full, coarse = self.cache.tokens_per_frame, self.cache.tokens_per_coarse_frame
+        self._sizes = TokenSizes(budget, full, coarse, host.transformer.short_term_ctx_winsize - 1, *block)
+        while enter and self.entered < workload.num_context:
+            self.enter()
+
+    @torch_defaults()
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Encode the next given frame."""
+        self._remember(self.entered, self.given[:, self.entered])
+        self.entered += 1
 
     @torch_defaults()
     @torch.no_grad()
@@ -198,8 +184,11 @@ class StreamingBatch:
         number = self.workload.num_context + self.step
         noise = self.noise[:, self.step, None]
         action = None if self._actions is None else self._actions[:, number, None]
-        prepared = self.cache.prepare(self._numbers(number))
-        frame = self._sampler.solve(prepared, noise, label=self._labels, action=action)[:, 0]
+        prepared, selection = self.cache.prepare(self._numbers(number)), None
+        if self._top_blocks is not None:
+            selection = BlockSelection(self.cache, prepared, self._top_blocks)
+            prepared = selection.frame
+        frame = self._sampler.solve(prepared, noise, label=self._labels, action=action, probe=selection)[:, 0]
         self.step += 1
         if self.step < self.workload.num_predict:
             self._remember(number, self.given[:, number] if self.workload.true_feedback else frame)
@@ -224,7 +213,7 @@ class StreamingBatch:
 
     def _remember(self, number: int, latents: Tensor) -> None:
         """Encode clean frames (R, C, h, w) of this number, and hold the budget."""
-        if isinstance(self._model, FARLong):
+        if isinstance(self._model, FARLong) or self.cache.compressor is not None:
             self._demote(number, latents)
         prepared = self.cache.prepare(self._numbers(number))
         record = _AttentionRecord(self.cache) if self.cache.attention_frames or self.cache.query_moments else None
@@ -236,14 +225,16 @@ class StreamingBatch:
         )
         statistics = {} if record is None else record.statistics()
         self.cache.append(number, prepared, **statistics)
-        if self.budget is not None and self.cache.num_slots > self.budget:
+        if self.budget is not None and (self.cache.num_slots > self.budget or getattr(self.policy, "every_frame", False)):
             self._decide(number)
 
     def _branched(self, latents: Tensor) -> Tensor:
         return torch.cat([latents, latents]) if self._sampler.guided else latents
 
-    def _clean_modulations(self, rows: Tensor | slice, numbers: Sequence[int], coarse: bool = False) -> Modulations:
-        """Modulations of one clean frame of each of these rows, of these numbers."""
+    def _clean_modulations(
+        self, rows: Tensor | slice, numbers: Sequence[int], coarse: bool = False, length: int = 1
+    ) -> Modulations:
+        """Modulations of ``length`` clean frames of each of these rows, from these numbers on."""
         clean = CLEAN_TIME * (COARSE_TIME_FACTOR if coarse else 1)
         if self._actions is None and self._labels is None:
             return self._sampler.shared_modulations(clean)
@@ -252,43 +243,81 @@ class StreamingBatch:
             classes["label"] = self._labels[rows]
         else:
             actions = self._actions[rows]
-            classes["action"] = actions.gather(1, torch.tensor(numbers, device=actions.device)[:, None])
+            frames = torch.tensor(numbers, device=actions.device)[:, None] + torch.arange(length, device=actions.device)
+            classes["action"] = actions.gather(1, frames)
         if self._sampler.guided:
             classes = {kind: with_null_class(self._model, values) for kind, values in classes.items()}
         (values,) = classes.values()
-        times = torch.full((len(values), 1), clean, device=values.device)
+        times = torch.full((len(values), length), clean, device=values.device)
         return self._model.modulate(times, **classes, dtype=self.workload.host.dtype)
 
     def _demote(self, newest: int, latents: Tensor) -> None:
-        """Make frames coarse before the newest, whose latents (R, C, h, w) these are, is encoded."""
-        pending: list[list[int]] = []
+        """Make frames coarse or compress them before the newest, whose latents (R, C, h, w) these are, is encoded."""
+        coarse, blocks = [], []
         for row, held in enumerate(self._full_latents):
             full = self.cache.kept_frames(row, FULL)
             for gone in held.keys() - set(full):
                 del held[gone]
             held[newest] = latents[row]
             frames = [*full, newest]
-            pending.append([number for number in self._coarse_frames(row, frames) if number in held and number != newest])
-        while any(pending):
-            rows = [row for row, numbers in enumerate(pending) if numbers]
-            numbers = [pending[row].pop(0) for row in rows]
-            frames = torch.stack([self._full_latents[row].pop(number) for row, number in zip(rows, numbers, strict=True)])
-            index = torch.tensor(rows, device=frames.device)
-            prepared = self.cache.prepare(torch.tensor(numbers, device=frames.device), index, coarse=True)
-            modulations = self._clean_modulations(index, numbers, coarse=True)
-            self._model.write_clean(self._branched(frames)[:, None], modulations, prepared, coarse=True)
-            self.cache.coarsen(numbers, index, prepared)
+            coarse.append([number for number in self._coarse_frames(row, frames) if number in held and number != newest])
+            blocks.append(self._blocks(frames))
+        for rows, numbers in _one_per_row(coarse):
+            self._make_coarse(rows, numbers)
+        for rows, numbers in _one_per_row(blocks):
+            self._compress(rows, numbers)
+
+    def _make_coarse(self, rows: list[int], numbers: list[int]) -> None:
+        """Replace one frame of each of these rows by its coarse tokens."""
+        frames = torch.stack([self._full_latents[row].pop(number) for row, number in zip(rows, numbers, strict=True)])
+        index = torch.tensor(rows, device=frames.device)
+        prepared = self.cache.prepare(torch.tensor(numbers, device=frames.device), index, COARSE)
+        modulations = self._clean_modulations(index, numbers, coarse=True)
+        self._model.write_clean(self._branched(frames)[:, None], modulations, prepared, coarse=True)
+        self.cache.coarsen(numbers, index, prepared)
+
+    def _compress(self, rows: list[int], firsts: list[int]) -> None:
+        """Replace one block of frames of each of these rows by its compressed tokens."""
+        length = self._sizes.block_frames
+        blocks = [
+            torch.stack([self._full_latents[row].pop(first + i) for i in range(length)])
+            for row, first in zip(rows, firsts, strict=True)
+        ]
+        latents = torch.stack(blocks)
+        index = torch.tensor(rows, device=latents.device)
+        prepared = self.cache.prepare(torch.tensor(firsts, device=latents.device), index, COMPRESSED)
+        modulations = block_modulations(self._clean_modulations(index, firsts, length=length), length)
+        tokens = self.cache.compressor(latents, small_latents(self.workload.host.autoencoder, latents))
+        self._model.write_tokens(self._branched(tokens), modulations, prepared)
+        self.cache.compress(firsts, index, prepared)
 
     def _coarse_frames(self, row: int, frames: list[int]) -> list[int]:
         """Those of a row's full frames that become coarse."""
+        if not isinstance(self._model, FARLong):
+            return []
         choose = getattr(self.policy, "coarse_frames", None)
         if choose is not None:
-            window = self._model.short_term_ctx_winsize - 1
-            sizes = TokenSizes(self.budget, self.cache.tokens_per_frame, self.cache.tokens_per_coarse_frame, window)
-            return sorted(choose(frames, sizes))
+            return sorted(choose(frames, self._sizes))
         kept = sorted({*frames, *self.cache.kept_frames(row)})
         # The window holds the frame to come as well.
         return kept[: self._model.num_coarse(len(kept) + 1)]
+
+    def _blocks(self, frames: list[int]) -> list[int]:
+        """First frames of the blocks that the policy compresses."""
+        if self.cache.compressor is None:
+            return []
+        where, length = f"token policy {policy_name(self.policy)}", self._sizes.block_frames
+        try:
+            firsts = list(self.policy.compressed_blocks(frames, self._sizes))
+        except Exception as error:
+            raise PolicyError(f"{where}: {first_line(error)}") from error
+        wanted = [first + i for first in firsts for i in range(length)]
+        if len(set(wanted)) < len(wanted) or not set(wanted) <= set(frames[:-1]):
+            raise PolicyError(
+                f"{where}: compresses blocks of {length} frames from {firsts} on; they must be "
+                f"apart, and of the frames that are at full resolution and not the newest, {frames[:-1]}"
+            )
+        return firsts
 
     def _decide(self, newest: int) -> None:
         """Ask the policy, and check and apply its answer."""
@@ -309,29 +338,25 @@ class StreamingBatch:
         for row, decisions in enumerate(self.decisions):
             full = {*self.cache.kept_frames(row, FULL), *self.cache.kept_frames(row, MERGED)}
             coarse = set(self.cache.kept_frames(row)) - full
+            for first in self.cache.kept_frames(row, COMPRESSED):
+                coarse.update(range(first, first + self._sizes.block_frames))
             decisions.append(TokenDecision(step, tuple(sorted(full)), tuple(sorted(coarse)), tokens[row], seconds))
 
 
-def check_answer(into: object, view: CacheView) -> None:
-    """Raise ValueError, in one sentence, unless a policy's answer is valid."""
-    shape = tuple(view.frame.shape)
-    if not isinstance(into, Tensor) or into.dtype != torch.int64 or tuple(into.shape) != shape:
-        got = f"{into.dtype} {tuple(into.shape)}" if isinstance(into, Tensor) else type(into).__name__
-        raise ValueError(f"must answer an int64 tensor of the shape {shape}, got {got}")
-    num_slots = shape[-1]
-    if bool(((into < -1) | (into >= num_slots)).any()):
-        raise ValueError(f"merges into a slot that is not in −1 to {num_slots - 1}")
-    empty, own = view.frame < 0, torch.arange(num_slots, device=into.device).expand_as(into)
-    if bool((into[empty] >= 0).any()):
-        raise ValueError("keeps a slot that is empty")
-    stays = into == own
-    if bool((~stays.gather(-1, into.clamp(min=0)) & (into >= 0)).any()):
-        raise ValueError("merges into an entry that does not stay")
-    newest = view.frame == view.newest
-    if not bool(stays[newest].all()) or bool((newest.gather(-1, into.clamp(min=0)) & ~newest & (into >= 0)).any()):
-        raise ValueError("drops or merges entries of the newest frame, which stays as it is")
-    if (most := int(stays.sum(dim=-1).max())) > view.budget:
-        raise ValueError(f"keeps {most} entries of a head, with a budget of {view.budget}")
+def _compressor_of(policy: TokenPolicy | None, host: Host) -> Compressor | None:
+    """The compressor that a policy names. Raises PolicyError if it cannot be loaded."""
+    name = getattr(policy, "compressor", None)
+    try:
+        return None if name is None else load_compressor(name, host)
+    except ValueError as error:
+        raise PolicyError(f"token policy {policy_name(policy)}: {error}") from error
+
+
+def _one_per_row(pending: list[list[int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """The numbers of all rows, in turn one of each row that has any left: rows and their numbers."""
+    for turn in range(max(map(len, pending), default=0)):
+        rows = [row for row, numbers in enumerate(pending) if len(numbers) > turn]
+        yield rows, [pending[row][turn] for row in rows]
 
 
 class _AttentionRecord:

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from far_env.host.blocks import rotary_table, rotate
+from far_env.host.compressor import SPACING, Compressor
 from far_env.host.far import FAR, NextFrame
 from far_env.host.far_long import FARLong
 from far_env.rollout.attention_probe import QueryMoments
 
-EMPTY, FULL, COARSE, MERGED = range(4)
-"""Kinds of entries: none, a token of a frame at full resolution, a coarse token of FAR-Long, several tokens averaged."""
+EMPTY, FULL, COARSE, MERGED, COMPRESSED = range(5)
+"""Kinds of entries: none, a token of a frame at full resolution, a coarse token of FAR-Long, several tokens averaged, a token
+of a compressed block of frames."""
 NO_FRAME = -1
 STATISTICS = ("accumulated", "received")
 
@@ -31,9 +33,10 @@ class CacheView:
     """What a policy over entries is shown. Statistics are None unless the policy asks for them.
 
     Attributes:
-        frame: true number of each entry's frame (context frames come first), −1 where the slot is empty; int64.
-        cell: place in the frame's grid, row by row; places of coarse tokens follow those of the full ones; int64.
-        kind: one of EMPTY, FULL, COARSE, MERGED; int64.
+        frame: true number of each entry's frame (context frames come first), of a block the first one, −1 where the slot is
+            empty; int64.
+        cell: place in the frame's grid, row by row; places of coarse and compressed tokens follow those of the full; int64.
+        kind: one of EMPTY, FULL, COARSE, MERGED, COMPRESSED; int64.
         weight: how many tokens the entry stands for; float32.
         position: in time relative to the frame to come, −1 for the newest frame; int64.
         key, value: (layers, rows, heads, slots, d), keys before rotation; with guidance those of the conditional side.
@@ -46,6 +49,7 @@ class CacheView:
         newest: number of the newest frame.
         budget: entries that may stay in each head.
         tokens_per_frame, tokens_per_coarse_frame: entries of one frame; the latter None for hosts without coarse frames.
+        tokens_per_row: tokens of a frame side by side; ``cell // tokens_per_row`` is a full token's row.
     """
 
     frame: Tensor
@@ -64,13 +68,28 @@ class CacheView:
     budget: int
     tokens_per_frame: int
     tokens_per_coarse_frame: int | None
+    tokens_per_row: int
+
+    def quarters(self, group: Tensor) -> Tensor:
+        """The slot that stands for the 2×2 full tokens around each entry: the oldest upper left one of its group.
+
+        Args:
+            group: int64 (layers, rows, heads, slots), such as the frame, or the block of frames. All layers and heads of a row
+                have the same entries.
+        """
+        cell = self.cell[0, :, 0]
+        down, across = cell // self.tokens_per_row, cell % self.tokens_per_row
+        corner = down // SPACING * SPACING * self.tokens_per_row + across // SPACING * SPACING
+        place = group[0, :, 0] * self.tokens_per_frame + corner
+        stands = (place[:, :, None] == place[:, None, :]) & (cell == corner)[:, None, :]
+        return stands.int().argmax(dim=-1)[None, :, None].expand_as(group)
 
 
 class TokenCache:
     """The entries of a batch of rollouts.
 
     Clean frames are written by the transformer over the last tokens of a `NextFrame` that `prepare` makes, and then kept by
-    `append` or, as coarse tokens in the place of full ones, by `coarsen`.
+    `append` or, in the place of full ones, as coarse tokens by `coarsen` and as blocks by `compress`.
 
     Args:
         model: the transformer.
@@ -80,6 +99,7 @@ class TokenCache:
             1 numbers the kept frames without gaps, as the benchmark does, None keeps true distances.
         attention_frames: for how many of the newest frames received attention is kept apart; 0 for no attention statistics.
         query_moments: whether moments of queries are kept.
+        compressor: makes the tokens of blocks; None for none.
 
     Raises:
         ValueError: on a max_gap below 1.
@@ -95,6 +115,7 @@ class TokenCache:
         max_gap: int | None = 1,
         attention_frames: int = 0,
         query_moments: bool = False,
+        compressor: Compressor | None = None,
     ) -> None:
         if max_gap is not None and max_gap < 1:
             raise ValueError(
@@ -104,13 +125,21 @@ class TokenCache:
         self.num_rows, self.num_branches = num_rows, num_branches
         self.attention_frames, self.query_moments = attention_frames, query_moments
         self.tokens_per_frame = model.tokens_per_frame(like)
-        tables = [model.frame_table(like)]
+        self.tokens_per_row = like.shape[-1] // model.patch_size
+        tables = {FULL: model.frame_table(like)}
+        self._covering: dict[int, Tensor] = {}
         self.tokens_per_coarse_frame = None
         if isinstance(model, FARLong):
-            tables.append(model.frame_table(like, coarse=True))
-            self.tokens_per_coarse_frame = tables[1].shape[1]
-            self._coarse_cell = _covering(like, model)
-        self._cells = torch.cat(tables, dim=1)[0, :, 0]
+            tables[COARSE] = model.frame_table(like, coarse=True)
+            self.tokens_per_coarse_frame = tables[COARSE].shape[1]
+            self._covering[COARSE] = _covering(like, model, model.context_patch_size // model.patch_size)
+        self.compressor = compressor
+        if compressor is not None:
+            tables[COMPRESSED] = compressor.table(like, model)
+            self._covering[COMPRESSED] = _covering(like, model, SPACING)
+        self._cells = torch.cat(list(tables.values()), dim=1)[0, :, 0]
+        starts = torch.tensor([0, *(table.shape[1] for table in tables.values())]).cumsum(dim=0).tolist()
+        self._first_cell = dict(zip(tables, starts, strict=False))
         self._tables = tables
         num_layers = len(model.transformer_blocks)
         _, _, heads, dim = model.layer_shape(1, 1)
@@ -160,21 +189,21 @@ class TokenCache:
         # Empty slots come first, so that what is between them and the oldest entry reaches no other.
         return -gaps.flip(-1).cumsum(dim=-1).flip(-1)
 
-    def prepare(self, query: Tensor, rows: Tensor | slice = slice(None), coarse: bool = False) -> NextFrame:
+    def prepare(self, query: Tensor, rows: Tensor | slice = slice(None), kind: int = FULL) -> NextFrame:
         """The frame of number ``query`` (R,) of these rows, about to attend to the entries of earlier frames.
 
         Args:
-            coarse: whether it consists of coarse tokens, which attend to coarse ones alone.
+            kind: of its tokens, FULL, COARSE, which attend to coarse ones alone, or COMPRESSED, where it is a block's first.
         """
-        positions, kind, weight = self.positions(query, rows), self.kind[:, rows], self.weight[:, rows]
-        table = self._tables[int(coarse)]
+        positions, kinds, weight = self.positions(query, rows), self.kind[:, rows], self.weight[:, rows]
+        table = self._tables[kind]
         num_new = table.shape[1]
         keys = self._rotated(self.key[:, :, rows], positions, self.cell[:, rows])
-        shape = self.model.layer_shape(self.num_branches * kind.shape[1], self.num_slots + num_new)
-        memory = keys.new_empty((len(kind), 2, *shape))
+        shape = self.model.layer_shape(self.num_branches * kinds.shape[1], self.num_slots + num_new)
+        memory = keys.new_empty((len(kinds), 2, *shape))
         for part, entries in enumerate((keys, self.value[:, :, rows])):
             memory[:, part, :, : self.num_slots] = entries.permute(1, 0, 2, 4, 3, 5).flatten(1, 2)
-        hidden = kind != COARSE if coarse else kind == EMPTY
+        hidden = kinds != COARSE if kind == COARSE else kinds == EMPTY
         hidden = hidden | (self.frame[:, rows] >= query[None, :, None, None])
         logits = weight.clamp(min=1).log() + self.model.slope_scale * positions
         if self.model.slope_scale == 0 and not bool((hidden | (weight != 1)).any()):
@@ -190,7 +219,7 @@ class TokenCache:
             received: attention (layers, rows, heads, slots + S) that its queries paid to the entries and to its own tokens.
             queries: its queries before rotation (layers, rows, S, heads, d).
         """
-        key, value = self._written(written)
+        key, value = self._written(written, FULL)
         cells = torch.arange(self.tokens_per_frame, device=key.device)
         shape = key.shape[1:5]
         self._extend(key, value, torch.full(shape, number, device=key.device), cells, FULL)
@@ -207,14 +236,28 @@ class TokenCache:
             numbers: of the frames, (R,).
             written: with these frames' coarse tokens at the end of its memory.
         """
-        key, value = self._written(written, self._tables[1])
-        num_coarse = key.shape[-2]
-        number = torch.tensor(numbers, device=key.device)[None, :, None, None]
-        old = (self.frame[:, rows] == number) & (self.kind[:, rows] == FULL)
-        covering = self._coarse_cell[self.cell[:, rows].clamp(max=self.tokens_per_frame - 1)]
-        present = _scattered(old.float(), covering, num_coarse) > 0
+        self._replace(numbers, 1, rows, written, COARSE)
+
+    def compress(self, firsts: Sequence[int], rows: Tensor, written: NextFrame) -> None:
+        """Replace the full tokens of a block of frames of each of these rows by compressed ones, as `coarsen` does.
+
+        Args:
+            firsts: first frames of the blocks (R,).
+            written: with the blocks' tokens at the end of its memory.
+        """
+        self._replace(firsts, self.compressor.block_frames, rows, written, COMPRESSED)
+
+    def _replace(self, firsts: Sequence[int], length: int, rows: Tensor, written: NextFrame, kind: int) -> None:
+        """Replace full tokens of the frames from these first ones on by what was written, of this kind."""
+        key, value = self._written(written, kind)
+        num_new = key.shape[-2]
+        first = torch.tensor(firsts, device=key.device)[None, :, None, None]
+        frames = self.frame[:, rows]
+        old = (frames >= first) & (frames < first + length) & (self.kind[:, rows] == FULL)
+        covering = self._covering[kind][self.cell[:, rows].clamp(max=self.tokens_per_frame - 1)]
+        present = _scattered(old.float(), covering, num_new) > 0
         statistics = {name: getattr(self, name)[..., rows, :, :] for name in STATISTICS}
-        summed = {name: _scattered(values * old, covering, num_coarse) for name, values in statistics.items()}
+        summed = {name: _scattered(values * old, covering, num_new) for name, values in statistics.items()}
         emptied = torch.zeros_like(self.kind, dtype=torch.bool)
         emptied[:, rows] = old
         self._empty(emptied)
@@ -222,10 +265,10 @@ class TokenCache:
         whole_key, whole_value = (x.new_zeros((self.num_branches, *wide, x.shape[-1])) for x in (key, value))
         whole_key[:, :, rows], whole_value[:, :, rows] = key, value
         frame = torch.full(wide, NO_FRAME, device=key.device)
-        frame[:, rows] = torch.where(present, number, NO_FRAME)
-        cells = self.tokens_per_frame + torch.arange(num_coarse, device=key.device)
+        frame[:, rows] = torch.where(present, first, NO_FRAME)
+        cells = self._first_cell[kind] + torch.arange(num_new, device=key.device)
         start = self.num_slots
-        self._extend(whole_key, whole_value, frame, cells, COARSE)
+        self._extend(whole_key, whole_value, frame, cells, kind)
         for name, values in summed.items():
             getattr(self, name)[..., rows, :, start:] = values
         self._compact()
@@ -283,11 +326,12 @@ class TokenCache:
             accumulated=self.accumulated if self.attention_frames else None,
             received=self.received if self.attention_frames else None,
             queries=self.queries,
-            mean_rotation=self._tables[0].mean(dim=1)[0, 0],
+            mean_rotation=self._tables[FULL].mean(dim=1)[0, 0],
             newest=newest,
             budget=budget,
             tokens_per_frame=self.tokens_per_frame,
             tokens_per_coarse_frame=self.tokens_per_coarse_frame,
+            tokens_per_row=self.tokens_per_row,
         )
 
     def _rotated(self, keys: Tensor, positions: Tensor, cells: Tensor) -> Tensor:
@@ -301,9 +345,9 @@ class TokenCache:
         table = rotary_table(times, 1, 1, self.model.axes_dims_rope)[:, 0]
         return table[-positions] * self._cells[cells]
 
-    def _written(self, written: NextFrame, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _written(self, written: NextFrame, kind: int) -> tuple[Tensor, Tensor]:
         """Keys before rotation and values (branches, layers, R, heads, S, d) of the last tokens of a memory."""
-        table = self._tables[0] if table is None else table
+        table = self._tables[kind]
         last = written.memory[:, :, :, -table.shape[1] :]
         pair = (rotate(last[:, 0], table.conj()), last[:, 1])
         key, value = (x.unflatten(1, (self.num_branches, -1)).permute(1, 0, 2, 4, 3, 5) for x in pair)
@@ -350,9 +394,8 @@ def _scattered(values: Tensor, index: Tensor, size: int) -> Tensor:
     return out.scatter_add_(-1, index.expand_as(values), values.float())
 
 
-def _covering(like: Tensor, model: FARLong) -> Tensor:
-    """For each full token of a latent (C, h, w), row by row, the coarse token that covers it; int64 (S,)."""
+def _covering(like: Tensor, model: FAR, ratio: int) -> Tensor:
+    """For each full token of a latent (C, h, w), row by row, the one of ``ratio`` times fewer per axis that covers it; (S,)."""
     height, width = (side // model.patch_size for side in like.shape[-2:])
-    ratio = model.context_patch_size // model.patch_size
     down, across = torch.arange(height) // ratio, torch.arange(width) // ratio
     return (down[:, None] * (width // ratio) + across[None, :]).flatten().to(like.device)

@@ -14,8 +14,8 @@ from far_env.baselines.token_merging import FutureForcingReconstruction, QueryPr
 from far_env.baselines.token_rules import SinksAndCoarse, TwoLevels, best
 from far_env.policies import load_token_policy, token_policy_facts, token_policy_names
 from far_env.rollout.attention_probe import QueryMoments
-from far_env.rollout.streaming import TokenSizes, check_answer
 from far_env.rollout.token_cache import COARSE, EMPTY, FULL, CacheView
+from far_env.rollout.token_policy import TokenSizes, check_answer
 
 PER_FRAME, DIM = 4, 6
 
@@ -54,6 +54,7 @@ def random_view(seed=0, num_slots=37, budget=24, shape=(2, 3, 2), most_empty=4, 
         budget=budget,
         tokens_per_frame=PER_FRAME,
         tokens_per_coarse_frame=1,
+        tokens_per_row=2,
     )
 
 
