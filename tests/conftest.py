@@ -151,7 +151,7 @@ def tiny_long_host(tiny_host) -> FARHost:
 
 
 @pytest.fixture(scope="session")
-def tiny_action_host(tiny_host) -> Host:
+def tiny_action_host(tiny_host) -> FARHost:
     """The tiny host with a FAR that takes three actions."""
     transformer = FAR(**TINY_FAR, condition_cfg={"type": "action", "num_action_classes": 3})
     randomise(transformer, 4)
@@ -159,7 +159,7 @@ def tiny_action_host(tiny_host) -> Host:
 
 
 @pytest.fixture(scope="session")
-def tiny_hosts(tiny_host, tiny_action_host, tiny_long_host) -> dict[str, Host]:
+def tiny_hosts(tiny_host, tiny_action_host, tiny_long_host) -> dict[str, FARHost]:
     """One host of every kind."""
     return {"plain": tiny_host, "actions": tiny_action_host, "long": tiny_long_host}
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from far_env.config import save_yaml
 from far_env.device import denormals_flushed, resolve_device, resolve_precision
 from far_env.host.compressor import Compressor, load_compressor, save_compressor
+from far_env.host.far_host import FARHost
 from far_env.host.training.compressor import NAME, train_compressor, validation_losses
 from far_env.host.training.compressor_clips import encode_clips
 from far_env.host.training.compressor_config import CompressorTraining
-from far_env.host.weights import Host
 from far_env.io import locked, make_run_dir, read_json, write_json, write_text
 from far_env.provenance import load_facts, run_facts, save_facts, session_precision
 from far_env.tensor_files import load_tensors
@@ -58,7 +58,7 @@ def train(config: CompressorTraining) -> Compressor:
     return compressor
 
 
-def _check_same_run(config: CompressorTraining, host: Host, run_dir: Path) -> None:
+def _check_same_run(config: CompressorTraining, host: FARHost, run_dir: Path) -> None:
     """Save the settings, or refuse to resume a run whose settings that determine the weights differ."""
     path = run_dir / "training.json"
     settings = {key: value for key, value in asdict(config).items() if key not in _NOT_DETERMINING}

@@ -22,7 +22,7 @@ from far_env.errors import WeightsError, first_line, unknown_name
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.blocks import Modulation, patchify, rotary_table
 from far_env.host.far import FAR, Modulations
-from far_env.host.weights import Host
+from far_env.host.far_host import FARHost
 from far_env.io import read_json, write_json
 from far_env.tensor_files import file_hash, load_weights, save_weights
 
@@ -167,7 +167,7 @@ def block_modulations(modulations: Modulations, block_frames: int) -> Modulation
     return Modulations([means(parts) for parts in modulations.blocks], means(modulations.final))
 
 
-def save_compressor(folder: Path, compressor: Compressor, host: Host) -> None:
+def save_compressor(folder: Path, compressor: Compressor, host: FARHost) -> None:
     """Write a compressor in float16: compressor.safetensors, and config.json with its hash and the host's."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "compressor.safetensors"
@@ -176,7 +176,7 @@ def save_compressor(folder: Path, compressor: Compressor, host: Host) -> None:
     write_json(folder / "config.json", config)
 
 
-def load_compressor(name: str, host: Host) -> Compressor:
+def load_compressor(name: str, host: FARHost) -> Compressor:
     """The compressor that ships for a host (`SHIPPED`), or one from a folder, on the host's device and in its dtype.
 
     Raises:
@@ -208,7 +208,7 @@ def load_compressor(name: str, host: Host) -> Compressor:
     return load_weights(compressor, path).to(host.device, host.dtype)
 
 
-def shipped_folder(host: Host) -> Path:
+def shipped_folder(host: FARHost) -> Path:
     """The folder of the compressor that ships for a host. Raises ValueError if there is none."""
     for path in sorted(_SHIPPED_FOLDER.glob("*/config.json")):
         if json.loads(path.read_text(encoding="utf-8"))["host_weights"] == host.weights_hash:

@@ -17,10 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 from far_env.host.blocks import modulated_norm, patchify, rotary_table, unpatchify
 from far_env.host.compressor import SPACING, Compressor, block_modulations
 from far_env.host.far import CLEAN_TIME, FAR, Modulations
+from far_env.host.far_host import FARHost
 from far_env.host.training.compressor_clips import BlockClips
 from far_env.host.training.compressor_config import CompressorTraining
 from far_env.host.training.loop import cosine_with_warmup, run_steps, set_learning_rate, step_generator
-from far_env.host.weights import Host
 
 NAME = "compressor"
 MIDDLES = ("full", "compressed", "none")
@@ -225,7 +225,7 @@ class _Groups:
 
 
 def train_compressor(
-    config: CompressorTraining, host: Host, clips: dict[str, BlockClips], run_dir: Path, dtype: torch.dtype
+    config: CompressorTraining, host: FARHost, clips: dict[str, BlockClips], run_dir: Path, dtype: torch.dtype
 ) -> Compressor:
     """Train (or finish training) a compressor; returned in float32, in eval mode.
 
@@ -266,7 +266,7 @@ def train_compressor(
 
 
 @torch.no_grad()
-def validation_losses(config: CompressorTraining, host: Host, compressor: Compressor, clips: BlockClips) -> dict[str, float]:
+def validation_losses(config: CompressorTraining, host: FARHost, compressor: Compressor, clips: BlockClips) -> dict[str, float]:
     """The loss with every one of `MIDDLES`, in float32, mean over as many batches as validation clips fill."""
     losses = {middle: 0.0 for middle in MIDDLES}
     num_batches = max(1, config.validation_clips // config.batch_size)

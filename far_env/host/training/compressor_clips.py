@@ -14,7 +14,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip, ClipSource
 from far_env.host.compressor import encode_small, small_pictures
-from far_env.host.weights import Host
+from far_env.host.far_host import FARHost
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors
 
@@ -38,7 +38,7 @@ class BlockClips:
 
 
 def encode_clips(
-    source: ClipSource, split: str, count: int, num_frames: int, block_frames: int, host: Host, actions: bool, folder: Path
+    source: ClipSource, split: str, count: int, num_frames: int, block_frames: int, host: FARHost, actions: bool, folder: Path
 ) -> BlockClips:
     """The first ``count`` clips of a split, cut to ``num_frames``.
 
@@ -60,7 +60,7 @@ def encode_clips(
     return BlockClips(whole["latents"], whole["small"], whole.get("actions"))
 
 
-def _encoded(clip: Clip, num_frames: int, block_frames: int, host: Host, actions: bool) -> dict[str, Tensor]:
+def _encoded(clip: Clip, num_frames: int, block_frames: int, host: FARHost, actions: bool) -> dict[str, Tensor]:
     given = clip.context(num_frames)
     if len(given) < num_frames:
         raise ValueError(f"clip {clip.clip_id} has {len(given)} frames, {num_frames} are needed")
