@@ -62,7 +62,7 @@ def environments() -> str:
                 f"`{name}`",
                 f"{workload.num_context} + {workload.num_predict}",
                 _host(workload),
-                str(slots),
+                "of chunks" if workload.prompts else str(slots),
             )
         )
     head = ("id", "workload", "given + predicted", "host", f"slots, budget {EXAMPLE_BUDGET}")
@@ -196,13 +196,13 @@ def workloads() -> str:
             _host(spec),
             "–" if spec.num_steps is None else str(spec.num_steps),
             f"{spec.guidance:g}",
-            "labels, if the host takes them"
-            if spec.labels
+            f"{'prompts' if spec.prompts else 'labels'}, if the host takes them"
+            if spec.prompts or spec.labels
             else {True: "yes", False: "no", None: "if the host takes them"}[spec.actions],
         )
         for name, spec in sorted(WORKLOADS.items(), key=lambda item: (item[0] not in WORLDS, item[0]))
     ]
-    return table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions or labels"), rows)
+    return table(("workload", "given + predicted", "host", "ODE steps", "guidance", "actions, labels or prompts"), rows)
 
 
 def _host(spec: WorkloadSpec) -> str:

@@ -21,7 +21,7 @@ from far_env.plugins import entry_points
 from tests.docs.blocks import CARDS, PAGES, ROOT, Block, blocks, commands, generator
 
 EXAMPLE = ROOT / "docs" / "examples" / "far-env-example"
-EXTENDING = ROOT / "docs" / "extending.md"
+EXTENDING, OWN_MODEL = ROOT / "docs" / "extending.md", ROOT / "docs" / "own_model.md"
 RUN_FOLDERS = ("runs/pan_tight", "runs/mine")
 SHRINK = {r"range\(64\)": "range(2)", r"learn\(6400\)": "learn(64)"}
 FEW = {"--clips": "2", "--sample": "2"}
@@ -63,7 +63,7 @@ def with_few_clips(command: list[str]) -> list[str]:
 
 
 def names_the_example(command: list[str]) -> bool:
-    return "mixed" in command
+    return not {"mixed", "nearest_frame"}.isdisjoint(command)
 
 
 @pytest.mark.parametrize("block", all_blocks("python"), ids=str)
@@ -174,6 +174,12 @@ def test_the_example_package_works_as_its_page_says(installed_example):
     outputs = [run_with(installed_example, "-c", FAR_ENV, *with_few_clips(command[1:])) for command in wanted]
     assert "every_second" in outputs[0] and "2 ODE steps; host embedded_two_steps" in outputs[0]
     assert "frames (16, 3, 64, 64)" in outputs[1]
+
+
+def test_the_example_host_works_as_its_page_says(installed_example):
+    (command,) = [command for command in commands(OWN_MODEL) if names_the_example(command)]
+    output = run_with(installed_example, "-c", FAR_ENV, *with_few_clips(command[1:]))
+    assert "full_history" in output and "1 ODE steps; host nearest_frame" in output
 
 
 def test_the_example_package_is_found_by_help_and_gymnasium(installed_example):
