@@ -13,6 +13,7 @@ from far_env.agents.config import AgentTraining
 from far_env.agents.options import Sweep
 from far_env.clips.recorder.settings import RecordSettings
 from far_env.config import config_names, config_path, from_dict, load_yaml, parse, save_yaml
+from far_env.host.training.compressor_config import CompressorTraining
 from far_env.host.training.config import HostTraining
 from far_env.io import make_run_dir
 
@@ -106,7 +107,7 @@ def test_feedback_is_a_word_or_what_yaml_makes_of_it(text, tmp_path):
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "results.yaml"}), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
-    kinds = {"host": HostTraining, "record": RecordSettings, "sweep": Sweep}
+    kinds = {"host": HostTraining, "record": RecordSettings, "sweep": Sweep, "compressor": CompressorTraining}
     cls = kinds.get(path.stem.partition("_")[0], AgentTraining)
     config = load_yaml(cls, path)
     save_yaml(config, tmp_path / "saved.yaml")

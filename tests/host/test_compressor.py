@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from far_env.config import config_path, load_yaml
 from far_env.errors import TrainingStopped, WeightsError
 from far_env.evaluation.compressor_training import train
 from far_env.host.compressor import (
@@ -251,11 +250,6 @@ def test_settings_that_cannot_be_are_refused(tiny_host):
     with pytest.raises(ValueError, match="latents of 6×8 cannot be compressed"):
         random_compressor(tiny_host).grid(odd)
     assert F.pad(odd, (0, 0, 0, 2)).shape[-2] == 8 and random_compressor(tiny_host).grid(F.pad(odd, (0, 0, 0, 2))) == (2, 2)
-
-
-@pytest.mark.parametrize("name", ["compressor_orbit", "compressor_maze"])
-def test_shipped_settings_are_read(name):
-    assert load_yaml(CompressorTraining, config_path(name)).block_frames == 4
 
 
 def test_no_compressor_ships_for_a_host_that_has_none(tiny_host):
