@@ -26,6 +26,7 @@ from far_env.contract import GENERATED, TRUE, UNLIMITED_FRAMES, resolve_feedback
 from far_env.device import resolve_device, resolve_precision
 from far_env.errors import first_line, unknown_name
 from far_env.frame_meta import frame_size_mb
+from far_env.host.far_host import FARHost
 from far_env.host.protocol import Conditions, Host, Unit
 from far_env.host.weights import load_host
 from far_env.plugins import WORKLOADS as GROUP
@@ -435,7 +436,7 @@ def make_workload(
         loaded = loaded.with_frame_size(clips.size)
     if loaded.frame_size != clips.size:
         raise ValueError(f"host {loaded.name} works on frames of {loaded.frame_size}², the clips of {name} have {clips.size}²")
-    if isinstance(clips, VideoFolder):
+    if isinstance(clips, VideoFolder) and isinstance(loaded, FARHost):
         clips.host = loaded
     num_steps = loaded.num_steps if spec.num_steps is None else spec.num_steps
     actions = loaded.condition == "action" if spec.actions is None else spec.actions

@@ -25,7 +25,7 @@ class LatentAutoencoder(Protocol):
 
 
 class LatentHost(Protocol):
-    """A video model whose autoencoder produced stored latents; `far_env.host.weights.Host` is one."""
+    """A video model whose autoencoder produced stored latents; `far_env.host.far_host.FARHost` is one."""
 
     @property
     def name(self) -> str:
