@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBufferSamples
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecMonitor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from far_env.agents.config import AgentTraining, PPOSettings
 from far_env.agents.eviction_env import EvictionVecEnv
@@ -30,6 +36,57 @@ class ResumablePPO(MaskablePPO):
     def dump_logs(self, iteration: int = 0) -> None:
         """Log with the number of updates that all timesteps so far make."""
         super().dump_logs(self.num_timesteps // (self.n_steps * self.n_envs))
+
+    def train(self) -> None:
+        """Update the policy with the rollout buffer: the same numbers as the parent's, without its unused options.
+
+        Scorer and critic share no weights. Each has its backward pass before the other's forward pass, so that the graph of
+        one alone is in memory.
+        """
+        policy, logged = self.policy, defaultdict(list)
+        policy.set_training_mode(True)
+        self._update_learning_rate(policy.optimizer)
+        clip_range = self.clip_range(self._current_progress_remaining)
+        for _ in range(self.n_epochs):
+            logged["approx_kl"].clear()  # that of the last epoch is logged
+            for batch in self.rollout_buffer.get(self.batch_size):
+                policy.optimizer.zero_grad()
+                value_loss = F.mse_loss(batch.returns, policy.predict_values(batch.observations).flatten())
+                (self.vf_coef * value_loss).backward()
+                losses = self._scorer_losses(batch, clip_range, logged)
+                loss = losses["policy_gradient_loss"] + self.ent_coef * losses["entropy_loss"]
+                if loss.requires_grad:  # not while the critic learns alone
+                    loss.backward()
+                nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm)
+                policy.optimizer.step()
+                for name, part in (losses | {"value_loss": value_loss}).items():
+                    logged[name].append(part.item())
+            self._n_updates += 1
+        means = {name: np.mean(values) for name, values in logged.items()}
+        for name, value in means.items():
+            self.logger.record(f"train/{name}", value)
+        explained = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
+        self.logger.record("train/loss", loss.item() + self.vf_coef * value_loss.item())
+        self.logger.record("train/explained_variance", explained)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip_range)
+
+    def _scorer_losses(
+        self, batch: MaskableDictRolloutBufferSamples, clip_range: float, logged: dict[str, list[float]]
+    ) -> dict[str, Tensor]:
+        """Clipped surrogate loss and negative entropy of a minibatch; its divergence and share of clipped ratios are logged."""
+        distribution = self.policy.get_distribution(batch.observations, batch.action_masks)
+        log_ratio = distribution.log_prob(batch.actions.long().flatten()) - batch.old_log_prob
+        ratio, advantages = log_ratio.exp(), batch.advantages
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        clipped = advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+        with torch.no_grad():
+            logged["approx_kl"].append(((log_ratio.exp() - 1) - log_ratio).mean().item())
+            logged["clip_fraction"].append(((ratio - 1).abs() > clip_range).float().mean().item())
+        return {
+            "policy_gradient_loss": -torch.min(advantages * ratio, clipped).mean(),
+            "entropy_loss": -distribution.entropy().mean(),
+        }
 
 
 @dataclass(frozen=True)

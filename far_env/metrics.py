@@ -45,12 +45,10 @@ def ssim(predicted: Tensor, truth: Tensor) -> float:
     """Structural similarity of one clip (F, 3, H, W) in [0, 1], the mean over frames.
 
     Gaussian window 11, σ 1.5, K1 0.01, K2 0.03, population covariance, averaged over the whole image with mirrored borders
-    (Wang et al. 2004). All frames at once; bit for bit what scikit-image finds for frames mirrored by the 5 pixels that it crops.
+    (Wang et al. 2004). All frames at once; bit for bit what scikit-image finds for frames mirrored by the 5 pixels it crops.
     """
-    a, b = (
-        np.pad(_images(clip), ((0, 0), (0, 0), *[(_SSIM_RADIUS, _SSIM_RADIUS)] * 2), mode="reflect")
-        for clip in (predicted, truth)
-    )
+    margin = ((0, 0), (0, 0), *[(_SSIM_RADIUS, _SSIM_RADIUS)] * 2)
+    a, b = (np.pad(clip.float().cpu().numpy(), margin, mode="reflect") for clip in (predicted, truth))
     mean_a, mean_b = _blurred(a), _blurred(b)
     variance_a, variance_b = _blurred(a * a) - mean_a * mean_a, _blurred(b * b) - mean_b * mean_b
     covariance = _blurred(a * b) - mean_a * mean_b
@@ -59,10 +57,6 @@ def ssim(predicted: Tensor, truth: Tensor) -> float:
     inside = slice(_SSIM_RADIUS, -_SSIM_RADIUS)
     scores = [[channel[inside, inside].mean(dtype=np.float64) for channel in image] for image in similarity]
     return float(np.mean(np.array(scores, dtype=np.float32).mean(axis=1)))
-
-
-def _images(clip: Tensor) -> np.ndarray:
-    return clip.float().cpu().numpy()
 
 
 def _blurred(images: np.ndarray) -> np.ndarray:
