@@ -23,6 +23,7 @@ from far_env.agents.eviction_env import EvictionVecEnv
 from far_env.agents.eviction_policy import EvictionPolicy
 from far_env.agents.training_callbacks import TrainingProgress, ValidationCheckpoint, Weights, host_hashes
 from far_env.agents.training_logs import log_writers
+from far_env.allocator import return_freed_memory
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.tensor_files import load_tensors
 from far_env.workloads import Workload, deciding_budgets
@@ -43,6 +44,7 @@ class ResumablePPO(MaskablePPO):
         Scorer and critic share no weights. Each has its backward pass before the other's forward pass, so that the graph of
         one alone is in memory.
         """
+        return_freed_memory()  # of the rollouts
         policy, logged = self.policy, defaultdict(list)
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
