@@ -25,8 +25,8 @@ from far_env.agents.network import RetentionNetwork
 from far_env.agents.surrogate import SurrogateRollouts, SurrogateVectorEnv
 from far_env.clips.clip import Clip
 from far_env.contract import UNLIMITED_FRAMES
-from far_env.device import product_rate
 from far_env.host.far_host import FARHost
+from far_env.host.linear import linear_rate
 from far_env.rollout.engine import RolloutBatch
 from far_env.workloads import Workload, deciding_budgets
 
@@ -158,7 +158,7 @@ def rollout_costs(
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Operations per second of matrix products, rows by ``size`` by 4 · ``size`` as in a transformer of this width."""
     rows = 512 if device.type == "cpu" else 16384
-    return product_rate((rows, size, 4 * size), dtype, device, TIMED_PRODUCTS)
+    return linear_rate((rows, size, 4 * size), dtype, device, TIMED_PRODUCTS)
 
 
 def counted(function: object) -> int:

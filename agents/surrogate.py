@@ -24,7 +24,7 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.frame_meta import FEATURES, frame_features
 from far_env.latent_cells import nearest_cells
 from far_env.rollout.context import true_units
-from far_env.rollout.memo import FrameMemo, content_key
+from far_env.rollout.memo import ENTRY_BYTES, FrameMemo, content_key
 from far_env.rollout.signals import column_gaps, latent_cosines
 from far_env.workloads import Workload
 
@@ -67,7 +67,8 @@ def comparison_bytes(workload: Workload) -> int:
     """What is kept in memory of one clip: its latents and its `FrameDistances`."""
     channels, height, width = workload.unit_shape
     frames, cells = workload.num_units, height * width
-    return 4 * frames * channels * cells + frames**2 * ((4 + 2) * cells + 4 * len(FEATURES) + 4 + 4 * width)
+    numbers = 4 * frames * channels * cells + frames**2 * ((4 + 2) * cells + 4 * len(FEATURES) + 4 + 4 * width)
+    return numbers + 6 * ENTRY_BYTES
 
 
 class SurrogateRollouts(TrueHistories):

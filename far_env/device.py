@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
@@ -132,6 +133,18 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that new tensors can take: of the GPU, with what torch holds unused, or of the system; None if it does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
 @contextmanager
 def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
     """Record the duration of the block, work on the device included."""
@@ -140,24 +153,6 @@ def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterato
     yield
     synchronize(device)
     seconds[name] = time.perf_counter() - start
-
-
-def product_rate(sides: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
-    """Floating-point operations per second of matrix products of random numbers on the device.
-
-    Args:
-        sides: rows of the first factor, columns of it (rows of the second), and columns of the second.
-        repeats: products that are timed together.
-    """
-    rows, inner, columns = sides
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
-    for _ in range(2):  # the first ones take longer
-        a @ b
-    seconds: dict[str, float] = {}
-    with timed(seconds, "products", device):
-        for _ in range(repeats):
-            a @ b
-    return 2 * rows * inner * columns * repeats / seconds["products"]
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

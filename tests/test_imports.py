@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    {"errors"},
+    {"errors", "allocator"},
     {"contract", "births", "io", "plugins", "text"},
     {
         "config",

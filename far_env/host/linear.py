@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from far_env.device import timed
+
 _DTYPES = (torch.float32, torch.bfloat16)
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -29,6 +31,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """The layer's output, by `linear` where it is one."""
     return linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+
+
+def linear_rate(sides: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    """Floating-point operations per second of `linear` on random numbers.
+
+    Args:
+        sides: rows, features in, and features out.
+        repeats: products that are timed together.
+    """
+    rows, inner, columns = sides
+    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (columns, inner)))
+    for _ in range(2):  # the first ones take longer
+        linear(x, weight, None)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "products", device):
+        for _ in range(repeats):
+            linear(x, weight, None)
+    return 2 * rows * inner * columns * repeats / seconds["products"]
 
 
 def _needs_grad(x: Tensor, weight: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 from far_env.host.protocol import Host
 
 DEFAULT_BYTES = 256 * 2**20
+ENTRY_BYTES = 1024
+"""What an entry takes besides its numbers: the key, the tensor object and the places that refer to them."""
 
 
 def content_key(*parts: object) -> str:
@@ -34,6 +36,8 @@ class MemoStatistics:
 
 class FrameMemo:
     """Tensors by key, of at most ``max_bytes`` in total; the least recently used are removed first.
+
+    Everything that is kept counts: the whole memory that a view belongs to, and `ENTRY_BYTES` of each entry.
 
     Args:
         max_bytes: 0 stores nothing.
@@ -72,14 +76,19 @@ class FrameMemo:
         return value
 
     def put(self, key: str, value: Tensor) -> None:
-        """Remember a tensor that owns its memory (a view would keep the whole it is part of)."""
-        if value.nbytes > self.max_bytes:
+        """Remember a tensor, unless it exceeds the budget alone."""
+        if entry_bytes(value) > self.max_bytes:
             return
         if (before := self._entries.pop(key, None)) is not None:
-            self.num_bytes -= before.nbytes
+            self.num_bytes -= entry_bytes(before)
         self._entries[key] = value
-        self.num_bytes += value.nbytes
+        self.num_bytes += entry_bytes(value)
         while self.num_bytes > self.max_bytes:
             _, oldest = self._entries.popitem(last=False)
-            self.num_bytes -= oldest.nbytes
+            self.num_bytes -= entry_bytes(oldest)
             self.statistics.evictions += 1
+
+
+def entry_bytes(value: Tensor) -> int:
+    """What an entry of a memo takes."""
+    return value.untyped_storage().nbytes() + ENTRY_BYTES

@@ -20,6 +20,7 @@ from far_env.contract import (
 )
 from far_env.frame_meta import frame_meta_list
 from far_env.rollout.engine import RolloutBatch
+from far_env.rollout.history_memory import check_histories_fit
 from far_env.rollout.memo import FrameMemo
 from far_env.workloads import Workload
 
@@ -75,6 +76,7 @@ def play(
 
     Raises:
         PolicyError: if the policy raises, answers an invalid plan or requests an unknown signal.
+        ValueError: if the histories need more memory than is free.
     """
     budgets = [int(max_frames)] * len(clips) if isinstance(max_frames, Integral) else list(max_frames)
     if not len(clips) == len(noise_seeds) == len(budgets):
@@ -83,6 +85,11 @@ def play(
     budgets = [workload.max_units(budget) for budget in budgets]
     limited = [policy is not None and budget < UNLIMITED_FRAMES for budget in budgets]
     wanted = wanted_signals(policy) if any(limited) else ()
+    last = workload.num_frames - 1
+    check_histories_fit(
+        workload,
+        [max(workload.num_context, min(n, last)) if cut else last for n, cut in zip(budgets, limited, strict=True)],
+    )
     batch = RolloutBatch(workload, len(clips), memo, wanted)
     rows = range(len(clips))
     batch.begin(rows, clips, noise_seeds)

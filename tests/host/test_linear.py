@@ -52,6 +52,15 @@ def test_its_operations_are_counted_as_those_of_torchs_layer(layer):
     assert counts == [2 * 4 * 16 * 96 * 64] * 2
 
 
+def test_the_rate_is_of_the_products_that_are_timed(monkeypatch):
+    called = []
+    monkeypatch.setattr(module, "linear", lambda x, weight, bias: called.append((x.shape, weight.shape)))
+    clock = iter((10.0, 14.0))
+    monkeypatch.setattr("far_env.device.time.perf_counter", lambda: next(clock))
+    rate = module.linear_rate((8, 4, 2), torch.float32, torch.device("cpu"), 5)
+    assert called == [((8, 4), (2, 4))] * 7 and rate == 5 * 2 * 8 * 4 * 2 / 4
+
+
 def test_without_onednn_torchs_layer_is_used(layer, monkeypatch):
     monkeypatch.setattr(module, "_HAS_ONEDNN", False)
     assert torch.equal(linear(*layer), F.linear(*layer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from far_env.contract import make_plan
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.weights import load_host
 from far_env.rollout.engine import RolloutBatch
-from far_env.rollout.memo import FrameMemo, content_key
+from far_env.rollout.memo import ENTRY_BYTES, FrameMemo, content_key
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 
@@ -198,17 +199,29 @@ def test_what_cannot_be_played_is_refused(tiny_workload):
 
 
 def test_the_memo_keeps_its_budget_and_forgets_the_least_recently_used():
-    memo = FrameMemo(max_bytes=3 * 40)
+    memo = FrameMemo(max_bytes=3 * (40 + ENTRY_BYTES))
     for name in "abc":
         memo.put(name, torch.full((10,), 1.0))
     assert memo.get("a") is not None
     memo.put("d", torch.zeros(10))
     assert memo.get("b") is None and memo.get("a") is not None and memo.get("d") is not None
-    assert memo.num_bytes == 120 and len(memo) == 3 and memo.statistics.evictions == 1
+    assert memo.num_bytes == 120 + 3 * ENTRY_BYTES and len(memo) == 3 and memo.statistics.evictions == 1
     memo.put("a", torch.zeros(5))
-    assert memo.num_bytes == 100
-    memo.put("too large", torch.zeros(31))
-    assert memo.get("too large") is None and len(memo) == 3
+    assert memo.num_bytes == 100 + 3 * ENTRY_BYTES
+    memo.put("b", torch.zeros(40)[:10])
+    assert len(memo) == 2, "the view keeps all forty numbers"
+    memo.put("too large", torch.zeros(32 + 3 * ENTRY_BYTES // 4))
+    assert memo.get("too large") is None and len(memo) == 2
+
+
+def test_the_memos_budget_is_what_the_process_grows_by():
+    memo = FrameMemo()
+    tracemalloc.start()
+    for number in range(2000):
+        memo.put(content_key(number), torch.zeros(4))
+    held, _ = tracemalloc.get_traced_memory()  # Python's part: torch's numbers and objects are not traced
+    tracemalloc.stop()
+    assert held < memo.num_bytes < 10 * held and memo.num_bytes == 2000 * (16 + ENTRY_BYTES)
 
 
 def test_content_keys_tell_parts_apart():
