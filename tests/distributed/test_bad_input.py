@@ -29,6 +29,17 @@ def test_without_ray(monkeypatch, capsys):
     assert "pip install 'far-env[ray]'" in error(capsys, "--ray")[0]
 
 
+def test_a_ray_that_does_not_start(monkeypatch, capsys):
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+
+    def init(*args, **options):
+        raise Exception("The current node timed out during startup.\nMore lines.")
+
+    monkeypatch.setattr(ray, "init", init)
+    sentence, _ = error(capsys, "--ray")
+    assert sentence.endswith("Ray does not start on this machine: The current node timed out during startup.")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
