@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from far_env.device import free_bytes
+from far_env.host.far_host import FARHost, require_far
 from far_env.workloads import Workload
 
 
@@ -16,8 +17,11 @@ def history_bytes(workload: Workload, num_frames: int) -> int:
     They are there twice: kept frame by frame, and put together with those of the new frame. 2 (keys and values) × layers ×
     heads × head dimension × tokens × bytes of a number; with guidance for two classes. FAR-Long's oldest frames have fewer
     tokens.
+
+    Raises:
+        ValueError: if the host is not a FAR, which alone has them.
     """
-    host = workload.host
+    host = require_far(workload.host, "the memory of a history")
     latent = torch.empty(1, *host.latent_shape, device="meta", dtype=host.dtype)
     kept = sum(host.transformer.token_counts(num_frames, latent))
     tokens = 2 * kept + host.transformer.tokens_per_frame(latent)
@@ -27,7 +31,12 @@ def history_bytes(workload: Workload, num_frames: int) -> int:
 
 
 def check_histories_fit(workload: Workload, lengths: Sequence[int]) -> None:
-    """Raise ValueError if histories of these many frames, one per rollout, need more memory than the device has free."""
+    """Raise ValueError if histories of these many frames, one per rollout, need more memory than the device has free.
+
+    Hosts other than FAR are not checked: what they need is theirs to know.
+    """
+    if not isinstance(workload.host, FARHost):
+        return
     longest = max(lengths)
     needed, free = sum(history_bytes(workload, length) for length in lengths), free_bytes(workload.host.device)
     if free is not None and needed > free:

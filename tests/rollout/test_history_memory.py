@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from far_env.host.far_host import FARHost
 from far_env.host.far_long import make_transformer
-from far_env.host.weights import Host
 from far_env.host.zoo import RELEASED
 from far_env.rollout import history_memory
 from far_env.rollout.engine import RolloutBatch
@@ -31,7 +31,7 @@ def test_it_is_what_a_rollout_holds_and_what_is_put_together_for_a_frame(tiny_wo
 def test_three_hundred_frames_of_far_b_by_hand(tiny_workload):
     with torch.device("meta"):
         model = make_transformer(RELEASED["far_b_ucf101"].config)
-    host = Host("FAR-B", model, None, "", (32, 8, 8), 64, 20)
+    host = FARHost("FAR-B", model, None, "", (32, 8, 8), 64, 20)
     workload = replace(tiny_workload, host=host)
     layers, tokens, width = 12, 64, 768
     assert history_bytes(workload, 300) == 2 * layers * width * 4 * tokens * (2 * 300 + 1)
