@@ -113,8 +113,8 @@ def evaluate_grid(
         referenced = [name for name in names if name not in UNREFERENCED]
         if workload.num_context == 0 and (referenced or interventions or (features is None and not names)):
             raise ValueError(
-                f"{workload.name} generates videos from nothing, which have no true continuation: its only metrics are fvd and "
-                f"{', '.join(UNREFERENCED)}"
+                f"{workload.name} generates videos from nothing, which have no true continuation: its only metrics are "
+                f"{', '.join(UNREFERENCED)} and fvd"
             )
         if interventions and workload.host.chunked:
             raise ValueError(

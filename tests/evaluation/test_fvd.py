@@ -192,7 +192,10 @@ def test_videos_from_nothing_have_no_metric_but_fvd(small_network, label_workloa
     store = FeatureStore(VideoFeatures(torch.device("cpu")), "small", None)
     arguments = ([label_workload], [], {"full_history": None}, range(4))
     for options in ({"metrics": ("psnr",), "features": store}, {"metrics": ()}):
-        with pytest.raises(ValueError, match="from nothing, which have no true continuation: its only metric is fvd"):
+        with pytest.raises(
+            ValueError,
+            match="from nothing, which have no true continuation: its only metrics are kept_ssim, kept_lpips, colour_drift and fvd",
+        ):
             evaluate_grid(*arguments, progress=False, **options)
     results = evaluate_grid(*arguments, metrics=(), progress=False, features=store, seeds=(0, 2))
     table = with_fvd(tabulate(results, "from_nothing", 9999, range(4), (0, 2)), store, None, (0, 2), 9999)
@@ -244,7 +247,11 @@ def test_the_command_measures_generation_from_nothing(capsys, small_network, lab
     args = ("--workload", "ucf101_c0p16_128", "--data-dir", str(tmp_path / "data"), "--budget", "full_history_budget")
     args = (*args, "--policies", "full_history", "--clips", "4", "--out", str(tmp_path / "out"))
     status, _, error = evaluate(capsys, tmp_path / "host", *args)
-    assert status == 2 and "from nothing, which have no true continuation: its only metric is fvd" in error
+    assert (
+        status == 2
+        and "from nothing, which have no true continuation: its only metrics are kept_ssim, kept_lpips, colour_drift and fvd"
+        in error
+    )
     status, table, _ = evaluate(capsys, tmp_path / "host", *args, "--metrics", "fvd", "--seeds", "0,2")
     assert status == 0 and " ± " in table and "mean and deviation over noise seeds" in table
     records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]

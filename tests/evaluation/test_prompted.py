@@ -163,5 +163,5 @@ def test_missing_prompts_are_one_sentence(tmp_path, monkeypatch, make, message):
 def test_metrics_that_need_a_true_continuation_are_refused_without_one(prompts, capsys):
     args = ["--workload", "prompted", "--data-dir", str(prompts), "--num-predict", "9", *OPTIONS, "--policies", "recent_fill"]
     assert main(["evaluate", *args, "--metrics", "psnr"]) == 2
-    assert "its only metrics are fvd and kept_ssim, kept_lpips, colour_drift" in capsys.readouterr().err
+    assert "its only metrics are kept_ssim, kept_lpips, colour_drift and fvd" in capsys.readouterr().err
     assert main(["evaluate", "--workload", "pan", *OPTIONS, "--policies", "recent_fill", "--metrics", "psnr"]) == 2
