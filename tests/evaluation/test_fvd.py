@@ -27,6 +27,8 @@ from tests.clips.test_video import write_video
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 from tests.evaluation.test_records import policies
 
+ONLY_METRICS = "from nothing, which have no true continuation: its only metrics are kept_ssim, kept_lpips, colour_drift and fvd"
+
 
 def random_covariance(rng, size, rank=None):
     factor = rng.normal(size=(size, rank or size))
@@ -194,7 +196,7 @@ def test_videos_from_nothing_have_no_metric_but_fvd(small_network, label_workloa
     for options in ({"metrics": ("psnr",), "features": store}, {"metrics": ()}):
         with pytest.raises(
             ValueError,
-            match="from nothing, which have no true continuation: its only metrics are kept_ssim, kept_lpips, colour_drift and fvd",
+            match=ONLY_METRICS,
         ):
             evaluate_grid(*arguments, progress=False, **options)
     results = evaluate_grid(*arguments, metrics=(), progress=False, features=store, seeds=(0, 2))
