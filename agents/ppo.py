@@ -106,8 +106,10 @@ class PPOStage:
         )
         with connected(config.ray) as ray:
             environment = ActorVecEnv(ray, example, self.env_class, config, self.settings, workloads)
-            yield environment
-            environment.close()
+            try:
+                yield environment
+            finally:
+                environment.close()
 
     def _load(self, path: Path) -> dict[str, Any]:
         """The checkpoint. Raises ValueError if it is damaged or was made with other hosts."""

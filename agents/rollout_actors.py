@@ -274,7 +274,7 @@ class ActorVecEnv(VecEnv):
                 )
                 if loss == MAX_LOSSES:
                     raise ValueError(
-                        f"{sentence}, the {MAX_LOSSES}rd one at the same step: its memory may be too small"
+                        f"{sentence}; {MAX_LOSSES} were lost at the same step, so its memory may be too small"
                     ) from error
                 self._remark(f"{sentence}; another one repeats what it did since the last checkpoint")
                 self._end(actor)

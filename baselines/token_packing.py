@@ -147,8 +147,8 @@ class PackForcing:
 class RecentAveraged:
     """Keeps the newest frames whole, and those before them with the means of each 2×2 tokens, as far back as the budget holds.
 
-    FAR's two levels without training, on any host. It is also an agent for the environments of a token memory: compress all
-    but the newest frames.
+    FAR's two levels without training, on any host. The same decision in the environments of a token memory is to compress
+    all but the newest frames.
 
     Source: FAR, arXiv 2503.19325, §3.4. Parameter ``f_recent``, the share of the budget for whole frames.
     """

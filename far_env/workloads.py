@@ -113,10 +113,12 @@ class Workload:
             raise ValueError(f"num_context of {self.name} must be at least {int(self.true_feedback)}, got {self.num_context}")
         if self.guidance != NULL_CLASS and not 1 <= self.guidance < math.inf:
             raise ValueError(f"the guidance of {self.name} must be 1, above 1, or −1 for the null class, got {self.guidance}")
-        if (self.guidance > 1 and not (self.classes or self.prompts)) or (self.guidance == NULL_CLASS and self.classes):
-            use = "with" if self.classes else "without"
+        conditioned = bool(self.classes or self.prompts)
+        if (self.guidance > 1 and not conditioned) or (self.guidance == NULL_CLASS and conditioned):
+            use = "with" if conditioned else "without"
             raise ValueError(
-                f"{self.name} has guidance {self.guidance} {use} actions or labels; above 1 needs them, −1 excludes them"
+                f"{self.name} has guidance {self.guidance} {use} actions, labels or prompts; above 1 needs them, "
+                "−1 excludes them"
             )
         for condition, used in (("label", self.labels), ("action", self.actions), ("prompt", self.prompts)):
             if used and self.host.condition != condition:

@@ -15,6 +15,7 @@ import pytest
 
 import far_env
 from far_env import plugins
+from far_env.host.weights import load_host
 from far_env.policies import load_policy, policy_facts, policy_names
 from far_env.workloads import WORKLOADS, make_workload
 
@@ -154,6 +155,13 @@ def test_a_workload_that_is_none_is_one_sentence(monkeypatch):
         WORKLOADS["number"]
     with pytest.raises(ValueError, match="must be a WorkloadSpec or a function that returns one, got str"):
         make_workload("text")
+
+
+def test_a_host_that_cannot_be_made_is_one_sentence(monkeypatch):
+    wrong = [entry(plugins.HOSTS, "number", "math:sqrt", "far-env")]
+    monkeypatch.setattr(plugins, "_all_entry_points", lambda: EntryPoints(wrong))
+    with pytest.raises(ValueError, match="the host number of the distribution far-env cannot be made: TypeError"):
+        load_host("number", "cpu")
 
 
 def test_environment_names_follow_from_workload_names():

@@ -63,6 +63,7 @@ IMPORT_ALL = """
 import sys
 for name in ("resource", "fcntl", "termios", "pwd", "grp"):
     sys.modules[name] = None
+sys.modules["transformers"] = None  # an extra, which looks for them by the system's name
 import importlib, pkgutil
 import far_env
 count = 0

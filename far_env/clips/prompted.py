@@ -19,18 +19,20 @@ VARIABLE = "PROMPTS_DATA_DIR"
 SIZE = 480
 """Side of the frames in pixels by default."""
 TEXT_SUFFIX = ".txt"
-MAX_BYTES = 16_384
+MAX_CHARACTERS = 16_384
 """Longest text of a prompt."""
 
 
 def read_prompt(path: Path) -> str:
-    """The text of a file on one line. Raises ValueError if it cannot be read, is empty, or is longer than `MAX_BYTES`."""
+    """The text of a file on one line. Raises ValueError if it cannot be read, is empty, or is longer than `MAX_CHARACTERS`."""
     try:
         text = " ".join(path.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompt {path} cannot be read: {first_line(error)}") from error
-    if not text or len(text) > MAX_BYTES:
-        raise ValueError(f"the prompt {path} {'is empty' if not text else f'is longer than {MAX_BYTES} characters'}; change it")
+    if not text or len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"the prompt {path} {'is empty' if not text else f'is longer than {MAX_CHARACTERS} characters'}; change it"
+        )
     return text
 
 

@@ -121,7 +121,7 @@ class ActorPool:
                     losses[task] += 1
                     sentence = f"an actor was lost during {task.name} ({first_line(error)})"
                     if losses[task] == MAX_LOSSES:
-                        raise ValueError(f"{sentence}, the {MAX_LOSSES}rd one: its memory may be too small") from error
+                        raise ValueError(f"{sentence}; {MAX_LOSSES} were lost, so its memory may be too small") from error
                     self._remark(f"{sentence}; another one does it again")
                     waiting.push(task)
                     continue

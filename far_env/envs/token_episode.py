@@ -13,6 +13,8 @@ from far_env.clips.clip import Clip
 from far_env.device import torch_defaults
 from far_env.envs.episodes import ROW_FEATURES, Reward
 from far_env.frame_meta import frame_features
+from far_env.host.compressor import SPACING
+from far_env.host.far_host import require_far
 from far_env.metrics import clip_metrics, require_metrics
 from far_env.rollout.frame_actions import ACTIONS, COMPRESS, DROP, KEEP, compressed_size, granted, regrouping
 from far_env.rollout.streaming import StreamingBatch, check_token_budget
@@ -25,7 +27,7 @@ TOKEN_FEATURES = (*ROW_FEATURES, "compressed", "attention")
 the attention of the newest frame's queries, mean over layers and heads."""
 
 
-class _Asks:
+class _NeverAsked:
     """In place of a policy: nothing becomes coarse by itself. It is never asked, as the batch's budget holds everything."""
 
     attention_frames = 1
@@ -59,8 +61,10 @@ class TokenEpisode:
     """
 
     def __init__(self, workload: Workload, budgets: Sequence[int], reward: Reward, metrics: Sequence[str] = ()) -> None:
-        host = workload.host
+        host = require_far(workload.host, "a memory of tokens")
         self.tokens_per_frame = host.transformer.tokens_per_frame(torch.empty(host.latent_shape))
+        if any(side // host.transformer.patch_size % SPACING for side in host.latent_shape[1:]):
+            raise ValueError(f"a frame of {host.name} has an odd number of rows or columns of tokens, which is not compressed")
         small = compressed_size(self.tokens_per_frame)
         for budget in budgets:
             check_token_budget(host, budget)
@@ -115,7 +119,7 @@ class TokenEpisode:
         self.noise_seed, self.budget = noise_seed, budget
         self.decisions, self._latents, self._generated, self._pixels, self._rewarded = [], {}, [], [], 0.0
         whole = self.workload.num_frames * self.tokens_per_frame
-        self._batch = StreamingBatch(self.workload, [self.clip], [noise_seed], _Asks(), whole, enter=False)
+        self._batch = StreamingBatch(self.workload, [self.clip], [noise_seed], _NeverAsked(), whole, enter=False)
 
     def run(self) -> None:
         """Let frames enter, and generate them, until a decision or the end."""

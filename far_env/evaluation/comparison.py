@@ -213,8 +213,10 @@ def with_runs(table: Evaluation, rows: Mapping[str, Sequence[str]]) -> Evaluatio
 
 
 def with_interventions(summary: dict[str, Any], disturbed: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary with the PSNR under interventions of another one, of fewer of the same clips: their number is in
-    ``intervention_clips``."""
+    """The first summary with the interventions' PSNR of the second, which has fewer of the same clips.
+
+    Their number is in ``intervention_clips``.
+    """
     names = [metric_of(name) for name in INTERVENTIONS]
     policies = {
         policy: scores | {name: disturbed["policies"][policy][name] for name in names if name in disturbed["policies"][policy]}

@@ -13,7 +13,7 @@ from pathlib import Path
 from far_env.config import save_yaml
 from far_env.device import denormals_flushed, resolve_device, resolve_precision
 from far_env.host.compressor import Compressor, load_compressor, save_compressor
-from far_env.host.far_host import FARHost
+from far_env.host.far_host import FARHost, require_far
 from far_env.host.training.compressor import NAME, train_compressor, validation_losses
 from far_env.host.training.compressor_clips import encode_clips
 from far_env.host.training.compressor_config import CompressorTraining
@@ -35,7 +35,7 @@ def train(config: CompressorTraining) -> Compressor:
             run with other settings.
     """
     workload = make_workload(config.workload, host=config.host, device=config.device)
-    host = workload.host
+    host = require_far(workload.host, "a compressor of token memories")
     if workload.labels:
         raise ValueError(f"{workload.name} has labels, with which no compressor is trained; use a workload without")
     Compressor.of(host.transformer, block_frames=config.block_frames, channels=1, branches=config.branches)
@@ -75,6 +75,7 @@ def _card(
     host, sessions = workload.host, load_facts(run_dir)
     minutes = load_tensors(run_dir / f"{NAME}.ckpt")["seconds"] / 60
     parameters = sum(parameter.numel() for parameter in compressor.parameters())
+    goal = "to predict what the host predicts with all frames" if config.teacher else "on the host's flow-matching loss"
     recovered = (losses["none"] - losses["compressed"]) / (losses["none"] - losses["full"])
 
     def joined(key: str) -> str:
@@ -91,7 +92,7 @@ It compresses frames like those that it was trained on, for this host alone.
 
 - Host: {host.name}, weights {host.weights_hash}. Branches: {config.branches}; {parameters:,} parameters, float16.
 - Data: {config.clips} train clips of {workload.name}, seed {config.seed}.
-- Training: {config.steps:,} steps of {config.batch_size} histories on the host's flow-matching loss, {minutes:.0f} minutes
+- Training: {config.steps:,} steps of {config.batch_size} histories {goal}, {minutes:.0f} minutes
   in {joined("dtype")} on {joined("machine")}, torch {version}, {time.strftime("%Y-%m")},
   commit {joined("commit")}.
 - Command: `{joined("command")}`; training.yaml has all settings.

@@ -17,7 +17,16 @@ from far_env.evaluation.fvd import FeatureStore
 from far_env.evaluation.records import FRAMES, TOKENS, Results, Settings
 from far_env.evaluation.results_folder import Recorder
 from far_env.evaluation.session import Job, Player, Session
-from far_env.metrics import FAR_METRICS, METRICS, NEED_ALEXNET, UNREFERENCED, lpips_unavailable, require_metrics
+from far_env.metrics import (
+    FAR_METRICS,
+    KEPT_LPIPS,
+    KEPT_SSIM,
+    METRICS,
+    NEED_ALEXNET,
+    UNREFERENCED,
+    lpips_unavailable,
+    require_metrics,
+)
 from far_env.rollout.intervention import check_interventions, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
@@ -109,6 +118,10 @@ def evaluate_grid(
         if interventions:
             raise ValueError("interventions replace whole frames, which a memory of tokens does not have; leave them out")
     names, unavailable = available_metrics(metrics)
+    if memory is not None and {KEPT_SSIM, KEPT_LPIPS} & {*names}:
+        raise ValueError(
+            "kept_ssim and kept_lpips compare with whole kept frames, which a memory of tokens does not have; leave them out"
+        )
     for workload in workloads:
         referenced = [name for name in names if name not in UNREFERENCED]
         if workload.num_context == 0 and (referenced or interventions or (features is None and not names)):

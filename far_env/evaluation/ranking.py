@@ -224,6 +224,8 @@ def _per_frame(episodes: Episodes) -> list[Interval] | str:
     if not episodes.clips:
         return _NO_CLIP
     values = episodes.psnr_per_frame()
+    if values.shape[-1] == 0:
+        return "the clips have no true frames"
     for row, column, _ in np.argwhere(~np.isfinite(values)):
         return f"the PSNR of a frame is not finite on clip {episodes.clips[row]}, seed {episodes.seeds[column]}"
     return mean_intervals(values.mean(axis=1))

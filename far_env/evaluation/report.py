@@ -84,7 +84,7 @@ def fill_page(
     folder = files("far_env") / "assets" / "report"
     style = (folder / "style.css").read_text(encoding="utf-8")
     script = "\n".join(['"use strict";', *((folder / name).read_text(encoding="utf-8") for name in scripts)])
-    parts = {
+    places = {
         "title": html.escape(title),
         "style": style,
         "style_hash": _source_hash(style),
@@ -100,7 +100,7 @@ def fill_page(
         ),
     }
     text = "".join((folder / name).read_text(encoding="utf-8") for name in ("head.html", template))
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: places[match[1]], text)
 
 
 def report_data(

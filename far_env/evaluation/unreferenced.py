@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.metrics import COLOUR_DRIFT, KEPT_SSIM, lpips, ssim
+from far_env.metrics import COLOUR_DRIFT, KEPT_LPIPS, KEPT_SSIM, lpips, ssim
 from far_env.workloads import Workload
 
 DRIFT_SHARE = 0.1
@@ -36,13 +36,14 @@ def unreferenced_metrics(
     for clip, frames, plan in zip(clips, predicted.float().cpu(), plans, strict=True):
         video = torch.cat([torch.from_numpy(clip.frames[: workload.num_context]), frames])
         ends = np.cumsum([unit.frames for unit in workload.units]) - 1
-        pairs = kept_pairs(workload, plan)
+        history = torch.from_numpy(clip.frames[: workload.num_frames]) if workload.true_feedback else video
+        pairs = kept_pairs(workload, plan) if {KEPT_SSIM, KEPT_LPIPS} & {*names} else []
         values: dict[str, float] = {}
         for name in names:
             if name == COLOUR_DRIFT:
                 values[name] = colour_drift(video)
                 continue
-            new, kept = (video[ends[[pair[side] for pair in pairs]]] for side in (0, 1))
+            new, kept = (of[ends[[pair[side] for pair in pairs]]] for side, of in enumerate((video, history)))
             if name == KEPT_SSIM:
                 likeness = np.array([ssim(a[None], b[None]) for a, b in zip(new, kept, strict=True)])
                 best = np.maximum

@@ -10,9 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
-from far_env.device import torch_defaults
+from far_env.device import free_bytes, torch_defaults
 from far_env.errors import WeightsError, first_line
 from far_env.host.any_flow import AnyFlowFAR
 from far_env.hub import snapshot
@@ -70,15 +71,17 @@ def load_pipeline(name: str, folder: Path, device: torch.device, dtype: torch.dt
             raise WeightsError(f"{folder / INDEX} names no {part}; fetch the whole pipeline again")
         if expected is not None and (not isinstance(found, list) or found[-1] != expected):
             raise WeightsError(f"{folder / INDEX} names {found} as {part}; {expected} is needed")
-    if importlib.util.find_spec("transformers") is None:
-        raise WeightsError(f"{name} needs the package transformers; install it with pip install 'far-env[anyflow]'")
+    missing = [package for package in ("transformers", "ftfy") if importlib.util.find_spec(package) is None]
+    if missing or not hasattr(diffusers, KIND):
+        wanted = ", ".join(missing) or f"a version of diffusers with {KIND}"
+        raise WeightsError(f"{name} needs {wanted}; install it with pip install 'far-env[anyflow]'")
     _check_config(folder / "transformer" / "config.json")
     check_memory(folder, device, dtype)
     return _load(name, folder, _state_of(folder), device, dtype)
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> dict[str, int]:
-    """Part → bytes that its weights take in a dtype, from the headers of the files; integers keep their size.
+    """Part → bytes that its weights take in a dtype, from the headers of the files.
 
     Raises:
         WeightsError: if a part has no weights, or a file's header cannot be read.
@@ -99,22 +102,13 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype) -> None
     """Raise WeightsError if the weights and a tenth more do not fit into the memory that is free on a device."""
     sizes = weight_bytes(folder, dtype)
     needed, free = int(sum(sizes.values()) * (1 + WORKING_SHARE)), free_bytes(device)
-    if needed > free:
+    if free is not None and needed > free:
         precision = str(dtype).removeprefix("torch.")
         parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in sizes.items())
         raise WeightsError(
             f"{folder} needs at least {needed / 2**30:.1f} GiB on {device} in {precision} ({parts}), and "
             f"{free / 2**30:.1f} GiB are free; use bfloat16 or a device with more memory"
         )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a device has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def _count(path: Path) -> int:

@@ -20,9 +20,10 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """``torch.nn.functional.linear`` of x (..., D), followed by the tanh approximation of GELU if ``gelu``.
 
-    With gradients, on other devices and in other dtypes it is torch's own; the rounding differs.
+    With gradients, under autocast, on other devices and in other dtypes it is torch's own; the rounding differs.
     """
-    if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _DTYPES and not _needs_grad(x, weight):
+    usual = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or _needs_grad(x, weight)
+    if _HAS_ONEDNN and not usual and x.dtype == weight.dtype and x.dtype in _DTYPES:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
     out = F.linear(x, weight, bias)
     return F.gelu(out, approximate="tanh") if gelu else out

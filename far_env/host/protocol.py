@@ -62,6 +62,8 @@ class Conditions:
 class Host(Protocol):
     """A frozen video model on one device.
 
+    A host for frames of several sizes also has ``with_frame_size(size)``, which returns a host for that size.
+
     A subclass without an ``__init__`` of its own is made with a device and a dtype, so that it can be an entry point of
     ``far_env.hosts`` itself.
 

@@ -86,7 +86,13 @@ def _registered_host(name: str, device: torch.device, dtype: torch.dtype) -> Hos
     """The host of an entry point, far-env's or a plugin's."""
     entry = entry_points(HOSTS)[name]
     origin = f"the host {name} of the distribution {distribution_name(entry)}"
-    return check_host(load(entry)(device, dtype), origin)
+    try:
+        host = load(entry)(device, dtype)
+    except ValueError:
+        raise
+    except Exception as error:  # a plugin's own code
+        raise ValueError(f"{origin} cannot be made: {type(error).__name__}: {first_line(error)}") from error
+    return check_host(host, origin)
 
 
 def _folder_host(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> FARHost:

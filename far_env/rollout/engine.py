@@ -359,7 +359,8 @@ class RolloutBatch:
             classes = rollout.visible_actions() if rollout.label is None else ("label", rollout.label)
             if rollout.prompt is not None:
                 classes = ("prompt", rollout.prompt)
-            key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *kept_keys, *classes)
+            shape = rollout.noise[rollout.steps].shape  # workloads of other lengths may have shorter chunks here
+            key = content_key(*self._origin, rollout.noise_seed, rollout.steps, *shape, *kept_keys, *classes)
             keys.append(key)
             latent = None if self._generator.needs_probe else self.memo.get(key)
             if latent is None:

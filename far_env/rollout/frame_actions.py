@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from far_env.host.compressor import SPACING
 from far_env.rollout.token_cache import CacheView
 
 DROP, COMPRESS, KEEP = ACTIONS = range(3)
@@ -17,7 +18,7 @@ DROP, COMPRESS, KEEP = ACTIONS = range(3)
 
 def compressed_size(tokens_per_frame: int) -> int:
     """Tokens of a compressed frame."""
-    return tokens_per_frame // 4
+    return tokens_per_frame // SPACING**2
 
 
 def granted(wanted: Sequence[int], sizes: Sequence[int], tokens_per_frame: int, budget: int) -> list[int]:

@@ -261,7 +261,7 @@ class StreamingBatch:
             held[newest] = latents[row]
             frames = [*full, newest]
             coarse.append([number for number in self._coarse_frames(row, frames) if number in held and number != newest])
-            blocks.append(self._blocks(frames))
+            blocks.append(self._blocks([number for number in frames if number not in coarse[-1]]))
         for rows, numbers in _one_per_row(coarse):
             self._make_coarse(rows, numbers)
         for rows, numbers in _one_per_row(blocks):

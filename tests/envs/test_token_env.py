@@ -14,6 +14,7 @@ from gymnasium.utils.env_checker import check_env
 
 import far_env  # noqa: F401  (registers the ids)
 from far_env.envs.token_env import TokenRetentionEnv
+from far_env.host.protocol import Host
 from far_env.metrics import clip_metrics
 from far_env.rollout.frame_actions import COMPRESS, DROP, KEEP, granted, regrouping
 from far_env.rollout.streaming import StreamingBatch, play_streaming
@@ -194,10 +195,18 @@ def test_sb3_learns_in_it(make):
     assert any(not torch.equal(before[key], value) for key, value in model.policy.state_dict().items())
 
 
+class AnotherModel(Host):
+    """No FAR."""
+
+    name, latent_shape, frame_size = "another", (4, 8, 8), 64
+
+
 def test_errors_are_sentences(make, tiny_workload):
     for budget, message in ((8, "hold the newest frame, which has 16 tokens"), (240, "leaves nothing to decide in tiny_pan")):
         with pytest.raises(ValueError, match=message):
             make(budget=budget)
+    with pytest.raises(ValueError, match="a memory of tokens needs a FAR or FAR-Long host"):
+        TokenRetentionEnv(replace(tiny_workload, host=AnotherModel(torch.device("cpu"), torch.float32)), budget=BUDGET)
     with pytest.raises(TypeError, match="takes no signals"):
         make(signals=["lat_cos"])
     with pytest.raises(ValueError, match="unknown render_mode 'human'"):

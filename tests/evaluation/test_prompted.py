@@ -120,6 +120,33 @@ def test_what_a_unit_is_compared_with_is_what_was_kept(painter):
     assert scores == {"kept_ssim": pytest.approx(np.mean(best), abs=1e-6)}
 
 
+def test_true_frames_that_are_fed_back_are_what_was_kept(painter):
+    workload = Workload("w", None, painter, 5, 12, 1, prompts=True, feedback="true")
+    clip = Clip(0, np.random.default_rng(0).random((17, 3, SIZE, SIZE), dtype=np.float32), prompt="x")
+    generated = torch.from_numpy(clip.frames[[5, 6, 7, 4, 9, 10, 11, 8, 13, 14, 15, 12]])[None]
+    (scores,) = unreferenced_metrics(workload, [clip], generated, [[]], ["kept_ssim"])
+    assert scores["kept_ssim"] == pytest.approx(1), "each unit ends like the true frame of the unit before"
+
+
+def test_drift_alone_needs_no_history(painter):
+    workload = Workload("w", None, painter, 0, 1, 1, prompts=True)
+    clip = Clip(0, np.zeros((0, 3, SIZE, SIZE), dtype=np.float32), prompt="x")
+    assert (
+        unreferenced_metrics(workload, [clip], torch.zeros(1, 1, 3, SIZE, SIZE), [[]], ["colour_drift"])[0]["colour_drift"] == 0
+    )
+
+
+def test_a_memory_of_tokens_has_no_whole_frames_to_compare_with(capsys):
+    args = ["--memory", "tokens", "--workload", "pan", "--budget", "128", "--policies", "recent_fill", "--clips", "1"]
+    assert main(["evaluate", *args, "--metrics", "kept_ssim"]) == 2
+    assert "which a memory of tokens does not have; leave them out" in capsys.readouterr().err
+
+
+def test_guidance_for_the_null_class_is_refused_with_prompts(painter):
+    with pytest.raises(ValueError, match="has guidance -1 with actions, labels or prompts"):
+        Workload("w", None, painter, 5, 12, 1, prompts=True, guidance=-1)
+
+
 def test_colour_drift_is_zero_for_a_standing_video_and_the_change_of_an_even_one():
     still = torch.rand(1, 3, 4, 4).expand(20, -1, -1, -1)
     assert colour_drift(still) == 0
@@ -128,7 +155,7 @@ def test_colour_drift_is_zero_for_a_standing_video_and_the_change_of_an_even_one
     assert colour_drift(brighter) == pytest.approx(np.sqrt(3) * 36 / 38, abs=1e-6)
 
 
-def test_the_drift_of_lpips_is_computed_where_there_is_alexnet(painter, random_alexnet):
+def test_kept_lpips_is_computed_where_there_is_alexnet(painter, random_alexnet):
     workload = Workload("w", None, painter, 5, 12, 1, prompts=True)
     clip = Clip(0, np.random.default_rng(0).random((17, 3, SIZE, SIZE), dtype=np.float32), prompt="x")
     same = torch.from_numpy(clip.frames[4]).expand(1, 12, 3, SIZE, SIZE)

@@ -239,7 +239,11 @@ def test_memory_is_estimated_before_anything_is_loaded(folder, host, monkeypatch
 
 def test_without_the_extra_there_is_one_sentence(folder, monkeypatch):
     monkeypatch.setattr(any_flow_files.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match=r"needs the package transformers; install it with pip install 'far-env\[anyflow\]'"):
+    with pytest.raises(WeightsError, match=r"needs transformers, ftfy; install it with pip install 'far-env\[anyflow\]'"):
+        load_host(folder, "cpu")
+    monkeypatch.undo()
+    monkeypatch.setattr(any_flow_files, "diffusers", object())  # a version before it
+    with pytest.raises(WeightsError, match="needs a version of diffusers with AnyFlowFARPipeline; install it with"):
         load_host(folder, "cpu")
 
 

@@ -33,6 +33,11 @@ def test_rows_do_not_depend_on_who_is_in_the_batch(layer):
     assert torch.equal(linear(x, weight, bias, gelu=True)[1:2], linear(x[1:2], weight, bias, gelu=True))
 
 
+def test_autocast_is_obeyed(layer):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*layer).dtype == F.linear(*layer).dtype == torch.bfloat16
+
+
 def test_gradients_are_torchs(layer):
     x, weight, bias = (part.requires_grad_() for part in layer)
     linear(x, weight, bias, gelu=True).sum().backward()
