@@ -19,6 +19,7 @@ SECTION = "results"
 COLUMNS = (("headline", "pan", 4), ("cuts", "cuts", 4), ("orbit", "orbit", 8), ("maze", "maze_retrieval", 8))
 """Table of RESULTS.md, workload and budget of each column."""
 LEARNED = "pretrained/general"
+TUNED = " tuned"
 RULES: dict[str, Callable[[baselines.BaselineInfo], bool]] = {
     "best rule that reads latents": lambda rule: rule.tier == "L",
     "best rule with the same inputs, earlier calls included": lambda rule: rule.tier == "M",
@@ -40,21 +41,16 @@ def readme_table(results: str) -> str:
     for label, policy in (("nothing dropped", FULL_HISTORY), ("learned, one policy for all", LEARNED)):
         rows.append([f"{label}: `{policy}`", *(column[policy] for column in cells)])
     for label, belongs in RULES.items():
-        best = [
-            max(
-                (policy for policy in column if policy in baselines.names() and belongs(baselines.info(policy))),
-                key=_mean(column),
-            )
-            for column in cells
-        ]
-        rows.append(
-            [f"{label}: {', '.join(f'`{policy}`' for policy in best)}", *(c[p] for c, p in zip(cells, best, strict=True))]
-        )
+        best = [max((name for name in column if _is_rule(name, belongs)), key=_mean(column)) for column in cells]
+        names = ", ".join(f"`{policy}`" + " (tuned)" * bool(tuned) for policy, tuned, _ in (n.partition(TUNED) for n in best))
+        rows.append([f"{label}: {names}", *(column[name] for column, name in zip(cells, best, strict=True))])
     return markdown_lines(rows)
 
 
 def psnr_cells(results: str, table: str, workload: str, budget: int) -> dict[str, str]:
     """Policy → its PSNR with interval, as written, in one workload and budget of a table of RESULTS.md.
+
+    The form of a rule that is tuned on validation clips has `TUNED` behind its name.
 
     Raises:
         ValueError: if they are not there.
@@ -64,10 +60,15 @@ def psnr_cells(results: str, table: str, workload: str, budget: int) -> dict[str
     cells = {}
     for place, size, policies, psnr, *_ in lines:
         if (place, size) == (workload, str(budget)):
-            cells |= {label.split()[0]: psnr for label in policies.split(" = ")}
+            cells |= {label.split()[0] + TUNED * (TUNED in label): psnr for label in policies.split(" = ")}
     if not {FULL_HISTORY, LEARNED} <= cells.keys():
         raise ValueError(f"RESULTS.md has no {FULL_HISTORY} and {LEARNED} on {workload} {budget} in the table {table}")
     return cells
+
+
+def _is_rule(name: str, belongs: Callable[[baselines.BaselineInfo], bool]) -> bool:
+    policy = name.removesuffix(TUNED)
+    return policy in baselines.names() and belongs(baselines.info(policy))
 
 
 def _mean(cells: dict[str, str]) -> Callable[[str], float]:
