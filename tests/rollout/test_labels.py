@@ -108,7 +108,7 @@ def test_what_cannot_be_is_refused(label_host, tiny_host):
     make = {"num_context": 0, "num_predict": 2, "num_steps": 3}
     with pytest.raises(ValueError, match=r"labels, which host .* does not take"):
         Workload("x", None, tiny_host, **make, labels=True)
-    with pytest.raises(ValueError, match=r"guidance 2\.0 without actions or labels"):
+    with pytest.raises(ValueError, match=r"guidance 2\.0 without actions, labels or prompts"):
         Workload("x", None, label_host, **make, guidance=2.0)
     with pytest.raises(ValueError, match="num_context of x must be at least 1, got 0"):
         Workload("x", None, label_host, **make, feedback="true")
