@@ -232,7 +232,9 @@ def test_settings_that_contradict_each_other_are_refused(make, tiny_workload):
     for guidance in (0.5, 0.0, -2.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="must be 1, above 1, or −1 for the null class, got"):
             make(guidance)
-    with pytest.raises(ValueError, match=r"guidance -1\.0 with actions, labels or prompts; above 1 needs them, −1 excludes them"):
+    with pytest.raises(
+        ValueError, match=r"guidance -1\.0 with actions, labels or prompts; above 1 needs them, −1 excludes them"
+    ):
         make(-1.0)
     with pytest.raises(ValueError, match=r"guidance 1\.5 without actions"):
         make(1.5, False)
