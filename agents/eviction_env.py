@@ -19,7 +19,28 @@ from far_env.envs.sb3 import row_info
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 
 
-class EvictionVecEnv(VecEnv):
+class RowsVecEnv(VecEnv):
+    """What SB3 asks of an environment whose rows are not environments of their own: they share its attributes."""
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """This environment's attribute, once per index."""
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Set an attribute for all rows."""
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
+        """Call a batched method once and return one row of the result per index."""
+        results = getattr(self, method_name)(*args, **kwargs)
+        return [results[row] for row in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type, indices: int | Iterable[int] | None = None) -> list[bool]:
+        """False for every index: rows are not single environments that could be wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+
+class EvictionVecEnv(RowsVecEnv):
     """Rows of one or more `FrameRetentionVectorEnv`, also of several workloads, for Stable-Baselines3.
 
     An action is the node of a frame to drop, ``Discrete(N)``. A row's decision is complete, and its episode goes on, when its
@@ -139,23 +160,6 @@ class EvictionVecEnv(VecEnv):
         """Close the environments."""
         for env in self.envs:
             env.close()
-
-    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """This environment's attribute, once per index."""
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        """Set an attribute for all rows."""
-        setattr(self, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call a batched method once and return one row of the result per index."""
-        results = getattr(self, method_name)(*args, **kwargs)
-        return [results[row] for row in self._get_indices(indices)]
-
-    def env_is_wrapped(self, wrapper_class: type, indices: int | Iterable[int] | None = None) -> list[bool]:
-        """False for every index: rows are not single environments that could be wrapped."""
-        return [False for _ in self._get_indices(indices)]
 
     def _begin(self, index: int) -> None:
         """Forget a row's episode."""

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
 
 from far_env.agents.config import AgentTraining, PPOSettings
-from far_env.agents.eviction_env import EvictionVecEnv
+from far_env.agents.eviction_env import EvictionVecEnv, RowsVecEnv
 from far_env.device import denormals_flushed
 from far_env.distributed.pool import MAX_LOSSES, WARN_SECONDS, cause, check_same, start_facts, use_device
+from far_env.envs.sb3 import concatenated
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.errors import first_line
 from far_env.workloads import Workload, deciding_budgets, make_workload, resolve_budgets
@@ -124,7 +124,7 @@ class _Actor:
     groups: dict[int, tuple[str, int]]
 
 
-class ActorVecEnv(VecEnv):
+class ActorVecEnv(RowsVecEnv):
     """The rows of `EvictionVecEnv`, held by actors.
 
     Args:
@@ -183,7 +183,7 @@ class ActorVecEnv(VecEnv):
         self._masks = np.concatenate(masks)
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._reset_seeds()
-        return _stacked(observations)
+        return concatenated(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Give every group its actions."""
@@ -194,7 +194,7 @@ class ActorVecEnv(VecEnv):
         observations, rewards, dones, infos, masks = zip(*self._receive(), strict=True)
         self._masks = np.concatenate(masks)
         every_info = [info for part in infos for info in part]
-        return _stacked(observations), np.concatenate(rewards), np.concatenate(dones), every_info
+        return concatenated(observations), np.concatenate(rewards), np.concatenate(dones), every_info
 
     def action_masks(self) -> np.ndarray:
         """bool (num_envs, N), as of the last observation."""
@@ -223,23 +223,6 @@ class ActorVecEnv(VecEnv):
         """End the actors."""
         for actor in self._actors:
             self._end(actor)
-
-    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """This environment's attribute, once per index."""
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        """Set an attribute for all rows."""
-        setattr(self, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call a batched method once and return one row of the result per index."""
-        results = getattr(self, method_name)(*args, **kwargs)
-        return [results[row] for row in self._get_indices(indices)]
-
-    def env_is_wrapped(self, wrapper_class: type, indices: int | Iterable[int] | None = None) -> list[bool]:
-        """False for every index."""
-        return [False for _ in self._get_indices(indices)]
 
     def _send(self, name: str, arguments: Sequence[tuple]) -> None:
         """Call a method for every group; `_receive` waits for the answers."""
@@ -310,7 +293,3 @@ class ActorVecEnv(VecEnv):
     def _end(self, actor: _Actor) -> None:
         with contextlib.suppress(Exception):
             self._ray.kill(actor.handle)
-
-
-def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -115,7 +115,7 @@ class JoinedVecEnv(VecEnv):
         self.reset_infos = [info for env in self.envs for info in env.reset_infos]
         self._reset_seeds()
         self._reset_options()
-        return _stacked(observations)
+        return concatenated(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Give each environment its rows' actions."""
@@ -125,7 +125,12 @@ class JoinedVecEnv(VecEnv):
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """As `SB3VecEnv.step_wait`, of all rows."""
         observations, rewards, dones, infos = zip(*(env.step_wait() for env in self.envs), strict=True)
-        return _stacked(observations), np.concatenate(rewards), np.concatenate(dones), [info for part in infos for info in part]
+        return (
+            concatenated(observations),
+            np.concatenate(rewards),
+            np.concatenate(dones),
+            [info for part in infos for info in part],
+        )
 
     def close(self) -> None:
         """Close all of them."""
@@ -158,7 +163,8 @@ class JoinedVecEnv(VecEnv):
         return [image for env in self.envs for image in env.get_images()]
 
 
-def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def concatenated(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The observations of several environments as those of one, rows after rows."""
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
