@@ -358,7 +358,7 @@ def test_an_environment_that_ends_its_process_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
 def test_what_is_stopped_keeps_what_is_finished_and_is_continued(tmp_path, stop):
     command = [sys.executable, "-m", "far_env.cli", "record", "--out", str(tmp_path), "--env", WALK, "--size", "8"]
-    command += ["--frames", "12", "--env-options", "seconds=0.1", "--processes", "2", "--test-episodes", "8"]
+    command += ["--frames", "12", "--env-options", "seconds=0.05", "--processes", "2", "--test-episodes", "8"]
     command += ["--train-episodes", "8", "--validation-episodes", "0"]
     root = Path(__file__).parents[2]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, encoding="utf-8", cwd=root)
