@@ -98,6 +98,9 @@ class PPOSettings:
     """Weight of the critic's loss."""
     max_grad_norm: float = 0.5
     """Gradients are clipped to this norm."""
+    adam_epsilon: float = 1e-5
+    """Added to the root mean square of each weight's gradients in Adam; SB3's value. With one as large as these, weights whose
+    gradients are small move little, so that a scorer which has learned other workloads forgets less of them."""
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
     groups: int = 1
@@ -115,7 +118,7 @@ class PPOSettings:
                 "total_timesteps and critic_warmup_updates cannot be negative: "
                 f"{self.total_timesteps}, {self.critic_warmup_updates}"
             )
-        require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "groups")
+        require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "adam_epsilon", "groups")
 
     def workload_names(self, of_run: list[str]) -> list[str]:
         """The workloads of the stage, given those of the run."""

@@ -116,8 +116,9 @@ def imitate(
     """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
     First the expert acts on true frames; then, round by round, the scorer that has learned all before: on true frames, then
-    in rollouts. Each workload gets an equal share of the clips of a part, and each clip is played under several of the
-    budgets in turn. What is finished is not made again, so that a stopped run resumes where it stopped.
+    in rollouts. The clips of a part are shared out so that every workload has equally many frames, which take about equally
+    long, and each clip is played under several of the budgets in turn. What is finished is not made again, so that a stopped
+    run resumes where it stopped.
 
     The networks learn in the precision of the first workload's host.
 
@@ -191,12 +192,14 @@ def planned_parts(
     """The parts of each round, those of the expert first; see `imitate`, whose arguments these are."""
     rounds = ["expert", *["true"] * settings.true_rounds, *["rollouts"] * settings.rounds]
     counts = [settings.true_clips, *[settings.clips_per_round] * (len(rounds) - 1)]
+    rates = np.array([1 / workload.num_frames for workload in workloads])
+    shares = np.concatenate([[0], rates.cumsum() / rates.sum()])
     rng = np.random.default_rng((seed, 4))
     order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-sum(counts) // num_clips))]).tolist()
     planned = []
     for kind, count in zip(rounds, counts, strict=True):
         clips, order = order[:count], order[count:]
-        ends = np.linspace(0, count, len(workloads) + 1).round().astype(int).tolist()
+        ends = (shares * count).round().astype(int).tolist()
         parts = []
         for workload, begin, end in zip(workloads, ends, ends[1:], strict=False):
             of_workload = deciding_budgets(workload, budgets)

@@ -139,7 +139,7 @@ class PPOStage:
     def _make_model(self, environment: VecEnv) -> ResumablePPO:
         """A new model that acts in this environment."""
         options = asdict(self.settings)
-        learning_rate = options.pop("learning_rate")
+        learning_rate, epsilon = options.pop("learning_rate"), options.pop("adam_epsilon")
         for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates", "groups", "workload"):
             options.pop(not_in_sb3)
         return ResumablePPO(
@@ -148,6 +148,7 @@ class PPOStage:
             policy_kwargs={
                 "network": self.config.network,
                 "bfloat16": self.chosen_workloads[0].host.dtype == torch.bfloat16,
+                "optimizer_kwargs": {"eps": epsilon},
             },
             learning_rate=lambda remaining: learning_rate * remaining,
             seed=self.config.seed,

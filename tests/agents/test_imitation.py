@@ -166,14 +166,14 @@ def test_every_budget_is_played_about_as_often_as_any_other(tiny_workload, tmp_p
         run(tmp_path, [tiny_workload], settings, budgets)
 
 
-def test_workloads_get_equal_shares_of_the_clips(tiny_workload, tiny_host, tmp_path, collections):
+def test_workloads_get_clips_of_equally_many_frames_in_all(tiny_workload, tiny_host, tmp_path, collections):
     longer = Workload("longer", WORLDS["orbit"], tiny_host, num_context=5, num_predict=27, num_steps=3)
-    settings = dataclasses.replace(SETTINGS, true_clips=6, true_rounds=0, rounds=0, epochs=1)
+    settings = dataclasses.replace(SETTINGS, true_clips=9, true_rounds=0, rounds=0, epochs=1)
     run(tmp_path, [tiny_workload, longer], settings, budgets=(4, 20))
     assert [(noted[0], len(set(noted[3])), sorted(set(noted[4]))) for noted in collections] == [
-        ("tiny_pan", 3, [4]),
+        ("tiny_pan", 6, [4]),
         ("longer", 3, [4, 20]),
-    ], "a budget that decides nothing in a workload is left out there"
+    ], "its clips are twice as long; and a budget that decides nothing in a workload is left out there"
     assert not set(collections[0][3]) & set(collections[1][3])
 
 
