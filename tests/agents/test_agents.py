@@ -160,6 +160,19 @@ def test_ppo_begins_with_what_imitation_learned_and_a_cold_critic_leaves_it_alon
         dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0))
 
 
+def test_weights_whose_gradients_are_small_against_adams_epsilon_hardly_move(config, tmp_path):
+    changes = {"usual": {}, "large": {"adam_epsilon": 1e4}, "still": {"learning_rate": 1e-12}}
+    weights = {}
+    for name, values in changes.items():
+        run_config = dataclasses.replace(
+            config, ppo=dataclasses.replace(config.ppo, **values), run_dir=str(tmp_path / name), test_clips=1
+        )
+        train(run_config)
+        weights[name] = weights_of(run_config)
+    moved = {name: max(float((own[key] - weights["still"][key]).abs().max()) for key in own) for name, own in weights.items()}
+    assert moved["large"] < 1e-6 and moved["usual"] > 1e-3
+
+
 def test_all_stages_and_tables_follow_the_feedback_of_the_configuration(config, tmp_path):
     stages = {"imitation": ImitationSettings(true_clips=4, rounds=1, clips_per_round=2, epochs=1), "surrogate": config.ppo}
     save_yaml(dataclasses.replace(config, **stages, clip_options={"objects": 2}), tmp_path / "config.yaml")
