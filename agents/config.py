@@ -18,6 +18,9 @@ MAX_NETWORK = 2**26
 """Of width² · (num_layers + 1), about a twelfth of the parameters."""
 
 
+ROUND_KINDS = ("true", "rollouts")
+
+
 @dataclass(frozen=True)
 class ImitationSettings:
     """Imitation of an expert that knows the true rest of the clip, before any PPO. See `far_env.agents.imitation`."""
@@ -25,12 +28,9 @@ class ImitationSettings:
     true_clips: int = 0
     """Clips on whose true frames the expert's decisions are collected first, without a host; shared by the workloads. 0 for no
     imitation."""
-    true_rounds: int = 0
-    """Rounds of collecting decisions with the scorer, again on true frames, and learning from all so far."""
-    rounds: int = 0
-    """Rounds after those in which the scorer decides in rollouts of the host."""
-    clips_per_round: int = 256
-    """Clips on which decisions are collected in each round."""
+    rounds: tuple[str, ...] = ()
+    """Rounds after that, each a kind and a number of clips, such as "true 500" or "rollouts 500": the scorer decides, on true
+    frames again or in rollouts of the host, the expert says what that costs, and the scorer learns from all so far."""
     budgets_per_clip: int = 2
     """Budgets under which each clip is played."""
     temperature: float = 0.05
@@ -50,24 +50,38 @@ class ImitationSettings:
     """Highest learning rate, of Muon for the inner matrices and of AdamW for the rest; it rises at first and falls to zero
     along a cosine."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"regret": "expected_cost_weight"}
+    RENAMED: ClassVar[dict[str, str]] = {
+        "regret": "expected_cost_weight",
+        "true_rounds": "rounds",
+        "clips_per_round": "rounds",
+    }
     REMOVED: ClassVar[tuple[str, ...]] = ("label", "candidates", "true_frame_replay_ratio", "rehearsal")
 
     def __post_init__(self) -> None:
-        if min(self.true_clips, self.true_rounds, self.rounds) < 0:
-            raise ValueError(
-                "imitation: true_clips, true_rounds and rounds cannot be negative, got "
-                f"{self.true_clips}, {self.true_rounds} and {self.rounds}"
-            )
-        if (self.true_rounds or self.rounds) and not self.true_clips:
+        if self.true_clips < 0:
+            raise ValueError(f"imitation: true_clips cannot be negative, got {self.true_clips}")
+        if self.collected_rounds and not self.true_clips:
             raise ValueError("imitation: the scorer must have learned before it decides: set true_clips above 0 as well")
         if self.expected_cost_weight < 0 or self.similarity_weight < 0:
             raise ValueError(
                 "imitation: expected_cost_weight and similarity_weight cannot be negative, got "
                 f"{self.expected_cost_weight} and {self.similarity_weight}"
             )
-        require_positive(self, "clips_per_round", "budgets_per_clip", "temperature", "epochs", "round_epochs")
-        require_positive(self, "batch_size", "learning_rate")
+        require_positive(self, "budgets_per_clip", "temperature", "epochs", "round_epochs", "batch_size", "learning_rate")
+
+    @property
+    def collected_rounds(self) -> list[tuple[str, int]]:
+        """Kind, true or rollouts, and clips of each round. Raises ValueError if a round is not of the form "true 500"."""
+        rounds = []
+        for text in self.rounds:
+            kind, _, clips = text.partition(" ")
+            if kind not in ROUND_KINDS or not clips.isdecimal() or not int(clips):
+                raise ValueError(
+                    f"imitation.rounds: a round is {' or '.join(ROUND_KINDS)} and a number of clips, such as 'true 500', "
+                    f"got {text!r}"
+                )
+            rounds.append((kind, int(clips)))
+        return rounds
 
 
 @dataclass(frozen=True)

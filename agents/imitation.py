@@ -115,8 +115,8 @@ def imitate(
 ) -> RetentionNetwork:
     """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
-    First the expert acts on true frames; then, round by round, the scorer that has learned all before: on true frames, then
-    in rollouts. The clips of a part are shared out so that every workload has equally many frames, which take about equally
+    First the expert acts on true frames; then, round by round, the scorer that has learned all before, on true frames or in
+    rollouts. The clips of a part are shared out so that every workload has equally many frames, which take about equally
     long, and each clip is played under several of the budgets in turn. What is finished is not made again, so that a stopped
     run resumes where it stopped.
 
@@ -190,14 +190,14 @@ def planned_parts(
     settings: ImitationSettings, workloads: Sequence[Workload], budgets: Sequence[int], *, seed: int, num_clips: int
 ) -> list[list[Part]]:
     """The parts of each round, those of the expert first; see `imitate`, whose arguments these are."""
-    rounds = ["expert", *["true"] * settings.true_rounds, *["rollouts"] * settings.rounds]
-    counts = [settings.true_clips, *[settings.clips_per_round] * (len(rounds) - 1)]
+    rounds = [("expert", settings.true_clips), *settings.collected_rounds]
     rates = np.array([1 / workload.num_frames for workload in workloads])
     shares = np.concatenate([[0], rates.cumsum() / rates.sum()])
+    num_drawn = sum(count for _, count in rounds)
     rng = np.random.default_rng((seed, 4))
-    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-sum(counts) // num_clips))]).tolist()
+    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-num_drawn // num_clips))]).tolist()
     planned = []
-    for kind, count in zip(rounds, counts, strict=True):
+    for kind, count in rounds:
         clips, order = order[:count], order[count:]
         ends = (shares * count).round().astype(int).tolist()
         parts = []
@@ -301,7 +301,7 @@ def _check_index(
         "seed": seed,
         "train_clips": num_clips,
         "network": {**asdict(network_config), "signals": list(network_config.signals)},
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "rounds": list(settings.rounds)},
     }
     path = folder / INDEX_FILE
     if path.exists() and read_json(path, "choose another run folder") != index:

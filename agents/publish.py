@@ -178,11 +178,9 @@ def _stages(settings: AgentTraining) -> str:
     if imitation.true_clips:
         clips = f"{imitation.true_clips:,} clips"
         stages.append(f"imitation of an expert that uses the true rest of the clip, on the true frames of {clips}")
-    for count, where in ((imitation.true_rounds, "true frames"), (imitation.rounds, "rollouts")):
-        if count:
-            stages.append(
-                f"{count} round{'s' * (count > 1)} of imitation of the expert's decisions in the scorer's own {where}"
-            )
+    for kind, clips in imitation.collected_rounds:
+        where = "true frames" if kind == "true" else "rollouts"
+        stages.append(f"imitation of the expert's decisions in the scorer's own {where} of {clips:,} clips")
     kept = (
         f"keeping the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
     )

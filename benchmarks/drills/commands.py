@@ -61,7 +61,7 @@ def commands(place: Path) -> list[Command]:
     configs = {"transformer": TINY_FAR, "autoencoder": {**TINY_DCAE, "scaling_factor": 0.8}}
     save_host(host, transformer, autoencoder, configs, frame_size=64, num_steps=2)
     skipped, ppo = PPOSettings(total_timesteps=0), PPOSettings(64, num_envs=4, n_steps=4, batch_size=16, n_epochs=2)
-    imitation = ImitationSettings(true_clips=3, true_rounds=1, rounds=1, clips_per_round=3, epochs=2, batch_size=16)
+    imitation = ImitationSettings(true_clips=3, rounds=("true 3", "rollouts 3"), epochs=2, batch_size=16)
     stages = {
         "imitation": {"imitation": imitation, "ppo": skipped},
         "surrogate": {"surrogate": ppo, "ppo": skipped},

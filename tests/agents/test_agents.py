@@ -147,7 +147,7 @@ def test_settings_that_would_fail_later_are_refused_before_anything_is_written(c
 def test_ppo_begins_with_what_imitation_learned_and_a_cold_critic_leaves_it_alone(config, tmp_path):
     run_config = dataclasses.replace(
         config,
-        imitation=ImitationSettings(true_clips=4, rounds=1, clips_per_round=4, epochs=1),
+        imitation=ImitationSettings(true_clips=4, rounds=("rollouts 4",), epochs=1),
         ppo=dataclasses.replace(config.ppo, critic_warmup_updates=3),
     )
     train(run_config)
@@ -174,7 +174,7 @@ def test_weights_whose_gradients_are_small_against_adams_epsilon_hardly_move(con
 
 
 def test_all_stages_and_tables_follow_the_feedback_of_the_configuration(config, tmp_path):
-    stages = {"imitation": ImitationSettings(true_clips=4, rounds=1, clips_per_round=2, epochs=1), "surrogate": config.ppo}
+    stages = {"imitation": ImitationSettings(true_clips=4, rounds=("rollouts 2",), epochs=1), "surrogate": config.ppo}
     save_yaml(dataclasses.replace(config, **stages, clip_options={"objects": 2}), tmp_path / "config.yaml")
     with (tmp_path / "config.yaml").open("a") as file:
         file.write("feedback: true\n")

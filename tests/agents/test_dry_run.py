@@ -34,7 +34,7 @@ def config(tiny_host_folder, tmp_path) -> AgentTraining:
     """All stages, two budgets, of which one is above the context, and a clip that comes twice."""
     ppo = PPOSettings(total_timesteps=40, num_envs=3, n_steps=7, batch_size=21, n_epochs=1)
     return AgentTraining(
-        imitation=ImitationSettings(true_clips=20, true_rounds=1, rounds=1, clips_per_round=4, epochs=1, round_epochs=1),
+        imitation=ImitationSettings(true_clips=20, rounds=("true 4", "rollouts 4"), epochs=1, round_epochs=1),
         surrogate=ppo,
         ppo=dataclasses.replace(ppo, total_timesteps=60),
         workload="pan",

@@ -22,7 +22,7 @@ from tests.agents.test_network import random_network
 
 NETWORK = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)
 SETTINGS = ImitationSettings(
-    true_clips=3, true_rounds=1, rounds=1, clips_per_round=2, epochs=2, round_epochs=1, batch_size=16, learning_rate=5e-3
+    true_clips=3, rounds=("true 2", "rollouts 2"), epochs=2, round_epochs=1, batch_size=16, learning_rate=5e-3
 )
 
 
@@ -168,7 +168,7 @@ def test_every_budget_is_played_about_as_often_as_any_other(tiny_workload, tmp_p
 
 def test_workloads_get_clips_of_equally_many_frames_in_all(tiny_workload, tiny_host, tmp_path, collections):
     longer = Workload("longer", WORLDS["orbit"], tiny_host, num_context=5, num_predict=27, num_steps=3)
-    settings = dataclasses.replace(SETTINGS, true_clips=9, true_rounds=0, rounds=0, epochs=1)
+    settings = dataclasses.replace(SETTINGS, true_clips=9, rounds=(), epochs=1)
     run(tmp_path, [tiny_workload, longer], settings, budgets=(4, 20))
     assert [(noted[0], len(set(noted[3])), sorted(set(noted[4]))) for noted in collections] == [
         ("tiny_pan", 6, [4]),
@@ -178,7 +178,7 @@ def test_workloads_get_clips_of_equally_many_frames_in_all(tiny_workload, tiny_h
 
 
 def test_decisions_of_other_settings_and_damaged_ones_are_refused(tiny_workload, tmp_path):
-    settings = dataclasses.replace(SETTINGS, true_rounds=0, rounds=0, epochs=1)
+    settings = dataclasses.replace(SETTINGS, rounds=(), epochs=1)
     run(tmp_path / "run", [tiny_workload], settings)
     for change in (
         {"settings": dataclasses.replace(settings, temperature=1.0)},
@@ -209,7 +209,7 @@ def test_decisions_of_other_settings_and_damaged_ones_are_refused(tiny_workload,
 
 
 def test_a_stage_gives_the_scorer_of_its_settings(tiny_workload, tmp_path):
-    settings = dataclasses.replace(SETTINGS, true_rounds=0, rounds=0)
+    settings = dataclasses.replace(SETTINGS, rounds=())
     config = AgentTraining(
         imitation=settings, network=NETWORK, ppo=PPOSettings(total_timesteps=0), train_clips=20, seed=0, budget="2,4"
     )
@@ -221,9 +221,12 @@ def test_a_stage_gives_the_scorer_of_its_settings(tiny_workload, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": 1}, "the scorer must have learned before it decides: set true_clips above 0"),
-        ({"true_clips": -1}, "cannot be negative, got -1, 0 and 0"),
+        ({"rounds": ("true 1",)}, "the scorer must have learned before it decides: set true_clips above 0"),
+        ({"true_clips": -1}, "true_clips cannot be negative, got -1"),
         ({"expected_cost_weight": -1.0}, "expected_cost_weight and similarity_weight cannot be negative, got -1.0 and 1.0"),
+        ({"true_clips": 1, "rounds": ("true 1", "other 5")}, "such as 'true 500', got 'other 5'"),
+        ({"true_clips": 1, "rounds": ("true 0",)}, "such as 'true 500', got 'true 0'"),
+        ({"true_clips": 1, "rounds": ("rollouts",)}, "such as 'true 500', got 'rollouts'"),
         ({"temperature": 0.0}, "temperature must be above 0"),
     ],
 )

@@ -26,7 +26,7 @@ NAMES = ("ucf101_tight", "ucf101_medium", "dmlab_medium", "dmlab_long", "minecra
 FRAMES = 12
 """Frames that are predicted where the workload predicts 156."""
 SMALLER = {
-    "imitation": {"true_clips": 2, "clips_per_round": 1, "epochs": 1, "round_epochs": 1, "batch_size": 16},
+    "imitation": {"true_clips": 2, "rounds": ["true 1"], "epochs": 1, "round_epochs": 1, "batch_size": 16},
     "surrogate": {"num_envs": 2, "n_steps": 2, "batch_size": 4, "n_epochs": 1},
     "ppo": {"total_timesteps": 4, "num_envs": 2, "n_steps": 2, "batch_size": 4, "n_epochs": 1},
 }

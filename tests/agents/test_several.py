@@ -135,7 +135,7 @@ def config(tiny_host_folder, tmp_path) -> AgentTraining:
         workload="pan,cuts",
         budget="2,6",
         ppo=PPOSettings(total_timesteps=96, num_envs=4, n_steps=8, batch_size=16, n_epochs=2),
-        imitation=ImitationSettings(true_clips=4, rounds=1, clips_per_round=4, epochs=1),
+        imitation=ImitationSettings(true_clips=4, rounds=("rollouts 4",), epochs=1),
         network=NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2),
         host=str(tiny_host_folder),
         device="cpu",

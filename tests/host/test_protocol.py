@@ -154,7 +154,7 @@ def test_an_agent_is_trained_with_it(tmp_path, capsys):
     config = AgentTraining(
         workload="pan",
         host="nearest_frame",
-        imitation=ImitationSettings(true_clips=4, rounds=1, clips_per_round=2, epochs=1, round_epochs=1),
+        imitation=ImitationSettings(true_clips=4, rounds=("rollouts 2",), epochs=1, round_epochs=1),
         surrogate=PPOSettings(total_timesteps=32, num_envs=4, n_steps=8, batch_size=16, n_epochs=1),
         ppo=PPOSettings(total_timesteps=32, num_envs=4, n_steps=8, batch_size=16, n_epochs=1),
         network=NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2),
