@@ -11,8 +11,11 @@ from far_env.config import parse_mapping, require_positive
 from far_env.contract import check_signals, resolve_feedback
 from far_env.distributed.cluster import ActorSettings
 
-UNUSABLE_SIGNALS = ("key_proto",)
-"""Signals whose length is that of the host's keys: a scorer that reads them could not be used with another host."""
+UNUSABLE_SIGNALS = {
+    "key_proto": "its length depends on the host",
+    "column_gap": "it ignores horizontal shifts, which fits a camera that pans and no other content",
+}
+"""Signals that a scorer cannot read, and why."""
 
 MAX_NETWORK = 2**26
 """Of width² · (num_layers + 1), about a twelfth of the parameters."""
@@ -187,7 +190,7 @@ class NetworkConfig:
         names = check_signals(self.signals)
         for name in names:
             if name in UNUSABLE_SIGNALS:
-                raise ValueError(f"a scorer cannot read {name}, whose length depends on the host; use lat_cos or key_cos")
+                raise ValueError(f"a scorer cannot read {name}: {UNUSABLE_SIGNALS[name]}; use lat_cos or key_cos")
         object.__setattr__(self, "signals", names)
 
 

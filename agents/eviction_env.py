@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv
 
 from far_env.agents.config import NetworkConfig
 from far_env.agents.graph_batches import stacked
 from far_env.agents.observation import FrameGraph, signal_arrays
 from far_env.contract import OF_PAIRS
-from far_env.envs.sb3 import row_info
+from far_env.envs.sb3 import RowsVecEnv, require_same_step, row_info, rows_reset
 from far_env.envs.vector_env import FrameRetentionVectorEnv
-
-
-class RowsVecEnv(VecEnv):
-    """What SB3 asks of an environment whose rows are not environments of their own: they share its attributes."""
-
-    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """This environment's attribute, once per index."""
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        """Set an attribute for all rows."""
-        setattr(self, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call a batched method once and return one row of the result per index."""
-        results = getattr(self, method_name)(*args, **kwargs)
-        return [results[row] for row in self._get_indices(indices)]
-
-    def env_is_wrapped(self, wrapper_class: type, indices: int | Iterable[int] | None = None) -> list[bool]:
-        """False for every index: rows are not single environments that could be wrapped."""
-        return [False for _ in self._get_indices(indices)]
 
 
 class EvictionVecEnv(RowsVecEnv):
@@ -51,9 +29,16 @@ class EvictionVecEnv(RowsVecEnv):
         envs: with autoreset mode SAME_STEP; they may differ in workload, budgets and slots.
         config: of the scorer: its signals, and whether it sees dropped frames.
         num_nodes: N; by default as many as these environments need.
+
+    Raises:
+        ValueError: if an environment has another autoreset mode or a limit of steps.
     """
 
     def __init__(self, envs: Sequence[FrameRetentionVectorEnv], config: NetworkConfig, num_nodes: int | None = None) -> None:
+        for env in envs:
+            require_same_step(env)
+            if env.max_episode_steps is not None:
+                raise ValueError("an agent learns in whole episodes: make the environment without max_episode_steps")
         self.envs, self.config = list(envs), config
         sizes = [(env.episodes.num_slots, env.episodes.workload.num_units) for env in envs]
         needed = max(max(slots, min(units, FrameGraph.MAX_NODES)) for slots, units in sizes)
@@ -67,17 +52,18 @@ class EvictionVecEnv(RowsVecEnv):
         super().__init__(len(self._rows), self._space(), spaces.Discrete(self.num_nodes))
 
     def reset(self) -> dict[str, np.ndarray]:
-        """Begin all episodes with the seeds that were set."""
-        start = 0
+        """Begin all episodes with the seeds and options that were set; `reset_infos` holds their infos."""
+        start, self.reset_infos = 0, []
         for env in self.envs:
-            seeds = self._seeds[start : start + env.num_envs]
-            observations, infos = env.reset(seed=None if all(seed is None for seed in seeds) else seeds)
+            rows = slice(start, start + env.num_envs)
+            observations, infos = rows_reset(env, self._seeds[rows], self._options[rows])
             for row in range(env.num_envs):
+                self.reset_infos.append(row_info(infos, row))
                 self._begin(start + row)
                 self._observe(start + row, observations, infos, row)
             start += env.num_envs
-        self.reset_infos = [{} for _ in self._rows]
         self._reset_seeds()
+        self._reset_options()
         return self._stacked()
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -102,17 +88,12 @@ class EvictionVecEnv(RowsVecEnv):
                     self.graphs[index].keep(kept.tolist())
                     self.remaining[index] = np.ones(len(kept), dtype=bool)
             if ready:
-                observations, earned, terminated, truncated, infos = env.step(actions, rows=ready)
-                ended = terminated | truncated
+                observations, earned, ended, _, infos = env.step(actions, rows=ready)
                 for row in ready:
                     index = start + row
                     rewards[index], dones[index] = earned[row], ended[row]
                     if ended[row]:
                         row_infos[index] = row_info(infos["final_info"], row)
-                        row_infos[index]["terminal_observation"] = {
-                            key: value[0] for key, value in self._stacked([index]).items()
-                        }
-                        row_infos[index]["TimeLimit.truncated"] = bool(truncated[row] and not terminated[row])
                         self._begin(index)
                     self._observe(index, observations, infos, row)
             start += env.num_envs

@@ -134,7 +134,7 @@ class Expert:
         self.clip, self.context, self.true_frames, self.feedback = list(clip), context, true_frames, feedback
         self.truth = latents[:, context:]
         num_steps = self.truth.shape[1]
-        self.unit = (latents.flatten(1).var(dim=1) * latents[0, 0].numel() * num_steps).tolist()
+        self.unit = (latents.flatten(1).var(dim=1) * latents[0, 0].numel() * num_steps).clamp(min=1e-12).tolist()
         between, nearest = nearest_cells(latents, latents)
         mean = between.mean(dim=-1)
         similarity = torch.exp(-mean / mean.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from far_env.frame_meta import frame_features
-from far_env.rollout.signals import column_gaps, latent_cosines
+from far_env.rollout.signals import latent_cosines
 from far_env.workloads import Workload
 
 
@@ -44,7 +44,7 @@ class TrueHistories:
         num_context: frames that each history begins with.
     """
 
-    SIGNALS = ("lat_cos", "column_gap")
+    SIGNALS = ("lat_cos",)
     """The `far_env.contract.SIGNALS` of true frames; all others are recorded while a host generates a frame."""
 
     def __init__(self, latents: Tensor, num_context: int) -> None:
@@ -74,12 +74,9 @@ class TrueHistories:
         return frame_features(*self.history(rows)).cpu().numpy()
 
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """lat_cos and column_gap of each row's history."""
-        per_history = []
-        for row in rows:
-            history = self.latents[row, self.kept[row]][None]
-            per_history.append({"lat_cos": latent_cosines(history)[0], "column_gap": column_gaps(history)[0]})
-        return [{name: value.float().cpu().numpy() for name, value in signals.items()} for signals in per_history]
+        """lat_cos of each row's history."""
+        cosines = [latent_cosines(self.latents[row, self.kept[row]][None])[0] for row in rows]
+        return [{"lat_cos": values.float().cpu().numpy()} for values in cosines]
 
     def retain(self, row: int, ids: Sequence[int]) -> None:
         """Keep these positions of the row's history."""
@@ -94,4 +91,4 @@ def uses_true_frames(workload: Workload, signals: Sequence[str]) -> bool:
 def check_true_signals(signals: Sequence[str]) -> None:
     """Raise ValueError on signals that only rollouts of a host have."""
     if not set(signals) <= set(TrueHistories.SIGNALS):
-        raise ValueError("true frames have no signals but lat_cos and column_gap")
+        raise ValueError("true frames have no signal but lat_cos")

@@ -150,13 +150,9 @@ class FrameGraph(FrameBirths):
 
 
 def signal_arrays(signals: dict, names: tuple) -> tuple:
-    """Signals of a call as `FrameGraph.observe_frames` takes them: those of frames (n,), and those of pairs (n, n).
-
-    Of column_gap the mean over columns is taken.
-    """
+    """Signals of a call as `FrameGraph.observe_frames` takes them: those of frames (n,), and those of pairs (n, n)."""
     values = [np.asarray(signals[name], dtype=np.float32) for name in sorted(names)]
-    frames = [value for value in values if value.ndim == 1]
-    return frames, [value.mean(axis=-1) if value.ndim == 3 else value for value in values if value.ndim > 1]
+    return [value for value in values if value.ndim == 1], [value for value in values if value.ndim == 2]
 
 
 def graph_inputs(graph: dict) -> tuple:

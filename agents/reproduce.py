@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from far_env.agents.checkpoints import PRETRAINED, WEIGHTS_FILE
+from far_env.agents.checkpoints import PRETRAINED, WEIGHTS_FILE, load_scorer, scorer_folder
 from far_env.agents.config import AgentTraining
 from far_env.agents.options import ReproduceOptions
 from far_env.agents.results_tables import HALVINGS, Part, Table, listing, load_tables
@@ -244,7 +244,8 @@ def _section(
     for policy in table.policies:
         if policy in agents:
             facts = policy_facts(policy)
-            training = f"{facts['note']} by `python train_agent.py {agents[policy]}`"
+            commit = load_scorer(scorer_folder(policy))[1].get("commit", "unknown")
+            training = f"{facts['note']} by `python train_agent.py {agents[policy]}` at commit {commit}"
             sources.append(f"- {policy}: {training}; weights {facts['sha256'][:8]}.")
     dates = " and ".join(dict.fromkeys(session["date"] for session in sessions))
     sources.append(f"- `{command}`: {sum(session['seconds'] for session in sessions):.0f} s of evaluation, {dates}.")

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from far_env.agents.config import AgentTraining, PPOSettings
-from far_env.agents.eviction_env import EvictionVecEnv, RowsVecEnv
+from far_env.agents.eviction_env import EvictionVecEnv
 from far_env.device import denormals_flushed
 from far_env.distributed.pool import MAX_LOSSES, WARN_SECONDS, cause, check_same, start_facts, use_device
-from far_env.envs.sb3 import concatenated
+from far_env.envs.sb3 import RowsVecEnv, concatenated
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.errors import first_line
 from far_env.workloads import Workload, deciding_budgets, make_workload, resolve_budgets
@@ -96,10 +96,10 @@ class RolloutActor:
             group: [getattr(self, name)(self._envs[group], *values) for name, values in calls[group]][-1] for group in calls
         }
 
-    def reset(self, env: EvictionVecEnv, seeds: Sequence[int | None]) -> tuple:
-        """Begin all episodes: observations and action masks."""
-        env._seeds = list(seeds)
-        return env.reset(), env.action_masks()
+    def reset(self, env: EvictionVecEnv, seeds: Sequence[int | None], options: Sequence[dict]) -> tuple:
+        """Begin all episodes: observations, infos and action masks."""
+        env._seeds, env._options = list(seeds), list(options)
+        return env.reset(), env.reset_infos, env.action_masks()
 
     def step(self, env: EvictionVecEnv, actions: np.ndarray) -> tuple:
         """What `EvictionVecEnv.step` returns, and action masks."""
@@ -177,12 +177,13 @@ class ActorVecEnv(RowsVecEnv):
         super().__init__(ends[-1], example.observation_space, example.action_space)
 
     def reset(self) -> dict[str, np.ndarray]:
-        """Begin all episodes with the seeds that were set."""
-        self._send("reset", [(self._seeds[rows],) for rows in self._rows])
-        observations, masks = zip(*self._receive(), strict=True)
+        """Begin all episodes with the seeds and options that were set; `reset_infos` holds their infos."""
+        self._send("reset", [(self._seeds[rows], self._options[rows]) for rows in self._rows])
+        observations, infos, masks = zip(*self._receive(), strict=True)
         self._masks = np.concatenate(masks)
-        self.reset_infos = [{} for _ in range(self.num_envs)]
+        self.reset_infos = [info for part in infos for info in part]
         self._reset_seeds()
+        self._reset_options()
         return concatenated(observations)
 
     def step_async(self, actions: np.ndarray) -> None:

@@ -25,7 +25,7 @@ from far_env.frame_meta import FEATURES, frame_features
 from far_env.latent_cells import nearest_cells
 from far_env.rollout.context import true_units
 from far_env.rollout.memo import ENTRY_BYTES, FrameMemo, content_key
-from far_env.rollout.signals import column_gaps, latent_cosines
+from far_env.rollout.signals import latent_cosines
 from far_env.workloads import Workload
 
 ESTIMATE = "estimated_psnr"
@@ -43,14 +43,13 @@ class FrameDistances:
         distance: float32 (T, T, cells), of each cell of frame i the squared distance to the nearest cell in frame j.
         nearest: int16 (T, T, cells), the index of that cell.
         features: float32 (T, T, 4), `frame_features` of frame i where frame j is both the one before it and the oldest.
-        lat_cos, column_gap: float32 (T, T) and (T, T, w), see `far_env.contract.SIGNALS`.
+        lat_cos: float32 (T, T), see `far_env.contract.SIGNALS`.
     """
 
     distance: np.ndarray
     nearest: np.ndarray
     features: np.ndarray
     lat_cos: np.ndarray
-    column_gap: np.ndarray
 
     @staticmethod
     def of(latents: Tensor) -> FrameDistances:
@@ -59,16 +58,16 @@ class FrameDistances:
         count = len(latents)
         pairs = torch.stack([latents.repeat(count, 1, 1, 1), latents.repeat_interleave(count, dim=0)], dim=1)
         features = frame_features(pairs)[:, 1].unflatten(0, (count, count))
-        signals = latent_cosines(latents[None])[0], column_gaps(latents[None])[0]
-        return FrameDistances(*(part.contiguous().numpy() for part in (distance, nearest.to(torch.int16), features, *signals)))
+        parts = distance, nearest.to(torch.int16), features, latent_cosines(latents[None])[0]
+        return FrameDistances(*(part.contiguous().numpy() for part in parts))
 
 
 def comparison_bytes(workload: Workload) -> int:
     """What is kept in memory of one clip: its latents and its `FrameDistances`."""
     channels, height, width = workload.unit_shape
     frames, cells = workload.num_units, height * width
-    numbers = 4 * frames * channels * cells + frames**2 * ((4 + 2) * cells + 4 * len(FEATURES) + 4 + 4 * width)
-    return numbers + 6 * ENTRY_BYTES
+    numbers = 4 * frames * channels * cells + frames**2 * ((4 + 2) * cells + 4 * len(FEATURES) + 4)
+    return numbers + 5 * ENTRY_BYTES
 
 
 class SurrogateRollouts(TrueHistories):
@@ -87,7 +86,7 @@ class SurrogateRollouts(TrueHistories):
         self.next = [workload.num_units] * num_rows
         self.errors = np.zeros((num_rows, workload.num_units, shape[1] * shape[2]), dtype=np.float32)
         self._units = np.ones(num_rows)
-        self._distances = [FrameDistances(*[np.zeros(0)] * 5)] * num_rows
+        self._distances = [FrameDistances(*[np.zeros(0)] * 4)] * num_rows
 
     def begin(self, rows: Sequence[int], clips: Sequence[Clip], noise_seeds: Sequence[int]) -> None:
         """Start rollouts of these clips; noise seeds have no effect."""
@@ -129,9 +128,8 @@ class SurrogateRollouts(TrueHistories):
         return values
 
     def signals(self, rows: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """lat_cos and column_gap of each row's history, from the comparisons of frames."""
-        chosen = [(self._distances[row], np.ix_(self.kept[row], self.kept[row])) for row in rows]
-        return [{"lat_cos": distances.lat_cos[kept], "column_gap": distances.column_gap[kept]} for distances, kept in chosen]
+        """lat_cos of each row's history, from the comparisons of frames."""
+        return [{"lat_cos": self._distances[row].lat_cos[np.ix_(self.kept[row], self.kept[row])]} for row in rows]
 
     def step(self, row: int) -> int:
         """Predicted frames in the row so far."""
@@ -161,7 +159,7 @@ class SurrogateRollouts(TrueHistories):
     @torch.no_grad()
     def _comparisons(self, clip: Clip) -> tuple[Tensor, FrameDistances]:
         """A clip's latents (T, C, h, w), and the comparisons of its frames."""
-        names = [content_key(clip.clip_id, part) for part in range(6)]  # the clips of an environment are of one split
+        names = [content_key(clip.clip_id, part) for part in range(5)]  # the clips of an environment are of one split
         parts = [self.memo.get(name) for name in names]
         if any(part is None for part in parts):
             latents = true_units(self.workload, [clip])[0].float().cpu()

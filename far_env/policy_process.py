@@ -140,11 +140,6 @@ class PolicyProcess:
         self._end()
         self._questions = self._answers = self._status = -1
 
-    @property
-    def num_printed(self) -> int:
-        """Bytes that the policy has printed."""
-        return self._output.count
-
     def printed(self) -> str | None:
         """One sentence with the beginning of what the policy printed; None if it printed nothing."""
         if not self._output.count:

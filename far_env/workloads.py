@@ -42,7 +42,7 @@ NULL_CLASS = -1.0
 PORTABLE, HARNESS = "portable", "harness"
 NOISES = (PORTABLE, HARNESS)
 """Where noise is drawn: on the CPU in float32, the same for every device, or as the benchmark's program draws it."""
-UNITS, FRAMES = BUDGETS_COUNT = ("units", "frames")
+UNITS, FRAMES = BUDGET_UNITS = ("units", "frames")
 """What a budget counts where a host generates chunks of several frames: chunks, or the frames that they show."""
 BENCHMARK_WORKLOADS = ("ucf101_short_prediction", "dmlab_long_prediction")
 """Those of the benchmark ar-video-kv-temporal-policy."""
@@ -68,7 +68,7 @@ class Workload:
             that takes classes gets the null class on all frames.
         labels: the host is conditioned on the class of every clip, ``clip.label``; classes are given as with actions.
         prompts: the host is conditioned on the text of every clip, ``clip.prompt``.
-        budget_counts: one of `BUDGETS_COUNT`. A budget in frames allows as many units as fit if each is of the largest size.
+        budget_counts: one of `BUDGET_UNITS`. A budget in frames allows as many units as fit if each is of the largest size.
         feedback: "generated", or "true": after each generated frame the clip's true frame, encoded, enters the history in its
             place, so that errors do not accumulate. The metrics are still those of the generated frames. True and False, as
             YAML reads them, are accepted and stand for "true" and "generated".
@@ -98,8 +98,8 @@ class Workload:
     budget_counts: str = UNITS
 
     def __post_init__(self) -> None:
-        if self.budget_counts not in BUDGETS_COUNT:
-            raise ValueError(unknown_name("budget_counts", self.budget_counts, BUDGETS_COUNT))
+        if self.budget_counts not in BUDGET_UNITS:
+            raise ValueError(unknown_name("budget_counts", self.budget_counts, BUDGET_UNITS))
         if self.noise not in NOISES:
             raise ValueError(unknown_name("noise", self.noise, NOISES))
         object.__setattr__(self, "feedback", resolve_feedback(self.feedback))

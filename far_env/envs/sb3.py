@@ -13,7 +13,35 @@ from stable_baselines3.common.vec_env import VecEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 
 
-class SB3VecEnv(VecEnv):
+class RowsVecEnv(VecEnv):
+    """What SB3 asks of an environment whose rows are not environments of their own: they share attributes and methods."""
+
+    @property
+    def _shared(self) -> Any:
+        """The object whose attributes and methods these are."""
+        return self
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        """The shared attribute, once per index."""
+        return [getattr(self._shared, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        """Set an attribute for all rows. Raises ValueError for some of them only."""
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"the rows share one environment: {attr_name} can only be set for all of them")
+        setattr(self._shared, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
+        """Call a batched method once and return one row of the result per index."""
+        results = getattr(self._shared, method_name)(*args, **kwargs)
+        return [results[row] for row in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
+        """False for every index: rows are not single environments that could be wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+
+class SB3VecEnv(RowsVecEnv):
     """Adapter over a `FrameRetentionVectorEnv` whose autoreset mode is SAME_STEP, as SB3's convention is.
 
     ``infos`` become one dict per row; the last observation of an ended episode is in ``terminal_observation``.
@@ -23,20 +51,18 @@ class SB3VecEnv(VecEnv):
     """
 
     def __init__(self, env: FrameRetentionVectorEnv) -> None:
-        if env.autoreset_mode != AutoresetMode.SAME_STEP:
-            raise ValueError(
-                f"SB3 resets within a step: make the environment with autoreset_mode='SAME_STEP', not {env.autoreset_mode.name}"
-            )
+        require_same_step(env)
         self.env = env
         self._actions: np.ndarray | None = None
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
+    @property
+    def _shared(self) -> Any:
+        return self.env
+
     def reset(self) -> dict[str, np.ndarray]:
         """Begin all rows with the seeds and options that were set; `reset_infos` holds their infos."""
-        keys = {key for row in self._options for key in row}
-        options = {key: [row.get(key) for row in self._options] for key in keys}
-        seeds = None if all(seed is None for seed in self._seeds) else self._seeds
-        observations, infos = self.env.reset(seed=seeds, options=options)
+        observations, infos = rows_reset(self.env, self._seeds, self._options)
         self.reset_infos = [row_info(infos, row) for row in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
@@ -64,103 +90,24 @@ class SB3VecEnv(VecEnv):
         """Close the environment."""
         self.env.close()
 
-    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """The shared environment's attribute, once per index."""
-        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        """Set an attribute for all rows. Raises ValueError for some of them only."""
-        if len(list(self._get_indices(indices))) != self.num_envs:
-            raise ValueError(f"the rows share one environment: {attr_name} can only be set for all of them")
-        setattr(self.env, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call a batched method once and return one row of the result per index."""
-        results = getattr(self.env, method_name)(*args, **kwargs)
-        return [results[row] for row in self._get_indices(indices)]
-
-    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
-        """False for every index: rows are not single environments that could be wrapped."""
-        return [False for _ in self._get_indices(indices)]
-
     def get_images(self) -> Sequence[np.ndarray | None]:
         """Return one picture per row, uint8 (height, width, 3); None per row without a render_mode."""
         return [None] * self.num_envs if self.render_mode is None else list(self.env.render())
 
 
-class JoinedVecEnv(VecEnv):
-    """Several environments with the same spaces as one, for an agent that learns in all of them; rows come in their order.
-
-    Raises:
-        ValueError: if the spaces differ.
-    """
-
-    def __init__(self, envs: Sequence[SB3VecEnv]) -> None:
-        first = envs[0]
-        for env in envs[1:]:
-            if (env.observation_space, env.action_space) != (first.observation_space, first.action_space):
-                raise ValueError(
-                    "environments that are joined need the same number of slots: context lengths and budgets that fit together"
-                )
-        self.envs = list(envs)
-        ends = np.cumsum([env.num_envs for env in envs]).tolist()
-        self._slices = [slice(end - env.num_envs, end) for env, end in zip(envs, ends, strict=True)]
-        super().__init__(ends[-1], first.observation_space, first.action_space)
-
-    def reset(self) -> dict[str, np.ndarray]:
-        """Begin all rows with the seeds and options that were set."""
-        for env, rows in zip(self.envs, self._slices, strict=True):
-            env._seeds, env._options = self._seeds[rows], self._options[rows]
-        observations = [env.reset() for env in self.envs]
-        self.reset_infos = [info for env in self.envs for info in env.reset_infos]
-        self._reset_seeds()
-        self._reset_options()
-        return concatenated(observations)
-
-    def step_async(self, actions: np.ndarray) -> None:
-        """Give each environment its rows' actions."""
-        for env, rows in zip(self.envs, self._slices, strict=True):
-            env.step_async(actions[rows])
-
-    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """As `SB3VecEnv.step_wait`, of all rows."""
-        observations, rewards, dones, infos = zip(*(env.step_wait() for env in self.envs), strict=True)
-        return (
-            concatenated(observations),
-            np.concatenate(rewards),
-            np.concatenate(dones),
-            [info for part in infos for info in part],
+def require_same_step(env: FrameRetentionVectorEnv) -> None:
+    """Raise ValueError unless ended rows are reset within the step, as SB3 expects."""
+    if env.autoreset_mode != AutoresetMode.SAME_STEP:
+        raise ValueError(
+            f"SB3 resets within a step: make the environment with autoreset_mode='SAME_STEP', not {env.autoreset_mode.name}"
         )
 
-    def close(self) -> None:
-        """Close all of them."""
-        for env in self.envs:
-            env.close()
 
-    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        """Each row's environment's attribute."""
-        values = [value for env in self.envs for value in env.get_attr(attr_name)]
-        return [values[row] for row in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        """Set an attribute for all rows. Raises ValueError for some of them only."""
-        if len(list(self._get_indices(indices))) != self.num_envs:
-            raise ValueError(f"rows share environments: {attr_name} can only be set for all of them")
-        for env in self.envs:
-            env.set_attr(attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any) -> list[Any]:
-        """Call a batched method of each environment and return one row of the result per index."""
-        results = [row for env in self.envs for row in env.env_method(method_name, *args, **kwargs)]
-        return [results[row] for row in self._get_indices(indices)]
-
-    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None) -> list[bool]:
-        """False for every index: rows are not single environments that could be wrapped."""
-        return [False for _ in self._get_indices(indices)]
-
-    def get_images(self) -> Sequence[np.ndarray | None]:
-        """The pictures of all rows, see `SB3VecEnv.get_images`; they differ in size where the workloads' frames do."""
-        return [image for env in self.envs for image in env.get_images()]
+def rows_reset(env: FrameRetentionVectorEnv, seeds: Sequence[int | None], options: Sequence[dict]) -> tuple[dict, dict]:
+    """Reset all rows with the seeds and options that SB3 has for each of them."""
+    keys = {key for row in options for key in row}
+    by_key = {key: [row.get(key) for row in options] for key in keys}
+    return env.reset(seed=None if all(seed is None for seed in seeds) else list(seeds), options=by_key)
 
 
 def concatenated(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

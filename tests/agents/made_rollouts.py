@@ -55,7 +55,7 @@ class MadeClip:
         """Random numbers in the shapes of signals; the newest frame has none of key_cos and expected_mass yet."""
         n, values = len(history), {}
         for name in names:
-            shape = {"attn_mass": (n,), "expected_mass": (n,), "column_gap": (n, n, 3)}.get(name, (n, n))
+            shape = {"attn_mass": (n,), "expected_mass": (n,)}.get(name, (n, n))
             values[name] = rng.normal(size=shape).astype(np.float32)
             if name in ("key_cos", "expected_mass"):
                 values[name][-1] = np.nan

@@ -230,7 +230,7 @@ def test_the_command_prints_a_table_and_writes_nothing(config, capsys, tmp_path)
         ({"reward": RewardSettings("ssim")}, "the surrogate estimates PSNR alone: set reward.metric to psnr"),
         ({"table": ("nothing_like_it",)}, "nothing_like_it"),
         ({"budget": 15}, "leaves nothing to decide in pan"),
-        ({"network": NetworkConfig(signals=("attn_mass",))}, "true frames have no signals but lat_cos and column_gap"),
+        ({"network": NetworkConfig(signals=("attn_mass",))}, "true frames have no signal but lat_cos"),
     ],
 )
 def test_what_would_stop_a_run_stops_a_dry_one(config, capsys, change, sentence):

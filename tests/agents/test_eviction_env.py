@@ -137,10 +137,31 @@ def test_rows_are_single_environments_that_get_the_keep_masks(workloads, options
             assert infos[row].get("psnr") == pytest.approx(info.get("psnr"), abs=2e-3)
             if ended:
                 assert infos[row]["clip_id"] == info["clip_id"] and infos[row]["kept_frames"] == info["kept_frames"]
-                assert set(infos[row]["terminal_observation"]) == set(observations)
             ends[row] += ended
     assert min(ends) >= 2 and asked_again > 20
     assert ("frame_signals" in observations) == bool(config.signals)
+
+
+def test_reset_options_hold_for_the_rows_that_they_are_set_for_and_once(workloads):
+    env = make_env(workloads)
+    env.seed(0)
+    env.set_options([{"clip_id": 5}, {"clip_id": 7, "budget": 4}, {}])
+    env.reset()
+    first, second, third = env.reset_infos
+    assert (first["clip_id"], second["clip_id"], second["max_frames"]) == (5, 7, 4) and third["clip_id"] < 16
+    env.seed(0)
+    env.reset()
+    assert [info["clip_id"] for info in env.reset_infos] != [5, 7, third["clip_id"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"autoreset_mode": "NEXT_STEP"}, "autoreset_mode='SAME_STEP'"), ({"max_episode_steps": 3}, "without max_episode_steps")],
+)
+def test_environments_that_do_not_end_as_sb3_expects_are_refused(tiny_workload, options, message):
+    env = FrameRetentionVectorEnv(1, tiny_workload, 4, **{"autoreset_mode": "SAME_STEP", **options})
+    with pytest.raises(ValueError, match=message):
+        EvictionVecEnv([env], SMALL)
 
 
 def test_an_action_that_is_not_allowed_drops_the_oldest_that_remains(workloads):

@@ -225,7 +225,7 @@ def test_the_seed_determines_all_whatever_the_batch_size(tiny_workload, true_fra
 
 
 def test_signals_and_features_are_those_of_the_histories(tiny_workload):
-    config = dataclasses.replace(CONFIG, signals=("column_gap", "lat_cos"))
+    config = dataclasses.replace(CONFIG, signals=("lat_cos",))
     data = gather(tiny_workload, [3], [3], config=config)
     latents = torch.from_numpy(true_latents(tiny_workload, 3)).float()
     for call, numbers in enumerate(histories_of(data, tiny_workload)):
@@ -233,11 +233,9 @@ def test_signals_and_features_are_those_of_the_histories(tiny_workload):
         torch.testing.assert_close(data.features[call, :n], frame_features(latents[numbers][None])[0], atol=1e-5, rtol=1e-4)
         flat = latents[numbers].flatten(1)
         cosines = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
-        columns = latents[numbers].flatten(1, 2).transpose(1, 2)  # (n, w, C·h)
-        gaps = (columns[:, None, :, None] - columns[None, :, None]).square().mean(dim=-1).amin(dim=-1).mean(dim=-1)
-        torch.testing.assert_close(data.pair_signals[call, :n, :n], torch.stack([gaps, cosines], dim=-1), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(data.pair_signals[call, :n, :n], cosines[..., None], atol=1e-4, rtol=1e-3)
         assert not data.features[call, n:].any() and not data.pair_signals[call, n:].any()
-    with pytest.raises(ValueError, match="no signals but lat_cos and column_gap"):
+    with pytest.raises(ValueError, match="no signal but lat_cos"):
         gather(tiny_workload, [0], [4], config=dataclasses.replace(CONFIG, signals=("attn_mass",)))
 
 
@@ -325,7 +323,7 @@ def test_histories_of_true_frames_are_rollouts_of_a_perfect_host(tiny_workload):
     """Same features and signals as of rollouts whose generated frames are replaced by the true ones."""
     clips = [tiny_workload.clips.clip("train", i) for i in (0, 1)]
     latents = torch.stack([tiny_workload.host.autoencoder.encode(torch.from_numpy(clip.frames)[None])[0] for clip in clips])
-    true, rolled = TrueHistories(latents, 5), RolloutBatch(tiny_workload, 2, signals=("lat_cos", "column_gap"))
+    true, rolled = TrueHistories(latents, 5), RolloutBatch(tiny_workload, 2, signals=("lat_cos",))
     rolled.begin([0, 1], clips, [1, 2])
     for step in range(4):
         true.advance([0, 1])

@@ -35,7 +35,7 @@ class NotingScorer(GraphScorer):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dropped_frames": False}, {"scaled": False}, {"signals": ("lat_cos", "column_gap", "expected_mass")}],
+    [{}, {"dropped_frames": False}, {"scaled": False}, {"signals": ("lat_cos", "key_cos", "expected_mass")}],
     ids=lambda options: "+".join(options) or "default",
 )
 def test_batches_are_what_a_policy_that_acts_makes(tiny_workload, options):

@@ -23,7 +23,7 @@ VARIANTS = {
     "without products": {"edge_updates": False},
     "without dropped frames": {"dropped_frames": False},
     "unscaled": {"scaled": False},
-    "signals": {"signals": ("lat_cos", "attn_mass", "expected_mass", "column_gap")},
+    "signals": {"signals": ("lat_cos", "attn_mass", "expected_mass", "key_cos")},
     "one layer, eight heads": {"num_layers": 1, "num_heads": 8},
 }
 
@@ -195,7 +195,8 @@ def test_sizes_that_do_not_fit_are_refused():
         ({"edge_width": 64}, "edge_width 64 is above the width, 48"),
         ({"num_layers": 0}, "num_layers must be above 0, got 0"),
         ({"width": 8192}, "width 8192 with num_layers 3 is too large a network"),
-        ({"signals": ("key_proto",)}, "cannot read key_proto, whose length depends on the host"),
+        ({"signals": ("key_proto",)}, "cannot read key_proto: its length depends on the host"),
+        ({"signals": ("column_gap",)}, "cannot read column_gap: it ignores horizontal shifts"),
     ):
         with pytest.raises(ValueError, match=message):
             NetworkConfig(**options)

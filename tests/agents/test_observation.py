@@ -12,7 +12,7 @@ from far_env.agents.graph_batches import network_inputs, stacked, trimmed
 from far_env.agents.observation import FrameGraph, graph_inputs, signal_arrays
 from tests.agents.made_rollouts import Call, MadeClip, made_clip
 
-PAIR_SIGNALS, FRAME_SIGNALS = ("column_gap", "key_cos", "lat_cos"), ("attn_mass", "expected_mass")
+PAIR_SIGNALS, FRAME_SIGNALS = ("key_cos", "lat_cos"), ("attn_mass", "expected_mass")
 
 
 class SlowGraph:
@@ -109,7 +109,7 @@ CASES = {
     "dropped frames are forgotten": (5, 16, 6, 2, False, ()),
     "more frames than nodes": (40, 60, 8, None, True, ()),
     "more kept frames than nodes": (70, 6, 68, None, True, ()),
-    "signals": (5, 11, 4, None, True, ("lat_cos", "attn_mass", "column_gap", "expected_mass", "key_cos")),
+    "signals": (5, 11, 4, None, True, ("lat_cos", "attn_mass", "expected_mass", "key_cos")),
     "signals, dropped frames are forgotten": (5, 11, 4, 2, False, ("lat_cos", "attn_mass")),
 }
 
@@ -138,7 +138,7 @@ def test_inputs_are_those_of_a_slow_graph_from_the_true_latents(context, predict
 
 def test_the_widths_are_those_that_the_class_declares():
     clip = made_clip(0)
-    names = ("lat_cos", "attn_mass", "column_gap")
+    names = ("lat_cos", "attn_mass", "key_cos")
     for chosen in ((), names):
         graph = FrameGraph()
         call = next(clip.calls(4, 0, chosen))
@@ -228,7 +228,7 @@ def test_a_still_clip_and_a_history_of_one_frame_give_finite_inputs():
 
 
 def test_padding_is_behind_the_nodes_and_changes_no_input():
-    names = ("lat_cos", "attn_mass", "column_gap")
+    names = ("lat_cos", "attn_mass", "key_cos")
     graphs = []
     for seed, context in enumerate((5, 9, 20)):
         graph, clip = FrameGraph(), made_clip(seed, context, 11)

@@ -15,11 +15,9 @@ from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfi
 from far_env.agents.ppo import PPOStage
 from far_env.agents.trainer import make_workloads, train
 from far_env.agents.training_callbacks import ValidationCheckpoint
-from far_env.clips.worlds import WORLDS
 from far_env.envs.retention_env import FrameRetentionEnv
-from far_env.envs.sb3 import JoinedVecEnv, SB3VecEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
-from far_env.workloads import Workload, make_workload, resolve_budgets
+from far_env.workloads import make_workload, resolve_budgets
 
 
 def test_budgets_are_one_or_several():
@@ -83,50 +81,6 @@ def test_rows_with_other_budgets_are_the_episodes_of_their_own(tiny_workload):
             total += reward
         assert total == pytest.approx(info["psnr"], abs=1e-3)
         assert ends[row][:2] == pytest.approx((total, info["psnr"]), abs=1e-3)
-
-
-@pytest.fixture
-def joined(tiny_workload, tiny_host):
-    cuts = Workload("tiny_cuts", WORLDS["cuts"], tiny_host, num_context=5, num_predict=11, num_steps=3)
-
-    def make():
-        parts_of_batch = ((2, tiny_workload), (3, cuts))
-        return [SB3VecEnv(FrameRetentionVectorEnv(n, world, [3, 4], autoreset_mode="SAME_STEP")) for n, world in parts_of_batch]
-
-    return make
-
-
-def test_joined_environments_are_their_parts(joined):
-    parts, whole = joined(), JoinedVecEnv(joined())
-    for index, part in enumerate(parts):
-        part.seed(7 + 2 * index)
-    whole.seed(7)
-    results_of_parts = [part.reset() for part in parts]
-    both = whole.reset()
-    assert [info["clip_id"] for info in whole.reset_infos] == [i["clip_id"] for part in parts for i in part.reset_infos]
-    rng = np.random.default_rng(0)
-    for _ in range(13):
-        for key in both:
-            np.testing.assert_array_equal(both[key], np.concatenate([part_result[key] for part_result in results_of_parts]))
-        masks = whole.env_method("action_masks")
-        assert len(masks) == 5 and whole.env_method("action_masks", indices=[4])[0].tolist() == masks[4].tolist()
-        actions = rng.integers(0, 2, (5, 6)).astype(np.int8)
-        results = [part.step(part_actions) for part, part_actions in zip(parts, (actions[:2], actions[2:]), strict=True)]
-        results_of_parts = [result[0] for result in results]
-        both, rewards, dones, infos = whole.step(actions)
-        np.testing.assert_array_equal(rewards, np.concatenate([result[1] for result in results]))
-        np.testing.assert_array_equal(dones, np.concatenate([result[2] for result in results]))
-        assert [info["clip_id"] for info in infos] == [info["clip_id"] for result in results for info in result[3]]
-    whole.set_options({"budget": 3})
-    whole.reset()
-    assert {info["max_frames"] for info in whole.reset_infos} == {3}
-    assert whole.get_attr("num_envs") == [2, 2, 3, 3, 3]
-
-
-def test_environments_with_other_slots_cannot_be_joined(tiny_workload):
-    envs = [SB3VecEnv(FrameRetentionVectorEnv(1, tiny_workload, b, autoreset_mode="SAME_STEP")) for b in (4, 8)]
-    with pytest.raises(ValueError, match="need the same number of slots"):
-        JoinedVecEnv(envs)
 
 
 @pytest.fixture

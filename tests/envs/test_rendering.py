@@ -16,7 +16,7 @@ from gymnasium.wrappers import AddRenderObservation, HumanRendering, RecordVideo
 import far_env  # noqa: F401  (registers the ids)
 from far_env.envs.rendering import MAX_WIDTH, render_workload_episode
 from far_env.envs.retention_env import FrameRetentionEnv
-from far_env.envs.sb3 import JoinedVecEnv, SB3VecEnv
+from far_env.envs.sb3 import SB3VecEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 
 needs_pygame = pytest.mark.skipif(importlib.util.find_spec("pygame") is None, reason="pygame is not installed")
@@ -198,8 +198,5 @@ def test_sb3_gets_the_pictures_of_all_rows(make_vector):
     assert [image.shape for image in images] == [(196, 1084, 3)] * 2
     tiled = env.render()
     assert tiled.ndim == 3 and tiled.shape[0] * tiled.shape[1] >= 2 * 196 * 1084
-    joined = JoinedVecEnv([env, SB3VecEnv(make_vector(1, autoreset_mode="SAME_STEP"))])
-    joined.reset()
-    assert [image.shape for image in joined.get_images()] == [(196, 1084, 3)] * 3
     blind = SB3VecEnv(make_vector(2, autoreset_mode="SAME_STEP", render_mode=None))
     assert blind.get_images() == [None, None]
