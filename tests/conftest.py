@@ -240,7 +240,7 @@ def random_alexnet(monkeypatch, tmp_path):
 
 
 def repeated_in_place(compute):
-    """Repeats a pass as a CUDA graph does, see `far_env.host.frame_graphs.Capture`: into one output, whatever it held."""
+    """Repeats a pass as a CUDA graph does, see `far_env.host.cuda_graphs.Capture`: into one output, whatever it held."""
     output = compute()
 
     def repeat() -> torch.Tensor:

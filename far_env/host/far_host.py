@@ -11,8 +11,8 @@ from torch import Tensor
 
 from far_env.device import torch_defaults
 from far_env.host.autoencoder import Autoencoder
+from far_env.host.cuda_graphs import CudaCapture, CudaGraphs
 from far_env.host.far import CLEAN_TIME, FAR
-from far_env.host.frame_graphs import CudaCapture, FrameGraphs
 from far_env.host.protocol import Conditions, Host
 from far_env.host.sampler import make_scheduler
 
@@ -60,9 +60,9 @@ class FARHost(Host):
         return self.transformer.null_class or 0
 
     @cached_property
-    def graphs(self) -> FrameGraphs | None:
+    def cuda_graphs(self) -> CudaGraphs | None:
         """CUDA graphs of its next frames, on a GPU. They live as long as the host, and a host with other weights has others."""
-        return FrameGraphs(self.transformer, CudaCapture(self.device)) if self.device.type == "cuda" else None
+        return CudaGraphs(self.transformer, CudaCapture(self.device)) if self.device.type == "cuda" else None
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (B, F, 3, H, W) in [0, 1] to scaled latents (B, F, C, h, w)."""

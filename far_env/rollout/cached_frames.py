@@ -17,7 +17,7 @@ from torch import Tensor
 
 from far_env.device import upload
 from far_env.errors import PolicyError
-from far_env.host.frame_graphs import FrameShape
+from far_env.host.cuda_graphs import FrameShape
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.signals import RecordedSignals, SignalRecorder
 from far_env.rollout.state import Rollout
@@ -72,7 +72,7 @@ class CachedFrames:
     def _repeat_graphs(self, rollouts: Sequence[Rollout]) -> dict[int, Tensor]:
         """The next frames, by place, of those rollouts for which there is a CUDA graph."""
         host, latents = self.workload.host, {}
-        if host.graphs is None or self.needs_probe:
+        if host.cuda_graphs is None or self.needs_probe:
             return latents
         by_length: dict[int, list[int]] = {}
         for place, rollout in enumerate(rollouts):
@@ -81,7 +81,7 @@ class CachedFrames:
         kind = "label" if self.workload.labels else "action" if self.workload.actions else None
         for num_kept, places in by_length.items():
             sampling = (self.workload.num_steps, self.workload.guidance)
-            graph = host.graphs.find(FrameShape(num_kept, host.latent_shape, host.dtype, *sampling, kind), len(places))
+            graph = host.cuda_graphs.find(FrameShape(num_kept, host.latent_shape, host.dtype, *sampling, kind), len(places))
             if graph is None:
                 continue
             alike = [rollouts[place] for place in places]

@@ -4,7 +4,7 @@ What makes it fast, and exact:
 
 - With FAR, keys and values of clean frames are computed once per frame, not once per ODE step, and rows share every forward
   pass: `far_env.rollout.cached_frames`. Other hosts generate unit after unit: `far_env.rollout.plain_units`.
-- On a GPU, histories that stay as long are replayed as CUDA graphs: `far_env.host.frame_graphs`.
+- On a GPU, histories that stay as long are replayed as CUDA graphs: `far_env.host.cuda_graphs`.
 - A latent is a pure function of host, clip, noise seed, step, kept frames and their classes: a memo under a hash of these
   returns what was computed before, for example for another policy. The same holds for its pixels.
 

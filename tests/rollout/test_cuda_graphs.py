@@ -14,9 +14,9 @@ import torch
 from far_env.clips.clip import Clip
 from far_env.clips.worlds import WORLDS
 from far_env.contract import NewestFrames
+from far_env.host.cuda_graphs import CudaGraphs
 from far_env.host.far import FAR
 from far_env.host.far_host import FARHost
-from far_env.host.frame_graphs import FrameGraphs
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play
@@ -68,7 +68,7 @@ def hosts(tiny_hosts, label_host):
 def with_graphs(workload: Workload, **options) -> tuple[Workload, Counting]:
     """The same workload on a host with graphs, as on a GPU."""
     host, capture = replace(workload.host), Counting()
-    vars(host)["graphs"] = FrameGraphs(host.transformer, capture, **options)  # in place of what a CPU has
+    vars(host)["cuda_graphs"] = CudaGraphs(host.transformer, capture, **options)  # in place of what a CPU has
     return replace(workload, host=host), capture
 
 
@@ -194,13 +194,13 @@ def test_a_graph_that_does_not_fit_leaves_the_engine_as_it_was(tiny_workload):
 
     workload = replace(tiny_workload, num_steps=1)
     fast, _ = with_graphs(workload)
-    vars(fast.host)["graphs"] = FrameGraphs(fast.host.transformer, full)
+    vars(fast.host)["cuda_graphs"] = CudaGraphs(fast.host.transformer, full)
     clips = [workload.clips.clip("test", i) for i in range(2)]
     latents = [play(one, clips, [1, 2], NewestFrames(), 4)[0].generated(range(2)) for one in (fast, workload)]
     assert torch.equal(*latents)
 
 
 def test_hosts_on_a_cpu_have_no_graphs_and_other_weights_have_other_ones(tiny_workload):
-    assert tiny_workload.host.graphs is None
+    assert tiny_workload.host.cuda_graphs is None
     fast, _ = with_graphs(tiny_workload)
-    assert fast.host.graphs is not None and replace(fast.host).graphs is None
+    assert fast.host.cuda_graphs is not None and replace(fast.host).cuda_graphs is None

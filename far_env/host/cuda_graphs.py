@@ -94,7 +94,7 @@ class CapturedFrame:
         return self._repeat()[:rows].clone()
 
 
-class FrameGraphs:
+class CudaGraphs:
     """The graphs of one model. The one that was used least recently is dropped for a new one.
 
     Args:

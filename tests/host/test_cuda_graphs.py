@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from far_env.host import frame_graphs
+from far_env.host import cuda_graphs
+from far_env.host.cuda_graphs import CapturedFrame, CudaCapture, CudaGraphs, FrameShape
 from far_env.host.far import FAR
 from far_env.host.far_long import make_transformer
-from far_env.host.frame_graphs import CapturedFrame, CudaCapture, FrameGraphs, FrameShape
 from far_env.host.sampler import FrameSampler, sample_next_frame
 from tests.conftest import TINY_FAR, TINY_FAR_LONG, randomise, repeated_in_place
 
@@ -83,7 +83,7 @@ def test_positions_are_inputs(changes):
 
 def test_a_graph_is_made_at_the_second_request_and_serves_up_to_half_its_rows():
     model = tiny({}, None)
-    graphs = FrameGraphs(model, repeated_in_place)
+    graphs = CudaGraphs(model, repeated_in_place)
     shape = FrameShape(2, LATENT, torch.float32, 1)
     assert graphs.find(shape, 4) is None
     graph = graphs.find(shape, 4)
@@ -100,7 +100,7 @@ def test_a_graph_is_made_at_the_second_request_and_serves_up_to_half_its_rows():
 
 def test_the_graph_used_least_recently_makes_room():
     model, captured = tiny({}, None), []
-    graphs = FrameGraphs(model, lambda compute: captured.append(compute) or compute, max_graphs=2)
+    graphs = CudaGraphs(model, lambda compute: captured.append(compute) or compute, max_graphs=2)
     shapes = [FrameShape(num_kept, LATENT, torch.float32, 1) for num_kept in (1, 2, 3)]
     for shape in shapes:
         graphs.find(shape, 1)
@@ -118,7 +118,7 @@ def test_a_graph_that_does_not_fit_is_not_tried_again():
         tries.append(compute)
         raise torch.OutOfMemoryError
 
-    graphs = FrameGraphs(tiny({}, None), full)
+    graphs = CudaGraphs(tiny({}, None), full)
     assert [graphs.find(FrameShape(1, LATENT, torch.float32, 1), 2) for _ in range(4)] == [None] * 4
     assert len(tries) == 1 and len(graphs) == 0
 
@@ -149,7 +149,7 @@ def fake_gpu(monkeypatch):
         with unset_fake_temporarily(), torch.device("cpu"):
             return FrameSampler(*args)
 
-    monkeypatch.setattr(frame_graphs, "FrameSampler", with_values)
+    monkeypatch.setattr(cuda_graphs, "FrameSampler", with_values)
     with FakeTensorMode(), torch.device("cuda"):
         yield
 
