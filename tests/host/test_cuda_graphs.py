@@ -81,6 +81,14 @@ def test_positions_are_inputs(changes):
     torch.testing.assert_close(far, latent, atol=1e-4, rtol=0)
 
 
+def test_rows_of_one_length_need_no_mask_which_the_fastest_attention_would_refuse():
+    model, noise = tiny(TINY_FAR_LONG, "action"), torch.zeros(2, 1, *LATENT)
+    clean = sum(model.token_counts(7, noise))
+    memory = model.new_memory(2, clean + model.tokens_per_frame(noise), noise)
+    assert model.next_frame(memory, noise, [7, 7]).masks == [None, None]
+    assert model.next_frame(memory, noise, [7, 6]).masks[0].shape == (2, 1, 16, clean + 16)
+
+
 def test_a_graph_is_made_at_the_second_request_and_serves_up_to_half_its_rows():
     model = tiny({}, None)
     graphs = CudaGraphs(model, repeated_in_place)
