@@ -76,11 +76,11 @@ class Timing:
 
     rollouts_per_second: float
     shares: dict[str, float]
-    """Of wall time: transformer, autoencoder, metrics, python."""
+    """Of wall time without CUDA graphs: transformer, autoencoder, metrics, python."""
     gflop: float
     """Floating-point operations of the transformer per rollout, 1e9."""
     matmul_fraction: float
-    """Rate inside the transformer over the rate of a large matrix product at the same dtype in this run."""
+    """Rate inside the transformer, without CUDA graphs, over that of a large matrix product at the same dtype in this run."""
 
 
 class Stopwatch:
@@ -112,7 +112,12 @@ class Stopwatch:
 
 @contextmanager
 def instrumented(host: FARHost, wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
-    """While the block runs, the host's computations are wrapped by ``wrap(label, function)``."""
+    """While the block runs, the host's computations are wrapped by ``wrap(label, function)``, and no CUDA graph is used.
+
+    In a graph nothing can be timed or counted.
+    """
+    graphs = host.cuda_graphs
+    vars(host)["cuda_graphs"] = None
     places = [
         *((host.transformer, name, "transformer") for name in ("encode_context", "denoise", "modulate", "next_frame")),
         *((host.autoencoder, name, "autoencoder") for name in ("encode", "decode")),
@@ -122,6 +127,7 @@ def instrumented(host: FARHost, wrap: Callable[[str, Callable], Callable]) -> It
     try:
         yield
     finally:
+        vars(host)["cuda_graphs"] = graphs
         for target, name, _ in places:
             delattr(target, name)
 

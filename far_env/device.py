@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -114,6 +115,16 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; use auto, {' or '.join(PRECISIONS)}")
     return PRECISIONS[precision]
+
+
+def upload(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Values on the device, in another dtype if one is given.
+
+    To a GPU they go through pinned memory, so that the program prepares its next work while they are copied.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory().to(device, non_blocking=True)
+    return values.to(device=device, dtype=dtype)
 
 
 def synchronize(device: torch.device) -> None:

@@ -237,3 +237,14 @@ def random_alexnet(monkeypatch, tmp_path):
     torch.save(model.state_dict(), alexnet_path())
     yield model
     perceptual_network.cache_clear()
+
+
+def repeated_in_place(compute):
+    """Repeats a pass as a CUDA graph does, see `far_env.host.cuda_graphs.Capture`: into one output, whatever it held."""
+    output = compute()
+
+    def repeat() -> torch.Tensor:
+        output.copy_(compute())
+        return output
+
+    return repeat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,19 +58,47 @@ def test_the_parts_benchmark_times_worlds_policies_and_recording(tiny_host_folde
         assert any(line.split()[0] == name and float(line.split()[1]) > 0 for line in out.splitlines() if line)
 
 
-def test_the_host_benchmark_records_frames_and_memory(small_released, monkeypatch, capsys):
+@pytest.fixture
+def slow_product(monkeypatch):
+    monkeypatch.setattr(host, "matmul_rate", lambda dtype, device, size: 1e9)
+
+
+def test_the_host_benchmark_compares_with_the_plain_loop(small_released, slow_product, monkeypatch, capsys):
     assert run(host, monkeypatch, "--json", "-", "--device", "cpu") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["reduced"] and result["dtype"] == "float32" and result["budget"] == 8
     assert {name: entry["context"] for name, entry in result["hosts"].items()} == {"far_b_ucf101": 5, "far_b_long_dmlab": 36}
     for entry in result["hosts"].values():
         assert list(entry["batches"]) == ["1", "2"] and entry["ode_steps"] == 2
+        assert list(entry["plain_frame_seconds"]) == ["float32"] and len(entry["plain_psnr_db"]) == 1
         for row in entry["batches"].values():
             assert min(row["frame_seconds"], row["context_seconds"], row["peak_memory_mib"]) > 0
+            assert row["speedup"] == pytest.approx(entry["plain_frame_seconds"]["float32"] / row["frame_seconds"])
+            assert row["share_of_product"] == pytest.approx(entry["frame_flops"] / row["frame_seconds"] / 1e9)
+            assert abs(row["psnr_change_db"]) < 1e-3, "in float32 the engine is the reference"
 
 
-def test_the_host_benchmark_says_what_does_not_fit(small_released, monkeypatch, capsys):
-    def full(workload, size):
+def test_the_host_benchmark_states_what_bfloat16_changes(small_released, slow_product, monkeypatch, capsys):
+    monkeypatch.setattr(host, "NAMES", ("ucf101_short_prediction",))
+    assert run(host, monkeypatch, "--json", "-", "--device", "cpu", "--precision", "bfloat16") == 0
+    (entry,) = json.loads(capsys.readouterr().out)["hosts"].values()
+    assert list(entry["plain_frame_seconds"]) == ["float32", "bfloat16"]
+    assert all(0 < abs(row["psnr_change_db"]) < 1 for row in entry["batches"].values())
+
+
+def test_operations_of_a_frame_are_those_of_its_layers(tiny_workload):
+    """The last two of three frames: from six kept ones, of which five are known, and from seven, of which six are known."""
+    counted = host.frame_flops(replace(tiny_workload, num_predict=3, num_steps=1))
+    tokens, dim, layers, features = 16, 32, 2, 16
+    ends, key_value, rest = 2 * tokens * features * dim, 4 * tokens * dim**2, 2 * tokens * (2 + 8) * dim**2
+    attended = 4 * tokens * tokens * dim  # to the tokens of one frame: scores and values
+    encoded = ends + layers * key_value + (layers - 1) * (rest + 6.5 * attended)
+    sampled = 2 * ends + layers * (key_value + rest + 7.5 * attended)
+    assert counted == encoded + sampled, "modulations were computed before"
+
+
+def test_the_host_benchmark_says_what_does_not_fit(small_released, slow_product, monkeypatch, capsys):
+    def full(workload, size, expected):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(host, "time_batch", full)

@@ -82,3 +82,18 @@ def test_denormal_floats_are_flushed_within_a_block_and_restored_after_it():
     with pytest.raises(RuntimeError), denormals_flushed():
         raise RuntimeError
     assert sys.float_info.min / 2 > 0
+
+
+def test_an_upload_to_the_cpu_copies_nothing_and_changes_the_dtype_if_asked():
+    values = torch.arange(6.0)
+    assert device.upload(values, torch.device("cpu")) is values
+    assert device.upload(values, torch.device("cpu"), torch.bfloat16).dtype == torch.bfloat16
+    assert device.upload(values, torch.device("meta"), torch.float16).is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_upload_to_a_gpu_may_be_changed_on_the_cpu_at_once():
+    values = torch.arange(2.0**22)
+    there = device.upload(values, torch.device("cuda", 0), torch.float64)
+    values.zero_()
+    assert torch.equal(there.cpu(), torch.arange(2.0**22, dtype=torch.float64))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.contract import OF_PAIRS, check_signals, newest_within_budget
-from far_env.device import torch_defaults
+from far_env.device import torch_defaults, upload
 from far_env.envs.rendering import render_workload_episode
 from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
@@ -203,7 +203,7 @@ class EpisodeBatch:
         """The true frames of the first ``num_predicted`` predicted ones, (num_predicted, 3, H, W) on the host's device."""
         start = self.workload.num_context
         frames = self.clips[row].frames[start : start + num_predicted]
-        return torch.from_numpy(frames).to(self.workload.host.device)
+        return upload(torch.from_numpy(frames), self.workload.host.device)
 
     @torch_defaults()
     def predicted(self, rows: Sequence[int]) -> Tensor:

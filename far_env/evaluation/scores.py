@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
+from far_env.device import upload
 from far_env.evaluation.unreferenced import unreferenced_metrics
 from far_env.metrics import UNREFERENCED, clip_metrics, psnr
 from far_env.rollout.intervention import SWAP, IntervenedFrames, interventions_of, metric_of, partner_of
@@ -35,7 +36,7 @@ def scores_of(
     if not workload.has_truth:
         return without, [[] for _ in clips]
     truth = np.stack([clip.frames[workload.num_context : workload.num_frames] for clip in clips])
-    truth = torch.from_numpy(truth).to(predicted.device)
+    truth = upload(torch.from_numpy(truth), predicted.device)
     against = all_metrics(predicted, truth, [name for name in metrics if name not in UNREFERENCED], intervened)
     return [a | b for a, b in zip(against, without, strict=True)], frame_psnr(predicted, truth).tolist()
 

@@ -10,6 +10,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from far_env.device import upload
 from far_env.host.blocks import (
     Attention,
     AttentionCallback,
@@ -195,6 +196,7 @@ class FAR(nn.Module):
         past: Tensor | None = None,
         num_past: int = 0,
         *,
+        positions: Tensor | None = None,
         shared: Callable[[float], Modulations] | None = None,
         label: Tensor | None = None,
         action: Tensor | None = None,
@@ -202,9 +204,10 @@ class FAR(nn.Module):
         """Keys and values of clean frames, to which the frame that follows them attends.
 
         Args:
-            frames: (B, n, C, h, w), at positions num_past, num_past + 1, …; rows may be padded at the end.
+            frames: (B, n, C, h, w); rows may be padded at the end.
             past: keys and values (layers, 2, B, T, heads, d) of the ``num_past`` frames before them, or None for none. With
                 FAR-Long, only of frames that are as coarse or fine now as when these were computed.
+            positions: ascending time positions (num_past + n,) of all these frames; by default 0, 1, ….
             shared: modulations by time, if they are the same for all frames; else pass label (B,) or action (B, n).
 
         Returns:
@@ -216,7 +219,10 @@ class FAR(nn.Module):
         memory = self.new_memory(batch, sum(counts), frames)
         if past is not None:
             memory[:, :, :, :num_known] = past
-        num_coarse = max(0, min(self.num_coarse(num_past + num_frames + 1) - num_past, num_frames))
+        if positions is None:
+            positions = torch.arange(num_past + num_frames, device=frames.device)
+        all_coarse = self.num_coarse(num_past + num_frames + 1)
+        num_coarse = max(0, min(all_coarse - num_past, num_frames))
         start = num_past
         for coarse, piece in ((True, slice(0, num_coarse)), (False, slice(num_coarse, num_frames))):
             part = frames[:, piece]
@@ -230,7 +236,7 @@ class FAR(nn.Module):
                 actions = None if action is None else action[:, piece]
                 modulations = self.modulate(times, label=label, action=actions, dtype=part.dtype)
             end = start + part.shape[1]
-            self._write_context(part, memory[:, :, :, : sum(counts[:end])], counts[:end], start, modulations, coarse)
+            self._write_context(part, memory[:, :, :, : sum(counts[:end])], positions[:end], all_coarse, modulations, coarse)
             start = end
         return memory[:, :, :, num_known:]
 
@@ -255,18 +261,34 @@ class FAR(nn.Module):
         num_new = self.tokens_per_frame(latents)
         num_tokens = memory.shape[3] - num_new
         lengths = list(lengths) if len(set(lengths)) > 1 else list(lengths)[:1]
+        if len(lengths) == 1 and num_tokens == sum(self.token_counts(lengths[0], latents)):
+            return self.frame_after(memory, latents, torch.arange(lengths[0] + 1, device=latents.device))
         keys = torch.full((len(lengths), num_tokens + num_new), -1)
         for row, length in enumerate(lengths):
             counts = torch.tensor(self.token_counts(length, latents), dtype=torch.int64)
             keys[row, : int(counts.sum())] = torch.arange(length).repeat_interleave(counts)
             keys[row, num_tokens:] = length
         masked = self.slope_scale != 0 or bool((keys < 0).any())
-        keys = keys.to(latents.device)
+        keys = upload(keys, latents.device)
         positions = keys[:, -1:]
         mask = None
         if masked:
             mask = self._mask(positions.expand(-1, num_new), keys, (keys >= 0)[:, None].expand(-1, num_new, -1), latents.dtype)
         return NextFrame(memory, self._table(positions, latents), [mask] * len(self.transformer_blocks))
+
+    def frame_after(self, memory: Tensor, latents: Tensor, positions: Tensor) -> NextFrame:
+        """The same where every row has as many clean frames, which fill the memory: no token is masked.
+
+        Args:
+            positions: ascending time positions (K+1,) of the K clean frames and of the new one.
+        """
+        mask = None
+        if self.slope_scale != 0:
+            keys = self._per_token(positions, latents, self.num_coarse(len(positions)))[None]
+            queries = keys[:, -self.tokens_per_frame(latents) :]
+            everything = torch.ones(1, queries.shape[1], keys.shape[1], dtype=torch.bool, device=latents.device)
+            mask = self._mask(queries, keys, everything, latents.dtype)
+        return NextFrame(memory, self._table(positions[None, -1:], latents), [mask] * len(self.transformer_blocks))
 
     def denoise(
         self, noisy: Tensor, modulations: Modulations, frame: NextFrame, on_attention: AttentionCallback | None = None
@@ -387,18 +409,31 @@ class FAR(nn.Module):
         distance = keys[:, None, :] - queries[:, :, None]
         return (self.slope_scale * distance).to(dtype).masked_fill(~visible, float("-inf"))[:, None]
 
+    def _per_token(self, positions: Tensor, latents: Tensor, num_coarse: int) -> Tensor:
+        """Time positions of all tokens of frames at ``positions`` (F,), the first ``num_coarse`` of which are coarse."""
+        pieces = ((positions[:num_coarse], True), (positions[num_coarse:], False))
+        return torch.cat([piece.repeat_interleave(self.tokens_per_frame(latents, coarse)) for piece, coarse in pieces])
+
     def _write_context(
-        self, frames: Tensor, memory: Tensor, counts: list[int], start: int, modulations: Modulations, coarse: bool
+        self,
+        frames: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        num_coarse: int,
+        modulations: Modulations,
+        coarse: bool,
     ) -> None:
-        """Write keys and values of clean frames at positions start, … over the last tokens of the memory."""
-        positions = torch.arange(start, len(counts), device=frames.device)
-        keys = torch.arange(len(counts), device=frames.device)
-        keys = keys.repeat_interleave(torch.tensor(counts, device=frames.device), output_size=sum(counts))
-        queries = keys[sum(counts[:start]) :]
+        """Write keys and values of clean frames (B, n, C, h, w) over the last tokens of the memory.
+
+        The memory holds frames at ``positions`` (F,), these last; the first ``num_coarse`` are coarse, all if it has fewer.
+        """
+        num_new = frames.shape[1]
+        keys = self._per_token(positions, frames, num_coarse)
         mask = None
-        if frames.shape[1] > 1 or self.slope_scale != 0:
+        if num_new > 1 or self.slope_scale != 0:
+            queries = keys[-num_new * self.tokens_per_frame(frames, coarse) :]
             mask = self._mask(queries[None], keys[None], (keys <= queries[:, None])[None], frames.dtype)
-        table = self._table(positions[None], frames, coarse)
+        table = self._table(positions[None, -num_new:], frames, coarse)
         self.write_clean(frames, modulations, NextFrame(memory, table, [mask] * len(memory)), coarse)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from far_env.device import torch_defaults
 from far_env.host.autoencoder import Autoencoder
+from far_env.host.cuda_graphs import CudaCapture, CudaGraphs
 from far_env.host.far import CLEAN_TIME, FAR
 from far_env.host.protocol import Conditions, Host
 from far_env.host.sampler import make_scheduler
@@ -56,6 +58,11 @@ class FARHost(Host):
     def num_classes(self) -> int:
         """Actions or labels that the transformer knows, without the null class; 0 if it has none."""
         return self.transformer.null_class or 0
+
+    @cached_property
+    def cuda_graphs(self) -> CudaGraphs | None:
+        """CUDA graphs of its next frames, on a GPU. They live as long as the host, and a host with other weights has others."""
+        return CudaGraphs(self.transformer, CudaCapture(self.device)) if self.device.type == "cuda" else None
 
     def encode(self, frames: Tensor) -> Tensor:
         """Frames (B, F, 3, H, W) in [0, 1] to scaled latents (B, F, C, h, w)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -84,10 +84,44 @@ class FrameSampler:
         Returns:
             The clean latent (B, 1, C, h, w).
         """
-        if self.guided:
-            label, action = (with_null_class(self.model, condition) for condition in (label, action))
-            lengths = [*lengths, *lengths]
-        return self._solve(self.model.next_frame(memory, noise, lengths), noise, label, action, probe)
+        lengths = [*lengths, *lengths] if self.guided else lengths
+        return self.solve(self.model.next_frame(memory, noise, lengths), noise, label=label, action=action, probe=probe)
+
+    @torch.no_grad()
+    def after(
+        self,
+        context: Tensor,
+        noise: Tensor,
+        positions: Tensor,
+        *,
+        label: Tensor | None = None,
+        action: Tensor | None = None,
+    ) -> Tensor:
+        """Encode clean frames and generate the one that follows them; every row has as many.
+
+        Only work of the device: nothing is read back from it, and nothing is uploaded to it.
+
+        Args:
+            context: clean latents (B, K, C, h, w).
+            noise: initial noise (B, 1, C, h, w).
+            positions: ascending time positions (K+1,).
+            label: (B,), action: (B, K+1), the last one of the new frame; None for the null class, if the model takes them.
+
+        Returns:
+            The clean latent (B, 1, C, h, w).
+        """
+        model, num_clean = self.model, context.shape[1]
+        num_tokens = sum(model.token_counts(num_clean, noise))
+        memory = model.new_memory(len(noise) * (1 + self.guided), num_tokens + model.tokens_per_frame(noise), noise)
+        if num_clean:
+            of_context: dict[str, Any] = {"shared": self.shared_modulations}
+            if label is not None or action is not None:
+                classes = (label, None if action is None else action[:, :-1])
+                of_context = dict(zip(("label", "action"), map(self._both_branches, classes), strict=True))
+            clean = torch.cat([context, context]) if self.guided else context
+            memory[:, :, :, :num_tokens] = model.encode_context(clean, positions=positions[:-1], **of_context)
+        new_action = None if action is None else action[:, -1:]
+        return self.solve(model.frame_after(memory, noise, positions), noise, label=label, action=new_action)
 
     @torch.no_grad()
     def solve(
@@ -100,13 +134,7 @@ class FrameSampler:
         probe: FrameProbe | None = None,
     ) -> Tensor:
         """The same as `__call__` for a frame that is prepared; with guidance for 2B rows, those of the null class first."""
-        if self.guided:
-            label, action = (with_null_class(self.model, condition) for condition in (label, action))
-        return self._solve(frame, noise, label, action, probe)
-
-    def _solve(
-        self, frame: NextFrame, noise: Tensor, label: Tensor | None, action: Tensor | None, probe: FrameProbe | None
-    ) -> Tensor:
+        label, action = self._both_branches(label), self._both_branches(action)
         latent = noise
         on_attention = None if probe is None else probe.attention
         steps = zip(self._modulations(frame.memory.shape[2], label, action), self.sigma_changes, strict=True)
@@ -136,6 +164,10 @@ class FrameSampler:
             action, lengths = with_null_class(self.model, action), [*lengths, *lengths]
         modulations = list(self._modulations(memory.shape[2], None, action))[step]
         return self._velocity(noisy, modulations, self.model.next_frame(memory, noisy, lengths))
+
+    def _both_branches(self, classes: Tensor | None) -> Tensor | None:
+        """With guidance, rows of the null class and then the given ones."""
+        return with_null_class(self.model, classes) if self.guided else classes
 
     def _velocity(
         self, latent: Tensor, modulations: Modulations, frame: NextFrame, on_attention: AttentionCallback | None = None
@@ -197,14 +229,7 @@ def sample_next_frame(
     for kind, condition in (("label", label), ("action", action)):
         if model.condition == kind and condition is None:
             raise ValueError(f"this model is conditioned on {kind}s: pass {kind}")
-    if sampler.guided:
-        context = None if context is None else torch.cat([context, context])
-    num_tokens = sum(model.token_counts(num_context, noise))
-    memory = model.new_memory(len(noise) * (1 + sampler.guided), num_tokens + model.tokens_per_frame(noise), noise)
-    if num_context:
-        context_label, context_action = label, None if action is None else action[:, :-1]
-        if sampler.guided:
-            context_label, context_action = (with_null_class(model, condition) for condition in (context_label, context_action))
-        memory[:, :, :, :num_tokens] = model.encode_context(context, label=context_label, action=context_action)
-    frame_action = None if action is None else action[:, -1:]
-    return sampler(memory, noise, [num_context] * len(noise), label=label, action=frame_action)
+    if context is None:
+        context = noise[:, :0]
+    positions = torch.arange(num_context + 1, device=noise.device)
+    return sampler.after(context, noise, positions, label=label, action=action)

@@ -1,6 +1,9 @@
 """The next frame of rollouts from FAR, in one pass for all of them; keys and values of clean frames are computed once.
 
 They outlive an eviction as long as no frame before them was dropped. Shorter histories are padded and masked.
+
+With CUDA graphs, rows whose history is as long as before their newest frame are generated from the latents of all its frames:
+that repeats some keys and values, and costs one launch.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from far_env.device import upload
 from far_env.errors import PolicyError
+from far_env.host.cuda_graphs import FrameShape
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.signals import RecordedSignals, SignalRecorder
 from far_env.rollout.state import Rollout
@@ -57,8 +62,40 @@ class CachedFrames:
 
     def generate(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """The next frame (C, h, w) of each rollout."""
-        self._encode_histories(rollouts)
-        return list(self._sample(rollouts))
+        latents = self._repeat_graphs(rollouts)
+        if places := [place for place in range(len(rollouts)) if place not in latents]:
+            others = [rollouts[place] for place in places]
+            self._encode_histories(others)
+            latents.update(zip(places, self._sample(others), strict=True))
+        return [latents[place] for place in range(len(rollouts))]
+
+    def _repeat_graphs(self, rollouts: Sequence[Rollout]) -> dict[int, Tensor]:
+        """The next frames, by place, of those rollouts for which there is a CUDA graph."""
+        host, latents = self.workload.host, {}
+        if host.cuda_graphs is None or self.needs_probe:
+            return latents
+        by_length: dict[int, list[int]] = {}
+        for place, rollout in enumerate(rollouts):
+            if len(rollout.kept) == rollout.num_before > 0:
+                by_length.setdefault(len(rollout.kept), []).append(place)
+        kind = "label" if self.workload.labels else "action" if self.workload.actions else None
+        for num_kept, places in by_length.items():
+            sampling = (self.workload.num_steps, self.workload.guidance)
+            graph = host.cuda_graphs.find(FrameShape(num_kept, host.latent_shape, host.dtype, *sampling, kind), len(places))
+            if graph is None:
+                continue
+            alike = [rollouts[place] for place in places]
+            kept = torch.stack([rollout.frames[number] for rollout in alike for number in rollout.kept])
+            noise = torch.stack([rollout.noise[rollout.steps] for rollout in alike])[:, None]
+            classes = self._labels(alike)
+            if self.workload.actions:
+                classes = upload(torch.tensor([rollout.visible_actions() for rollout in alike]), host.device)
+            positions = torch.arange(num_kept + 1, device=noise.device)
+            generated = graph(kept.unflatten(0, (len(alike), num_kept)), noise, positions, classes)
+            for place, rollout, latent in zip(places, alike, generated[:, 0], strict=True):
+                latents[place] = latent
+                rollout.prefix = []  # what the graph has encoded stays inside, so nothing is known outside any more
+        return latents
 
     def _encode_histories(self, rollouts: Sequence[Rollout]) -> None:
         """Compute the keys and values that are not known yet, rows with alike histories together."""
@@ -93,18 +130,15 @@ class CachedFrames:
             return {"label": with_null_class(self._sampler.model, labels) if self._sampler.guided else labels}
         if not self.workload.actions:
             return {"shared": self._sampler.shared_modulations}
-        actions = torch.tensor(
-            [rollout.visible_actions()[num_known:-1] for rollout in rollouts], device=self.workload.host.device
-        )
+        numbers = [rollout.visible_actions()[num_known:-1] for rollout in rollouts]
+        actions = upload(torch.tensor(numbers), self.workload.host.device)
         return {"action": with_null_class(self._sampler.model, actions) if self._sampler.guided else actions}
 
     def _labels(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         """Labels (R,), where the host is conditioned on them."""
-        return (
-            torch.tensor([rollout.label for rollout in rollouts], device=self.workload.host.device)
-            if self.workload.labels
-            else None
-        )
+        if not self.workload.labels:
+            return None
+        return upload(torch.tensor([rollout.label for rollout in rollouts]), self.workload.host.device)
 
     def _sample(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The next latent (R, C, h, w) of rollouts whose histories are encoded."""
@@ -123,7 +157,7 @@ class CachedFrames:
             by_branch[:, :, :, row, start:num_tokens] = 0
         action = None
         if self.workload.actions:
-            action = torch.tensor([rollout.visible_actions()[-1:] for rollout in rollouts], device=noise.device)
+            action = upload(torch.tensor([rollout.visible_actions()[-1:] for rollout in rollouts]), noise.device)
         probe = self._recorder.probe([[block.shape[3] for block in rollout.prefix] for rollout in rollouts], num_tokens, noise)
         lengths, label = [len(rollout.kept) for rollout in rollouts], self._labels(rollouts)
         latents = self._sampler(memory, noise, lengths, label=label, action=action, probe=probe)

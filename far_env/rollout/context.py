@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from far_env.clips.clip import Clip
-from far_env.device import torch_defaults
+from far_env.device import torch_defaults, upload
 from far_env.host.protocol import Host, as_wide_latent, split_units
 from far_env.workloads import Workload
 
@@ -30,7 +30,7 @@ def context_latents(host: Host, clips: Sequence[Clip], num_context: int) -> Tens
         raise ValueError(f"host {host.name} encodes frames together, so it takes no clips that were encoded frame by frame")
     if num_context == 0:
         return torch.zeros((len(clips), 0, *host.latent_shape), device=host.device, dtype=host.dtype)
-    context = torch.from_numpy(np.stack([clip.context(num_context) for clip in clips])).to(host.device, host.dtype)
+    context = upload(torch.from_numpy(np.stack([clip.context(num_context) for clip in clips])), host.device, host.dtype)
     return host.encode(context) if clips[0].latents is None else context
 
 
@@ -43,7 +43,7 @@ def true_units(workload: Workload, clips: Sequence[Clip]) -> Tensor:
     """
     host = workload.host
     frames = torch.from_numpy(np.stack([clip.frames[: workload.num_frames] for clip in clips]))
-    latents = host.encode(frames.to(host.device, host.dtype))
+    latents = host.encode(upload(frames, host.device, host.dtype))
     if not host.chunked:
         return latents
     wide = [[as_wide_latent(unit, workload.most_latents) for unit in split_units(host, row, workload.units)] for row in latents]

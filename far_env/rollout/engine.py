@@ -4,6 +4,7 @@ What makes it fast, and exact:
 
 - With FAR, keys and values of clean frames are computed once per frame, not once per ODE step, and rows share every forward
   pass: `far_env.rollout.cached_frames`. Other hosts generate unit after unit: `far_env.rollout.plain_units`.
+- On a GPU, histories that stay as long are replayed as CUDA graphs: `far_env.host.cuda_graphs`.
 - A latent is a pure function of host, clip, noise seed, step, kept frames and their classes: a memo under a hash of these
   returns what was computed before, for example for another policy. The same holds for its pixels.
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.contract import GENERATED
-from far_env.device import torch_defaults
+from far_env.device import torch_defaults, upload
 from far_env.frame_meta import frame_features
 from far_env.host.far_host import FARHost
 from far_env.host.protocol import as_wide_latent, join_units, split_units
@@ -161,7 +162,7 @@ class RolloutBatch:
         ]
         longest = max(map(len, histories))
         padded = [frame for history in histories for frame in history + [self._empty] * (longest - len(history))]
-        lengths = torch.tensor([len(history) for history in histories], device=self._empty.device)
+        lengths = upload(torch.tensor([len(history) for history in histories]), self._empty.device)
         return torch.stack(padded).unflatten(0, (len(histories), longest)), lengths
 
     @torch_defaults()
@@ -379,6 +380,7 @@ class RolloutBatch:
         return [(key, frames[key]) for key in keys]
 
     def _append(self, rollout: Rollout, latent: Tensor, key: str) -> None:
+        rollout.num_before = len(rollout.kept)
         rollout.kept.append(rollout.newest + 1)
         rollout.generated.append(latent)
         rollout.generated_keys.append(key)

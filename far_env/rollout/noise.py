@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from far_env.device import torch_defaults
+from far_env.device import torch_defaults, upload
 from far_env.host.protocol import Unit, split_units
 from far_env.workloads import HARNESS, Workload
 
@@ -81,5 +81,5 @@ def workload_noise(workload: Workload, noise_seed: int, units: Sequence[Unit] | 
     if workload.noise == HARNESS:
         noise = harness_noise(noise_seed, num_latents, host.latent_shape, host.device, host.dtype)
     else:
-        noise = rollout_noise(noise_seed, num_latents, host.latent_shape).to(host.device, host.dtype)
+        noise = upload(rollout_noise(noise_seed, num_latents, host.latent_shape), host.device, host.dtype)
     return split_units(host, noise, units)

@@ -36,6 +36,7 @@ class Rollout:
         prefix: keys and values (layers, 2, branches, tokens, heads, d) of the first frames of the history, as many as are
             valid. There is one branch, or with guidance two, that of the null class first.
         num_coarse: how many of the history's oldest frames were coarse when these were computed.
+        num_before: units that the history held when the newest one was generated from it; 0 if none was, or it was restored.
         recorded: signals of its frames, where they are recorded.
     """
 
@@ -52,6 +53,7 @@ class Rollout:
     generated_keys: list[str] = field(default_factory=list)
     prefix: list[Tensor] = field(default_factory=list)
     num_coarse: int = 0
+    num_before: int = 0
     recorded: RecordedSignals = field(default_factory=RecordedSignals)
     label: int | None = None
     prompt: str | None = None
