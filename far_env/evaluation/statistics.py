@@ -122,7 +122,9 @@ def sign_flip_ps(differences: np.ndarray, seed: int = 0) -> list[float]:
     signs = _signs(len(differences), seed)
     # Choices with the same mean may differ in the last digits.
     measured = np.abs(differences.sum(axis=0)) * (1 - 1e-9) - 1e-12
-    counts = (np.abs(signs @ differences) >= measured).sum(axis=0)
+    counts = np.zeros(differences.shape[1], dtype=np.int64)
+    for first in range(0, len(signs), _CHUNK):
+        counts += (np.abs(signs[first : first + _CHUNK].astype(np.float64) @ differences) >= measured).sum(axis=0)
     return ((counts + is_drawn) / (len(signs) + is_drawn)).tolist()
 
 
@@ -185,10 +187,12 @@ def _interquartile_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _signs(n: int, seed: int) -> np.ndarray:
-    """All choices of ``n`` signs, or 10,000 that are drawn, float64 (choices, n)."""
+    """All choices of ``n`` signs, or 10,000 that are drawn, int8 (choices, n)."""
     if n <= _MOST_ENUMERATED:
-        return 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    return np.random.default_rng((seed, n)).choice([-1.0, 1.0], size=(NUM_RESAMPLES, n))
+        return (1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)).astype(np.int8)
+    rng, shape = np.random.default_rng((seed, n)), (_CHUNK, n)
+    chunks = [rng.choice([-1, 1], size=shape).astype(np.int8) for _ in range(0, NUM_RESAMPLES, _CHUNK)]
+    return np.concatenate(chunks)
 
 
 @lru_cache(maxsize=4)
