@@ -136,7 +136,8 @@ def test_the_results_have_the_captions_policies_and_commands_of_the_configuratio
             for budget in part["budgets"]
         }
         assert labels == {policy for part in table["parts"] for policy in part["policies"]} | tuned
-        commands = dict(re.findall(r"^- (\S+): trained on .* by `python train_agent.py (.*)`(?: at commit \w+)?; weights \w+\.$", section, re.M))
+        trained = r"^- (\S+): trained on .* by `python train_agent.py (.*)`(?: at commit \w+)?; weights \w+\.$"
+        commands = dict(re.findall(trained, section, re.M))
         assert commands == {policy: config["agents"][policy] for policy in commands}
         members = {policy for row in table.get("runs", {}).values() for policy in row}
         assert commands.keys() == (labels | members) & config["agents"].keys(), name
