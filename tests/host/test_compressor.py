@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from far_env.config import load_yaml
 from far_env.errors import TrainingStopped, WeightsError
 from far_env.evaluation.compressor_training import train
 from far_env.host.compressor import (
@@ -32,6 +33,7 @@ from far_env.host.training.compressor import (
 )
 from far_env.host.training.compressor_clips import encode_clips
 from far_env.host.training.compressor_config import CompressorTraining
+from far_env.workloads import make_workload
 from tests.conftest import randomise
 from tests.rollout.test_actions import Steered
 
@@ -255,3 +257,29 @@ def test_settings_that_cannot_be_are_refused(tiny_host):
 def test_no_compressor_ships_for_a_host_that_has_none(tiny_host):
     with pytest.raises(ValueError, match="train one with far-env train-compressor"):
         shipped_folder(tiny_host)
+
+
+class LaterClips:
+    """The validation clips after those of the shipped compressor's card."""
+
+    def __init__(self, clips) -> None:
+        self.clips, self.name = clips, clips.name
+
+    def num_clips(self, split):
+        return self.clips.num_clips(split) - 32
+
+    def clip(self, split, number):
+        return self.clips.clip(split, number + 32)
+
+
+def test_blocks_of_the_shipped_compressor_are_worth_more_to_the_host_than_nothing(tmp_path):
+    workload = make_workload("maze_retrieval", device="cpu")
+    host, folder = workload.host, shipped_folder(workload.host)
+    assert folder.name == workload.name
+    settings = load_yaml(CompressorTraining, folder / "training.yaml")
+    clips = encode_clips(
+        LaterClips(workload.clips), "validation", 8, workload.num_frames, settings.block_frames, host, True, tmp_path
+    )
+    few = replace(settings, validation_clips=8, seed=1)
+    losses = validation_losses(few, host, load_compressor("shipped", host), clips)
+    assert losses["full"] < losses["compressed"] < losses["none"], losses
