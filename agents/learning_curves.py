@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -64,7 +65,8 @@ def draw(options: LearningCurveOptions) -> None:
     out = Path(options.out)
     if out.suffix not in (".png", ".svg"):
         raise ValueError(f"curves are drawn into a .png or .svg file, not {out}")
-    curves = {Path(run).name: curve(Path(run)) for run in options.runs}
+    curves = {run: curve(run) for run in map(Path, options.runs)}
+    names = Counter(run.name for run in curves)
     metrics = {metric for metric, _ in curves.values()}
     if len(metrics) != 1:
         raise ValueError(f"curves of one figure need one metric, got {', '.join(sorted(metrics)) or 'no runs'}")
@@ -72,9 +74,10 @@ def draw(options: LearningCurveOptions) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
-        for index, (name, (_, points)) in enumerate(curves.items()):
+        for index, (run, (_, points)) in enumerate(curves.items()):
             style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3}
-            axes.plot(*zip(*points, strict=True), linewidth=1.4, label=name, **style)
+            label = run.name if names[run.name] == 1 else str(run)
+            axes.plot(*zip(*points, strict=True), linewidth=1.4, label=label, **style)
         axes.set_xlabel("decisions learned from")
         axes.set_ylabel(f"validation {metric.upper()}{' (dB)' if metric == 'psnr' else ''}")
         axes.legend()

@@ -10,6 +10,7 @@ from typing import Any
 
 from stable_baselines3.common.logger import KVWriter, TensorBoardOutputFormat, filter_excluded_keys
 
+from far_env.errors import first_line
 from far_env.events import session_writer
 from far_env.io import write_text
 
@@ -26,14 +27,13 @@ def log_writers(folder: Path, begun: int, logged: int) -> list[KVWriter]:
         logged: decisions up to which earlier sessions logged; -1 without a checkpoint.
 
     Raises:
-        ValueError: if a file cannot be written.
+        ValueError: if a file cannot be written, or an earlier session's is damaged.
     """
     current, rows = folder / f"progress_{begun:08d}.csv", []
     for path in folder.glob("progress_*.csv"):
-        with path.open(newline="", encoding="utf-8") as file:
-            before = list(csv.DictReader(file))
+        before = [] if logged < 0 else _read(path)
         kept = [row for row in before if not row.get(TIMESTEPS) or int(row[TIMESTEPS]) <= logged]
-        if logged < 0 or not kept:
+        if not kept:
             path.unlink()
         elif path == current:
             rows = kept
@@ -63,6 +63,20 @@ class _Events(TensorBoardOutputFormat):
     def __init__(self, folder: Path, logged: int) -> None:
         self.writer = session_writer(folder, logged)
         self._is_closed = False
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a session. Raises ValueError if the file is damaged."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            int(row.get(TIMESTEPS) or 0)
+            if None in row:
+                raise ValueError("a line has more values than there are columns")
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); restore it, or delete it to go on without it") from error
+    return rows
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -8,8 +8,9 @@ PSNR of a clip says what its memory could give, whatever a host makes of it. ``h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ import tyro
 
 from far_env.agents.histories import TrueHistories
 from far_env.agents.oracle import best_cover, coverage
+from far_env.cli.main import run_guarded
+from far_env.clips.clip import check_clip_options
+from far_env.config import parse, parse_mapping
 from far_env.contract import ObservedRolloutState, RetentionPolicy, RolloutState, ask_policy, copy_for_clip, wanted_signals
 from far_env.evaluation.statistics import mean_interval
 from far_env.evaluation.table import interval_text
@@ -48,9 +52,9 @@ class Options:
     data_dir: str | None = None
     """Folder of recorded clips, for workloads that read them."""
     host: str | None = "embedded_maze"
-    """Whose autoencoder frames makes the latents from which policies get their features."""
-    clip_options: dict[str, str] = field(default_factory=dict)
-    """Further options of the clips."""
+    """The host whose autoencoder makes the latents from which policies get their features."""
+    clip_options: str = ""
+    """Further options of the clips in YAML, as for far-env evaluate."""
 
 
 def copying_psnr(frames: np.ndarray, kept: list[list[int]]) -> float:
@@ -101,7 +105,8 @@ def score(workload: Workload, split: str, clip_ids: Iterable[int], policy: objec
 
 def main(options: Options) -> None:
     """Play, and print a table for each budget."""
-    sources = {**options.clip_options, **({} if options.data_dir is None else {"data_dir": options.data_dir})}
+    sources = check_clip_options(parse_mapping(options.clip_options, "clip-options"))
+    sources |= {} if options.data_dir is None else {"data_dir": options.data_dir}
     workload = make_workload(options.workload, host=options.host, device="cpu", **sources)
     policies = {name: load_policy(name) for name in dict.fromkeys([BASELINE, *options.policies])} | {HINDSIGHT: HINDSIGHT}
     clips = range(options.clips)
@@ -120,5 +125,10 @@ def main(options: Options) -> None:
             print(f"\n{options.workload} {options.split}, budget {budget}, {options.clips} clips\n\n{markdown_lines(lines)}")
 
 
+def run() -> None:
+    """Compare as the command line says."""
+    main(parse(Options, sys.argv[1:], "python docs/compare_copies.py", __doc__ or ""))
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(run_guarded("docs/compare_copies.py", run))

@@ -141,7 +141,8 @@ def peak_memory_mib(device: torch.device) -> float:
         import resource
     except ImportError:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 2**20
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -209,15 +209,14 @@ def snapshot(name: str, needed: tuple[str, ...], also: tuple[str, ...] = ()) -> 
     """
     repository, revision = split_name(name)
     place = cache_dir() / "hub" / repository.replace("/", "--") / hashlib.sha256(repr((needed, also)).encode()).hexdigest()[:8]
-    refs = place / _REFS_FILE
-    known = read_json(refs, "delete it") if refs.exists() else {}
+    known, asked = _resolved(place), revision or "main"
     commit = revision if revision is not None and _COMMIT.fullmatch(revision) else None
     if commit is not None and (place / commit).is_dir():
         return Snapshot(place / commit, repository, commit)
     try:
         listing = list_files(repository, revision=revision)
     except Unreachable as error:
-        commit = known.get(revision or "main")
+        commit = known.get(asked)
         if commit is None or not (place / commit).is_dir():
             raise Unreachable(f"{name} is not in the cache, and {error}") from error
         print(f"{name}: the hub is not reached; commit {commit[:10]} from the cache is used", file=sys.stderr)
@@ -226,10 +225,14 @@ def snapshot(name: str, needed: tuple[str, ...], also: tuple[str, ...] = ()) -> 
     if lacking:
         raise HubError(f"{repository} at commit {listing.commit[:10]} lacks {', '.join(lacking)}; it holds {_some(listing)}")
     folder = place / listing.commit
-    if not folder.is_dir():
+    if not folder.is_dir() or known.get(asked) != listing.commit:
         wanted = [file for file in listing.files if file in needed or any(fnmatch.fnmatchcase(file, item) for item in also)]
-        _fetch_all(listing, [file for file in wanted if _is_inside(file)], folder)
-    write_json(refs, {**known, revision or "main": listing.commit})
+        with sentences(repository, written=str(place)):
+            place.mkdir(parents=True, exist_ok=True)
+            with locked(place):
+                if not folder.is_dir():  # else another process was faster
+                    _fetch_all(listing, [file for file in wanted if _is_inside(file)], folder)
+                write_json(place / _REFS_FILE, {**_resolved(place), asked: listing.commit})
     return Snapshot(folder, repository, listing.commit)
 
 
@@ -264,14 +267,16 @@ def push(repository: str, files: Mapping[str, Path], message: str, *, private: b
 def _fetch_all(listing: Listing, names: Sequence[str], folder: Path) -> None:
     """Fetch files beside ``folder``, which they become when all are there."""
     unfinished = folder.with_name(f"{folder.name}.part")
-    with sentences(listing.repository, written=str(unfinished)):
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with locked(unfinished.parent):
-            if folder.is_dir():  # another process was faster
-                return
-            for name in names:
-                fetch(listing, name, unfinished / name)
-            unfinished.rename(folder)
+    unfinished.mkdir(exist_ok=True)
+    for name in names:
+        fetch(listing, name, unfinished / name)
+    unfinished.rename(folder)
+
+
+def _resolved(place: Path) -> dict[str, str]:
+    """Revision → commit, as processes have found them when the hub was last reached."""
+    path = place / _REFS_FILE
+    return read_json(path, "delete it") if path.exists() else {}
 
 
 def _is_inside(name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from far_env.agents.checkpoints import load_scorer, save_scorer
@@ -23,6 +23,7 @@ from far_env.agents.options import Sweep
 from far_env.agents.publish import _results, publish_run
 from far_env.agents.results_tables import load_tables
 from far_env.config import config_path, load_yaml
+from far_env.device import peak_memory_mib
 from far_env.evaluation.results_folder import load
 from far_env.host.training.config import HostTraining
 from far_env.provenance import load_facts
@@ -31,6 +32,7 @@ from tests.results_folders import MadeUp, make_results
 
 POLICY = Path(__file__).parents[1] / "agents" / "pretrained" / "general"
 SMALL = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)
+CPU = torch.device("cpu")
 SECONDS, MEBIBYTES = 10, 300
 """Of one file: more than any takes, less than an expanded alias bomb does."""
 
@@ -184,10 +186,6 @@ def _agree(found: Any, expected: Any) -> bool:
     return found == expected
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_damaged_file_is_read_correctly_or_refused_in_one_sentence(tmp_path, kind):
     kind.make(tmp_path)
@@ -201,7 +199,7 @@ def test_a_damaged_file_is_read_correctly_or_refused_in_one_sentence(tmp_path, k
     refused = 0
     for content in contents:
         path.write_bytes(content)
-        begun, memory = time.monotonic(), _peak()
+        begun, memory = time.monotonic(), peak_memory_mib(CPU)
         try:
             found = kind.read(tmp_path)
         except ValueError as error:
@@ -216,7 +214,7 @@ def test_a_damaged_file_is_read_correctly_or_refused_in_one_sentence(tmp_path, k
                 if kind.name == "settings":
                     del expected["format"]
                 assert _agree(found, {} if expected is None else expected), text[:500]
-        assert time.monotonic() - begun < SECONDS and _peak() - memory < MEBIBYTES
+        assert time.monotonic() - begun < SECONDS and peak_memory_mib(CPU) - memory < MEBIBYTES
         assert not executed.exists()
     assert refused >= 8
     path.unlink()

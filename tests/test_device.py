@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +100,18 @@ def test_an_upload_to_a_gpu_may_be_changed_on_the_cpu_at_once():
     there = device.upload(values, torch.device("cuda", 0), torch.float64)
     values.zero_()
     assert torch.equal(there.cpu(), torch.arange(2.0**22, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("platform", "counted"), [("linux", 300 * 1024), ("darwin", 300 * 1024**2)])
+def test_peak_memory_is_in_mib_where_the_system_counts_kib_or_bytes(monkeypatch, platform, counted):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=counted))
+    assert device.peak_memory_mib(torch.device("cpu")) == 300
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory in use is read from /proc")
+def test_peak_memory_is_not_below_the_memory_in_use_and_of_its_size():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    in_use = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    assert in_use <= 1.1 * device.peak_memory_mib(torch.device("cpu")) <= 100 * in_use

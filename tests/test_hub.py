@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from far_env import hub as far_hub
 from far_env.hub import HubError, Unreachable, fetch, list_files, push, snapshot, split_name
+from far_env.io import locked
 from tests.loopback_hub import TOKEN, git_sha1
 
 CONTENT = os.urandom(50_000)
@@ -147,6 +149,35 @@ def test_a_snapshot_holds_what_is_needed_and_works_without_a_network(hub, monkey
     for name in ("hub:me/other", f"hub:me/it@{newer}"):
         with pytest.raises(Unreachable, match=f"{name} is not in the cache, and .* cannot be fetched from http://127.0.0.1:9"):
             snapshot(name, ("policy.json",))
+
+
+def test_what_another_process_resolved_meanwhile_is_kept(hub, monkeypatch):
+    old, new = hub.add("me/it", FILES), hub.add("me/it", {"policy.json": b"{ }"})
+
+    def listed_while_another_fetches_the_old_commit(repository, revision):
+        listing = list_files(repository, revision=revision)
+        if revision is None:
+            far_hub.snapshot.__wrapped__(f"hub:me/it@{old}", ("policy.json",))
+        return listing
+
+    monkeypatch.setattr(far_hub, "list_files", listed_while_another_fetches_the_old_commit)
+    place = snapshot("hub:me/it", ("policy.json",)).folder.parent
+    assert json.loads((place / "revisions.json").read_text()) == {old: old, "main": new}
+
+
+def test_two_processes_do_not_write_the_same_place(hub):
+    hub.add("me/it", FILES)
+    place = snapshot("hub:me/it", ("policy.json",)).folder.parent
+    before = (place / "revisions.json").read_text()
+    newer = hub.add("me/it", {"policy.json": b"{ }"})
+    far_hub.snapshot.cache_clear()
+    with locked(place), pytest.raises(ValueError, match=f"another process is writing {place}"):
+        snapshot("hub:me/it", ("policy.json",))
+    assert (place / "revisions.json").read_text() == before
+    assert snapshot("hub:me/it", ("policy.json",)).commit == newer
+    far_hub.snapshot.cache_clear()
+    with locked(place):  # nothing is left to write
+        assert snapshot("hub:me/it", ("policy.json",)).commit == newer
 
 
 def test_a_push_makes_one_commit_and_removes_what_an_earlier_one_left(hub, monkeypatch, tmp_path):

@@ -65,7 +65,7 @@ class EvaluateOptions:
     """Continuations of every clip for each noise seed. With several, tables have the mean over them and the mean of every
     clip's best one, as FAR's authors report (100 on UCF-101 and BAIR). A number can be raised later, with the same --out."""
     split: str = "test"
-    """train, validation or test."""
+    """train, validation or test; mazes also have test_unseen_style."""
     clips: int = 256
     """Number of clips."""
     first_clip: int = 0
@@ -76,7 +76,8 @@ class EvaluateOptions:
     robust: bool = False
     """Add columns of the interquartile mean of PSNR and of the probability of improvement; JSON always has them."""
     metrics: str = "psnr,ssim,lpips"
-    """Comma-separated: psnr, ssim, lpips; far_psnr and far_lpips, as FAR's tables have them; fvd, of all videos together."""
+    """Comma-separated: psnr, ssim, lpips; far_psnr and far_lpips, as FAR's tables have them; fvd, of all videos together;
+    kept_ssim, kept_lpips and colour_drift, which need no true continuation."""
     intervene: str = "none"
     """Comma-separated: swap, noise, blank, shuffle. A column has the PSNR of frames that are generated while the kept frames
     but the newest are replaced by those of another clip, by noise, by grey, or put in another order; decisions stay."""

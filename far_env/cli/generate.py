@@ -46,7 +46,7 @@ class GenerateOptions:
     trajectories: int = 1
     """Continuations of every clip for each noise seed."""
     split: str = "test"
-    """train, validation or test."""
+    """train, validation or test; mazes also have test_unseen_style."""
     clips: int = 4
     """Number of clips, from the first of the split on; from nothing, of videos for each noise seed and trajectory."""
     labels: str = ""

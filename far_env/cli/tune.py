@@ -46,7 +46,7 @@ class TuneOptions:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: str = "float32"
-    """float32 or bfloat16."""
+    """float32, bfloat16 or auto."""
     batch_size: int = 64
     """Clips that are played together."""
     data_dir: str | None = None

@@ -22,8 +22,9 @@ class FrameRetentionVectorEnv(VectorEnv):
     """A batch of `FrameRetentionEnv` that share every forward pass of the host.
 
     ## Description
-    ``num_envs`` rows; each plays the episodes of `FrameRetentionEnv`. Row i seeded with s equals a single environment
-    seeded with s + i.
+    ``num_envs`` rows; each plays the episodes of `FrameRetentionEnv`. Row i seeded with s has the clips, noise and budgets of a
+    single environment seeded with s + i. Shorter histories of a batch are padded, so that what is generated, and with it
+    observations and rewards, may differ from those of the single environment in the last bits.
 
     ## Action Space
     ``MultiBinary(N)`` of the single environment, batched: (num_envs, N).

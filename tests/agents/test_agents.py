@@ -19,6 +19,7 @@ from far_env.agents.training_logs import log_writers
 from far_env.config import load_yaml, save_yaml
 from far_env.policies import load_policy
 from far_env.provenance import run_facts, save_facts
+from tests.damage import assert_sentence
 
 
 @pytest.fixture
@@ -223,6 +224,17 @@ def test_a_session_hides_what_earlier_ones_logged_after_their_checkpoint(tmp_pat
     }
     log_writers(tmp_path, 0, -1)[1].close()
     assert not any(tmp_path.glob("*.csv")), "without a checkpoint the stage begins again"
+
+
+@pytest.mark.parametrize("line", [b"32,\xff", b"many,2", b"32,2,3", b"32," + b"9" * 200_000], ids=lambda line: repr(line[:8]))
+def test_a_damaged_log_of_an_earlier_session_is_refused_in_one_sentence(tmp_path, line):
+    path = tmp_path / "progress_00000000.csv"
+    path.write_bytes(b"time/total_timesteps,value\n" + line + b"\n")
+    with pytest.raises(ValueError, match="restore it, or delete it to go on without it") as refused:
+        log_writers(tmp_path, 32, 32)
+    assert_sentence(refused.value, path)
+    log_writers(tmp_path, 0, -1)[1].close()
+    assert not path.exists(), "without a checkpoint it is not needed"
 
 
 def test_a_run_stopped_in_its_first_stages_is_not_continued_with_other_settings(config, tmp_path, monkeypatch):

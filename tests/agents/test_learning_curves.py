@@ -58,3 +58,14 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
         draw(LearningCurveOptions((runs[0],), "curves.jpg"))
     with pytest.raises(ValueError, match="cannot read the configuration"):
         curve(tmp_path / "nothing")
+
+
+def test_runs_whose_folders_have_the_same_name_each_have_a_curve(tmp_path):
+    runs = [tmp_path / "one" / "pan", tmp_path / "two" / "pan", tmp_path / "two" / "cuts"]
+    for run in runs:
+        run.mkdir(parents=True)
+        save_yaml(AgentTraining(), run / "config.yaml")
+        (run / "progress_00000000.csv").write_text("time/total_timesteps,validation/psnr\n1280,20.0\n,30.0\n")
+    draw(LearningCurveOptions(tuple(map(str, runs)), str(tmp_path / "curves.svg")))
+    text = (tmp_path / "curves.svg").read_text()
+    assert [text.count(f">{label}<") for label in (runs[0], runs[1], "cuts", "pan", runs[2])] == [1, 1, 1, 0, 0]

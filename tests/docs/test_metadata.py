@@ -35,6 +35,12 @@ def test_the_development_tools_include_those_of_the_documentation():
     assert not {"sphinx", "furo", "myst-parser"} & {re.match(r"[\w-]+", name)[0] for name in PROJECT["dependencies"]}
 
 
+def test_the_page_on_installing_lists_every_extra():
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    table = page.partition("| extra |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(PROJECT["optional-dependencies"])
+
+
 def test_classifiers_name_the_versions_of_python_that_are_supported():
     versions = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
     assert versions == ["3.11", "3.12", "3.13"] and PROJECT["requires-python"] == ">=3.11"

@@ -14,7 +14,7 @@ import pytest
 import far_env  # noqa: F401  (registers the environments)
 from far_env import baselines, plugins
 from far_env.plugins import entry_points
-from tests.docs.blocks import PAGES, ROOT, generator
+from tests.docs.blocks import CARDS, PAGES, ROOT, generator
 
 DOCS = ROOT / "docs"
 BUILD_SECONDS = 600
@@ -101,8 +101,8 @@ def test_files_and_variables_that_a_page_names_exist(page):
     for link in re.findall(r"\]\(([^)#]+)", prose):
         assert urlsplit(link).scheme or (page.parent / link).exists(), link
     for path in re.findall(r"`((?:configs|far_env|agents|baselines|benchmarks|docs|tests)/[\w/.-]*)`", text):
-        is_other = (path.startswith("far_env/") and path.endswith("-v0")) or path == "far_env/agents/pretrained/"
-        assert is_other or (ROOT / path).exists(), path
+        is_environment = path.startswith("far_env/") and path.endswith("-v0")
+        assert is_environment or (ROOT / path).exists(), path
     source = "".join(
         file.read_text(encoding="utf-8") for file in [*ROOT.glob("far_env/**/*.py"), *ROOT.glob("tests/conftest.py")]
     )
@@ -115,3 +115,15 @@ def test_names_of_modules_on_a_page_can_be_imported(page):
     groups = {plugins.POLICIES, plugins.TOKEN_POLICIES, plugins.HOSTS, plugins.WORKLOADS, plugins.COMMANDS}
     for name in set(re.findall(r"`(far_env(?:\.\w+)+)`", page.read_text(encoding="utf-8"))) - groups:
         pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *CARDS, ROOT / "RESULTS.md", ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_every_table_has_its_heading(page):
+    """Rows that a blank line cuts off from their table would be shown as text."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", prose, flags=re.MULTILINE):
+        heading, *rest = table.splitlines()
+        assert rest and re.fullmatch(r"\|( *:?-+:? *\|)+", rest[0]), heading
+        assert heading.count("|") == rest[0].count("|"), heading
