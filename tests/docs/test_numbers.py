@@ -38,6 +38,17 @@ def section_of(table: str) -> str:
     return RESULTS.partition(f"<!-- begin {table} -->\n")[2].partition(f"\n<!-- end {table} -->")[0]
 
 
+def psnr_cells(markdown: str) -> list[str]:
+    """The cells of PSNR, also of frames that were exchanged, and of its differences, in the tables of `markdown_table`."""
+    cells, columns = [], []
+    for row in rows(markdown):
+        if row[0] == "workload":
+            columns = [place for place, name in enumerate(row) if "PSNR" in name]
+        else:
+            cells += [row[place] for place in columns if CELL.fullmatch(row[place])]
+    return cells
+
+
 def interval(cell: str) -> tuple[float, float, float]:
     return tuple(map(float, CELL.fullmatch(cell).groups()))
 
@@ -167,11 +178,14 @@ def test_a_host_card_agrees_with_the_results(card):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_decibels_in_prose_are_in_the_results(page):
-    """A number of dB in a sentence is one of RESULTS.md or of a card, rounded; those of the task and of doom are named here."""
-    sources = RESULTS + "".join(card.read_text(encoding="utf-8") for card in CARDS)
-    measured_values = [abs(float(number)) for number in re.findall(r"[+-]?\d+\.\d+", sources)]
-    of_the_task = {"40", "21.8", "22.5", "24.7"}  # the last three are on the card that record writes for doom
-    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for number in re.findall(r"(\d+(?:\.\d+)?) dB", prose):
+    """A number of dB in a sentence is a mean PSNR, or a mean difference, of RESULTS.md, rounded; others are named here."""
+    cells = psnr_cells(RESULTS)
+    means = [abs(float(cell.partition(" ")[0])) for cell in cells]
+    of_the_task = {"40", "3", "21.8", "22.5", "24.7"}  # the last three are on the card that record writes for doom
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL).replace("−", "-")
+    for number, its_interval in re.findall(r"(\d+(?:\.\d+)?) dB( \[[^]]+\])?", prose):
         decimals = len(number.partition(".")[2])
-        assert number in of_the_task or any(f"{value:.{decimals}f}" == number for value in measured_values), number
+        if its_interval:
+            assert any(cell.lstrip("+-") == number + its_interval for cell in cells), number + its_interval
+        else:
+            assert number in of_the_task or any(f"{mean:.{decimals}f}" == number for mean in means), number
