@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
-from far_env.agents.collection import BatchPlayer, collect, play_here
 from far_env.agents.budgets import deciding_budgets
-from far_env.agents.config import FRAMES, AgentTraining, ImitationSettings, NetworkConfig
+from far_env.agents.checkpoints import load_scorer, scorer_folder
+from far_env.agents.collection import BatchPlayer, collect, play_here
+from far_env.agents.config import FRAMES, TOKENS, AgentTraining, ImitationSettings, NetworkConfig
 from far_env.agents.expert_actors import ActorBatchPlayer
 from far_env.agents.expert_data import load_expert_data
 from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
-from far_env.agents.network import RetentionNetwork, make_network, network_with_weights
+from far_env.agents.network import RetentionNetwork, make_network, network_with_weights, token_weights
 from far_env.allocator import return_freed_memory
 from far_env.host.training.muon import split_parameters
 from far_env.io import read_json, write_json
@@ -133,11 +134,11 @@ def imitate(
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     precision = workloads[0].host.dtype
     decisions: list[GraphDecisions] = []
-    weights: Mapping[str, Tensor] | None = None
+    weights = None if settings.start is None else starting_weights(settings.start, network_config)
     planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips, memory=network_config.memory)
     for number, parts in enumerate(planned):
         scorer_path = folder / f"scorer_{number:02d}.ckpt"
-        actor = None if weights is None else network_with_weights(network_config, weights)
+        actor = network_with_weights(network_config, weights) if number else None  # at first the expert decides
         for part in parts:
             path = folder / f"{number:02d}_{part.kind}_{part.workload.name}.safetensors"
             if not path.exists():
@@ -164,6 +165,20 @@ def imitate(
         return_freed_memory()
         weights = load_tensors(scorer_path)
     return network_with_weights(network_config, weights)
+
+
+def starting_weights(name: str, config: NetworkConfig) -> dict[str, Tensor]:
+    """The weights of a trained scorer for a network to begin with.
+
+    Raises:
+        ValueError: if there is no such scorer, or if its network is another, but for the memory.
+    """
+    network, _ = load_scorer(scorer_folder(name))
+    if replace(network.config, memory=config.memory) != config or (config.memory, network.config.memory) == (FRAMES, TOKENS):
+        raise ValueError(f"imitation.start: the network of {name} is not that of this run; give network the same settings")
+    if network.config.memory == config.memory:
+        return network.state_dict()
+    return token_weights(network, config)
 
 
 @dataclass(frozen=True)

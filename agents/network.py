@@ -175,6 +175,18 @@ def make_network(config: NetworkConfig) -> RetentionNetwork:
     return TokenRetentionNetwork(config) if config.memory == TOKENS else RetentionNetwork(config)
 
 
+UNLIKELY = 4.0
+"""How much higher than of dropping a frame the score of compressing it is, where a scorer of whole frames begins to learn it."""
+
+
+def token_weights(network: RetentionNetwork, config: NetworkConfig) -> dict[str, Tensor]:
+    """Weights of a `TokenRetentionNetwork` that scores the dropping of whole frames as a scorer of frames does."""
+    weights = dict(TokenRetentionNetwork(config).state_dict(), **network.state_dict())
+    weights["head.weight"] = network.head.weight.detach().repeat(2, 1)
+    weights["head.bias"] = torch.cat([network.head.bias.detach(), network.head.bias.detach() + UNLIKELY])
+    return weights | {name: torch.zeros_like(weights[name]) for name in ("embed_share.weight", "embed_share.bias")}
+
+
 def network_with_weights(config: NetworkConfig, weights: Mapping[str, Tensor]) -> RetentionNetwork:
     """A scorer with these weights, in eval mode."""
     network = make_network(config)

@@ -142,9 +142,7 @@ class PPOStage:
         workloads = {workload.name: workload for workload in self.chosen_workloads}
         chosen = [workloads[name] for name, rows in groups_of(self.settings, list(workloads)) for _ in range(rows)]
         options = reward_options(self.config)
-        return [
-            TokenRetentionEnv(workload, deciding_budgets(TOKENS, workload, self.budgets), **options) for workload in chosen
-        ]
+        return [TokenRetentionEnv(workload, deciding_budgets(TOKENS, workload, self.budgets), **options) for workload in chosen]
 
     def observation_bytes(self, envs: Sequence[FrameRetentionVectorEnv]) -> int:
         """Bytes of the observation of one row."""

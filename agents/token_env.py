@@ -66,7 +66,9 @@ class ReductionVecEnv(EvictionVecEnv):
             actions = reductions.actions()
             action = np.full(env.action_space.shape, DROP)
             action[len(action) - len(actions) :] = actions
-            self.graphs[index].keep(np.flatnonzero(reductions.sizes).tolist())
+            kept = np.flatnonzero(reductions.sizes)
+            self.graphs[index].keep(kept.tolist())
+            reductions.sizes = reductions.sizes[kept]
             _, rewards[index], dones[index], _, info = env.step(action)
             if dones[index]:
                 terminal = {key: value[0] for key, value in self._stacked([index]).items()}

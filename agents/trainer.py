@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_scorer
 from far_env.agents.budgets import deciding_budgets
+from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_scorer
 from far_env.agents.config import TOKENS, AgentTraining
 from far_env.agents.imitation import INDEX_FILE, ImitationStage
 from far_env.agents.network import RetentionNetwork, network_with_weights

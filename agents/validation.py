@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from far_env.agents.budgets import deciding_budgets
-from far_env.agents.config import TOKENS, AgentTraining
 from far_env.agents.checkpoints import LEARNED
+from far_env.agents.config import TOKENS, AgentTraining
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.policies import AgentPolicy
 from far_env.agents.token_policy import LearnedTokenPolicy
