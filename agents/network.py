@@ -176,7 +176,7 @@ def make_network(config: NetworkConfig) -> RetentionNetwork:
 
 
 UNLIKELY = 4.0
-"""How much higher than of dropping a frame the score of compressing it is, where a scorer of whole frames begins to learn it."""
+"""How much higher than of dropping a frame the score of compressing it is, where a scorer of frames begins to learn it."""
 
 
 def token_weights(network: RetentionNetwork, config: NetworkConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A scorer of token memories: what reductions cost, and one choice in training, in the environment and in streaming rollouts."""
+"""A scorer of token memories: what reductions cost, and one choice in training, environment and streaming rollouts."""
 
 from __future__ import annotations
 
