@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from far_env.agents.config import FRAMES, MEMORIES, TOKENS, AgentTraining, NetworkConfig
+from far_env.agents.config import FRAMES, TOKENS, AgentTraining, NetworkConfig
 from far_env.config import from_dict, load_yaml
 from far_env.contract import tier
 from far_env.errors import unknown_name
@@ -34,9 +34,9 @@ PRETRAINED_DIR = Path(__file__).parent / "pretrained"
 
 
 def names(memory: str = FRAMES) -> list[str]:
-    """The shipped policies of a memory (`NetworkConfig.memory`)."""
+    """The shipped policies that can decide about a memory (`NetworkConfig.memory`), see `load_scorer`."""
     folders = [path.parent for path in sorted(PRETRAINED_DIR.glob(f"*/{CONFIG_FILE}"))]
-    return [f"{PRETRAINED}{folder.name}" for folder in folders if _about(folder)[1].memory == memory]
+    return [f"{PRETRAINED}{folder.name}" for folder in folders if memory == TOKENS or _about(folder)[1].memory == FRAMES]
 
 
 def accepts(name: str) -> bool:
@@ -94,11 +94,11 @@ def source(name: str) -> str:
     return _snapshot(name).name if is_hub_name(name) else str(Path(name).resolve())
 
 
-def scorer_folder(name: str, memory: str | None = None) -> Path:
+def scorer_folder(name: str, memory: str = TOKENS) -> Path:
     """The folder of a trained scorer: a run's, a shipped policy's, or one that was fetched from the Hugging Face hub.
 
     Args:
-        memory: suggested are shipped policies of this memory; by default all.
+        memory: for which a shipped policy is wanted, see `names`; by default any.
 
     Raises:
         ValueError: if no such policy is shipped, or if the hub cannot be read.
@@ -107,9 +107,8 @@ def scorer_folder(name: str, memory: str | None = None) -> Path:
         return _snapshot(name).folder
     if not name.startswith(PRETRAINED):
         return Path(name)
-    shipped = [each for kind in MEMORIES if memory in (None, kind) for each in names(kind)]
-    if name not in shipped:
-        raise ValueError(unknown_name("pretrained policy", name, shipped))
+    if name not in names(memory):
+        raise ValueError(unknown_name("pretrained policy", name, names(memory)))
     return PRETRAINED_DIR / name.removeprefix(PRETRAINED)
 
 
@@ -129,11 +128,12 @@ def save_scorer(scorer: RetentionNetwork, config: NetworkConfig, about: dict[str
     save_weights(scorer.state_dict(), folder / WEIGHTS_FILE)
 
 
-def load_scorer(folder: Path, memory: str | None = None) -> tuple[RetentionNetwork, dict[str, Any]]:
+def load_scorer(folder: Path, memory: str = TOKENS) -> tuple[RetentionNetwork, dict[str, Any]]:
     """The scorer of a run folder, and its policy.json.
 
     Args:
-        memory: what it must have been trained for (`NetworkConfig.memory`); by default either.
+        memory: which it decides about (`NetworkConfig.memory`). A scorer of frames can decide about a token memory too, see
+            `far_env.agents.network.token_weights`, but not the other way round.
 
     Raises:
         ValueError: if a file is missing or damaged, if the weights do not fit the configuration, or the memory is another.
@@ -142,9 +142,8 @@ def load_scorer(folder: Path, memory: str | None = None) -> tuple[RetentionNetwo
     from far_env.tensor_files import load_weights
 
     about, config = _about(folder)
-    if memory not in (None, config.memory):
-        other = "a token memory: play it with --memory tokens" if config.memory == TOKENS else "whole frames, not tokens"
-        raise ValueError(f"the policy in {folder} was trained for {other}")
+    if memory == FRAMES and config.memory == TOKENS:
+        raise ValueError(f"the policy in {folder} was trained for a token memory: play it with --memory tokens")
     return load_weights(make_network(config), folder / WEIGHTS_FILE), about
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,7 +82,7 @@ class LearnedTokenPolicy:
 
 
 def names() -> list[str]:
-    """The shipped policies of token memories."""
+    """The shipped policies."""
     return checkpoints.names(TOKENS)
 
 
@@ -91,8 +92,20 @@ def accepts(name: str) -> bool:
 
 
 def load(name: str) -> LearnedTokenPolicy:
-    """The policy of a shipped scorer, of one on the hub, or of a run folder. Raises ValueError as `checkpoints.load`."""
-    return LearnedTokenPolicy(checkpoints.load_scorer(checkpoints.scorer_folder(name, TOKENS), TOKENS)[0], name)
+    """The policy of a shipped scorer, of one on the hub, or of a run folder; a scorer of whole frames compresses none.
+
+    Raises:
+        ValueError: as `far_env.agents.checkpoints.load`, or if the scorer reads signals.
+    """
+    from far_env.agents.network import network_with_weights, token_weights
+
+    network, _ = checkpoints.load_scorer(checkpoints.scorer_folder(name))
+    if network.config.signals:
+        raise ValueError(f"{name} reads {', '.join(network.config.signals)}, which a token memory does not have")
+    if network.config.memory != TOKENS:
+        config = replace(network.config, memory=TOKENS)
+        network = network_with_weights(config, token_weights(network, config))
+    return LearnedTokenPolicy(network, name)
 
 
 def facts(name: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from far_env.agents import training_callbacks
+from far_env.agents.checkpoints import save_scorer
 from far_env.agents.collection import collect
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
 from far_env.agents.eviction_policy import EvictionPolicy
@@ -29,7 +30,7 @@ from far_env.envs.token_env import TokenRetentionEnv
 from far_env.frame_meta import frame_features
 from far_env.host.blocks import patchify
 from far_env.metrics import clip_metrics
-from far_env.policies import load_policy, load_token_policy, token_policy_facts
+from far_env.policies import load_policy, load_token_policy, token_policy_facts, token_policy_names
 from far_env.rollout.context import true_units
 from far_env.rollout.frame_actions import COMPRESS, DROP, KEEP, granted
 from far_env.rollout.streaming import play_streaming
@@ -218,7 +219,7 @@ def test_a_learned_policy_plays_a_clip_alone_as_among_others(tiny_workload, netw
         assert torch.allclose(alone.latents, rollout.latents, atol=1e-4)
 
 
-def test_a_scorer_of_whole_frames_begins_as_it_drops(tiny_workload):
+def test_a_scorer_of_whole_frames_begins_as_it_drops(tiny_workload, tmp_path):
     """Against the decisions of the scorer in NumPy, as the benchmark's policies make them."""
     frames = replace(NETWORK, memory="frames")
     torch.manual_seed(1)
@@ -237,8 +238,13 @@ def test_a_scorer_of_whole_frames_begins_as_it_drops(tiny_workload):
     assert kept != [13, 14, 15] and len(rollout.decisions) == 12
     with pytest.raises(ValueError, match="the network of pretrained/general is not that of this run"):
         starting_weights("pretrained/general", NETWORK)
-    started = starting_weights("pretrained/general", NetworkConfig(memory="tokens"))
-    assert set(started) == set(make_network(NetworkConfig(memory="tokens")).state_dict())
+    started, shipped = starting_weights("pretrained/general", NetworkConfig(memory="tokens")), "pretrained/general"
+    assert shipped in token_policy_names()
+    assert all(torch.equal(value, started[key]) for key, value in load_token_policy(shipped).network.state_dict().items())
+    with_signals = replace(frames, signals=("lat_cos",))
+    save_scorer(make_network(with_signals), with_signals, {}, tmp_path)
+    with pytest.raises(ValueError, match="reads lat_cos, which a token memory does not have"):
+        load_token_policy(str(tmp_path))
 
 
 def test_environments_return_to_a_state(tiny_workload, tmp_path):
