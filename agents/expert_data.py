@@ -83,13 +83,12 @@ class Recorder:
     Args:
         slots: rows of its arrays.
         generators: random numbers of each rollout.
-        calls_per_rollout: see `CALLS_PER_ROLLOUT`.
+        calls_per_rollout: by default `CALLS_PER_ROLLOUT`.
     """
 
-    def __init__(
-        self, slots: int, generators: Sequence[np.random.Generator], calls_per_rollout: int = CALLS_PER_ROLLOUT
-    ) -> None:
-        self.slots, self.generators, self.calls_per_rollout = slots, generators, calls_per_rollout
+    def __init__(self, slots: int, generators: Sequence[np.random.Generator], calls_per_rollout: int | None = None) -> None:
+        self.slots, self.generators = slots, generators
+        self.calls_per_rollout = CALLS_PER_ROLLOUT if calls_per_rollout is None else calls_per_rollout
         self.calls: list[tuple] = []
         self.decisions: list[tuple] = []
 
