@@ -15,6 +15,7 @@ from far_env.agents import training_callbacks
 from far_env.agents.checkpoints import save_scorer
 from far_env.agents.collection import collect
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
+from far_env.agents.dry_run import dry_run
 from far_env.agents.eviction_policy import EvictionPolicy
 from far_env.agents.graph_decisions import GraphDecisions
 from far_env.agents.imitation import fit, mean_regret, starting_weights
@@ -336,3 +337,5 @@ def test_settings_that_a_token_memory_does_not_have_are_refused(tiny_host_folder
                 config(tiny_host_folder, tmp_path, **changes)
     with pytest.raises(ValueError, match="leaves nothing to decide in pan"):
         train(replace(config(tiny_host_folder, tmp_path / "run"), budget="300"))
+    with pytest.raises(ValueError, match="the cost of a training for a token memory is not estimated"):
+        dry_run(config(tiny_host_folder, tmp_path / "run"))
