@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from far_env.agents.config import AgentTraining, NetworkConfig
+from far_env.agents.config import FRAMES, TOKENS, AgentTraining, NetworkConfig
 from far_env.config import from_dict, load_yaml
 from far_env.contract import tier
 from far_env.errors import unknown_name
@@ -33,9 +33,10 @@ PRETRAINED = "pretrained/"
 PRETRAINED_DIR = Path(__file__).parent / "pretrained"
 
 
-def names() -> list[str]:
-    """The shipped policies."""
-    return [f"{PRETRAINED}{path.parent.name}" for path in sorted(PRETRAINED_DIR.glob(f"*/{CONFIG_FILE}"))]
+def names(memory: str = FRAMES) -> list[str]:
+    """The shipped policies that can decide about a memory (`NetworkConfig.memory`), see `load_scorer`."""
+    folders = [path.parent for path in sorted(PRETRAINED_DIR.glob(f"*/{CONFIG_FILE}"))]
+    return [f"{PRETRAINED}{folder.name}" for folder in folders if memory == TOKENS or _about(folder)[1].memory == FRAMES]
 
 
 def accepts(name: str) -> bool:
@@ -52,10 +53,10 @@ def load(name: str) -> AgentPolicy:
     """
     from far_env.agents.policies import AgentPolicy
 
-    return AgentPolicy(load_scorer(scorer_folder(name))[0], name)
+    return AgentPolicy(load_scorer(scorer_folder(name), FRAMES)[0], name)
 
 
-def facts(name: str) -> dict[str, str]:
+def facts(name: str, memory: str = FRAMES) -> dict[str, str]:
     """Facts about a policy that results record: family, tier, source, a note on its training, and the hash of its weights.
 
     Where its settings can be read, also by how many rollouts of validation clips the weights were chosen.
@@ -63,8 +64,8 @@ def facts(name: str) -> dict[str, str]:
     Raises:
         ValueError: as `load`.
     """
-    folder = scorer_folder(name)
-    network, about = load_scorer(folder)
+    folder = scorer_folder(name, memory)
+    network, about = load_scorer(folder, memory)
     chosen_by = _validation_rollouts(folder / SETTINGS_FILE)
     return {
         **({} if chosen_by is None else {TRAINING_ROLLOUTS: chosen_by}),
@@ -93,8 +94,11 @@ def source(name: str) -> str:
     return _snapshot(name).name if is_hub_name(name) else str(Path(name).resolve())
 
 
-def scorer_folder(name: str) -> Path:
+def scorer_folder(name: str, memory: str = TOKENS) -> Path:
     """The folder of a trained scorer: a run's, a shipped policy's, or one that was fetched from the Hugging Face hub.
+
+    Args:
+        memory: for which a shipped policy is wanted, see `names`; by default any.
 
     Raises:
         ValueError: if no such policy is shipped, or if the hub cannot be read.
@@ -103,8 +107,8 @@ def scorer_folder(name: str) -> Path:
         return _snapshot(name).folder
     if not name.startswith(PRETRAINED):
         return Path(name)
-    if name not in names():
-        raise ValueError(unknown_name("pretrained policy", name, names()))
+    if name not in names(memory):
+        raise ValueError(unknown_name("pretrained policy", name, names(memory)))
     return PRETRAINED_DIR / name.removeprefix(PRETRAINED)
 
 
@@ -124,20 +128,31 @@ def save_scorer(scorer: RetentionNetwork, config: NetworkConfig, about: dict[str
     save_weights(scorer.state_dict(), folder / WEIGHTS_FILE)
 
 
-def load_scorer(folder: Path) -> tuple[RetentionNetwork, dict[str, Any]]:
+def load_scorer(folder: Path, memory: str = TOKENS) -> tuple[RetentionNetwork, dict[str, Any]]:
     """The scorer of a run folder, and its policy.json.
 
+    Args:
+        memory: which it decides about (`NetworkConfig.memory`). A scorer of frames can decide about a token memory too, see
+            `far_env.agents.network.token_weights`, but not the other way round.
+
     Raises:
-        ValueError: if a file is missing or damaged, or if the weights do not fit the configuration.
+        ValueError: if a file is missing or damaged, if the weights do not fit the configuration, or the memory is another.
     """
-    from far_env.agents.network import RetentionNetwork
+    from far_env.agents.network import make_network
     from far_env.tensor_files import load_weights
 
+    about, config = _about(folder)
+    if memory == FRAMES and config.memory == TOKENS:
+        raise ValueError(f"the policy in {folder} was trained for a token memory: play it with --memory tokens")
+    return load_weights(make_network(config), folder / WEIGHTS_FILE), about
+
+
+def _about(folder: Path) -> tuple[dict[str, Any], NetworkConfig]:
+    """The contents of policy.json, and the network's configuration in it. Raises ValueError if it is missing or damaged."""
     path = folder / CONFIG_FILE
     if not path.exists():
         raise ValueError(f"{folder} holds no trained policy ({CONFIG_FILE} is missing); train one with far-env train")
     about = read_json(path, "train the policy again")
     if not isinstance(about, dict) or "network" not in about:
         raise ValueError(f"{path} is damaged (it lacks 'network'); train the policy again")
-    config = from_dict(NetworkConfig, about["network"], f"{path}: network")
-    return load_weights(RetentionNetwork(config), folder / WEIGHTS_FILE), about
+    return about, from_dict(NetworkConfig, about["network"], f"{path}: network")

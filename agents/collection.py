@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from far_env.agents.config import NetworkConfig
+from far_env.agents import token_expert
+from far_env.agents.config import TOKENS, NetworkConfig
 from far_env.agents.expert import play_with_expert
 from far_env.agents.expert_data import ExpertData, Recorder, load_expert_data
 from far_env.agents.histories import check_true_signals
 from far_env.agents.network import RetentionNetwork
+from far_env.agents.token_expert import play_tokens_with_expert
 from far_env.progress import show_progress
 from far_env.tensor_files import save_weights
 from far_env.workloads import Workload
@@ -46,8 +48,12 @@ BatchPlayer = Callable[[Workload, Sequence[Batch], RetentionNetwork | None], Ite
 def play_batch(workload: Workload, batch: Batch, actor: RetentionNetwork | None) -> ExpertData:
     """The decisions of a batch; see `collect`."""
     rows = range(batch.first, batch.first + len(batch.clip_ids))
-    recorder = Recorder(batch.slots, [np.random.default_rng((batch.seed, row, 8)) for row in rows])
-    return play_with_expert(workload, batch.clip_ids, batch.budgets, actor, batch.config, batch.true_frames, recorder)
+    generators = [np.random.default_rng((batch.seed, row, 8)) for row in rows]
+    if batch.config.memory == TOKENS:
+        play_batch_of, recorder = play_tokens_with_expert, Recorder(batch.slots, generators, token_expert.CALLS_PER_ROLLOUT)
+    else:
+        play_batch_of, recorder = play_with_expert, Recorder(batch.slots, generators)
+    return play_batch_of(workload, batch.clip_ids, batch.budgets, actor, batch.config, batch.true_frames, recorder)
 
 
 def play_here(
@@ -92,7 +98,10 @@ def collect(
     """
     if true_frames:
         check_true_signals(config.signals)
-    slots = max(workload.context_units, *map(workload.max_units, budgets)) + 1
+    if config.memory == TOKENS:
+        slots = workload.num_frames - 1
+    else:
+        slots = max(workload.context_units, *map(workload.max_units, budgets)) + 1
     ids, limits, shared = tuple(clip_ids), tuple(budgets), (slots, seed, config, true_frames)
     starts = range(0, len(ids), batch_size)
     batches = [Batch(first, ids[first : first + batch_size], limits[first : first + batch_size], *shared) for first in starts]

@@ -10,12 +10,16 @@ from far_env.clips.clip import check_clip_options
 from far_env.config import parse_mapping, require_positive
 from far_env.contract import check_signals, resolve_feedback
 from far_env.distributed.cluster import ActorSettings
+from far_env.errors import unknown_name
 
 UNUSABLE_SIGNALS = {
     "key_proto": "its length depends on the host",
     "column_gap": "it ignores horizontal shifts, which fits a camera that pans and no other content",
 }
 """Signals that a scorer cannot read, and why."""
+
+FRAMES, TOKENS = MEMORIES = ("frames", "tokens")
+"""What a scorer decides about."""
 
 MAX_NETWORK = 2**26
 """Of width² · (num_layers + 1), about a twelfth of the parameters."""
@@ -28,6 +32,9 @@ ROUND_KINDS = ("true", "rollouts")
 class ImitationSettings:
     """Imitation of an expert that knows the true rest of the clip, before any PPO. See `far_env.agents.imitation`."""
 
+    start: str | None = None
+    """Scorer to begin with, pretrained/NAME or a run folder, with a network of the same sizes; for a token memory also one of
+    whole frames, which compresses nothing at first. It learns as after a round: for round_epochs, at a lower rate."""
     true_clips: int = 0
     """Clips on whose true frames the expert's decisions are collected first, without a host; shared by the workloads. 0 for no
     imitation."""
@@ -164,6 +171,9 @@ class NetworkConfig:
     """Whether frames that were dropped are still seen; without, for comparison."""
     scaled: bool = True
     """Whether changes are divided by the mean change of the clip; without, for comparison."""
+    memory: str = "frames"
+    """frames: the scorer says which frame of a history to drop next. tokens: which frame of a token memory to drop or to
+    compress next; budgets then count tokens, see `far_env.rollout.streaming`."""
 
     RENAMED: ClassVar[dict[str, str]] = {"statistics": "signals"}
     REMOVED: ClassVar[tuple[str, ...]] = (
@@ -187,6 +197,10 @@ class NetworkConfig:
             raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}")
         if self.edge_width % 2:
             raise ValueError(f"edge_width must be even, got {self.edge_width}")
+        if self.memory not in MEMORIES:
+            raise ValueError(unknown_name("memory", self.memory, MEMORIES))
+        if self.memory == TOKENS and self.signals:
+            raise ValueError("a scorer of a token memory reads no signals; leave network.signals out")
         names = check_signals(self.signals)
         for name in names:
             if name in UNUSABLE_SIGNALS:
@@ -236,7 +250,7 @@ class AgentTraining:
     workload: str = "pan"
     """One or more workloads, separated by commas; each has an equal share of the episodes."""
     budget: int | str = 4
-    """One or more budgets in frames, separated by commas; each episode draws one."""
+    """One or more budgets in frames, with network.memory tokens in tokens, separated by commas; each episode draws one."""
     host: str | None = None
     """"embedded", a released transformer or a host folder; by default the workload's."""
     device: str = "auto"
@@ -288,6 +302,10 @@ class AgentTraining:
         object.__setattr__(self, "clip_options", check_clip_options(options) or "")
         if self.feedback is not None:
             object.__setattr__(self, "feedback", resolve_feedback(self.feedback))
+        if self.network.memory == TOKENS:
+            for name, given in (("surrogate.total_timesteps", self.surrogate.total_timesteps), ("ray.actors", self.ray.actors)):
+                if given:
+                    raise ValueError(f"{name} is {given}, which a training for a token memory does not have; set it to 0")
         decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
         if decisions == 0 and self.imitation.true_clips == 0:
             raise ValueError(

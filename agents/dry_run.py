@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from far_env.agents.config import AgentTraining
+from far_env.agents.config import TOKENS, AgentTraining
 from far_env.agents.histories import check_true_signals
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.ppo import PPOStage
@@ -98,6 +98,8 @@ def check_folder(folder: Path) -> Path:
 
 def estimate(run: Run, tflops: float | None = None) -> RunCost:
     """Count a run's stages and their costs. Raises ValueError if a host is no FAR, whose operations are counted."""
+    if run.config.network.memory == TOKENS:
+        raise ValueError("the cost of a training for a token memory is not estimated; leave --dry-run out")
     for workload in run.workloads:
         require_far(workload.host, "an estimate of what a run costs")
     if run.config.imitation.true_clips:

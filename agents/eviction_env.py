@@ -125,7 +125,7 @@ class EvictionVecEnv(RowsVecEnv):
                 for name, value in saved["graph"].items()
             }
             vars(self.graphs[index]).update(values)
-            self.remaining[index] = saved["remaining"].numpy().copy()
+            self._set_remaining(index, saved["remaining"].numpy().copy())
             self.observations[index] = {name: value.numpy().copy() for name, value in saved["arrays"].items()}
 
     def env_states(self) -> list[Any]:
@@ -141,6 +141,10 @@ class EvictionVecEnv(RowsVecEnv):
         """Close the environments."""
         for env in self.envs:
             env.close()
+
+    def _set_remaining(self, index: int, remaining: np.ndarray) -> None:
+        """Restore what remains of a row's history."""
+        self.remaining[index] = remaining
 
     def _begin(self, index: int) -> None:
         """Forget a row's episode."""
@@ -170,9 +174,9 @@ class EvictionVecEnv(RowsVecEnv):
         """The padded observations of these rows, by default of all, float32."""
         rows = range(self.num_envs) if rows is None else rows
         batch, mask = stacked([self.observations[row] for row in rows], self.num_nodes)
-        remaining = np.zeros_like(mask)
+        remaining = np.zeros(mask.shape, dtype=np.float32)
         for index, row in enumerate(rows):
-            remaining[index, self.graphs[row].rows()[self.remaining[row]]] = True
+            remaining[index, self.graphs[row].rows()] = self.remaining[row]
         parts = {**batch, "mask": mask, "remaining": remaining}
         return {name: parts[name].astype(np.float32) for name in self.observation_space.spaces}
 

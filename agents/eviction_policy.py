@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from far_env.agents.config import NetworkConfig
 from far_env.agents.graph_batches import network_inputs, trimmed
-from far_env.agents.network import RetentionNetwork, ValueNetwork
+from far_env.agents.network import RetentionNetwork, ValueNetwork, make_network
 
-BOOLEAN_ARRAYS = ("generated", "in_history", "known_changes", "known", "mask", "remaining")
+BOOLEAN_ARRAYS = ("generated", "in_history", "known_changes", "known", "mask")
 
 
 class PackedGraph(BaseFeaturesExtractor):
@@ -35,7 +35,8 @@ class PackedGraph(BaseFeaturesExtractor):
 class ActorCritic(nn.Module):
     """Scorer and critic over packed observations, in place of SB3's MLP extractor.
 
-    The actor's latent are the logits of dropping each node, the negative scores.
+    The actor's latent are the logits of dropping each node, the negative scores; in a token memory those of dropping and of
+    compressing each node in turn.
 
     Args:
         bfloat16: multiply matrices in bfloat16, which is faster on processors that have it.
@@ -46,15 +47,16 @@ class ActorCritic(nn.Module):
         self.bfloat16 = bfloat16
         self.shapes = {name: space[name].shape for name in sorted(space.spaces)}
         self.config = config
-        self.actor, self.critic = RetentionNetwork(config), ValueNetwork(config)
-        self.latent_dim_pi, self.latent_dim_vf = self.shapes["mask"][0], config.width
+        self.actor, self.critic = make_network(config), ValueNetwork(config)
+        self.num_nodes = self.shapes["mask"][0]
+        self.latent_dim_pi, self.latent_dim_vf = self.num_nodes * self.actor.head.out_features, config.width
 
     def forward(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Both latents."""
         return self.forward_actor(packed), self.forward_critic(packed)
 
     def forward_actor(self, packed: Tensor) -> Tensor:
-        """Logits (B, N)."""
+        """Logits (B, N), or (B, 2N)."""
         return self._by_size(packed, self._logits)
 
     def forward_critic(self, packed: Tensor) -> Tensor:
@@ -62,13 +64,13 @@ class ActorCritic(nn.Module):
         return self._by_size(packed, self.critic)
 
     def _logits(self, *inputs: Tensor) -> Tensor:
-        scores = self.actor(*inputs)
-        return F.pad(-scores, (0, self.latent_dim_pi - scores.shape[1]))
+        scores = self.actor(*inputs).reshape(*inputs[2].shape, -1)
+        return F.pad(-scores, (0, 0, 0, self.num_nodes - scores.shape[1])).flatten(1)
 
     def _by_size(self, packed: Tensor, network: Callable[..., Tensor]) -> Tensor:
         """Outputs of a network. Graphs of at most half the size of the largest are not padded to it, which would be slow."""
         start = sum(int(np.prod(shape)) for name, shape in self.shapes.items() if name < "mask")
-        sizes = packed[:, start : start + self.latent_dim_pi].sum(dim=1)
+        sizes = packed[:, start : start + self.num_nodes].sum(dim=1)
         small = sizes <= sizes.max() / 2
         groups = (small, ~small) if small.any() else (~small,)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):

@@ -30,11 +30,13 @@ class ExpertData:
         features: float32 (K, slots, 4), as `far_env.frame_meta.frame_features`; here and below frames come first, then padding.
         frame_signals: float32 (K, slots, F), pair_signals: float32 (K, slots, slots, P).
         kept: bool (K, slots), the frames that stayed.
-        max_frames: int64 (R,), the budget. total_steps: int64 (1,).
+        max_frames: (R,), the budget in frames. total_steps: int64 (1,).
         similarity: float16 (R, T, T), how well the content of true frame i could be copied from true frame j, between 0 and 1.
-        call: int64 (D,). remaining: bool (D, slots), frames of the call that were not dropped yet.
+        call: int64 (D,). remaining: bool (D, slots), frames of the call that were not dropped yet; of a token memory float32,
+            the share of its tokens that a frame still has.
         costs: float32 (D, slots), the logarithm of the error to be expected where this frame is dropped next; infinite where
-            it cannot be.
+            it cannot be. Of a token memory (D, slots, 2), of dropping and of compressing it, see
+            `far_env.agents.token_expert`.
     """
 
     rollout: Tensor
@@ -81,10 +83,12 @@ class Recorder:
     Args:
         slots: rows of its arrays.
         generators: random numbers of each rollout.
+        calls_per_rollout: by default `CALLS_PER_ROLLOUT`.
     """
 
-    def __init__(self, slots: int, generators: Sequence[np.random.Generator]) -> None:
+    def __init__(self, slots: int, generators: Sequence[np.random.Generator], calls_per_rollout: int | None = None) -> None:
         self.slots, self.generators = slots, generators
+        self.calls_per_rollout = CALLS_PER_ROLLOUT if calls_per_rollout is None else calls_per_rollout
         self.calls: list[tuple] = []
         self.decisions: list[tuple] = []
 
@@ -110,7 +114,7 @@ class Recorder:
         rollout, step, length, features, frame, pair, kept = (np.stack(column) for column in zip(*self.calls, strict=True))
         order = np.argsort(rollout, kind="stable")
         call, remaining, costs = (np.stack(column) for column in zip(*self.decisions, strict=True))
-        recorded = np.isin(call, _some_calls(rollout, self.generators))
+        recorded = np.isin(call, _some_calls(rollout, self.generators, self.calls_per_rollout))
         call, remaining, costs = call[recorded], remaining[recorded], costs[recorded]
         decided = np.argsort(rollout[call], kind="stable")
         call, remaining, costs = call[decided], remaining[decided], costs[decided]
@@ -119,8 +123,8 @@ class Recorder:
         return ExpertData(*map(torch.from_numpy, (*columns, *shared, np.argsort(order)[call], remaining, costs)))
 
 
-def _some_calls(rollouts: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
-    """Indices of at most `CALLS_PER_ROLLOUT` calls of each rollout: its first, and others chosen by its generator.
+def _some_calls(rollouts: np.ndarray, generators: Sequence[np.random.Generator], number: int) -> np.ndarray:
+    """Indices of at most ``number`` calls of each rollout: its first, and others chosen by its generator.
 
     The earlier a call, the more likely it is chosen, in proportion to the calls that follow: what it drops is missing longer.
     """
@@ -128,6 +132,6 @@ def _some_calls(rollouts: np.ndarray, generators: Sequence[np.random.Generator])
     for rollout, rng in enumerate(generators):
         first, *others = np.flatnonzero(rollouts == rollout)
         following = np.arange(len(others), 0, -1)
-        count = min(CALLS_PER_ROLLOUT - 1, len(others))
+        count = min(number - 1, len(others))
         chosen += [first, *rng.choice(others, count, replace=False, p=following / following.sum() if count else None)]
     return np.array(chosen)

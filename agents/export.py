@@ -22,6 +22,7 @@ import torch
 import far_env.births
 from far_env.agents import observation, runtime
 from far_env.agents.checkpoints import load_scorer
+from far_env.agents.config import FRAMES
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.policies import AgentPolicy, scorer_options
 from far_env.contract import RolloutState, apply_plan
@@ -219,7 +220,7 @@ def export_run(run: Path, path: Path, source: str | None = None) -> None:
     Raises:
         ValueError: if the folder contains none, if it cannot be exported, or if the file cannot be written.
     """
-    network, about = load_scorer(run)
+    network, about = load_scorer(run, FRAMES)
     provenance = [f"{key}: {value}" for key, value in about.items() if key != "network"]
     provenance += [f"source: {source}"] * (source is not None)
     export_policy(network, path, "\n".join(provenance))

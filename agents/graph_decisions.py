@@ -26,8 +26,8 @@ class Decisions:
         nodes, edges, mask: of each call, as `far_env.agents.network.RetentionNetwork.encode` takes them.
         similarity: float32 (B, N, N), of the true frames with the nodes' numbers, see `ExpertData`.
         call: int64 (D,), in which of the calls.
-        remaining: bool (D, N), frames of the history that were not dropped yet.
-        costs: float32 (D, N), as in `ExpertData`; infinite at nodes that cannot be dropped.
+        remaining: (D, N), as in `ExpertData`; 0 at nodes that are not in the history.
+        costs: float32 (D, N) or (D, N, 2), as in `ExpertData`; infinite at nodes that cannot be dropped.
     """
 
     nodes: Tensor
@@ -67,7 +67,7 @@ class GraphDecisions:
             of_pairs = [pair_signals[call, :length, :length, i] for i in range(pair_signals.shape[3])]
             graph.observe_frames(features[call, :length], step, of_frames, of_pairs)
             if call in decided:
-                arrays = graph.arrays(total_steps - step - 1, int(data.max_frames[rollout]))
+                arrays = graph.arrays(total_steps - step - 1, data.max_frames[rollout].item())
                 self.arrays[call] = {name: _compact(values, name in PAIR_ARRAYS) for name, values in arrays.items()}
                 self.numbers[call] = graph.numbers.copy()
             graph.keep(np.flatnonzero(kept[call]).tolist())
@@ -94,7 +94,7 @@ class GraphDecisions:
             call_of += [row] * (of_call.stop - of_call.start)
             for target, source, fill in ((remaining, self.data.remaining, False), (costs, self.data.costs, np.inf)):
                 values = source[of_call, : len(rows)].numpy()
-                target.append(np.full((len(values), size), fill, dtype=values.dtype))
+                target.append(np.full((len(values), size, *values.shape[2:]), fill, dtype=values.dtype))
                 target[-1][:, rows] = values
         evictions = np.array(call_of), np.concatenate(remaining), np.concatenate(costs)
         inputs = network_inputs(batch, mask, self.config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,20 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
+from far_env.agents.budgets import deciding_budgets
+from far_env.agents.checkpoints import load_scorer, scorer_folder
 from far_env.agents.collection import BatchPlayer, collect, play_here
-from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig
+from far_env.agents.config import FRAMES, TOKENS, AgentTraining, ImitationSettings, NetworkConfig
 from far_env.agents.expert_actors import ActorBatchPlayer
 from far_env.agents.expert_data import load_expert_data
 from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
-from far_env.agents.network import RetentionNetwork, network_with_weights
+from far_env.agents.network import RetentionNetwork, make_network, network_with_weights, token_weights
 from far_env.allocator import return_freed_memory
 from far_env.host.training.muon import split_parameters
 from far_env.io import read_json, write_json
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors, save_weights
-from far_env.workloads import Workload, deciding_budgets
+from far_env.workloads import Workload
 
 INDEX_FILE = "index.json"
 FINETUNE_LR_SCALE = 0.3
@@ -76,9 +78,9 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: Im
     squared error of the similarities of frames; means over decisions, and over pairs of frames.
     """
     scores, e = _scores(network, decisions)
-    scores = scores.float()
-    fixed = decisions.costs.isinf()
-    extra = (decisions.costs - decisions.costs.amin(dim=1, keepdim=True)) / settings.temperature
+    scores, costs = scores.float().flatten(1), decisions.costs.flatten(1)
+    fixed = costs.isinf()
+    extra = (costs - costs.amin(dim=1, keepdim=True)) / settings.temperature
     log_probs = (-scores).masked_fill(fixed, -1e9).log_softmax(dim=1)
     loss = -((-extra).softmax(dim=1) * log_probs.masked_fill(fixed, 0.0)).sum(dim=1).mean()
     expected_cost = (log_probs.exp() * extra.masked_fill(fixed, 0.0)).sum(dim=1).mean()
@@ -90,14 +92,14 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: Im
 @torch.no_grad()
 def mean_regret(network: RetentionNetwork, decisions: Decisions) -> float:
     """How much the expected logarithmic error of the scorer's choices is above that of the best, mean over decisions."""
-    scores, _ = _scores(network, decisions)
-    chosen = scores.masked_fill(decisions.costs.isinf(), torch.inf).argmin(dim=1)
-    regret = decisions.costs.gather(1, chosen[:, None])[:, 0] - decisions.costs.amin(dim=1)
+    scores, costs = _scores(network, decisions)[0].flatten(1), decisions.costs.flatten(1)
+    chosen = scores.masked_fill(costs.isinf(), torch.inf).argmin(dim=1)
+    regret = costs.gather(1, chosen[:, None])[:, 0] - costs.amin(dim=1)
     return float(regret.mean())
 
 
 def _scores(network: RetentionNetwork, decisions: Decisions) -> tuple[Tensor, Tensor]:
-    """Scores (D, N) of the frames in each decision, and the edges of each call, which is encoded once."""
+    """Scores of the frames in each decision, in the shape of its costs, and the edges of each call, which is encoded once."""
     x, e = network.encode(decisions.nodes, decisions.edges, decisions.mask)
     return network.score(x[decisions.call], e[decisions.call], decisions.remaining), e
 
@@ -133,11 +135,11 @@ def imitate(
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     precision = workloads[0].host.dtype
     decisions: list[GraphDecisions] = []
-    weights: Mapping[str, Tensor] | None = None
-    planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips)
+    weights = None if settings.start is None else starting_weights(settings.start, network_config)
+    planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips, memory=network_config.memory)
     for number, parts in enumerate(planned):
         scorer_path = folder / f"scorer_{number:02d}.ckpt"
-        actor = None if weights is None else network_with_weights(network_config, weights)
+        actor = network_with_weights(network_config, weights) if number else None  # at first the expert decides
         for part in parts:
             path = folder / f"{number:02d}_{part.kind}_{part.workload.name}.safetensors"
             if not path.exists():
@@ -166,6 +168,20 @@ def imitate(
     return network_with_weights(network_config, weights)
 
 
+def starting_weights(name: str, config: NetworkConfig) -> dict[str, Tensor]:
+    """The weights of a trained scorer for a network to begin with.
+
+    Raises:
+        ValueError: if there is no such scorer, or if its network is another, but for the memory.
+    """
+    network, _ = load_scorer(scorer_folder(name))
+    if replace(network.config, memory=config.memory) != config or (config.memory, network.config.memory) == (FRAMES, TOKENS):
+        raise ValueError(f"imitation.start: the network of {name} is not that of this run; give network the same settings")
+    if network.config.memory == config.memory:
+        return network.state_dict()
+    return token_weights(network, config)
+
+
 @dataclass(frozen=True)
 class Part:
     """Rollouts of one workload in which decisions are collected together.
@@ -187,7 +203,13 @@ class Part:
 
 
 def planned_parts(
-    settings: ImitationSettings, workloads: Sequence[Workload], budgets: Sequence[int], *, seed: int, num_clips: int
+    settings: ImitationSettings,
+    workloads: Sequence[Workload],
+    budgets: Sequence[int],
+    *,
+    seed: int,
+    num_clips: int,
+    memory: str = FRAMES,
 ) -> list[list[Part]]:
     """The parts of each round, those of the expert first; see `imitate`, whose arguments these are."""
     rounds = [("expert", settings.true_clips), *settings.collected_rounds]
@@ -202,7 +224,7 @@ def planned_parts(
         ends = (shares * count).round().astype(int).tolist()
         parts = []
         for workload, begin, end in zip(workloads, ends, ends[1:], strict=False):
-            of_workload = deciding_budgets(workload, budgets)
+            of_workload = deciding_budgets(memory, workload, budgets)
             ids = [clip for clip in clips[begin:end] for _ in range(settings.budgets_per_clip)]
             if ids:
                 parts.append(Part(kind, workload, ids, [of_workload[i % len(of_workload)] for i in range(len(ids))]))
@@ -228,7 +250,7 @@ def fit(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = RetentionNetwork(network_config)
+        network = make_network(network_config)
     learning_rate = settings.learning_rate
     if start is not None:
         network.load_state_dict(start)
@@ -275,7 +297,7 @@ def make_optimizers(network: RetentionNetwork, learning_rate: float) -> dict[str
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices between the layers that read the inputs and
     those that write the outputs, which learn several times faster with it; AdamW for the rest.
     """
-    ends = ("embed_nodes", "embed_edges", "embed_remaining", "head", "similarity")
+    ends = ("embed_nodes", "embed_edges", "embed_remaining", "embed_share", "head", "similarity")
     matrices, others = split_parameters(network, lambda name, p: p.ndim == 2 and not name.startswith(ends))
     return {
         "muon": torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from far_env.agents.config import NetworkConfig
+from far_env.agents.config import TOKENS, NetworkConfig
 from far_env.agents.observation import FrameGraph
 from far_env.contract import OF_PAIRS
 
@@ -106,7 +106,7 @@ class RetentionNetwork(nn.Module):
         Args:
             nodes, edges: of `far_env.agents.observation.graph_inputs`, batched and padded.
             mask: bool (B, N), false on padding.
-            remaining: bool (B, N), frames of the history that were not dropped yet.
+            remaining: (B, N), above 0 at frames of the history that were not dropped yet.
         """
         return self.score(*self.encode(nodes, edges, mask), remaining)
 
@@ -130,7 +130,29 @@ class RetentionNetwork(nn.Module):
     def decision(self, x: Tensor, e: Tensor, remaining: Tensor) -> Tensor:
         """What the scores are read from: nodes (B, N, width) that have seen the remaining ones."""
         count = torch.log1p(remaining.sum(dim=1).float())[:, None, None] / 3
-        return self.norm(self.decide(x + self.embed_remaining(count), e, (~remaining * MASKED)[:, None, None]))
+        return self.norm(self.decide(x + self.embed_remaining(count), e, ((remaining == 0) * MASKED)[:, None, None]))
+
+
+class TokenRetentionNetwork(RetentionNetwork):
+    """Scores of the frames of a token memory (B, N, 2): of the lowest ones, one is dropped or compressed next.
+
+    ``remaining`` is the share of its tokens that a frame has: 0 dropped, 1 whole. The first score is that of dropping.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(config.width, 2)
+        self.embed_share = nn.Linear(1, config.width)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def score(self, x: Tensor, e: Tensor, remaining: Tensor) -> Tensor:
+        """See the class."""
+        return self.head(self.decision(x, e, remaining))
+
+    def decision(self, x: Tensor, e: Tensor, remaining: Tensor) -> Tensor:
+        """As of `RetentionNetwork`; nodes know the share of their tokens too."""
+        return super().decision(x + self.embed_share(remaining.float()[..., None]), e, remaining)
 
 
 class ValueNetwork(nn.Module):
@@ -138,17 +160,35 @@ class ValueNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.trunk = RetentionNetwork(config)
+        self.trunk = make_network(config)
         self.trunk.head = nn.Identity()
 
     def forward(self, nodes: Tensor, edges: Tensor, mask: Tensor, remaining: Tensor) -> Tensor:
         """Pooled features (B, width)."""
-        rows = self.trunk.decision(*self.trunk.encode(nodes, edges, mask), remaining) * remaining[..., None]
-        return rows.sum(dim=1) / remaining.sum(dim=1, keepdim=True).clamp(min=1)
+        present = remaining > 0
+        rows = self.trunk.decision(*self.trunk.encode(nodes, edges, mask), remaining) * present[..., None]
+        return rows.sum(dim=1) / present.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def make_network(config: NetworkConfig) -> RetentionNetwork:
+    """A new scorer for the configured memory."""
+    return TokenRetentionNetwork(config) if config.memory == TOKENS else RetentionNetwork(config)
+
+
+UNLIKELY = 4.0
+"""How much higher than of dropping a frame the score of compressing it is, where a scorer of frames begins to learn it."""
+
+
+def token_weights(network: RetentionNetwork, config: NetworkConfig) -> dict[str, Tensor]:
+    """Weights of a `TokenRetentionNetwork` that scores the dropping of whole frames as a scorer of frames does."""
+    weights = dict(TokenRetentionNetwork(config).state_dict(), **network.state_dict())
+    weights["head.weight"] = network.head.weight.detach().repeat(2, 1)
+    weights["head.bias"] = torch.cat([network.head.bias.detach(), network.head.bias.detach() + UNLIKELY])
+    return weights | {name: torch.zeros_like(weights[name]) for name in ("embed_share.weight", "embed_share.bias")}
 
 
 def network_with_weights(config: NetworkConfig, weights: Mapping[str, Tensor]) -> RetentionNetwork:
     """A scorer with these weights, in eval mode."""
-    network = RetentionNetwork(config)
+    network = make_network(config)
     network.load_state_dict(weights)
     return network.eval()

@@ -50,16 +50,21 @@ class Coverage:
         """The expected squared error of all cells when these frames are kept, the newest among them."""
         return float(self._errors(self.distance[list(kept)].min(axis=0)[..., None])[0])
 
-    def costs_without(self, kept: Sequence[int]) -> np.ndarray:
+    def costs_without(self, kept: Sequence[int], instead: Sequence[int] | None = None) -> np.ndarray:
         """`cost` of these frames, two at least, without the first, without the second, and so on: float64 (kept,).
 
         Without the newest, the frame before is not what it was copied from, so that its cost has no meaning.
+
+        Args:
+            instead: rows of ``distance``, one for each of the frames, that takes its place; by default nothing does.
         """
         distance = self.distance[list(kept)].transpose(1, 2, 0).copy()
         nearest = distance.argmin(axis=-1)[..., None]
         without = np.repeat(np.take_along_axis(distance, nearest, axis=-1), len(kept), axis=-1)
         np.put_along_axis(distance, nearest, np.inf, axis=-1)
         np.put_along_axis(without, nearest, distance.min(axis=-1, keepdims=True), axis=-1)
+        if instead is not None:
+            without = np.minimum(without, self.distance[list(instead)].transpose(1, 2, 0))
         return self._errors(without)
 
     def _errors(self, distance: np.ndarray) -> np.ndarray:

@@ -14,13 +14,16 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
-from far_env.agents.config import AgentTraining, PPOSettings
+from far_env.agents.budgets import deciding_budgets
+from far_env.agents.config import TOKENS, AgentTraining, PPOSettings
 from far_env.agents.eviction_env import EvictionVecEnv
 from far_env.agents.eviction_policy import EvictionPolicy
-from far_env.agents.rollout_actors import ActorVecEnv, groups_of, make_env
+from far_env.agents.rollout_actors import ActorVecEnv, groups_of, make_env, reward_options
+from far_env.agents.token_env import ReductionVecEnv
 from far_env.agents.training_callbacks import TrainingProgress, ValidationCheckpoint, Weights, host_hashes
 from far_env.agents.training_logs import log_writers
 from far_env.distributed.cluster import connected
+from far_env.envs.token_env import TokenRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.tensor_files import load_tensors
 from far_env.workloads import Workload
@@ -97,6 +100,9 @@ class PPOStage:
     def _environment(self) -> Iterator[VecEnv]:
         """All rows of the stage, in this process or in actors."""
         config = self.config
+        if config.network.memory == TOKENS:
+            yield ReductionVecEnv(self.make_token_envs(), config.network)
+            return
         if not config.ray.actors:
             yield EvictionVecEnv(self.make_envs(), config.network)
             return
@@ -130,6 +136,13 @@ class PPOStage:
         workloads = {workload.name: workload for workload in self.chosen_workloads}
         groups = groups_of(self.settings, list(workloads))
         return [make_env(self.config, workloads[name], self.budgets, self.env_class, rows) for name, rows in groups]
+
+    def make_token_envs(self) -> list[TokenRetentionEnv]:
+        """Make the environments of a token memory, with equal shares of the stage's for each workload."""
+        workloads = {workload.name: workload for workload in self.chosen_workloads}
+        chosen = [workloads[name] for name, rows in groups_of(self.settings, list(workloads)) for _ in range(rows)]
+        options = reward_options(self.config)
+        return [TokenRetentionEnv(workload, deciding_budgets(TOKENS, workload, self.budgets), **options) for workload in chosen]
 
     def observation_bytes(self, envs: Sequence[FrameRetentionVectorEnv]) -> int:
         """Bytes of the observation of one row."""

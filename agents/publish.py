@@ -21,7 +21,7 @@ from far_env.agents.checkpoints import (
     load_scorer,
     save_scorer,
 )
-from far_env.agents.config import AgentTraining, NetworkConfig
+from far_env.agents.config import TOKENS, AgentTraining, NetworkConfig
 from far_env.config import load_yaml, save_yaml
 from far_env.evaluation.table import markdown_table, source_lines
 from far_env.io import make_run_dir, read_json, write_text
@@ -141,13 +141,15 @@ def card_text(name: str, settings: AgentTraining, about: dict[str, str], measure
         about: trained_on, tested, host, place, command, time, commit, torch, parameters and sha256.
         measured: the table of results and its sources.
     """
-    exported = "" if settings.network.signals else f"far-env export {name} --out policy.py\n"
+    in_tokens = settings.network.memory == TOKENS
+    exported = "" if settings.network.signals or in_tokens else f"far-env export {name} --out policy.py\n"
+    memory, dropped = ("--memory tokens ", "dropped or compressed") if in_tokens else ("", "dropped")
     return f"""\
 # {name}
 
 A learned policy that decides which history frames an autoregressive video model keeps: an edge-conditioned set
 transformer over the frames seen so far assigns a score to each frame of the history; the newest frame stays, and of the others
-the one with the lowest score is dropped, until the history fits the budget.
+the one with the lowest score is {dropped}, until the history fits the budget.
 
 - Trained on: {about["trained_on"]}.
 - Training: {_stages(settings)}.
@@ -167,7 +169,7 @@ the one with the lowest score is dropped, until the history fits the budget.
 ## Use
 
 ```sh
-far-env evaluate --workload {settings.workload} --budget {settings.budget} --policies {name},recent_fill
+far-env evaluate {memory}--workload {settings.workload} --budget {settings.budget} --policies {name},recent_fill
 {exported}```
 """
 

@@ -21,6 +21,7 @@ from far_env.agents.checkpoints import (
     load_scorer,
     scorer_folder,
 )
+from far_env.agents.config import FRAMES
 from far_env.agents.export import export_run
 from far_env.agents.publish import CARD_FILE, write_published
 from far_env.evaluation.ranking import make_groups, metric_format
@@ -95,7 +96,7 @@ def _policy_files(source: str, repository: str, scratch: Path) -> dict[str, Path
         card = (scratch / CARD_FILE).read_text(encoding="utf-8")
     write_text(scratch / CARD_FILE, _HEAD + card)
     network, _ = load_scorer(scratch)
-    if not network.config.signals:
+    if not network.config.signals and network.config.memory == FRAMES:
         export_run(scratch, scratch / EXPORTED_FILE)
     if (folder / RESULTS_FILE).exists():
         shutil.copy(folder / RESULTS_FILE, scratch / RESULTS_FILE)

@@ -39,17 +39,15 @@ def make_env(
     Raises:
         ValueError: on a reward or signals that these environments do not have.
     """
+    options = {"signals": config.network.signals, "autoreset_mode": "SAME_STEP", **reward_options(config)}
+    return env_class(num_rows, workload, deciding_budgets(workload, budgets), **options)
+
+
+def reward_options(config: AgentTraining) -> dict[str, Any]:
+    """The arguments of an environment that say what is learned from: the reward, and the train clips."""
     reward = config.reward
-    return env_class(
-        num_rows,
-        workload,
-        deciding_budgets(workload, budgets),
-        reward={reward.metric: reward.sign * reward.scale},
-        telescoping=reward.telescoping,
-        num_clips=config.train_clips,
-        signals=config.network.signals,
-        autoreset_mode="SAME_STEP",
-    )
+    weights = {reward.metric: reward.sign * reward.scale}
+    return {"reward": weights, "telescoping": reward.telescoping, "num_clips": config.train_clips}
 
 
 def groups_of(settings: PPOSettings, workloads: Sequence[str]) -> list[tuple[str, int]]:

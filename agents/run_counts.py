@@ -123,7 +123,7 @@ def imitation_counts(run: Run) -> Iterator[StageCounts]:
         for part in parts:
             stage.by_workload[part.workload.name] = _part_counts(part, run.config.network.signals)
         learned_from += stage.total("decisions")
-        stage.passes = learned_from * (settings.epochs if number == 0 else settings.round_epochs)
+        stage.passes = learned_from * (settings.round_epochs if number or settings.start else settings.epochs)
         yield stage
 
 

@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from far_env.agents.budgets import deciding_budgets
 from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_scorer
-from far_env.agents.config import AgentTraining
+from far_env.agents.config import TOKENS, AgentTraining
 from far_env.agents.imitation import INDEX_FILE, ImitationStage
 from far_env.agents.network import RetentionNetwork, network_with_weights
-from far_env.agents.policies import AgentPolicy
 from far_env.agents.ppo import CHECKPOINT_FILE, PPOStage
 from far_env.agents.surrogate import SurrogateVectorEnv
 from far_env.agents.training_callbacks import Weights
+from far_env.agents.validation import memory_of, scorer_policy
 from far_env.clips.clip import SPLITS
 from far_env.config import load_yaml, save_yaml
 from far_env.device import denormals_flushed
@@ -26,9 +27,9 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.evaluation.table import results_table
 from far_env.io import disk_errors, locked, make_run_dir, write_json, write_text
-from far_env.policies import load_policy
+from far_env.policies import load_policy, load_token_policy
 from far_env.provenance import add_to_facts, run_facts, save_facts, session_precision
-from far_env.workloads import Workload, deciding_budgets, make_workload, resolve_budgets
+from far_env.workloads import Workload, make_workload, resolve_budgets
 
 FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table", "ray")
 """Settings that may differ when a run is resumed; all others determine the training."""
@@ -46,13 +47,15 @@ _FILES_OF_STAGES = (
 @denormals_flushed()
 def train(config: AgentTraining) -> None:
     """Train, keep the scorer that is best on validation clips, print and save the table on test clips."""
-    baselines = {name: load_policy(name) for name in config.table}
+    in_tokens = config.network.memory == TOKENS
+    baselines = {name: (load_token_policy if in_tokens else load_policy)(name) for name in config.table}
     with opened_run(config) as run:
         with _timed(run):
             scorer = learn(run)
         save_run_scorer(run, scorer)
-        tables = compare(run, {LEARNED: AgentPolicy(scorer), **baselines})
-    print(f"{tables}\n\nrun folder: {run.folder}\nnext: far-env export {run.folder} --out policy.py")
+        tables = compare(run, {LEARNED: scorer_policy(scorer), **baselines})
+    following = f"evaluate --memory tokens --policies {run.folder}" if in_tokens else f"export {run.folder} --out policy.py"
+    print(f"{tables}\n\nrun folder: {run.folder}\nnext: far-env {following}")
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,19 @@ def learn(run: Run) -> RetentionNetwork:
 def compare(run: Run, policies: dict[str, Any]) -> str:
     """Evaluate the policies on test clips of every workload under every budget; save results, return the tables."""
     clips = range(run.config.test_clips)
+    memory, kind = memory_of(run.config), run.config.network.memory
     results = [
-        evaluate(workload, budget, policies, clips)
+        evaluate(workload, budget, policies, clips, memory=memory)
         for workload in run.workloads
-        for budget in deciding_budgets(workload, run.budgets)
+        for budget in deciding_budgets(kind, workload, run.budgets)
     ]
     write_json(run.folder / RESULTS_FILE, {"tables": [result.summary() for result in results]})
     tables = "\n\n".join(map(results_table, results))
     write_text(run.folder / "results.txt", tables + "\n")
-    pictured = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
-    first = run.workloads[0]
-    save_comparison(run.folder / "comparison.png", first, deciding_budgets(first, run.budgets)[0], pictured)
+    if memory is None:
+        pictured = {"recent_fill": load_policy("recent_fill"), LEARNED: policies[LEARNED]}
+        first = run.workloads[0]
+        save_comparison(run.folder / "comparison.png", first, deciding_budgets(kind, first, run.budgets)[0], pictured)
     return tables
 
 
@@ -185,7 +190,7 @@ def check_run_dir(config: AgentTraining, folder: Path) -> None:
 
 def _check_fits(config: AgentTraining, workload: Workload, budgets: Sequence[int]) -> None:
     """Raise ValueError before the training about what would fail after it."""
-    deciding_budgets(workload, budgets)
+    deciding_budgets(config.network.memory, workload, budgets)
     if config.validation_clips < len(budgets):
         raise ValueError(
             f"validation_clips is {config.validation_clips}, fewer than the {len(budgets)} budgets that share them"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 from far_env.device import use_one_thread_in_child_process
 from far_env.envs.config import RESET_OPTIONS, EpisodeConfig, check_reset_options
@@ -96,6 +98,7 @@ class TokenRetentionEnv(gym.Env):
         )
         self.action_space = self.episode.action_space
         self.observation_space = self.episode.observation_space
+        self._actions: list[np.ndarray] = []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Begin an episode. Options: ``clip_id``, ``noise_seed``, ``budget``. Raises ClipIdError on a clip id out of range."""
@@ -104,6 +107,7 @@ class TokenRetentionEnv(gym.Env):
         requested = {key: options.get(key) for key in RESET_OPTIONS}
         clip_id, noise_seed, budget = self.config.draw(self.np_random, self.episode.workload, **requested)
         self.episode.begin(self.config.split, clip_id, noise_seed, budget)
+        self._actions = []
         self.episode.run()
         return self.episode.observe(), self.episode.info()
 
@@ -118,11 +122,28 @@ class TokenRetentionEnv(gym.Env):
             raise ValueError(f"an action has shape {self.action_space.shape}, got {action.shape}")
         if not np.isin(action, range(3)).all():
             raise ValueError(f"an action holds 0 (drop), 1 (compress) and 2 (keep), got {sorted(set(action.tolist()))}")
+        self._actions.append(action)
         repaired = self.episode.retain(action)
         self.episode.run()
         reward, metrics = self.episode.earned()
         info = self.episode.info() | {"repaired": repaired} | metrics
         return self.episode.observe(), reward, self.episode.ended, False, info
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the episode began with and its actions so far, as tensors and plain values; and the random state."""
+        episode, actions = self.episode, np.array(self._actions, dtype=np.int64).reshape(-1, self.episode.num_slots)
+        return {
+            "options": {"clip_id": episode.clip.clip_id, "noise_seed": episode.noise_seed, "budget": episode.budget},
+            "actions": torch.from_numpy(actions),
+            "rng": json.dumps(self.np_random.bit_generator.state),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to the state that `state_dict` returned, by playing the episode again."""
+        self.reset(options=state["options"])
+        for action in state["actions"].numpy():
+            self.step(action)
+        self.np_random.bit_generator.state = json.loads(state["rng"])
 
     def action_masks(self) -> np.ndarray:
         """sb3-contrib's form of the mask: bool (3N,), drop, compress and keep of each slot in turn."""

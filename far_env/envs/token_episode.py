@@ -27,6 +27,18 @@ TOKEN_FEATURES = (*ROW_FEATURES, "compressed", "attention")
 the attention of the newest frame's queries, mean over layers and heads."""
 
 
+def check_token_decides(workload: Workload, budget: int) -> None:
+    """Raise ValueError if a budget does not hold a frame of the workload, or holds all of them."""
+    host = workload.host
+    check_token_budget(host, budget)
+    full = host.transformer.tokens_per_frame(torch.empty(host.latent_shape))
+    if budget >= (workload.num_frames - 1) * full:
+        raise ValueError(
+            f"a budget of {budget} tokens leaves nothing to decide in {workload.name}, whose {workload.num_frames - 1} "
+            f"frames before the last have {full} each"
+        )
+
+
 class _NeverAsked:
     """In place of a policy: nothing becomes coarse by itself. It is never asked, as the batch's budget holds everything."""
 
@@ -67,12 +79,7 @@ class TokenEpisode:
             raise ValueError(f"a frame of {host.name} has an odd number of rows or columns of tokens, which is not compressed")
         small = compressed_size(self.tokens_per_frame)
         for budget in budgets:
-            check_token_budget(host, budget)
-            if budget >= (workload.num_frames - 1) * self.tokens_per_frame:
-                raise ValueError(
-                    f"a budget of {budget} tokens leaves nothing to decide in {workload.name}, whose {workload.num_frames - 1} "
-                    f"frames before the last have {self.tokens_per_frame} each"
-                )
+            check_token_decides(workload, budget)
         self.workload, self.reward = workload, reward
         self.metric_names = tuple(dict.fromkeys([*reward.weights, *metrics]))
         require_metrics(self.metric_names)
@@ -137,9 +144,22 @@ class TokenEpisode:
         """Numbers of the frames in the memory."""
         return self._batch.cache.kept_frames(0)
 
+    def sizes(self) -> list[int]:
+        """Tokens of every frame in the memory."""
+        frame = self._batch.cache.frame[0, 0, 0]
+        return [int((frame == number).sum()) for number in self.frames()]
+
+    def latents(self) -> Tensor:
+        """Of the frames in the memory (n, C, h, w)."""
+        return torch.stack([self._latents[number] for number in self.frames()])
+
+    def features(self) -> np.ndarray:
+        """`far_env.frame_meta.frame_features` of the frames in the memory (n, 4)."""
+        return frame_features(self.latents()[None])[0].cpu().numpy()
+
     def retain(self, action: np.ndarray) -> int:
         """Apply an action (slots,); returns how many of its entries were changed, see `granted`. Padding must be dropped."""
-        frames, sizes = self.frames(), self._sizes()
+        frames, sizes = self.frames(), self.sizes()
         own = action[self.num_slots - len(frames) :].tolist()
         actions = granted(own, sizes, self.tokens_per_frame, self.budget)
         cache = self._batch.cache
@@ -164,8 +184,8 @@ class TokenEpisode:
         rows = np.zeros((slots, len(TOKEN_FEATURES)), dtype=np.float32)
         mask = np.zeros(slots, dtype=np.float32)
         ages = np.arange(count - 1, -1, -1, dtype=np.float32)
-        content = frame_features(torch.stack([self._latents[number] for number in frames])[None])[0].cpu().numpy()
-        sizes, attention = self._sizes(), self._attention()
+        content = self.features()
+        sizes, attention = self.sizes(), self._attention()
         small = compressed_size(self.tokens_per_frame)
         motion = content[:, -1:] / (1 + content[:, -1:])
         compressed = np.array(sizes) == small
@@ -182,7 +202,7 @@ class TokenEpisode:
         """bool (slots, 3): whether a slot may be dropped, compressed and kept; of compressed frames KEEP is COMPRESS."""
         mask = np.zeros((self.num_slots, len(ACTIONS)), dtype=bool)
         mask[:, DROP] = True
-        sizes = self._sizes()
+        sizes = self.sizes()
         start = self.num_slots - len(sizes)
         mask[start:, COMPRESS] = True
         mask[start:, KEEP] = np.array(sizes) == self.tokens_per_frame
@@ -223,11 +243,6 @@ class TokenEpisode:
             "kept_frames": self.frames(),
             "frame_features": self._features.copy(),
         }
-
-    def _sizes(self) -> list[int]:
-        """Tokens of every frame in the memory."""
-        frame = self._batch.cache.frame[0, 0, 0]
-        return [int((frame == number).sum()) for number in self.frames()]
 
     def _attention(self) -> list[float]:
         """Share of the newest frame's attention that every frame in the memory received."""

@@ -44,16 +44,17 @@ def evaluate(
     batch_size: int = 64,
     memo_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
+    memory: TokenMemory | None = None,
 ) -> Evaluation:
     """Play every policy on every clip of one workload under one budget, noise seed 42 + clip id.
 
     Args:
         policies: name → policy; None is full history.
-        metrics, batch_size, memo_bytes: as in `evaluate_grid`, and so are the errors raised.
+        metrics, batch_size, memo_bytes, memory: as in `evaluate_grid`, and so are the errors raised.
     """
     start = time.perf_counter()
     chosen = {"split": split, "metrics": metrics, "batch_size": batch_size, "memo_bytes": memo_bytes, "progress": progress}
-    results = evaluate_grid([workload], [max_frames], policies, clip_ids, **chosen)
+    results = evaluate_grid([workload], [max_frames], policies, clip_ids, memory=memory, **chosen)
     return tabulate(results, workload.name, max_frames, clip_ids, seconds=time.perf_counter() - start)
 
 

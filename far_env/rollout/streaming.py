@@ -213,6 +213,8 @@ class StreamingBatch:
 
     def _remember(self, number: int, latents: Tensor) -> None:
         """Encode clean frames (R, C, h, w) of this number, and hold the budget."""
+        if (enter := getattr(self.policy, "enter", None)) is not None:
+            enter(number - self.workload.num_context, self.workload.num_predict, latents)
         if isinstance(self._model, FARLong) or self.cache.compressor is not None:
             self._demote(number, latents)
         prepared = self.cache.prepare(self._numbers(number))

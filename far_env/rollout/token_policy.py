@@ -22,6 +22,8 @@ class TokenPolicy(Protocol):
     - ``coarse_frames(frames, sizes) -> frames``: which of the frames that a row keeps at full resolution, ascending and with
       the newest, become coarse; by default those outside the host's window. Only asked on a FAR-Long, with `TokenSizes`. The
       newest always stays full.
+    - ``enter(step, total_steps, latents)``: is given the latents (R, C, h, w) of every frame before it is encoded. The step is
+      negative for given frames, −1 for the last of them.
     - ``every_frame``: whether it is asked after every frame, not only where a head has too many entries; False by default.
     - ``compressor``: the name of the compressor that it needs, see `far_env.host.compressor.load_compressor`; None by default.
       It then also has ``compressed_blocks(frames, sizes) -> firsts``: the first frames of blocks, ascending, among the frames

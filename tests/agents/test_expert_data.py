@@ -198,7 +198,7 @@ def test_the_first_call_and_some_others_are_recorded_with_the_last_evictions_and
 
 def test_early_calls_are_recorded_more_often():
     generators = [np.random.default_rng(seed) for seed in range(4000)]
-    chosen = expert_data._some_calls(np.repeat(np.arange(4000), 5), generators)
+    chosen = expert_data._some_calls(np.repeat(np.arange(4000), 5), generators, CALLS_PER_ROLLOUT)
     counts = np.bincount(chosen % 5, minlength=5)
     assert len(chosen) == 4 * 4000 and counts[0] == 4000
     # Three of four others are drawn one after the other, with weights of 4, 3, 2 and 1.
