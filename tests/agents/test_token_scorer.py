@@ -274,7 +274,7 @@ def test_environments_return_to_a_state(tiny_workload, tmp_path):
 def config(host, folder, **changes):
     small = {"num_envs": 2, "n_steps": 8, "batch_size": 8, "n_epochs": 1}
     return AgentTraining(
-        imitation=ImitationSettings(true_clips=2, true_rounds=1, rounds=1, clips_per_round=2, epochs=1, round_epochs=1),
+        imitation=ImitationSettings(true_clips=2, rounds=("true 2", "rollouts 2"), epochs=1, round_epochs=1),
         ppo=PPOSettings(total_timesteps=48, **small),
         network=NETWORK,
         workload="pan",
