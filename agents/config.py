@@ -24,8 +24,8 @@ FRAMES, TOKENS = MEMORIES = ("frames", "tokens")
 MAX_NETWORK = 2**26
 """Of width² · (num_layers + 1), about a twelfth of the parameters."""
 
-
 ROUND_KINDS = ("true", "rollouts")
+"""Where the scorer decides in a round of imitation: on true frames, or in rollouts of the host."""
 
 
 @dataclass(frozen=True)

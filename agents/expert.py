@@ -133,12 +133,9 @@ class Expert:
     def __init__(self, latents: Tensor, clip: Sequence[int], context: int, *, true_frames: bool, feedback: bool) -> None:
         self.clip, self.context, self.true_frames, self.feedback = list(clip), context, true_frames, feedback
         self.truth = latents[:, context:]
-        num_steps = self.truth.shape[1]
-        self.unit = (latents.flatten(1).var(dim=1) * latents[0, 0].numel() * num_steps).clamp(min=1e-12).tolist()
+        self.unit = error_unit(latents, context).tolist()
         between, nearest = nearest_cells(latents, latents)
-        mean = between.mean(dim=-1)
-        similarity = torch.exp(-mean / mean.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
-        self.similarity = similarity.half().cpu().numpy()[self.clip]
+        self.similarity = frame_similarity(between)[self.clip]
         coming = range(context, latents.shape[1])
         self.previous, self.nearest = (
             torch.stack([of_pairs[:, frame, frame - 1] for frame in coming], dim=1).cpu().numpy()
@@ -169,4 +166,24 @@ class Expert:
 
     def log_error(self, row: int, costs: np.ndarray) -> np.ndarray:
         """The logarithm of the expected error of a rollout, from a cost of `Coverage`."""
-        return np.log(costs / self.unit[self.clip[row]] + COST_FLOOR)
+        return log_error(costs, self.unit[self.clip[row]])
+
+
+def error_unit(latents: Tensor, context: int) -> Tensor:
+    """The squared error of all frames after the given ones if each of them were the clip's mean, (C,), above 0.
+
+    Args:
+        latents: of whole clips (C, T, C, h, w). context: frames that are given.
+    """
+    return (latents.flatten(1).var(dim=1) * latents[0, context:].numel()).clamp(min=1e-12)
+
+
+def log_error(cost: np.ndarray | float, unit: float) -> np.ndarray:
+    """The logarithm of the expected error of a rollout, from a cost of `Coverage` and the `error_unit` of the clip."""
+    return np.log(np.asarray(cost) / unit + COST_FLOOR)
+
+
+def frame_similarity(distances: Tensor) -> np.ndarray:
+    """How similar every two frames of clips are, float16 (C, T, T), from the distances of their cells (C, T, T, cells)."""
+    mean = distances.mean(dim=-1)
+    return torch.exp(-mean / mean.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)).half().cpu().numpy()

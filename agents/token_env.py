@@ -48,10 +48,11 @@ class ReductionVecEnv(EvictionVecEnv):
         return [reductions.shares for reductions in self.reductions]
 
     def reset(self) -> dict[str, np.ndarray]:
-        """Begin all episodes with the seeds that were set."""
-        self.reductions = [self._begun(index, seed) for index, seed in enumerate(self._seeds)]
-        self.reset_infos = [{} for _ in self._rows]
+        """Begin all episodes with the seeds and options that were set; `reset_infos` holds their infos."""
+        chosen = zip(self._seeds, self._options, strict=True)
+        self.reductions = [self._begun(index, seed, options) for index, (seed, options) in enumerate(chosen)]
         self._reset_seeds()
+        self._reset_options()
         return self._stacked()
 
     def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict[str, Any]]]:
@@ -71,9 +72,8 @@ class ReductionVecEnv(EvictionVecEnv):
             reductions.sizes = reductions.sizes[kept]
             _, rewards[index], dones[index], _, info = env.step(action)
             if dones[index]:
-                terminal = {key: value[0] for key, value in self._stacked([index]).items()}
-                infos[index] = info | {"terminal_observation": terminal, "TimeLimit.truncated": False}
-                self.reductions[index] = self._begun(index, None)
+                infos[index] = info | {"TimeLimit.truncated": False}
+                self.reductions[index] = self._begun(index)
             else:
                 self.reductions[index] = self._observed(index)
         return self._stacked(), rewards, dones, infos
@@ -85,23 +85,18 @@ class ReductionVecEnv(EvictionVecEnv):
             mask[graph.rows()] = reductions.allowed()
         return masks.reshape(self.num_envs, -1)
 
-    def env_states(self) -> list[Any]:
-        """The states of the environments, see `TokenRetentionEnv.state_dict`."""
-        return [env.state_dict() for env in self.envs]
-
     def load_env_states(self, states: Sequence[Any]) -> None:
         """Restore what `env_states` returned; `load_state_dict` follows."""
-        for env, state in zip(self.envs, states, strict=True):
-            env.load_state_dict(state)
+        super().load_env_states(states)
         self.reductions = [self._reductions(env) for env in self.envs]
 
     def _set_remaining(self, index: int, remaining: np.ndarray) -> None:
         reductions = self.reductions[index]
         reductions.sizes = (remaining * reductions.full).round().astype(np.int64)
 
-    def _begun(self, index: int, seed: int | None) -> Reductions:
+    def _begun(self, index: int, seed: int | None = None, options: dict[str, Any] | None = None) -> Reductions:
         """Begin a row's next episode, and observe it."""
-        self.envs[index].reset(seed=seed)
+        _, self.reset_infos[index] = self.envs[index].reset(seed=seed, options=options)
         self._begin(index)
         return self._observed(index)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from far_env.agents.config import NetworkConfig
-from far_env.agents.expert import COST_FLOOR, EXPLORATION_PROBABILITY
+from far_env.agents.expert import EXPLORATION_PROBABILITY, error_unit, frame_similarity, log_error
 from far_env.agents.expert_data import ExpertData, Recorder
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.observation import FrameGraph
@@ -136,7 +136,7 @@ class TokenExpert:
     def __init__(self, latents: Tensor, context: int, patch_size: int, *, feedback: bool) -> None:
         self.true, self.context, self.patch_size, self.feedback = latents, context, patch_size, feedback
         coming = latents[context:]
-        self.unit = float(latents.var()) * coming.numel()
+        self.unit = float(error_unit(latents[None], context))
         between, nearest = nearest_cells(coming[:, None], latents[context - 1 : -1][:, None])
         self.previous, self.nearest = between[:, 0, 0].cpu().numpy(), nearest[:, 0, 0].cpu().numpy()
         self.whole: dict[int, np.ndarray] = {}
@@ -168,18 +168,14 @@ class TokenExpert:
         rows = np.stack([*kept, *to_come, *instead, *to_come])[:, start:]
         cover = Coverage(rows, self.previous[start:], self.nearest[start:], self.feedback)
         count = len(kept) + len(to_come)
-        now = self.log_error(cover.cost(range(count)))
+        now = log_error(cover.cost(range(count)), self.unit)
         after = np.stack(
             [cover.costs_without(range(count)), cover.costs_without(range(count), range(count, 2 * count))], axis=-1
         )[: len(kept)]
         costs = np.full((len(numbers), len(REDUCTIONS)), np.inf)
         with np.errstate(divide="ignore", invalid="ignore"):
-            costs[present] = (self.log_error(after) - now) * reductions.full / reductions.freed()[present]
+            costs[present] = (log_error(after, self.unit) - now) * reductions.full / reductions.freed()[present]
         return np.where(reductions.allowed(), costs, np.inf)
-
-    def log_error(self, cost: np.ndarray | float) -> np.ndarray:
-        """The logarithm of the expected error of a rollout, from a cost of `Coverage`."""
-        return np.log(np.asarray(cost) / self.unit + COST_FLOOR)
 
 
 @torch.no_grad()
@@ -193,15 +189,13 @@ def play_tokens_with_expert(
     recorder: Recorder,
 ) -> ExpertData:
     """Decisions about some clips, one after the other; see `far_env.agents.collection.collect`."""
-    transformer = workload.host.transformer
-    full = transformer.tokens_per_frame(torch.empty(workload.host.latent_shape))
+    full, patch_size = workload.host.tokens_per_frame, workload.host.transformer.patch_size
     similarity = {}
     for row, (clip_id, budget) in enumerate(zip(clip_ids, budgets, strict=True)):
         latents = true_units(workload, [workload.clips.clip("train", clip_id)])[0].float()
-        expert = TokenExpert(latents, workload.num_context, transformer.patch_size, feedback=workload.true_feedback)
+        expert = TokenExpert(latents, workload.num_context, patch_size, feedback=workload.true_feedback)
         if clip_id not in similarity:
-            mean = cell_distances(latents[None], latents[None])[0].mean(dim=-1)
-            similarity[clip_id] = torch.exp(-mean / mean.mean().clamp(min=1e-12)).half().cpu().numpy()
+            similarity[clip_id] = frame_similarity(cell_distances(latents[None], latents[None]))[0]
         memory: TokenMemory
         if use_true_frames:
             memory = TrueTokenMemory(latents, full, budget)

@@ -135,7 +135,7 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     names = split_list(options.policies, "policies", "policy")
     workload = make_workload("orbit", host=options.host, device=options.device)
     short, long = long_orbit(workload, GAP_FRAMES), long_orbit(workload, options.frames)
-    tokens = workload.host.transformer.tokens_per_frame(torch.empty(workload.host.latent_shape))
+    tokens = workload.host.tokens_per_frame
     exact = exact_seconds(short, options.clips, max(1, options.budget // tokens))
     say(f"orbit, {options.clips} clips together, budget {options.budget} tokens, host {workload.host.name}")
     say(f"exact engine with {options.budget // tokens} whole frames: {1e3 * exact:.1f} ms per frame")

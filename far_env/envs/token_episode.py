@@ -31,7 +31,7 @@ def check_token_decides(workload: Workload, budget: int) -> None:
     """Raise ValueError if a budget does not hold a frame of the workload, or holds all of them."""
     host = workload.host
     check_token_budget(host, budget)
-    full = host.transformer.tokens_per_frame(torch.empty(host.latent_shape))
+    full = host.tokens_per_frame
     if budget >= (workload.num_frames - 1) * full:
         raise ValueError(
             f"a budget of {budget} tokens leaves nothing to decide in {workload.name}, whose {workload.num_frames - 1} "
@@ -74,7 +74,7 @@ class TokenEpisode:
 
     def __init__(self, workload: Workload, budgets: Sequence[int], reward: Reward, metrics: Sequence[str] = ()) -> None:
         host = require_far(workload.host, "a memory of tokens")
-        self.tokens_per_frame = host.transformer.tokens_per_frame(torch.empty(host.latent_shape))
+        self.tokens_per_frame = host.tokens_per_frame
         if any(side // host.transformer.patch_size % SPACING for side in host.latent_shape[1:]):
             raise ValueError(f"a frame of {host.name} has an odd number of rows or columns of tokens, which is not compressed")
         small = compressed_size(self.tokens_per_frame)

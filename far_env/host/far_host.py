@@ -59,6 +59,11 @@ class FARHost(Host):
         """Actions or labels that the transformer knows, without the null class; 0 if it has none."""
         return self.transformer.null_class or 0
 
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one frame at full resolution."""
+        return self.transformer.tokens_per_frame(torch.empty(self.latent_shape))
+
     @cached_property
     def cuda_graphs(self) -> CudaGraphs | None:
         """CUDA graphs of its next frames, on a GPU. They live as long as the host, and a host with other weights has others."""

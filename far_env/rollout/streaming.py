@@ -85,8 +85,7 @@ class StreamingRollout:
 
 def check_token_budget(host: Host, budget: int) -> None:
     """Raise ValueError unless the budget is a whole number of entries that holds the newest frame."""
-    transformer = require_far(host, "a memory of tokens").transformer
-    needed = transformer.tokens_per_frame(torch.empty(host.latent_shape))
+    needed = require_far(host, "a memory of tokens").tokens_per_frame
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < needed:
         raise ValueError(
             f"the token budget must be a whole number and hold the newest frame, which has {needed} tokens on host "

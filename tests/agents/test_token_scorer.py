@@ -173,6 +173,25 @@ def vec_env(workload, rows=2, **options):
     return ReductionVecEnv([TokenRetentionEnv(workload, [36, BUDGET], **options) for _ in range(rows)], NETWORK)
 
 
+def test_reset_options_hold_for_the_rows_that_they_are_set_for_and_once(tiny_workload):
+    env = vec_env(tiny_workload)
+    env.seed(0)
+    env.set_options([{"clip_id": 2, "noise_seed": 7}, {"budget": 36}])
+    env.reset()
+    first, second = env.reset_infos
+    assert (first["clip_id"], first["noise_seed"], second["token_budget"]) == (2, 7, 36)
+    env.seed(0)
+    env.reset()
+    assert env.reset_infos[0]["noise_seed"] != 7
+
+
+def test_a_clip_without_content_has_costs(tiny_workload):
+    """All its frames are the same, so that dropping one costs nothing."""
+    expert = TokenExpert(torch.ones(6, *tiny_workload.host.latent_shape), 3, 1, feedback=False)
+    costs = expert.costs([0, 1, 2], Reductions([16, 16, 16], 16, 32))
+    assert (costs[:2] == 0).all() and np.isinf(costs[2]).all()
+
+
 @pytest.mark.parametrize("kind", ["plain", "long"])
 def test_ppos_policy_acts_in_the_environment_as_in_a_streaming_rollout(tiny_workload, tiny_hosts, network, kind):
     workload = replace(tiny_workload, host=tiny_hosts[kind])
