@@ -127,6 +127,9 @@ class PPOSettings:
     gradients are small move little, so that a scorer which has learned other workloads forgets less of them."""
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
+    imitation_steps: int = 0
+    """Steps of imitation after each update, on decisions of the workloads that the stage does not play, so that they are not
+    forgotten. Needs imitation in the same run."""
     groups: int = 1
     """Groups into which the environments of each workload are divided: those of a group are generated together. Actors (see
     ray) hold one or more groups each, so there can be no more of them than groups. Results depend on the number of groups in
@@ -137,11 +140,9 @@ class PPOSettings:
     RENAMED: ClassVar[dict[str, str]] = {"critic_updates": "critic_warmup_updates"}
 
     def __post_init__(self) -> None:
-        if self.total_timesteps < 0 or self.critic_warmup_updates < 0:
-            raise ValueError(
-                "total_timesteps and critic_warmup_updates cannot be negative: "
-                f"{self.total_timesteps}, {self.critic_warmup_updates}"
-            )
+        for name in ("total_timesteps", "critic_warmup_updates", "imitation_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
         require_positive(self, "num_envs", "n_steps", "batch_size", "n_epochs", "learning_rate", "adam_epsilon", "groups")
 
     def workload_names(self, of_run: list[str]) -> list[str]:
@@ -320,6 +321,11 @@ class AgentTraining:
             chosen = settings.workload_names(names)
             if missing := [name for name in chosen if name not in names]:
                 raise ValueError(f"{stage}.workload names {', '.join(missing)}, which {self.workload} does not contain")
+            if settings.imitation_steps and not (self.imitation.true_clips and set(names) - set(chosen)):
+                raise ValueError(
+                    f"{stage}.imitation_steps is {settings.imitation_steps}, for which there must be imitation before (set "
+                    f"imitation.true_clips) and workloads that the stage does not play (set {stage}.workload)"
+                )
             if settings.total_timesteps and settings.num_envs % (len(chosen) * settings.groups):
                 each = f" with {settings.groups} groups each" * (settings.groups > 1)
                 raise ValueError(

@@ -141,7 +141,7 @@ def imitate(
         scorer_path = folder / f"scorer_{number:02d}.ckpt"
         actor = network_with_weights(network_config, weights) if number else None  # at first the expert decides
         for part in parts:
-            path = folder / f"{number:02d}_{part.kind}_{part.workload.name}.safetensors"
+            path = part.path(folder, number)
             if not path.exists():
                 found = collect(
                     part.workload,
@@ -201,6 +201,10 @@ class Part:
         """Whether no host generates frames because the clip's own are used."""
         return self.kind != "rollouts"
 
+    def path(self, folder: Path, number: int) -> Path:
+        """The file of the decisions if this part belongs to round ``number``, counted from 0, that of the expert."""
+        return folder / f"{number:02d}_{self.kind}_{self.workload.name}.safetensors"
+
 
 def planned_parts(
     settings: ImitationSettings,
@@ -230,6 +234,16 @@ def planned_parts(
                 parts.append(Part(kind, workload, ids, [of_workload[i % len(of_workload)] for i in range(len(ids))]))
         planned.append(parts)
     return planned
+
+
+def last_decisions(
+    config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], folder: Path
+) -> dict[str, GraphDecisions]:
+    """Workload → its decisions from the last round that an imitation with these settings has left in ``folder``."""
+    drawn = {"seed": config.seed, "num_clips": config.train_clips, "memory": config.network.memory}
+    planned = planned_parts(config.imitation, workloads, budgets, **drawn)
+    paths = {part.workload.name: part.path(folder, len(planned) - 1) for part in planned[-1]}
+    return {name: GraphDecisions(load_expert_data(path), config.network) for name, path in paths.items()}
 
 
 def fit(

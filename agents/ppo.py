@@ -18,9 +18,16 @@ from far_env.agents.budgets import deciding_budgets
 from far_env.agents.config import TOKENS, AgentTraining, PPOSettings
 from far_env.agents.eviction_env import EvictionVecEnv
 from far_env.agents.eviction_policy import EvictionPolicy
+from far_env.agents.imitation import last_decisions
 from far_env.agents.rollout_actors import ActorVecEnv, groups_of, make_env, reward_options
 from far_env.agents.token_env import ReductionVecEnv
-from far_env.agents.training_callbacks import TrainingProgress, ValidationCheckpoint, Weights, host_hashes
+from far_env.agents.training_callbacks import (
+    ImitationBetweenUpdates,
+    TrainingProgress,
+    ValidationCheckpoint,
+    Weights,
+    host_hashes,
+)
 from far_env.agents.training_logs import log_writers
 from far_env.distributed.cluster import connected
 from far_env.envs.token_env import TokenRetentionEnv
@@ -48,6 +55,7 @@ class PPOStage:
         settings: of this stage.
         env_class: `FrameRetentionVectorEnv`, or `far_env.agents.surrogate.SurrogateVectorEnv`.
         folder: for checkpoint and logs.
+        imitated: folder of the run's imitation, for ``settings.imitation_steps``.
     """
 
     name: str
@@ -57,6 +65,7 @@ class PPOStage:
     settings: PPOSettings
     env_class: type[FrameRetentionVectorEnv]
     folder: Path
+    imitated: Path | None = None
 
     @property
     def chosen_workloads(self) -> list[Workload]:
@@ -91,7 +100,8 @@ class PPOStage:
             model.set_logger(Logger(str(self.folder), log_writers(self.folder, model.num_timesteps, validation.logged)))
             display = TrainingProgress(self.name, total, self.config.reward.metric, validation)
             try:
-                model.learn(total - model.num_timesteps, callback=[validation, display], reset_num_timesteps=False)
+                callbacks = [*self._imitation(), validation, display]
+                model.learn(total - model.num_timesteps, callback=callbacks, reset_num_timesteps=False)
             finally:
                 model.logger.close()
         return validation.best_weights
@@ -116,6 +126,16 @@ class PPOStage:
                 yield environment
             finally:
                 environment.close()
+
+    def _imitation(self) -> list[ImitationBetweenUpdates]:
+        """The callback that imitates between updates, if there is one."""
+        config, steps = self.config, self.settings.imitation_steps
+        if not steps or self.imitated is None:
+            return []
+        played = [workload.name for workload in self.chosen_workloads]
+        decisions = last_decisions(config, self.workloads, self.budgets, self.imitated)
+        others = [part for name, part in decisions.items() if name not in played]
+        return [ImitationBetweenUpdates(others, config.imitation, steps, config.seed)]
 
     def _load(self, path: Path) -> dict[str, Any]:
         """The checkpoint. Raises ValueError if it is damaged or was made with other hosts."""
@@ -153,7 +173,7 @@ class PPOStage:
         """A new model that acts in this environment."""
         options = asdict(self.settings)
         learning_rate, epsilon = options.pop("learning_rate"), options.pop("adam_epsilon")
-        for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates", "groups", "workload"):
+        for not_in_sb3 in ("total_timesteps", "num_envs", "critic_warmup_updates", "imitation_steps", "groups", "workload"):
             options.pop(not_in_sb3)
         return ResumablePPO(
             EvictionPolicy,

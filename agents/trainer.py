@@ -84,14 +84,15 @@ class Stage(Protocol):
 def stages(run: Run) -> list[Stage]:
     """The configured stages of a run, in order: imitation, PPO with the surrogate, PPO with the host."""
     config, experiment = run.config, (run.config, run.workloads, run.budgets)
+    imitated = run.folder / EXPERT_DATA_FOLDER
     planned: list[Stage] = []
     if config.imitation.true_clips:
-        planned.append(ImitationStage(*experiment, run.folder / EXPERT_DATA_FOLDER))
+        planned.append(ImitationStage(*experiment, imitated))
     if config.surrogate.total_timesteps:
         folder = run.folder / SURROGATE_FOLDER
-        planned.append(PPOStage("PPO with the surrogate", *experiment, config.surrogate, SurrogateVectorEnv, folder))
+        planned.append(PPOStage("PPO with the surrogate", *experiment, config.surrogate, SurrogateVectorEnv, folder, imitated))
     if config.ppo.total_timesteps:
-        planned.append(PPOStage("PPO with the host", *experiment, config.ppo, FrameRetentionVectorEnv, run.folder))
+        planned.append(PPOStage("PPO with the host", *experiment, config.ppo, FrameRetentionVectorEnv, run.folder, imitated))
     return planned
 
 

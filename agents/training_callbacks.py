@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from far_env.agents.config import AgentTraining, PPOSettings
+from far_env.agents.config import AgentTraining, ImitationSettings, PPOSettings
+from far_env.agents.graph_decisions import GraphDecisions, shuffled_batches
+from far_env.agents.imitation import imitation_loss
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.training_logs import TIMESTEPS, VALIDATED_AT
 from far_env.agents.validation import validation_scores
@@ -145,6 +148,53 @@ class ValidationCheckpoint(BaseCallback):
                 "numpy_rng": (name, torch.as_tensor(keys.astype(np.int64)), position, has_gauss, gauss),
             },
         )
+
+
+class ImitationBetweenUpdates(BaseCallback):
+    """After each update of the scorer: steps of imitation on decisions of other workloads, so that they are not forgotten.
+
+    They are Adam's, with averages of their own, begun anew each time: imitation's gradients are much larger than PPO's, which
+    would hardly move anything if it shared them.
+
+    Args:
+        parts: the decisions.
+        steps: after each update.
+    """
+
+    def __init__(self, parts: Sequence[GraphDecisions], settings: ImitationSettings, steps: int, seed: int) -> None:
+        super().__init__()
+        self.parts, self.settings, self.steps, self.seed = parts, settings, steps, seed
+
+    def _on_training_start(self) -> None:
+        self.started_at = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        self._imitate()
+
+    def _on_training_end(self) -> None:
+        self._imitate()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _imitate(self) -> None:
+        policy = self.model.policy
+        frozen = not next(policy.scorer.parameters()).requires_grad
+        if frozen or self.num_timesteps == self.started_at:  # a checkpoint is written after these steps
+            return
+        rng = np.random.default_rng((self.seed, 7, self.num_timesteps))
+        passes = (shuffled_batches(self.parts, self.settings.batch_size, rng) for _ in itertools.count())
+        optimizer = torch.optim.Adam(policy.scorer.parameters(), lr=policy.optimizer.param_groups[0]["lr"])
+        losses = []
+        for part, indices in itertools.islice(itertools.chain.from_iterable(passes), self.steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=policy.bfloat16):
+                loss = imitation_loss(policy.scorer, part.batch(indices), self.settings)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.scorer.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        self.logger.record("train/imitation_loss", float(np.mean(losses)))
 
 
 class TrainingProgress(BaseCallback):

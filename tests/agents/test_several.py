@@ -12,8 +12,10 @@ import torch
 
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
+from far_env.agents.imitation import imitation_loss, last_decisions
+from far_env.agents.network import network_with_weights
 from far_env.agents.ppo import PPOStage
-from far_env.agents.trainer import make_workloads, train
+from far_env.agents.trainer import EXPERT_DATA_FOLDER, make_workloads, train
 from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
@@ -129,6 +131,52 @@ def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, t
     for key, value in checkpoint["policy"].items():
         torch.testing.assert_close(resumed["policy"][key], value, atol=1e-4, rtol=1e-3)
     assert load_scorer(tmp_path / "run")[1]["trained_on"] == "pan, cuts, budget 2, 6, first 8 train clips, seed 0"
+
+
+def test_what_a_stage_does_not_play_is_imitated_between_its_updates(config, tmp_path, monkeypatch):
+    """It is learned there, and a stopped run ends as one that was not stopped."""
+    settings = dataclasses.replace(config.ppo, workload="cuts", imitation_steps=12, critic_warmup_updates=1)
+    config = dataclasses.replace(config, ppo=settings)
+    whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
+    without = dataclasses.replace(
+        config, run_dir=str(tmp_path / "without"), ppo=dataclasses.replace(settings, imitation_steps=0)
+    )
+    for run in (whole, without):
+        train(run)
+    workloads = make_workloads(config)
+    decisions = last_decisions(config, workloads, (2, 6), tmp_path / "whole" / EXPERT_DATA_FOLDER)
+    assert list(decisions) == ["pan", "cuts"]
+    batch = decisions["pan"].batch(np.arange(len(decisions["pan"].calls)))
+
+    def loss(name):
+        saved = torch.load(tmp_path / name / "checkpoint.ckpt", weights_only=True)["policy"]
+        prefix = "mlp_extractor.actor."
+        actor = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+        return imitation_loss(network_with_weights(config.network, actor), batch, config.imitation).item()
+
+    assert loss("whole") < loss("without") - 0.05
+
+    original, saves = ValidationCheckpoint._save, []
+
+    def save_then_stop(self):
+        original(self)
+        saves.append(1)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(ValidationCheckpoint, "_save", original)
+    train(dataclasses.replace(config, resume=True))
+    assert loss("run") == pytest.approx(loss("whole"), abs=1e-4)
+
+    for wrong in (
+        dataclasses.replace(config, imitation=ImitationSettings(true_clips=0)),
+        dataclasses.replace(config, ppo=dataclasses.replace(settings, workload=None)),
+    ):
+        with pytest.raises(ValueError, match=r"ppo\.imitation_steps is 12, for which there must be imitation before"):
+            make_workloads(wrong)
 
 
 def test_rows_are_shared_evenly(config):
