@@ -188,7 +188,9 @@ def _stages(settings: AgentTraining) -> str:
     )
     for ppo, where in ((settings.surrogate, "a surrogate of the host"), (settings.ppo, "the host")):
         if ppo.total_timesteps:
-            stages.append(f"{ppo.total_timesteps:,} decisions of PPO with {where}, {kept}")
+            on = f" on {ppo.workload.replace(',', ', ')}" if ppo.workload else ""
+            steps = f", after each update {ppo.imitation_steps} steps of imitation of the others" if ppo.imitation_steps else ""
+            stages.append(f"{ppo.total_timesteps:,} decisions of PPO with {where}{on}{steps}, {kept}")
     return "; then ".join(stages)
 
 
