@@ -149,7 +149,7 @@ class EvaluationActor:
         with show_progress(disable=True) as bar:
             bar.write = lambda text, file=None: None
             try:
-                session.play_batch(self._workloads[workload], episodes, [job], self._facts[workload], bar)
+                session.play_batch(self._workloads[workload], episodes, [job], len(episodes), self._facts[workload], bar)
             except VideoError:
                 if not store.results.unreadable:  # else no clip at all can be read, which this process cannot know
                     raise

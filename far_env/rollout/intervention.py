@@ -163,8 +163,9 @@ class IntervenedFrames:
                 self._latents[name][row].append(latent)
 
     def latents(self, name: str) -> Tensor:
-        """Generated latents (R, n, C, h, w) under an intervention."""
-        return torch.stack([torch.stack(frames) for frames in self._latents[name]])
+        """Generated latents (R, n, C, h, w) under an intervention, of the rollouts that have come as far as the longest."""
+        longest = max(map(len, self._latents[name]))
+        return torch.stack([torch.stack(frames) for frames in self._latents[name] if len(frames) == longest])
 
     @torch_defaults()
     @torch.no_grad()

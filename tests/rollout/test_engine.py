@@ -190,7 +190,7 @@ def test_states_are_restored_mid_rollout_and_only_where_they_belong(tiny_workloa
 
 
 def test_what_cannot_be_played_is_refused(tiny_workload):
-    with pytest.raises(ValueError, match="2 clips, 1 noise seeds and 2 budgets"):
+    with pytest.raises(ValueError, match="2 clips, 1 noise seeds, 2 policies and 2 budgets"):
         play(tiny_workload, [tiny_workload.clips.clip("test", i) for i in range(2)], [1], None, 4)
     with pytest.raises(ValueError, match="num_context of tiny_pan must be at least 0, got -1"):
         replace(tiny_workload, num_context=-1)
