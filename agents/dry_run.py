@@ -23,7 +23,7 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.host.far_host import require_far
 from far_env.policies import load_policy
 from far_env.progress import show_progress
-from far_env.workloads import deciding_budgets
+from far_env.workload import deciding_budgets
 
 EVALUATION_BATCH = 64
 """Clips that validation and the table play together."""

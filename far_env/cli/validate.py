@@ -11,7 +11,7 @@ import tyro
 from far_env.config import parse
 
 if TYPE_CHECKING:
-    from far_env.workloads import Workload
+    from far_env.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from far_env.evaluation.session import ClipSeed, Job, Session
 from far_env.policies import is_policy_file, is_tuned_form, load_policy
 from far_env.progress import show_progress
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 
 @dataclass(frozen=True)

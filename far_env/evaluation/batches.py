@@ -18,7 +18,7 @@ from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import Decision, play, replay
 from far_env.rollout.streaming import TokenDecision, check_token_budget, play_streaming
 from far_env.rollout.token_policy import TokenPolicy
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 @dataclass(frozen=True)

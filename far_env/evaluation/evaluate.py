@@ -30,7 +30,7 @@ from far_env.metrics import (
 from far_env.rollout.intervention import check_interventions, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import UNITS, Workload
+from far_env.workload import UNITS, Workload
 
 
 def evaluate(

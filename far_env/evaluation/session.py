@@ -27,7 +27,7 @@ from far_env.rollout.intervention import IntervenedFrames, interventions_of
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import TRAJECTORY_STRIDE, trajectory
 from far_env.rollout.play import is_limited
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 ClipSeed = tuple[int, int]
 """Clip and base noise seed, which identify an episode of a job on a workload."""

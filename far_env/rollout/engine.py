@@ -39,7 +39,7 @@ from far_env.rollout.noise import workload_noise
 from far_env.rollout.plain_units import PlainUnits
 from far_env.rollout.signals import RecordedSignals
 from far_env.rollout.state import Rollout, UnitGenerator
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 class RolloutBatch:

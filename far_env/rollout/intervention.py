@@ -19,7 +19,7 @@ from far_env.errors import unknown_name
 from far_env.rollout.context import context_latents
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo, content_key
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 SWAP, NOISE, BLANK, SHUFFLE = INTERVENTIONS = ("swap", "noise", "blank", "shuffle")
 """Each kept frame becomes: the true frame of the same number of another clip; noise; grey; another one of the kept frames."""

@@ -25,7 +25,7 @@ from far_env.frame_meta import frame_meta_list
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.history_memory import check_histories_fit
 from far_env.rollout.memo import FrameMemo
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 BeforeFrame = Callable[[RolloutBatch, Sequence[int]], None]
 """Receives the batch and the rows whose next frame is about to be generated."""

@@ -27,7 +27,7 @@ from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import workload_noise
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.host.tiny_any_flow import save_pipeline
 
 SIZE, FRAMES, STEPS = 32, 33, 2

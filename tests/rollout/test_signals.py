@@ -23,7 +23,7 @@ from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 from far_env.rollout.signals import column_gaps
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.reference_signals import ReferenceSignals
 
 ALL = tuple(SIGNALS)
