@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs the extra anyflow")
-pytest.importorskip("ftfy", reason="needs the extra anyflow")
+pytest.importorskip("transformers", reason="transformers (extra anyflow) is not installed")
+pytest.importorskip("ftfy", reason="ftfy (extra anyflow) is not installed")
 
 from diffusers import AnyFlowFARPipeline
 

@@ -274,7 +274,7 @@ def test_gymnasiums_checker_passes_on_a_conditioned_workload(make):
     check_env(env, skip_render_check=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 def test_a_gpu_computes_what_the_cpu_does(make, clips):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     workload = make(1.5)

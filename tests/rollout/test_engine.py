@@ -318,7 +318,7 @@ def test_bfloat16_stays_close(tiny_host_folder, tiny_workload):
         assert (latents[row].float() - expected.float()).norm() / expected.float().norm() < 0.03
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_gpu_computes_what_the_cpu_does(tiny_workload, tiny_long_workload, precision):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
