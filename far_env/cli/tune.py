@@ -48,7 +48,7 @@ class TuneOptions:
     precision: str = "float32"
     """float32, bfloat16 or auto."""
     batch_size: int = 64
-    """Clips that are played together."""
+    """Rollouts that are played together."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     clip_options: str = ""

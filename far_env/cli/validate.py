@@ -31,7 +31,7 @@ class ValidateOptions:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64
-    """Clips that are played together."""
+    """Rollouts that are played together."""
     data_dir: str | None = None
     """Folder of the videos, if they have moved."""
 
