@@ -112,7 +112,7 @@ class Session:
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
     def play(self, workloads: Sequence[Workload], jobs: Sequence[Job], batch_size: int) -> None:
-        """All jobs on one batch of episodes, then on the next, so that they share frames and a stop leaves comparable results."""
+        """All jobs on one batch of episodes, then on the next: they share frames, and a stop leaves comparable results."""
         with self.bar(workloads, jobs) as bar:
             for workload in workloads:
                 facts, running = record_facts(workload, self.token_memory), list(jobs)
