@@ -11,7 +11,6 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
-from far_env.errors import PolicyError
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.intervention import IntervenedFrames
 from far_env.rollout.memo import FrameMemo
@@ -67,7 +66,7 @@ def play_frames(
     memo: FrameMemo,
     intervened: IntervenedFrames,
     on_frame: Callable[[int], None],
-    failures: dict[int, PolicyError],
+    failures: dict[int, str],
 ) -> PlayedBatch | None:
     """Play the clips together with a history of frames, each under its policy.
 

@@ -161,7 +161,7 @@ class Session:
                 try:
                     groups.setdefault(self._group(workload, job), []).extend(rows)
                 except PolicyError as error:
-                    self._fail(workload, job, jobs, error, bar)
+                    self._fail(workload, job, jobs, str(error), bar)
         for (budget, _), group in groups.items():
             while rows := [row for row in group if row.job in jobs]:
                 batch, group = rows[:batch_size], rows[batch_size:]
@@ -170,10 +170,10 @@ class Session:
                 try:
                     failures = self._play_rows(workload, batch, budget, facts, bar)
                 except PolicyError as error:  # of something that all of them need
-                    failures = dict.fromkeys(range(len(batch)), error)
-                for row, error in failures.items():
+                    failures = dict.fromkeys(range(len(batch)), str(error))
+                for row, reason in failures.items():
                     if batch[row].job in jobs:
-                        self._fail(workload, batch[row].job, jobs, error, bar)
+                        self._fail(workload, batch[row].job, jobs, reason, bar)
 
     def _group(self, workload: Workload, job: Job) -> tuple[int, Hashable]:
         """Budget and what else jobs have in common that are played in one batch, where no history is padded to another budget.
@@ -185,13 +185,13 @@ class Session:
             return job.budget, job.name
         return job.budget, wanted_signals(job.policy) if is_limited(workload, job.policy, job.budget) else ()
 
-    def _fail(self, workload: Workload, job: Job, jobs: list[Job], error: PolicyError, bar: Progress) -> None:
-        """Take a job that cannot run out of ``jobs``. Raises the error if it is not optional."""
+    def _fail(self, workload: Workload, job: Job, jobs: list[Job], reason: str, bar: Progress) -> None:
+        """Take a job that cannot run out of ``jobs``. Raises PolicyError if it is not optional."""
         if job.name not in self.optional:
-            raise error
+            raise PolicyError(reason)
         jobs.remove(job)
-        self.leave_out(workload, job, str(error))
-        bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {error}", file=sys.stderr)
+        self.leave_out(workload, job, reason)
+        bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {reason}", file=sys.stderr)
 
     def leave_out(self, workload: Workload, job: Job, reason: str) -> None:
         """Remember why a job has no further episodes on a workload."""
@@ -237,14 +237,14 @@ class Session:
 
     def _play_rows(
         self, workload: Workload, rows: Sequence[Row], budget: int, facts: dict[str, Any], bar: Progress
-    ) -> dict[int, PolicyError]:
-        """Play rollouts together and keep those that finish; returns the errors of the others, by place."""
+    ) -> dict[int, str]:
+        """Play rollouts together and keep those that finish; returns why the others fail, by place."""
         clips = [row.clip for row in rows]
         noise_seeds = [row.seed + row.clip.clip_id for row in rows]
         partners = [self.partners[workload.name, clip.clip_id] for clip in clips]
         names = interventions_of(self.asked.metrics)
         intervened = IntervenedFrames(names, workload, noise_seeds, partners, self.memo)
-        rollouts, failures = (workload, clips, noise_seeds), dict[int, PolicyError]()
+        rollouts, failures = (workload, clips, noise_seeds), dict[int, str]()
         played: PlayedBatch | None
         if self.token_memory is not None:
             played = play_tokens(*rollouts, rows[0].job.policy, budget, self.token_memory, bar.update)

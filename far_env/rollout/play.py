@@ -60,7 +60,7 @@ def play(
     memo: FrameMemo | None = None,
     on_frame: Callable[[int], None] | None = None,
     before_frame: BeforeFrame | None = None,
-    failures: dict[int, PolicyError] | None = None,
+    failures: dict[int, str] | None = None,
 ) -> tuple[RolloutBatch, list[list[Decision]]]:
     """Roll every clip out under the policy, all in one batch.
 
@@ -74,8 +74,8 @@ def play(
         memo: holds frames of earlier rollouts, and receives those of this one.
         on_frame: called with the number of frames that each batched step adds to all rows together.
         before_frame: called before each batched step.
-        failures: receives the error of a policy that fails, under all its rows with that budget. These stop, and the others
-            go on. None raises it.
+        failures: receives why a policy fails, under all its rows with that budget. These stop, and the others go on. None
+            raises the error.
 
     Returns:
         The rollouts, one row per clip, finished unless they have failed, and each row's decisions.
@@ -105,13 +105,14 @@ def play(
     rows = range(len(clips))
     batch.begin(rows, clips, noise_seeds)
     decisions: list[list[Decision]] = [[] for _ in rows]
-    stopped: dict[int, PolicyError] = {} if failures is None else failures
+    stopped: dict[int, str] = {} if failures is None else failures
 
     def stop(row: int, error: PolicyError) -> None:
         if failures is None:
             raise error
         alike = [i for i in rows if policies[i] is policies[row] and budgets[i] == budgets[row]]
-        stopped.update(dict.fromkeys(alike, error))
+        # The error itself would keep the frames of its traceback alive, and with them the batch and processes of policies.
+        stopped.update(dict.fromkeys(alike, str(error)))
 
     copies: list[RetentionPolicy | None] = []
     for row, seed in enumerate(noise_seeds):
