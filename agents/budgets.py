@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from far_env import workloads
 from far_env.agents.config import TOKENS
 from far_env.envs.token_episode import check_token_decides
-from far_env.workloads import Workload
+from far_env.workload import Workload
+from far_env.workload import deciding_budgets as deciding_budgets_of_frames
 
 
 def deciding_budgets(memory: str, workload: Workload, budgets: Sequence[int]) -> list[int]:
@@ -17,7 +17,7 @@ def deciding_budgets(memory: str, workload: Workload, budgets: Sequence[int]) ->
         ValueError: if there is none, or if the workload's host has no token memory.
     """
     if memory != TOKENS:
-        return workloads.deciding_budgets(workload, budgets)
+        return deciding_budgets_of_frames(workload, budgets)
     deciding, reason = [], None
     for budget in budgets:
         try:

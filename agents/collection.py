@@ -17,7 +17,7 @@ from far_env.agents.network import RetentionNetwork
 from far_env.agents.token_expert import play_tokens_with_expert
 from far_env.progress import show_progress
 from far_env.tensor_files import save_weights
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 BATCH_SIZE = 32
 """Rollouts that are played together."""

@@ -23,10 +23,10 @@ from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.host.far_host import require_far
 from far_env.policies import load_policy
 from far_env.progress import show_progress
-from far_env.workloads import deciding_budgets
+from far_env.workload import deciding_budgets
 
 EVALUATION_BATCH = 64
-"""Clips that validation and the table play together."""
+"""Rollouts that validation and the table play together."""
 GIB = 2**30
 
 
@@ -173,10 +173,12 @@ def _device_memory(
     for workload in run.workloads:
         cache = hosts[workload.name].cache_bytes
         limited = max(size for budget, size in cache.items() if budget != UNLIMITED_FRAMES)
-        played = [(limited, max(run.config.test_clips, run.config.validation_clips if planned else 0))]
-        if any(load_policy(name) is None for name in run.config.table):
-            played.append((cache[UNLIMITED_FRAMES], run.config.test_clips))
-        caches = max(caches, *(2 * size * min(EVALUATION_BATCH, clips) for size, clips in played))
+        num_full = sum(load_policy(name) is None for name in run.config.table)
+        num_limited = 1 + len(run.config.table) - num_full
+        played = [(limited, max(run.config.test_clips * num_limited, run.config.validation_clips if planned else 0))]
+        if num_full:
+            played.append((cache[UNLIMITED_FRAMES], run.config.test_clips * num_full))
+        caches = max(caches, *(2 * size * min(EVALUATION_BATCH, rollouts) for size, rollouts in played))
     for stage in planned:
         for env in envs[stage.name]:
             if not isinstance(env, SurrogateVectorEnv):

@@ -19,7 +19,7 @@ from far_env.latent_cells import cell_distances, nearest_cells
 from far_env.rollout.context import true_units
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 LAST_EVICTIONS, OTHER_EVICTIONS = 4, 4
 """Evictions that are recorded where a call drops more: the last ones, which cost most, and as many others, chosen at random."""

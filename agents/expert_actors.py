@@ -17,7 +17,8 @@ from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.device import denormals_flushed
 from far_env.distributed.cluster import connected
 from far_env.distributed.pool import ActorPool, Task, check_same, start_facts, use_device
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 
 class ActorBatchPlayer(ExitStack):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from far_env.frame_meta import frame_features
 from far_env.rollout.signals import latent_cosines
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 class Histories(Protocol):

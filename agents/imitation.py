@@ -33,7 +33,7 @@ from far_env.host.training.muon import split_parameters
 from far_env.io import read_json, write_json
 from far_env.progress import show_progress
 from far_env.tensor_files import load_tensors, save_tensors, save_weights
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 INDEX_FILE = "index.json"
 FINETUNE_LR_SCALE = 0.3

@@ -23,7 +23,7 @@ from far_env.rollout.context import true_units
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.play import Decision
-from far_env.workloads import Workload, check_decides
+from far_env.workload import Workload, check_decides
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from far_env.distributed.cluster import connected
 from far_env.envs.token_env import TokenRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.tensor_files import load_tensors
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 CHECKPOINT_FILE = "checkpoint.ckpt"
 

@@ -34,7 +34,8 @@ from far_env.evaluation.tuning import tune_into
 from far_env.io import make_run_dir, write_text
 from far_env.policies import load_policy, policy_facts
 from far_env.provenance import load_facts, require_commit, save_facts
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 METRICS = ("psnr", "ssim")
 """Those that every machine can compute, so that tables have the same columns everywhere."""

@@ -25,7 +25,8 @@ from far_env.distributed.pool import MAX_LOSSES, WARN_SECONDS, cause, check_same
 from far_env.envs.sb3 import RowsVecEnv, concatenated
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.errors import first_line
-from far_env.workloads import Workload, deciding_budgets, make_workload, resolve_budgets
+from far_env.workload import Workload, deciding_budgets
+from far_env.workloads import make_workload, resolve_budgets
 
 Call = tuple[str, tuple]
 """A method of `RolloutActor` for one group, and its arguments."""

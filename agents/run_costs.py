@@ -28,7 +28,7 @@ from far_env.contract import UNLIMITED_FRAMES
 from far_env.host.far_host import FARHost
 from far_env.host.linear import linear_rate
 from far_env.rollout.engine import RolloutBatch
-from far_env.workloads import Workload, deciding_budgets
+from far_env.workload import Workload, deciding_budgets
 
 TIMED_ROWS, TIMED_STEPS = 8, 16
 TIMED_PRODUCTS = 10

@@ -23,7 +23,7 @@ from far_env.agents.trainer import Run
 from far_env.contract import UNLIMITED_FRAMES
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.policies import load_policy
-from far_env.workloads import Workload, deciding_budgets
+from far_env.workload import Workload, deciding_budgets
 
 
 @dataclass

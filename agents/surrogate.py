@@ -26,7 +26,7 @@ from far_env.latent_cells import nearest_cells
 from far_env.rollout.context import true_units
 from far_env.rollout.memo import ENTRY_BYTES, FrameMemo, content_key
 from far_env.rollout.signals import latent_cosines
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 ESTIMATE = "estimated_psnr"
 DRIFT, SIMILARITY = FEATURES.index("feature_drift"), FEATURES.index("temporal_similarity")

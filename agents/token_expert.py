@@ -30,7 +30,7 @@ from far_env.latent_cells import cell_distances, nearest_cells
 from far_env.rollout.context import true_units
 from far_env.rollout.frame_actions import DROP, compressed_size
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 CALLS_PER_ROLLOUT = 8
 """Calls whose reductions are recorded, of each rollout."""

@@ -29,7 +29,8 @@ from far_env.evaluation.table import results_table
 from far_env.io import disk_errors, locked, make_run_dir, write_json, write_text
 from far_env.policies import load_policy, load_token_policy
 from far_env.provenance import add_to_facts, run_facts, save_facts, session_precision
-from far_env.workloads import Workload, make_workload, resolve_budgets
+from far_env.workload import Workload
+from far_env.workloads import make_workload, resolve_budgets
 
 FREE_TO_CHANGE = ("resume", "run_dir", "device", "test_clips", "table", "ray")
 """Settings that may differ when a run is resumed; all others determine the training."""

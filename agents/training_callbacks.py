@@ -22,7 +22,7 @@ from far_env.agents.validation import validation_scores
 from far_env.allocator import return_freed_memory
 from far_env.progress import show_progress
 from far_env.tensor_files import save_tensors
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 Weights = dict[str, torch.Tensor]
 

@@ -13,7 +13,7 @@ from far_env.agents.token_policy import LearnedTokenPolicy
 from far_env.evaluation.batches import TokenMemory
 from far_env.evaluation.evaluate import evaluate
 from far_env.progress import show_progress
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 def validation_scores(

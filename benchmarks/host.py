@@ -41,7 +41,8 @@ from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import BUDGETS, Workload
+from far_env.workload import Workload
+from far_env.workloads import BUDGETS
 
 NAMES = ("ucf101_short_prediction", "dmlab_long_prediction")
 BUDGET = BUDGETS["medium_history_budget"]

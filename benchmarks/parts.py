@@ -23,7 +23,8 @@ from far_env.contract import SIGNALS, NewestFrames, RetentionPolicy, RolloutStat
 from far_env.frame_meta import frame_meta_list
 from far_env.policies import load_policy
 from far_env.rollout.play import play
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 REFERENCE_POLICY = "recent_window"
 

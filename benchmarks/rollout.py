@@ -39,7 +39,8 @@ from far_env.rollout.memo import DEFAULT_BYTES
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 BUDGET = 4
 POLICY = "random"

@@ -34,7 +34,8 @@ from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
 from far_env.rollout.reencoding import reencoding_gap
 from far_env.rollout.streaming import StreamingBatch
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 EARLY = 50
 AROUND = 10

@@ -29,7 +29,8 @@ from far_env.policies import load_policy
 from far_env.progress import show_progress
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.text import markdown_lines
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 BASELINE = "recent_fill"
 HINDSIGHT = "hindsight"

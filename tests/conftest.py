@@ -19,7 +19,7 @@ from far_env.host.far_host import FARHost
 from far_env.host.far_long import FARLong
 from far_env.host.weights import load_host, save_host
 from far_env.host.zoo import RELEASED
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 DATA = Path(__file__).parent / "fixtures"
 INDEX = json.loads((DATA / "index.json").read_text())["files"]

@@ -19,7 +19,7 @@ from far_env.host.far import CLEAN_TIME
 from far_env.host.sampler import make_scheduler
 from far_env.rollout.attention_probe import MIN_EIGENVALUE_SHARE, PROXY_RANK
 from far_env.rollout.signals import context_noise, halfway
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 class ReferenceSignals:

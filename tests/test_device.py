@@ -94,7 +94,7 @@ def test_an_upload_to_the_cpu_copies_nothing_and_changes_the_dtype_if_asked():
     assert device.upload(values, torch.device("meta"), torch.float16).is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 def test_an_upload_to_a_gpu_may_be_changed_on_the_cpu_at_once():
     values = torch.arange(2.0**22)
     there = device.upload(values, torch.device("cuda", 0), torch.float64)
@@ -110,7 +110,7 @@ def test_peak_memory_is_in_mib_where_the_system_counts_kib_or_bytes(monkeypatch,
     assert device.peak_memory_mib(torch.device("cpu")) == 300
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory in use is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc/self/statm, which says the memory in use")
 def test_peak_memory_is_not_below_the_memory_in_use_and_of_its_size():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     in_use = pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -28,7 +28,7 @@ ORDER = (
     },
     {"frame_meta", "latent_cells", "metrics", "perceptual", "clips"},
     {"host"},
-    {"workloads"},
+    {"workload", "workloads"},
     {"rollout"},
     {"envs", "evaluation"},
     {"distributed"},

@@ -105,7 +105,7 @@ def test_lpips_calls_nothing_that_torchvision_deprecated(random_alexnet, pair):
         __import__("lpips").LPIPS(net="alex", pnet_rand=True, verbose=False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 def test_lpips_on_a_gpu_is_that_of_the_cpu(random_alexnet, pair):
     expected = metrics.lpips(*pair)
     many = [batch.repeat(100, 1, 1, 1, 1).cuda() for batch in pair]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from far_env.clips.video_folder import VideoFolder
     from far_env.evaluation.benchmark import BenchmarkScore
     from far_env.evaluation.suite import Setting
-    from far_env.workloads import Workload
+    from far_env.workload import Workload
 
 
 @dataclass(frozen=True)

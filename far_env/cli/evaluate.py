@@ -89,7 +89,7 @@ class EvaluateOptions:
     precision: str = "float32"
     """float32, bfloat16 (as the benchmark computes) or auto."""
     batch_size: int = 64
-    """Clips that are played together."""
+    """Rollouts that are played together."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     protocol: str | None = None

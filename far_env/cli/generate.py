@@ -17,7 +17,7 @@ from far_env.policies import FULL_HISTORY, load_policy, policy_facts
 
 if TYPE_CHECKING:
     from far_env.evaluation.generation import VideoJob
-    from far_env.workloads import Workload
+    from far_env.workload import Workload
 
 FROM_NOTHING = "generation"
 """The name of what is generated without a workload."""
@@ -167,7 +167,7 @@ def _from_nothing(options: GenerateOptions) -> Workload:
     from far_env.clips.blank import Blank
     from far_env.device import resolve_device, resolve_precision
     from far_env.host.weights import load_host
-    from far_env.workloads import Workload
+    from far_env.workload import Workload
 
     if options.host is None:
         raise ValueError("give a workload (--workload), or a host (--host) that generates videos from nothing")

@@ -57,7 +57,7 @@ class AddOptions:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64
-    """Clips that are played together."""
+    """Rollouts that are played together."""
     policy_seconds: float = 10.0
     """How long one call of a policy file may take; such files run in separate processes."""
 

@@ -48,7 +48,7 @@ class TuneOptions:
     precision: str = "float32"
     """float32, bfloat16 or auto."""
     batch_size: int = 64
-    """Clips that are played together."""
+    """Rollouts that are played together."""
     data_dir: str | None = None
     """Folder of videos, for workloads that read them."""
     clip_options: str = ""
@@ -62,7 +62,8 @@ def tune(args: Sequence[str]) -> None:
     options = parse(TuneOptions, args, "far-env tune", TuneOptions.__doc__ or "")
     from far_env.clips.clip import check_clip_options
     from far_env.evaluation.tuning import rungs, tune_into
-    from far_env.workloads import check_decides, make_workload, resolve_budgets
+    from far_env.workload import check_decides
+    from far_env.workloads import make_workload, resolve_budgets
 
     names = split_list(options.policies, "policies", "policy")
     budgets = resolve_budgets(options.budget)

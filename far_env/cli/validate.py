@@ -11,7 +11,7 @@ import tyro
 from far_env.config import parse
 
 if TYPE_CHECKING:
-    from far_env.workloads import Workload
+    from far_env.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ValidateOptions:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     batch_size: int = 64
-    """Clips that are played together."""
+    """Rollouts that are played together."""
     data_dir: str | None = None
     """Folder of the videos, if they have moved."""
 

@@ -1,9 +1,9 @@
 """``far-env evaluate --ray``: actors play episodes, this process keeps them, as one process alone would.
 
-A task is one policy under one budget on one of the batches of a workload's episodes, so that an actor computes exactly what one
-process does. Records travel to this process, which alone writes the results folder: no machine needs to share its disk, what a
-lost actor had not finished is done again, and nothing is kept twice. Hosts, clips and policies are loaded on each machine, from
-its installation or from the same paths, and compared with those here by their hashes.
+A task is one policy under one budget on one of the batches of a workload's episodes. One process plays several policies
+together; on a CPU an actor computes exactly the same. Records travel to this process, which alone writes the results folder: no
+machine needs to share its disk, what a lost actor had not finished is done again, and nothing is kept twice. Hosts, clips and
+policies are loaded on each machine, from its installation or from the same paths, and compared with those here by their hashes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from far_env.evaluation.session import ClipSeed, Job, Session
 from far_env.policies import is_policy_file, is_tuned_form, load_policy
 from far_env.progress import show_progress
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class EvaluationActor:
         with show_progress(disable=True) as bar:
             bar.write = lambda text, file=None: None
             try:
-                session.play_batch(self._workloads[workload], episodes, [job], self._facts[workload], bar)
+                session.play_batch(self._workloads[workload], episodes, [job], len(episodes), self._facts[workload], bar)
             except VideoError:
                 if not store.results.unreadable:  # else no clip at all can be read, which this process cannot know
                     raise

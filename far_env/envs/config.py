@@ -19,7 +19,8 @@ from far_env.envs.episodes import EpisodeBatch, Reward
 from far_env.errors import unknown_name
 from far_env.metrics import require_metrics
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload, make_workload, resolve_budgets
+from far_env.workload import Workload
+from far_env.workloads import make_workload, resolve_budgets
 
 RESET_OPTIONS = ("clip_id", "noise_seed", "budget")
 
@@ -29,7 +30,7 @@ class EpisodeConfig:
     """The episodes that an environment plays and their scores.
 
     Attributes:
-        workload: a registered name ("pan", "cuts", …) or a `far_env.workloads.Workload`.
+        workload: a registered name ("pan", "cuts", …) or a `far_env.workload.Workload`.
         budget: frames that may be kept, or one of the benchmark's budget names; of several, each episode draws one.
         reward: "psnr", "ssim", "lpips" (negated), or a dict of weights such as {"psnr": 0.1, "lpips": -1}.
         telescoping: pay the change of the running clip score at every decision; the sum is the same.
@@ -46,7 +47,7 @@ class EpisodeConfig:
             latents ("lat_cos", "column_gap", …) or of the host's attention ("attn_mass", …). Such an agent cannot be exported.
         clip_options: arguments of the clip source, such as a data folder or the options of a world.
         feedback: "generated", or "true": the true frame enters the history in place of each generated one, see
-            `far_env.workloads.Workload`. None for the workload's, which is "generated" unless it says otherwise.
+            `far_env.workload.Workload`. None for the workload's, which is "generated" unless it says otherwise.
 
     Raises:
         ValueError: on a value that a field does not take; the message names the field and the value.

@@ -22,7 +22,7 @@ from far_env.frame_meta import FEATURES
 from far_env.metrics import METRICS, clip_metrics, require_metrics
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
-from far_env.workloads import Workload, check_decides
+from far_env.workload import Workload, check_decides
 
 ROW_FEATURES = ("age", "recentness", *FEATURES)
 """Columns of ``observation["frames"]``: age / slots, 1 / (1 + age), and the benchmark's content features, of which

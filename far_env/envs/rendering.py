@@ -14,7 +14,7 @@ from far_env.io import replacing
 from far_env.metrics import psnr
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 GAP = 4
 DECISION_HEIGHT = 6

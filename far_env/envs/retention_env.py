@@ -11,7 +11,7 @@ import numpy as np
 from far_env.device import use_one_thread_in_child_process
 from far_env.envs.config import RESET_OPTIONS, EpisodeConfig, check_reset_options
 from far_env.envs.episodes import MUST_KEEP
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 def flat_action_mask(mask: np.ndarray) -> np.ndarray:
@@ -75,7 +75,7 @@ class FrameRetentionEnv(gym.Env):
     Gymnasium's `HumanRendering`, which needs pygame.
 
     ## Arguments
-    - ``workload``: a registered name ("pan", "cuts", …) or a `far_env.workloads.Workload`.
+    - ``workload``: a registered name ("pan", "cuts", …) or a `far_env.workload.Workload`.
     - ``budget``: frames that may be kept, or one of the benchmark's budget names; of several, each episode draws one.
     - ``reward``: "psnr", "ssim", "lpips" (negated), or a dict of weights such as {"psnr": 0.1, "lpips": -1}.
     - ``telescoping``: pay the change of the running clip score at every decision; the sum is the same.

@@ -15,7 +15,7 @@ from far_env.envs.config import RESET_OPTIONS, EpisodeConfig, check_reset_option
 from far_env.envs.rendering import render_workload_episode
 from far_env.envs.token_episode import TokenEpisode
 from far_env.errors import unknown_name
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 NOT_TAKEN = ("memo_bytes", "signals")
 """Arguments of the environment of frames that this one has no use for."""

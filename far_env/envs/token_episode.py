@@ -20,7 +20,7 @@ from far_env.rollout.frame_actions import ACTIONS, COMPRESS, DROP, KEEP, compres
 from far_env.rollout.streaming import StreamingBatch, check_token_budget
 from far_env.rollout.token_cache import CacheView
 from far_env.rollout.token_policy import TokenSizes
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 TOKEN_FEATURES = (*ROW_FEATURES, "compressed", "attention")
 """Columns of ``observation["frames"]``: those of the environment of frames, whether the frame is compressed, and its share of

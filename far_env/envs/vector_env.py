@@ -15,7 +15,7 @@ from far_env.device import use_one_thread_in_child_process
 from far_env.envs.config import RESET_OPTIONS, EpisodeConfig, check_reset_options
 from far_env.envs.episodes import EpisodeBatch
 from far_env.envs.retention_env import FrameRetentionEnv, flat_action_mask
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 class FrameRetentionVectorEnv(VectorEnv):

@@ -17,7 +17,7 @@ from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import Decision, play, replay
 from far_env.rollout.streaming import TokenDecision, check_token_budget, play_streaming
 from far_env.rollout.token_policy import TokenPolicy
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,24 @@ def play_frames(
     workload: Workload,
     clips: Sequence[Clip],
     noise_seeds: Sequence[int],
-    policy: RetentionPolicy | None,
+    policies: list[RetentionPolicy | None],
     max_frames: int,
     memo: FrameMemo,
     intervened: IntervenedFrames,
     on_frame: Callable[[int], None],
-) -> PlayedBatch:
-    """Play the clips together with a history of frames. Arguments and errors as of `far_env.rollout.play.play`."""
-    hooks = {"on_frame": on_frame, "before_frame": intervened}
-    rollouts, decisions = play(workload, clips, noise_seeds, policy, max_frames, memo=memo, **hooks)
-    plans = [[_entry(decision) for decision in of_row] for of_row in decisions]
-    return _finished(rollouts, plans, [_milliseconds(of_row) for of_row in decisions])
+    failures: dict[int, str],
+) -> PlayedBatch | None:
+    """Play the clips together with a history of frames, each under its policy.
+
+    Arguments and errors as of `far_env.rollout.play.play`. Only rows without ``failures`` are in the answer; None if all fail.
+    """
+    hooks = {"on_frame": on_frame, "before_frame": intervened, "failures": failures}
+    rollouts, decisions = play(workload, clips, noise_seeds, policies, max_frames, memo=memo, **hooks)
+    finished = [row for row in range(len(clips)) if row not in failures]
+    if not finished:
+        return None
+    plans = [[_entry(decision) for decision in decisions[row]] for row in finished]
+    return _finished(rollouts, finished, plans, [_milliseconds(decisions[row]) for row in finished])
 
 
 def replay_frames(
@@ -85,7 +92,7 @@ def replay_frames(
 ) -> PlayedBatch:
     """Play the clips together by decisions of before (`far_env.rollout.play.replay`); the plans of the answer are empty."""
     rollouts = replay(workload, clips, noise_seeds, kept, memo=memo, on_frame=on_frame, before_frame=intervened)
-    return _finished(rollouts, [[] for _ in clips], [None] * len(clips))
+    return _finished(rollouts, range(len(clips)), [[] for _ in clips], [None] * len(clips))
 
 
 def play_tokens(
@@ -113,8 +120,9 @@ def play_tokens(
     return PlayedBatch(latents, predicted, plans, costs)
 
 
-def _finished(rollouts: RolloutBatch, plans: list[list[dict[str, Any]]], costs: list[float | None]) -> PlayedBatch:
-    rows = range(len(plans))
+def _finished(
+    rollouts: RolloutBatch, rows: Sequence[int], plans: list[list[dict[str, Any]]], costs: list[float | None]
+) -> PlayedBatch:
     return PlayedBatch(rollouts.generated(rows), rollouts.decode(rows).float(), plans, costs)
 
 

@@ -29,7 +29,8 @@ from far_env.metrics import METRICS, clip_metrics
 from far_env.progress import show_progress
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import PORTABLE, WORKLOADS, Workload, make_workload
+from far_env.workload import PORTABLE, Workload
+from far_env.workloads import WORKLOADS, make_workload
 
 _BEST_PSNR = 40.0
 _FORMATS = {

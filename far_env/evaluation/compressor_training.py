@@ -20,7 +20,8 @@ from far_env.host.training.compressor_config import CompressorTraining
 from far_env.io import locked, make_run_dir, read_json, write_json, write_text
 from far_env.provenance import load_facts, run_facts, save_facts, session_precision
 from far_env.tensor_files import load_tensors
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 
 _NOT_DETERMINING = ("run_dir", "output_dir", "device", "precision", "checkpoint_every", "validate_every")
 

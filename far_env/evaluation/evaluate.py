@@ -30,7 +30,7 @@ from far_env.metrics import (
 from far_env.rollout.intervention import check_interventions, metric_of
 from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import UNITS, Workload
+from far_env.workload import UNITS, Workload
 
 
 def evaluate(
@@ -90,6 +90,8 @@ def evaluate_grid(
         metrics: those that cannot be computed here are left out with the reason.
         interventions: of `far_env.rollout.intervention.INTERVENTIONS`; PSNR is measured under each of them too, under a name
             such as psnr_swap.
+        batch_size: rollouts that are played together, of several policies under a budget if one has fewer clips. On a CPU it
+            does not change the latents.
         memo_bytes: memory for frames that several policies share, because they agreed so far; 0 for none.
         optional: names of policies that are left out where they fail, with a printed reason that is also in the results'
             ``settings.failed``; the other policies are played.

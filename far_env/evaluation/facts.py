@@ -15,7 +15,7 @@ from far_env.clips.clip import Clip
 from far_env.evaluation.batches import TokenMemory
 from far_env.evaluation.records import TOKENS
 from far_env.provenance import git_commit, machine, versions
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 def record_facts(workload: Workload, memory: TokenMemory | None = None) -> dict[str, object]:

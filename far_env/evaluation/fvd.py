@@ -32,7 +32,7 @@ from far_env.io import cache_dir, read_json, replacing, write_json
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import trajectory_seeds
 from far_env.tensor_files import file_hash
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 FVD = "fvd"
 """The metric's name. It is one of sets of videos, and so none of `far_env.metrics.METRICS`."""

@@ -23,7 +23,7 @@ from far_env.progress import show_progress
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import TRAJECTORY_STRIDE, trajectory
 from far_env.rollout.play import play
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 SETTINGS_FILE = "videos.json"
 _OF_THE_MACHINE = ("device", "machine", "commit", "versions")

@@ -25,7 +25,8 @@ from far_env.evaluation.plans import dropped_frames
 from far_env.evaluation.records import Record, Results, Settings
 from far_env.evaluation.validate import Finding, choose, validate
 from far_env.policies import is_tuned_form
-from far_env.workloads import WORKLOADS, Workload
+from far_env.workload import Workload
+from far_env.workloads import WORKLOADS
 
 TOLERANCE = 1e-2
 """In dB of PSNR and in SSIM: other processors and versions of torch change the last digits of a rollout."""

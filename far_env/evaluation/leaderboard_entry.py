@@ -22,7 +22,8 @@ from far_env.errors import short
 from far_env.evaluation.plans import plan_of_dropped
 from far_env.evaluation.records import Record
 from far_env.io import make_run_dir, read_json, write_text
-from far_env.workloads import WORKLOADS, Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import WORKLOADS, make_workload
 
 FORMAT = 1
 SHIPPED_PACKAGE = "far_env.leaderboard"

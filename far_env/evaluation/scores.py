@@ -13,7 +13,7 @@ from far_env.device import upload
 from far_env.evaluation.unreferenced import unreferenced_metrics
 from far_env.metrics import UNREFERENCED, clip_metrics, psnr
 from far_env.rollout.intervention import SWAP, IntervenedFrames, interventions_of, metric_of, partner_of
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 def scores_of(

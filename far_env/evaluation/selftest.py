@@ -26,7 +26,8 @@ from far_env.rollout.memo import DEFAULT_BYTES, FrameMemo
 from far_env.rollout.noise import BENCHMARK_SEED, rollout_noise
 from far_env.rollout.play import play
 from far_env.rollout.reference import Rollout, reference_rollout
-from far_env.workloads import BUDGETS, WORKLOADS, Workload
+from far_env.workload import Workload
+from far_env.workloads import BUDGETS, WORKLOADS
 
 WORLD = "orbit"
 """The world from which the clip is made if no data are given."""

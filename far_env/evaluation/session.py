@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.clips.copying import evidence_gaps
-from far_env.contract import RetentionPolicy
+from far_env.contract import RetentionPolicy, wanted_signals
 from far_env.errors import PolicyError, VideoError
-from far_env.evaluation.batches import TokenMemory, play_frames, play_tokens
+from far_env.evaluation.batches import PlayedBatch, TokenMemory, play_frames, play_tokens
 from far_env.evaluation.facts import clip_hash, latents_hash, record_facts
 from far_env.evaluation.fvd import FeatureStore
 from far_env.evaluation.records import Record, Results, Settings, cell
@@ -26,7 +26,8 @@ from far_env.progress import Progress, show_progress
 from far_env.rollout.intervention import IntervenedFrames, interventions_of
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import TRAJECTORY_STRIDE, trajectory
-from far_env.workloads import Workload
+from far_env.rollout.play import is_limited
+from far_env.workload import Workload
 
 ClipSeed = tuple[int, int]
 """Clip and base noise seed, which identify an episode of a job on a workload."""
@@ -39,6 +40,15 @@ class Job:
     budget: int
     name: str
     policy: RetentionPolicy | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """An episode of a job, as a row of a batch."""
+
+    job: Job
+    clip: Clip
+    seed: int
 
 
 class RecordStore(Protocol):
@@ -102,12 +112,12 @@ class Session:
         self.shown = set(self.results.settings.clips[: self.results.settings.show_clips])
 
     def play(self, workloads: Sequence[Workload], jobs: Sequence[Job], batch_size: int) -> None:
-        """All jobs on one batch of episodes after the other, so that they share frames and a stop leaves comparable results."""
+        """All jobs on one batch of episodes, then on the next: they share frames, and a stop leaves comparable results."""
         with self.bar(workloads, jobs) as bar:
             for workload in workloads:
                 facts, running = record_facts(workload, self.token_memory), list(jobs)
                 for batch in self.batches(batch_size):
-                    self.play_batch(workload, batch, running, facts, bar)
+                    self.play_batch(workload, batch, running, batch_size, facts, bar)
 
     def batches(self, batch_size: int) -> list[list[ClipSeed]]:
         """All episodes of a job, in the order and the groups in which they are played."""
@@ -132,27 +142,56 @@ class Session:
         workload: Workload,
         episodes: Sequence[ClipSeed],
         jobs: list[Job],
+        batch_size: int,
         facts: dict[str, Any],
         bar: Progress,
     ) -> None:
-        """Play those of these episodes that are missing. A job that cannot run and need not is taken out of ``jobs``."""
+        """Play those of these episodes that are missing, up to ``batch_size`` rollouts of the jobs of a budget together.
+
+        A job that cannot run and need not is taken out of ``jobs``.
+        """
         clips: dict[int, Clip] = {}
         self.partners.clear()
+        for job in jobs:
+            self._read_clips(workload, [i for i, _ in self.missing(workload, job, episodes)], clips, bar)
+        groups: dict[tuple[int, Hashable], list[Row]] = {}
         for job in list(jobs):
-            missing = self.missing(workload, job, episodes)
-            self._read_clips(workload, [i for i, _ in missing], clips, bar)
-            wanted = [episode for episode in missing if episode[0] in clips]
-            if not wanted:
-                continue
-            bar.set_postfix_str(f"{workload.name} {job.budget} {job.name}")
-            try:
-                self._play_job(workload, [seed for _, seed in wanted], [clips[i] for i, _ in wanted], job, facts, bar)
-            except PolicyError as error:
-                if job.name not in self.optional:
-                    raise
-                jobs.remove(job)
-                self.leave_out(workload, job, str(error))
-                bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {error}", file=sys.stderr)
+            rows = [Row(job, clips[i], seed) for i, seed in self.missing(workload, job, episodes) if i in clips]
+            if rows:
+                try:
+                    groups.setdefault(self._group(workload, job), []).extend(rows)
+                except PolicyError as error:
+                    self._fail(workload, job, jobs, str(error), bar)
+        for (budget, _), group in groups.items():
+            while rows := [row for row in group if row.job in jobs]:
+                batch, group = rows[:batch_size], rows[batch_size:]
+                names = {row.job.name for row in batch}
+                bar.set_postfix_str(f"{workload.name} {budget} {names.pop() if len(names) == 1 else f'{len(names)} policies'}")
+                try:
+                    failures = self._play_rows(workload, batch, budget, facts, bar)
+                except PolicyError as error:  # of something that all of them need
+                    failures = dict.fromkeys(range(len(batch)), str(error))
+                for row, reason in failures.items():
+                    if batch[row].job in jobs:
+                        self._fail(workload, batch[row].job, jobs, reason, bar)
+
+    def _group(self, workload: Workload, job: Job) -> tuple[int, Hashable]:
+        """Budget and what else jobs have in common that are played in one batch, where no history is padded to another budget.
+
+        Raises:
+            PolicyError: if the policy requests an unknown signal.
+        """
+        if self.token_memory is not None:
+            return job.budget, job.name
+        return job.budget, wanted_signals(job.policy) if is_limited(workload, job.policy, job.budget) else ()
+
+    def _fail(self, workload: Workload, job: Job, jobs: list[Job], reason: str, bar: Progress) -> None:
+        """Take a job that cannot run out of ``jobs``. Raises PolicyError if it is not optional."""
+        if job.name not in self.optional:
+            raise PolicyError(reason)
+        jobs.remove(job)
+        self.leave_out(workload, job, reason)
+        bar.write(f"left out {job.name} on {workload.name} under budget {job.budget}: {reason}", file=sys.stderr)
 
     def leave_out(self, workload: Workload, job: Job, reason: str) -> None:
         """Remember why a job has no further episodes on a workload."""
@@ -196,22 +235,42 @@ class Session:
                 "choose another folder"
             )
 
-    def _play_job(
-        self, workload: Workload, seeds: list[int], clips: list[Clip], job: Job, facts: dict[str, Any], bar: Progress
-    ) -> None:
-        noise_seeds = [seed + clip.clip_id for seed, clip in zip(seeds, clips, strict=True)]
+    def _play_rows(
+        self, workload: Workload, rows: Sequence[Row], budget: int, facts: dict[str, Any], bar: Progress
+    ) -> dict[int, str]:
+        """Play rollouts together and keep those that finish; returns why the others fail, by place."""
+        clips = [row.clip for row in rows]
+        noise_seeds = [row.seed + row.clip.clip_id for row in rows]
         partners = [self.partners[workload.name, clip.clip_id] for clip in clips]
         names = interventions_of(self.asked.metrics)
         intervened = IntervenedFrames(names, workload, noise_seeds, partners, self.memo)
-        rollouts = (workload, clips, noise_seeds, job.policy, job.budget)
+        rollouts, failures = (workload, clips, noise_seeds), dict[int, str]()
+        played: PlayedBatch | None
         if self.token_memory is not None:
-            played = play_tokens(*rollouts, self.token_memory, bar.update)
+            played = play_tokens(*rollouts, rows[0].job.policy, budget, self.token_memory, bar.update)
         else:
-            played = play_frames(*rollouts, self.memo, intervened, bar.update)
+            policies = [row.job.policy for row in rows]
+            played = play_frames(*rollouts, policies, budget, self.memo, intervened, bar.update, failures)
+        if played is not None:
+            finished = [row for place, row in enumerate(rows) if place not in failures]
+            self._record(workload, finished, played, intervened, facts)
+        return failures
+
+    def _record(
+        self,
+        workload: Workload,
+        rows: Sequence[Row],
+        played: PlayedBatch,
+        intervened: IntervenedFrames,
+        facts: dict[str, Any],
+    ) -> None:
+        """Keep records, features and pictures of finished rollouts."""
+        clips = [row.clip for row in rows]
         scores, by_frame = scores_of(workload, clips, played.predicted, self.asked.metrics, intervened, played.plans)
         records = []
-        for row, clip in enumerate(clips):
-            if any(math.isnan(value) for value in (*scores[row].values(), *by_frame[row])):
+        for i, row in enumerate(rows):
+            job, clip = row.job, row.clip
+            if any(math.isnan(value) for value in (*scores[i].values(), *by_frame[i])):
                 where = f"{workload.name}, clip {clip.clip_id}, under {job.name}"
                 raise ValueError(f"{where}: the host {workload.host.name} generated values that are not numbers")
             records.append(
@@ -220,19 +279,22 @@ class Session:
                     budget=job.budget,
                     policy=job.name,
                     clip=clip.clip_id,
-                    seed=seeds[row],
-                    plan=played.plans[row],
-                    metrics=scores[row],
-                    psnr_per_frame=by_frame[row],
-                    decision_ms=played.decision_ms[row],
+                    seed=row.seed,
+                    plan=played.plans[i],
+                    metrics=scores[i],
+                    psnr_per_frame=by_frame[i],
+                    decision_ms=played.decision_ms[i],
                     clip_sha256=self.clip_hashes[workload.name, clip.clip_id],
-                    latents_sha256=latents_hash(played.latents[row]),
+                    latents_sha256=latents_hash(played.latents[i]),
                     facts=facts,
                     evidence_gaps=self.gaps[workload.name, clip.clip_id],
                 )
             )
         if self.features is not None:
-            self.features.add(workload, job.budget, job.name, clips, seeds, played.predicted)
+            for job, of_job in itertools.groupby(range(len(rows)), lambda i: rows[i].job):
+                places = list(of_job)
+                seeds = [rows[i].seed for i in places]
+                self.features.add(workload, job.budget, job.name, [clips[i] for i in places], seeds, played.predicted[places])
         if self.store is not None:
             self._save_pictures(self.store, workload, clips, records, played.predicted)
         self.keep(records)

@@ -18,7 +18,7 @@ from far_env.clips.video_folder import VideoFolder
 from far_env.evaluation.benchmark import BenchmarkScore
 from far_env.evaluation.facts import record_facts
 from far_env.io import make_run_dir, read_json, write_json
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 ANCHORS = ("recent_window", "packcache", "causalcache_vdm", "flowcache")
 """The benchmark's baselines, between whose numbers a score counts."""

@@ -18,7 +18,7 @@ from far_env.io import write_json
 from far_env.metrics import LOWER_IS_BETTER
 from far_env.policies import TunedForm, load_policy, policy_facts, policy_variants
 from far_env.rollout.noise import BENCHMARK_SEED
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 VALIDATION = "validation"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from far_env.clips.clip import Clip
 from far_env.metrics import COLOUR_DRIFT, KEPT_LPIPS, KEPT_SSIM, lpips, ssim
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 DRIFT_SHARE = 0.1
 """The share of a video at its beginning and at its end whose colours are compared."""

@@ -17,7 +17,7 @@ from far_env.progress import Progress, show_progress
 from far_env.rollout.intervention import IntervenedFrames, interventions_of
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.token_policy import TokenPolicy
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 TOLERANCE = 1e-3
 _SAME_BITS = ("device", "machine", "dtype", "versions")

@@ -21,7 +21,7 @@ from far_env.host.cuda_graphs import FrameShape
 from far_env.host.sampler import FrameSampler, with_null_class
 from far_env.rollout.signals import RecordedSignals, SignalRecorder
 from far_env.rollout.state import Rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 class CachedFrames:

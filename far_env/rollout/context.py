@@ -11,7 +11,7 @@ from torch import Tensor
 from far_env.clips.clip import Clip
 from far_env.device import torch_defaults, upload
 from far_env.host.protocol import Host, as_wide_latent, split_units
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 @torch_defaults()

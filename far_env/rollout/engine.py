@@ -39,7 +39,7 @@ from far_env.rollout.noise import workload_noise
 from far_env.rollout.plain_units import PlainUnits
 from far_env.rollout.signals import RecordedSignals
 from far_env.rollout.state import Rollout, UnitGenerator
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 class RolloutBatch:
@@ -353,7 +353,7 @@ class RolloutBatch:
     def _generate(self, rollouts: Sequence[Rollout]) -> list[tuple[str, Tensor]]:
         """Key and latent of each rollout's next frame. Rollouts that would become the same one are computed once."""
         frames: dict[str, Tensor] = {}
-        missing: dict[str, list[Rollout]] = {}
+        missing: dict[tuple[str, ...], list[Rollout]] = {}
         keys = []
         for rollout in rollouts:
             kept_keys = [rollout.keys[number] for number in rollout.kept]
@@ -365,12 +365,14 @@ class RolloutBatch:
             keys.append(key)
             latent = None if self._generator.needs_probe else self.memo.get(key)
             if latent is None:
-                missing.setdefault(key, []).append(rollout)
+                # Where true frames are fed back, signals of the frames so far may differ though the next one does not.
+                before = rollout.generated_keys if self._generator.needs_probe else ()
+                missing.setdefault((key, *before), []).append(rollout)
             else:
                 frames[key] = latent
         if missing:
             first = [alike[0] for alike in missing.values()]
-            for (key, alike), latent in zip(missing.items(), self._generator.generate(first), strict=True):
+            for ((key, *_), alike), latent in zip(missing.items(), self._generator.generate(first), strict=True):
                 # A view would keep the frames of all rows alive for as long as one of them.
                 frames[key] = latent.clone()
                 self.memo.put(key, frames[key])

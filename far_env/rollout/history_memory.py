@@ -8,7 +8,7 @@ import torch
 
 from far_env.device import free_bytes
 from far_env.host.far_host import FARHost, require_far
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 def history_bytes(workload: Workload, num_frames: int) -> int:

@@ -19,7 +19,7 @@ from far_env.errors import unknown_name
 from far_env.rollout.context import context_latents
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo, content_key
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 SWAP, NOISE, BLANK, SHUFFLE = INTERVENTIONS = ("swap", "noise", "blank", "shuffle")
 """Each kept frame becomes: the true frame of the same number of another clip; noise; grey; another one of the kept frames."""
@@ -163,8 +163,9 @@ class IntervenedFrames:
                 self._latents[name][row].append(latent)
 
     def latents(self, name: str) -> Tensor:
-        """Generated latents (R, n, C, h, w) under an intervention."""
-        return torch.stack([torch.stack(frames) for frames in self._latents[name]])
+        """Generated latents (R, n, C, h, w) under an intervention, of the rollouts that have come as far as the longest."""
+        longest = max(map(len, self._latents[name]))
+        return torch.stack([torch.stack(frames) for frames in self._latents[name] if len(frames) == longest])
 
     @torch_defaults()
     @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from far_env.device import torch_defaults, upload
 from far_env.host.protocol import Unit, split_units
-from far_env.workloads import HARNESS, Workload
+from far_env.workload import HARNESS, Workload
 
 BENCHMARK_SEED = 42
 """The benchmark seeds clip number i with 42 + i."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from far_env.errors import PolicyError
 from far_env.rollout.signals import RecordedSignals, column_gaps, latent_cosines
 from far_env.rollout.state import Rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 SIGNALS = {"lat_cos": latent_cosines, "column_gap": column_gaps}
 """The signals of `far_env.contract.SIGNALS` that need latents alone, and no FAR."""

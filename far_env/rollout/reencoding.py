@@ -20,7 +20,7 @@ from far_env.host.sampler import make_scheduler
 from far_env.rollout.streaming import StreamingBatch
 from far_env.rollout.token_cache import COARSE, TokenCache
 from far_env.rollout.token_policy import TokenPolicy
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from far_env.frame_meta import frame_features, frame_meta_list
 from far_env.host.protocol import as_wide_latent, join_units, split_units
 from far_env.rollout.context import context_latents
 from far_env.rollout.noise import workload_noise
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 @dataclass(frozen=True)

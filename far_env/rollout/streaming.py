@@ -46,7 +46,7 @@ from far_env.rollout.context import context_latents
 from far_env.rollout.noise import workload_noise
 from far_env.rollout.token_cache import COARSE, COMPRESSED, FULL, MERGED, TokenCache
 from far_env.rollout.token_policy import TokenPolicy, TokenSizes, check_answer
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 @dataclass(frozen=True)

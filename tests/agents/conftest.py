@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
-from far_env.agents import checkpoints
+from far_env.agents import checkpoints, commands
 from far_env.agents.checkpoints import scorer_folder
 from far_env.agents.config import AgentTraining, NetworkConfig, PPOSettings
 from far_env.agents.publish import publish_run
 from far_env.agents.trainer import train
+from far_env.cli import run_guarded
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,35 @@ def shipped(finished, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("pretrained")
     publish_run(finished, "general", folder)
     monkeypatch.setattr(checkpoints, "PRETRAINED_DIR", folder)
+
+
+@pytest.fixture
+def tables(tiny_host_folder):
+    """Two small tables as the file would describe them."""
+    pan = {"workloads": ["pan"], "budgets": [2, 4], "clips": 3, "seeds": [42, 7], "host": str(tiny_host_folder)}
+    cuts = {"workloads": ["pan", "cuts"], "budgets": [4], "clips": 2, "host": str(tiny_host_folder)}
+    return {
+        "small": {
+            "caption": "A small one.",
+            "reference": "random",
+            "parts": [pan | {"policies": ["random", "recent_fill", "full_history"]}],
+        },
+        "other": {"caption": "Another one.", "parts": [cuts | {"policies": ["recent_fill", "runs/mine"]}]},
+    }
+
+
+@pytest.fixture
+def reproduce(tables, tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder that holds the file of tables, and returns status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+
+    def run(*args, tables=tables, agents=None, **more):
+        content = {"tables": tables, "agents": {} if agents is None else agents, **more}
+        (tmp_path / "configs" / "results.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        options = ["--file", "configs/results.yaml", *(["--device", "cpu"] if args else [])]
+        status = run_guarded("far-env", lambda: commands.reproduce([*options, *args]))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err.strip().splitlines()[-1:]
+
+    return run

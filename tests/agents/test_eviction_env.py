@@ -23,7 +23,7 @@ from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.rollout.play import play
 from far_env.tensor_files import load_tensors, save_tensors
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.agents.test_network import in_numpy, random_network
 
 SMALL = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)

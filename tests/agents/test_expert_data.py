@@ -21,7 +21,7 @@ from far_env.frame_meta import frame_features
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import BENCHMARK_SEED
 from far_env.rollout.play import play
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.agents.test_network import random_network
 
 CONFIG = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)

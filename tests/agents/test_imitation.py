@@ -17,7 +17,7 @@ from far_env.agents.graph_decisions import GraphDecisions
 from far_env.agents.imitation import ImitationStage, fit, imitate, imitation_loss, mean_regret
 from far_env.agents.network import RetentionNetwork
 from far_env.clips.worlds import WORLDS
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.agents.test_network import random_network
 
 NETWORK = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2)

@@ -22,7 +22,8 @@ from far_env.host.weights import load_host, save_host
 from far_env.policies import load_policy
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 from tests.clips.test_video import write_video
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 

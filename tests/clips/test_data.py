@@ -20,7 +20,8 @@ from far_env.errors import VideoError
 from far_env.io import cache_dir
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 from tests.clips.test_video import write_episode, write_video
 
 SPLITS = ("train", "validation", "test")

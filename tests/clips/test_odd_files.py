@@ -22,7 +22,9 @@ from far_env.clips.video import VideoError, check_frames, count_frames, crop_cen
 from tests.clips.test_video import write_episode, write_video
 from tests.damage import assert_sentence
 
-NEEDS_PYAV_15 = pytest.mark.skipif(int(av.__version__.split(".")[0]) < 15, reason="PyAV 14 copies streams without extradata")
+NEEDS_PYAV_15 = pytest.mark.skipif(
+    int(av.__version__.split(".")[0]) < 15, reason="PyAV before 15 copies streams without extradata"
+)
 SPLITS = ("train", "validation", "test")
 
 

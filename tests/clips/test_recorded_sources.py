@@ -40,7 +40,7 @@ def walks(tmp_path_factory) -> Path:
 
 
 def test_cartpole_ends_where_gymnasium_ends_it(tmp_path):
-    pytest.importorskip("pygame", reason="CartPole is drawn by pygame")
+    pytest.importorskip("pygame", reason="pygame, which draws CartPole, is not installed")
     facts = recorded(tmp_path, "CartPole-v1", frames=40, size=32)
     for number in range(2):
         found = episode(tmp_path, f"test/{number:06}.npz")
@@ -58,7 +58,7 @@ def test_cartpole_ends_where_gymnasium_ends_it(tmp_path):
 
 
 def test_minigrid_is_recorded_as_it_is_drawn(tmp_path):
-    pytest.importorskip("minigrid", reason="the extra record is not installed")
+    pytest.importorskip("minigrid", reason="minigrid (extra record) is not installed")
     facts = recorded(
         tmp_path, "minigrid:MiniGrid-Empty-8x8-v0", behaviours="scan", moves=("left=0", "right=1", "forward=2"), size=256
     )
@@ -74,7 +74,7 @@ def test_minigrid_is_recorded_as_it_is_drawn(tmp_path):
 
 
 def test_doom_is_repeatable_and_leaves_no_file_behind(tmp_path, monkeypatch):
-    pytest.importorskip("vizdoom", reason="the extra record is not installed")
+    pytest.importorskip("vizdoom", reason="vizdoom (extra record) is not installed")
     monkeypatch.chdir(tmp_path)
     values = {"behaviours": "scan", "maps": ("test=E4M1",), "train_episodes": 0, "validation_episodes": 0, "test_episodes": 3}
     facts = recorded(tmp_path / "one", "far_env/DoomWalk-v0", **values)
@@ -97,7 +97,7 @@ def test_splits_of_doom_share_no_map():
 
 
 def test_doom_returns_to_views_that_it_left():
-    pytest.importorskip("vizdoom", reason="the extra record is not installed")
+    pytest.importorskip("vizdoom", reason="vizdoom (extra record) is not installed")
     env = gym.make("far_env/DoomWalk-v0", map="E1M1", render_mode="rgb_array")
     env.reset(seed=1)
     first = env.render()
@@ -108,7 +108,7 @@ def test_doom_returns_to_views_that_it_left():
 
 
 def test_vizdooms_own_environments_are_recorded(tmp_path, monkeypatch):
-    pytest.importorskip("vizdoom", reason="the extra record is not installed")
+    pytest.importorskip("vizdoom", reason="vizdoom (extra record) is not installed")
     monkeypatch.chdir(tmp_path)  # where the engine writes its settings
     env = "vizdoom.gymnasium_wrapper:VizdoomMyWayHome-v1"
     facts = recorded(tmp_path / "out", env, train_episodes=1, validation_episodes=0, test_episodes=0, frame_skip=4)
@@ -118,8 +118,8 @@ def test_vizdooms_own_environments_are_recorded(tmp_path, monkeypatch):
 
 def minari_data(monkeypatch, root: Path, lengths: list[int], observation_space: gym.Space, observe, actions) -> str:
     """A data set of Minari's own making; ``observe(episode, step)`` gives its observations."""
-    minari = pytest.importorskip("minari", reason="the extra record is not installed")
-    pytest.importorskip("h5py", reason="the extra record is not installed")
+    minari = pytest.importorskip("minari", reason="minari (extra record) is not installed")
+    pytest.importorskip("h5py", reason="h5py (extra record) is not installed")
     from minari.data_collector import EpisodeBuffer
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))

@@ -354,7 +354,7 @@ def test_an_environment_that_ends_its_process_is_one_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.skipif(os.name != "posix", reason="this system has no POSIX signals")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
 def test_what_is_stopped_keeps_what_is_finished_and_is_continued(tmp_path, stop):
     command = [sys.executable, "-m", "far_env.cli", "record", "--out", str(tmp_path), "--env", WALK, "--size", "8"]

@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="package")
 def cluster():
     """The machine of the first node stays; the tests may remove the second, and `second_node` adds it again."""
-    pytest.importorskip("ray", reason="the extra ray is not installed")
+    pytest.importorskip("ray", reason="ray (extra ray) is not installed")
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 

@@ -30,7 +30,7 @@ def test_without_ray(monkeypatch, capsys):
 
 
 def test_a_ray_that_does_not_start(monkeypatch, capsys):
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    ray = pytest.importorskip("ray", reason="ray (extra ray) is not installed")
 
     def init(*args, **options):
         raise Exception("The current node timed out during startup.\nMore lines.")
@@ -57,7 +57,7 @@ def test_options_that_do_not_go_together(capsys, args, words):
 
 
 def test_an_address_without_a_cluster(capsys, monkeypatch):
-    pytest.importorskip("ray", reason="the extra ray is not installed")
+    pytest.importorskip("ray", reason="ray (extra ray) is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -24,7 +24,7 @@ BUILD_SECONDS = 600
 def site(tmp_path_factory) -> Path:
     """The built site. Where Sphinx is not installed, the tests that need it are skipped."""
     for module in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
-        pytest.importorskip(module, reason='the documentation needs pip install -e ".[docs]"')
+        pytest.importorskip(module, reason=f"{module} (extra docs) is not installed")
     import subprocess
 
     out = tmp_path_factory.mktemp("site") / "html"

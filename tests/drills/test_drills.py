@@ -13,7 +13,7 @@ import pytest
 from benchmarks.drills.process import Process
 from benchmarks.drills.state import differences, folder_state
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork, by which drills start commands")
 ROOT = Path(__file__).parents[2]
 
 

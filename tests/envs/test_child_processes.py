@@ -72,7 +72,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork")
 @pytest.mark.parametrize(
     ("library", "method", "variable"),
     [
@@ -97,7 +97,7 @@ def test_environments_in_child_processes_work_out_of_the_box_with_one_thread_eac
     assert done.stdout.split("\n") == [*expected, "parent 4", ""]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork")
 def test_a_forked_process_can_evaluate(tiny_host_folder, tmp_path):
     script = tmp_path / "fork.py"
     script.write_text(

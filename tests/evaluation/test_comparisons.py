@@ -109,7 +109,7 @@ def test_an_interval_of_runs_is_that_of_a_slow_bootstrap():
 
 
 def test_definitions_are_those_of_rliable():
-    metrics = pytest.importorskip("rliable.metrics", reason="pip install rliable")
+    metrics = pytest.importorskip("rliable.metrics", reason="rliable is not installed")
     rng = np.random.default_rng(7)
     scores = rng.gamma(3, 4, size=(5, 60)).round(1)  # runs × tasks; a task is a clip
     reference = np.maximum(scores + rng.normal(0.5, 3, size=scores.shape), 6).round(1)

@@ -22,7 +22,7 @@ from far_env.host.weights import save_host
 from far_env.hub import HubFile
 from far_env.rollout.noise import trajectory_seeds
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.clips.test_video import write_video
 from tests.conftest import TINY_DCAE, TINY_FAR, randomise
 from tests.evaluation.test_records import policies

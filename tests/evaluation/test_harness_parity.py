@@ -24,7 +24,7 @@ from far_env.policies import load_policy
 from far_env.policy_file import policy_from_file
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.conftest import DATA
 
 FOLDER = DATA / "harness"

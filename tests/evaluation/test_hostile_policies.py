@@ -16,7 +16,7 @@ from far_env.evaluation.report import warnings
 from far_env.evaluation.results_folder import load
 from far_env.policy_process import PolicyProcess
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="policy files need a POSIX system")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork, which the files call")
 SOUND = Hostile("pass", None)
 
 

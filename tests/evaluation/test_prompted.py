@@ -13,7 +13,8 @@ from far_env.clips.prompted import PromptedVideos, PromptFolder
 from far_env.evaluation.results_folder import load as load_results
 from far_env.evaluation.unreferenced import colour_drift, kept_pairs, unreferenced_metrics
 from far_env.host.protocol import Host, Unit
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 from tests.clips.test_video import write_video
 from tests.host.test_protocol import declare
 

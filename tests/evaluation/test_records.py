@@ -72,12 +72,15 @@ def check_same(actual, expected):
 
 @pytest.fixture
 def played(monkeypatch):
-    """The calls of `play` in an evaluation: (workload, policy, budget, noise seeds)."""
+    """The policies of every call of `play` in an evaluation: (workload, policy, budget, noise seeds)."""
     calls = []
 
-    def watching(workload, clips, seeds, policy, budget, **options):
-        calls.append((workload.name, getattr(policy, "name", None), budget, tuple(seeds)))
-        return play(workload, clips, seeds, policy, budget, **options)
+    def watching(workload, clips, seeds, policies, budget, **options):
+        names = [getattr(policy, "name", None) for policy in policies]
+        for name in dict.fromkeys(names):
+            of_policy = tuple(seed for seed, other in zip(seeds, names, strict=True) if other == name)
+            calls.append((workload.name, name, budget, of_policy))
+        return play(workload, clips, seeds, policies, budget, **options)
 
     monkeypatch.setattr(batches, "play", watching)
     return calls

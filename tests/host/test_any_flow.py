@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs the extra anyflow")
-pytest.importorskip("ftfy", reason="needs the extra anyflow")
+pytest.importorskip("transformers", reason="transformers (extra anyflow) is not installed")
+pytest.importorskip("ftfy", reason="ftfy (extra anyflow) is not installed")
 
 from diffusers import AnyFlowFARPipeline
 
@@ -27,7 +27,7 @@ from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import workload_noise
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.host.tiny_any_flow import save_pipeline
 
 SIZE, FRAMES, STEPS = 32, 33, 2

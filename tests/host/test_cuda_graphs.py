@@ -196,7 +196,7 @@ def test_what_would_break_a_capture_is_noticed(fake_gpu):
             latents[latents > 0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("changes", "kind", "guidance"), KINDS)
 def test_a_cuda_graph_computes_what_the_pass_does(changes, kind, guidance, dtype):

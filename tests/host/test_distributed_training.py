@@ -38,7 +38,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch cannot train in several processes")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
 def test_two_processes_have_the_loss_curve_and_the_weights_of_one(tmp_path):
     sources = (Source("pan", 2.0), Source("orbit", frames=24))
     steps = {

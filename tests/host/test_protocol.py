@@ -30,7 +30,8 @@ from far_env.rollout.intervention import Intervention
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 from far_env.rollout.signals import column_gaps, latent_cosines
-from far_env.workloads import Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import make_workload
 from tests.rollout.test_rollout import Sloppy, specified
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "far-env-example" / "far_env_example" / "hosts.py"

@@ -23,7 +23,7 @@ from far_env.hub import CONNECTION_SECONDS
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 from far_env.tensor_files import file_hash
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.conftest import DATA, TINY_DCAE, TINY_FAR, randomise
 
 MANIFESTS = {

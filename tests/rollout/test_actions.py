@@ -25,7 +25,8 @@ from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import WORKLOADS, Workload, make_workload
+from far_env.workload import Workload
+from far_env.workloads import WORKLOADS, make_workload
 from tests.clips.test_video import write_video
 from tests.conftest import TINY_FAR, randomise
 from tests.rollout.test_rollout import Identity, Sloppy, specified
@@ -273,7 +274,7 @@ def test_gymnasiums_checker_passes_on_a_conditioned_workload(make):
     check_env(env, skip_render_check=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 def test_a_gpu_computes_what_the_cpu_does(make, clips):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     workload = make(1.5)

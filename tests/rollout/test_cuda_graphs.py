@@ -21,7 +21,7 @@ from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.conftest import TINY_FAR, randomise, repeated_in_place
 from tests.rollout.test_engine import Drops
 

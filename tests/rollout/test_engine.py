@@ -190,7 +190,7 @@ def test_states_are_restored_mid_rollout_and_only_where_they_belong(tiny_workloa
 
 
 def test_what_cannot_be_played_is_refused(tiny_workload):
-    with pytest.raises(ValueError, match="2 clips, 1 noise seeds and 2 budgets"):
+    with pytest.raises(ValueError, match="2 clips, 1 noise seeds, 2 policies and 2 budgets"):
         play(tiny_workload, [tiny_workload.clips.clip("test", i) for i in range(2)], [1], None, 4)
     with pytest.raises(ValueError, match="num_context of tiny_pan must be at least 0, got -1"):
         replace(tiny_workload, num_context=-1)
@@ -318,7 +318,7 @@ def test_bfloat16_stays_close(tiny_host_folder, tiny_workload):
         assert (latents[row].float() - expected.float()).norm() / expected.float().norm() < 0.03
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_gpu_computes_what_the_cpu_does(tiny_workload, tiny_long_workload, precision):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

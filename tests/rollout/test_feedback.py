@@ -27,7 +27,8 @@ from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.play import play
-from far_env.workloads import BENCHMARK_WORKLOADS, Workload, make_workload
+from far_env.workload import BENCHMARK_WORKLOADS, Workload
+from far_env.workloads import make_workload
 from tests.rollout.test_actions import Steered
 from tests.rollout.test_rollout import Sloppy, specified
 from tests.rollout.test_signals import compare

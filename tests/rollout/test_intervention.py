@@ -18,7 +18,7 @@ from far_env.rollout.intervention import INTERVENTIONS, IntervenedFrames, Interv
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play, replay
 from far_env.rollout.reference import reference_rollout
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.rollout.test_actions import Steered
 from tests.rollout.test_rollout import Sloppy
 from tests.rollout.test_signals import Asks

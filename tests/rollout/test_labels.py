@@ -20,7 +20,8 @@ from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.memo import FrameMemo
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.play import play
-from far_env.workloads import WORKLOADS, Workload, check_decides, make_workload
+from far_env.workload import Workload, check_decides
+from far_env.workloads import WORKLOADS, make_workload
 from tests.clips.test_video import write_video
 from tests.conftest import TINY_FAR, randomise
 from tests.rollout.test_rollout import Sloppy, specified

@@ -16,7 +16,7 @@ from far_env.rollout import reference
 from far_env.rollout.engine import RolloutBatch
 from far_env.rollout.noise import rollout_noise
 from far_env.rollout.play import play
-from far_env.workloads import Workload
+from far_env.workload import Workload
 
 
 class Sloppy:

@@ -23,7 +23,7 @@ from far_env.rollout.memo import FrameMemo
 from far_env.rollout.play import play
 from far_env.rollout.reference import reference_rollout
 from far_env.rollout.signals import column_gaps
-from far_env.workloads import Workload
+from far_env.workload import Workload
 from tests.reference_signals import ReferenceSignals
 
 ALL = tuple(SIGNALS)
@@ -300,7 +300,7 @@ def test_bfloat16_hosts_are_probed_too(tiny_host_folder, tiny_workload):
         assert np.linalg.norm(array - exact.received[key][name]) < 0.1 * np.linalg.norm(array), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 def test_a_gpu_gives_the_signals_of_the_cpu(tiny_workload, tiny_long_workload):
     for workload in (tiny_workload, tiny_long_workload):
         clip = workload.clips.clip("test", 0)
