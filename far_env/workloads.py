@@ -23,10 +23,11 @@ from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.config import require_positive
 from far_env.contract import GENERATED, TRUE, UNLIMITED_FRAMES, resolve_feedback
-from far_env.device import resolve_device, resolve_precision
+from far_env.device import resolve_device
 from far_env.errors import first_line, unknown_name
 from far_env.frame_meta import frame_size_mb
 from far_env.host.far_host import FARHost
+from far_env.host.precision import resolve_precision
 from far_env.host.protocol import Conditions, Host, Unit
 from far_env.host.weights import load_host
 from far_env.plugins import WORKLOADS as GROUP
