@@ -1,12 +1,16 @@
-"""The command line of a benchmark whose results can be printed as text or as JSON."""
+"""What benchmarks share: the command line, with results as text or as JSON, and the clock."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import tyro
+
+from far_env.device import synchronize
 
 
 def run_benchmark(
@@ -23,3 +27,15 @@ def run_benchmark(
     result = measure(options, print if options.json is None else lambda line: None)
     if options.json is not None:
         print(json.dumps(result, indent=2))
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """A clock in seconds: on one thread of a CPU the processor time of this process, so that other programs do not count."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+
+    def now() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    return now

@@ -33,8 +33,9 @@ from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.clips.worlds import WORLDS
 from far_env.contract import NewestFrames
-from far_env.device import peak_memory_mib, resolve_device, resolve_precision, synchronize, timed
+from far_env.device import peak_memory_mib, resolve_device, synchronize, timed
 from far_env.evaluation.selftest import full_size_workload
+from far_env.host.precision import resolve_precision
 from far_env.metrics import psnr
 from far_env.provenance import git_commit, machine, versions
 from far_env.rollout.engine import RolloutBatch

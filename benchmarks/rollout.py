@@ -3,14 +3,14 @@
 python -m benchmarks.rollout [--quick] [--json -] [--host FOLDER]
 
 Workload pan at budget 4 under the policy random, memo off, decoding and PSNR included. A speedup is the engine's rollouts per
-second over those of the float32 reference loop with the same ODE steps, both measured in this process.
+second over those of the float32 reference loop with the same ODE steps, both measured in this process. On one thread of a CPU
+all times are the processor's.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import clock, run_benchmark
 from far_env.cli import run_guarded
 from far_env.clips.clip import Clip
 from far_env.contract import RetentionPolicy
-from far_env.device import denormals_flushed, peak_memory_mib, synchronize
+from far_env.device import denormals_flushed, peak_memory_mib
 from far_env.evaluation.evaluate import evaluate
 from far_env.host.far import FAR
 from far_env.host.far_host import FARHost
@@ -88,7 +88,7 @@ class Stopwatch:
     """Sums the seconds spent inside wrapped functions."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.now = clock(device)
         self.seconds: dict[str, float] = {}
         self._depth = 0
 
@@ -99,13 +99,11 @@ class Stopwatch:
             if self._depth:
                 return function(*args, **kwargs)
             self._depth += 1
-            synchronize(self.device)
-            start = time.perf_counter()
+            start = self.now()
             try:
                 return function(*args, **kwargs)
             finally:
-                synchronize(self.device)
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+                self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
                 self._depth -= 1
 
         return timed
@@ -171,23 +169,21 @@ def run_engine(
 
 def time_engine(workload: Workload, batch: int, num_clips: int, flops: float, rate: float) -> Timing:
     """Rollouts per second of ``num_clips`` clips in batches, and how the time is divided."""
-    device, policy = workload.host.device, load_policy(POLICY)
+    now, policy = clock(workload.host.device), load_policy(POLICY)
     clips = [workload.clips.clip("test", i) for i in range(num_clips)]
     batches = [clips[first : first + batch] for first in range(0, num_clips, batch)]
 
     def run(score: Callable[..., Tensor]) -> float:
-        synchronize(device)
-        start = time.perf_counter()
+        start = now()
         for clips_of_batch in batches:
             run_engine(workload, policy, clips_of_batch, score)
-        synchronize(device)
-        return time.perf_counter() - start
+        return now() - start
 
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(workload.host.device)
     with instrumented(workload.host, stopwatch.wrap):
         timed_seconds = run(stopwatch.wrap("metrics", psnr))
     # On a GPU the stopwatch synchronises after every call, so the speed is measured in a second run.
-    seconds = timed_seconds if device.type == "cpu" else run(psnr)
+    seconds = timed_seconds if workload.host.device.type == "cpu" else run(psnr)
     shares = {name: stopwatch.seconds[name] / timed_seconds for name in ("transformer", "autoencoder", "metrics")}
     shares["python"] = 1 - sum(shares.values())
     fraction = flops * num_clips / stopwatch.seconds["transformer"] / rate
@@ -196,18 +192,16 @@ def time_engine(workload: Workload, batch: int, num_clips: int, flops: float, ra
 
 def time_reference(workload: Workload, num_clips: int) -> float:
     """Rollouts per second of the reference loop, with PSNR."""
-    device, policy = workload.host.device, load_policy(POLICY)
+    now, policy = clock(workload.host.device), load_policy(POLICY)
     clips = [workload.clips.clip("test", i) for i in range(num_clips + 1)]
     start = 0.0
     for i, clip in enumerate(clips):
         if i == 1:  # the first one warms up
-            synchronize(device)
-            start = time.perf_counter()
+            start = now()
         policy.begin_clip(BENCHMARK_SEED + i)
         frames = reference_rollout(workload, clip, policy, BUDGET, BENCHMARK_SEED + i).frames
         psnr(frames, torch.from_numpy(clip.frames[workload.num_context :]).to(frames.device)).item()
-    synchronize(device)
-    return num_clips / (time.perf_counter() - start)
+    return num_clips / (now() - start)
 
 
 def far_b_speedup(device: torch.device, num_kept: int = 8, num_steps: int = 20) -> dict[str, float]:
@@ -220,43 +214,40 @@ def far_b_speedup(device: torch.device, num_kept: int = 8, num_steps: int = 20) 
     workload = Workload("far_b", None, host, num_context=num_kept, num_predict=1, num_steps=num_steps)
     kept, noise = torch.randn(num_kept, 32, 8, 8, device=device), torch.randn(32, 8, 8, device=device)
     sample_next_frame(model, kept[None], noise[None, None], num_steps=1)
-    seconds = {}
+    now, seconds = clock(device), {}
     for name, function in {
         "engine": lambda: sample_next_frame(model, kept[None], noise[None, None], num_steps=num_steps),
         "reference": lambda: host.generate(list(kept), noise, workload.conditions()),
     }.items():
-        synchronize(device)
-        start = time.perf_counter()
+        start = now()
         function()
-        synchronize(device)
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = now() - start
     return {**seconds, "speedup": seconds["reference"] / seconds["engine"]}
 
 
 def memo_cost(workload: Workload, max_frames: int, num_clips: int = 64) -> dict[str, float]:
     """Seconds to evaluate eight policies with the memo and without, and their ratio."""
     policies = {name: load_policy(name) for name in MEMO_POLICIES}
-    seconds = {}
+    now, seconds = clock(workload.host.device), {}
     for name, memo_bytes in (("without", 0), ("with", DEFAULT_BYTES)):
-        start = time.perf_counter()
+        start = now()
         evaluate(workload, max_frames, policies, range(num_clips), metrics=("psnr",), memo_bytes=memo_bytes, progress=False)
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = now() - start
     return {**seconds, "ratio": seconds["with"] / seconds["without"]}
 
 
 def scaling(workload: Workload, batch: int = 16) -> list[dict[str, float]]:
     """Milliseconds and GFLOP per generated frame for several budgets and for a rollout four times as long."""
+    now = clock(workload.host.device)
     policy, clips, rows = load_policy("recent_fill"), [workload.clips.clip("test", i) for i in range(batch)], []
     for max_frames, num_predict in ((1, 11), (4, 11), (8, 11), (4, 44), (8, 44)):
         longer = replace(workload, num_predict=num_predict)
         run = partial(play, longer, clips, range(batch), policy, max_frames)
         flops = transformer_flops(workload.host, run)
-        synchronize(workload.host.device)
-        start = time.perf_counter()
+        start = now()
         run()
-        synchronize(workload.host.device)
         frames = batch * num_predict
-        milliseconds = 1000 * (time.perf_counter() - start) / frames
+        milliseconds = 1000 * (now() - start) / frames
         gflop = flops / frames / 1e9
         rows.append({"budget": max_frames, "predicted": num_predict, "milliseconds": milliseconds, "gflop": gflop})
     return rows

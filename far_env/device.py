@@ -1,7 +1,4 @@
-"""Where to compute, in which precision and with how many threads, and what it costs.
-
-"auto" is turned into a device and a dtype here, and only here.
-"""
+"""Where to compute and with how many threads, and what it costs. The device "auto" is resolved here, and only here."""
 
 from __future__ import annotations
 
@@ -100,23 +97,6 @@ def torch_defaults() -> Iterator[None]:
         yield
 
 
-@torch_defaults()
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """``"auto"`` is bfloat16 where matrix products are clearly faster in it, else float32. Raises ValueError if unknown.
-
-    On a CPU the speed is measured, which takes a few hundredths of a second; its advertised features do not determine it.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = _product_seconds(torch.float32) > 1.5 * _product_seconds(torch.bfloat16)
-        return torch.bfloat16 if fast else torch.float32
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; use auto, {' or '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
-
-
 def upload(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Values on the device, in another dtype if one is given.
 
@@ -165,17 +145,6 @@ def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterato
     yield
     synchronize(device)
     seconds[name] = time.perf_counter() - start
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """The fastest of five matrix products on the CPU, of a size that the embedded host has."""
-    a, b = torch.ones(2048, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
-    durations = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        durations.append(time.perf_counter() - start)
-    return min(durations)
 
 
 def _use_one_thread_after_fork() -> None:

@@ -17,9 +17,10 @@ from far_env.clips.prompted import PromptedVideos, PromptFolder
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.contract import GENERATED, UNLIMITED_FRAMES
-from far_env.device import resolve_device, resolve_precision
+from far_env.device import resolve_device
 from far_env.errors import first_line, unknown_name
 from far_env.host.far_host import FARHost
+from far_env.host.precision import resolve_precision
 from far_env.host.weights import load_host
 from far_env.plugins import WORKLOADS as GROUP
 from far_env.plugins import distribution_name, entry_points, load

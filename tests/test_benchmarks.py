@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import host, parts, rollout, streaming
+from benchmarks import command, growth, host, parts, rollout, streaming
 from far_env.cli import run_guarded
 from far_env.contract import SIGNALS
 
@@ -114,6 +116,8 @@ def test_the_host_benchmark_says_what_does_not_fit(small_released, slow_product,
         (rollout, ("--json", "file"), "takes only '-'"),
         (host, ("--json", "file"), "takes only '-'"),
         (host, ("--precision", "half"), "unknown precision 'half'"),
+        (growth, ("--repeats", "0"), "--repeats must be at least 1, got 0"),
+        (growth, ("--plot", "growth.txt"), "--plot must end in .png or .svg"),
         (parts, ("--policies", "nope"), "nope"),
         (
             parts,
@@ -139,3 +143,41 @@ def test_the_streaming_benchmark_measures_every_frame_and_draws_it(tiny_host_fol
     assert (
         json.loads((tmp_path / "streaming.json").read_text()) == result and (tmp_path / "streaming.png").stat().st_size > 1000
     )
+
+
+def test_the_growth_benchmark_finds_how_operations_grow(tiny_host_folder, monkeypatch, capsys, tmp_path):
+    """With operations as the clock, everything is known: per frame they grow with the kept frames and with nothing else."""
+    monkeypatch.setattr(growth, "KEPT", (1, 2, 4, 8))
+    monkeypatch.setattr(growth, "LENGTHS", (4, 8, 12))
+    monkeypatch.setattr(growth, "BATCHES", (1, 4))
+    monkeypatch.setattr(growth, "NUM_POLICIES", (1, 3))
+    monkeypatch.setattr(growth, "DONE", (0, 4, 8))
+    plot = tmp_path / "growth.svg"
+    with FlopCounterMode(display=False) as counter:
+        monkeypatch.setattr(growth, "clock", lambda device: counter.get_total_flops)
+        place = ("--host", str(tiny_host_folder), "--device", "cpu", "--repeats", "1")
+        assert run(growth, monkeypatch, "--json", "-", "--plot", str(plot), *place) == 0
+    result = json.loads(capsys.readouterr().out)
+    curves = {axis: list(curve.values()) for axis, curve in result["milliseconds"].items()}
+    assert list(curves) == list(growth.AXES) and [len(curve) for curve in curves.values()] == [4, 3, 2, 2, 3]
+    one, two, four, eight = curves["kept"]
+    per_frame = two - one
+    assert per_frame > 0 and four - two == pytest.approx(2 * per_frame, rel=0.1)
+    assert eight - four == pytest.approx(4 * per_frame, rel=0.2), "attention among the kept frames is beside the line"
+    assert result["kept_line"]["slope"] == pytest.approx(per_frame, rel=0.2)
+    short, middle, long = (length * per for length, per in zip(growth.LENGTHS, curves["length"], strict=True))
+    assert long - middle == pytest.approx(middle - short, rel=1e-6), "later frames cost the same; the context is encoded once"
+    assert curves["batch"][1] == pytest.approx(curves["batch"][0], rel=0.05)
+    assert curves["policies"][1] < curves["policies"][0], "the memo shares the context and equal frames"
+    assert len(set(curves["done"])) == 1
+    drawn = plot.read_text()
+    assert all(label in drawn for label in growth.AXES.values())
+
+
+@pytest.mark.parametrize(("threads", "counted"), [(1, False), (2, True)])
+def test_waiting_counts_only_where_several_threads_are_timed(monkeypatch, threads, counted):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    now = command.clock(torch.device("cpu"))
+    start = now()
+    time.sleep(0.2)
+    assert (now() - start >= 0.2) == counted

@@ -25,21 +25,6 @@ def test_auto_is_the_gpu_where_there_is_one():
         device.resolve_device("cuda:77")
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [((3.0, 1.0), torch.bfloat16), ((1.0, 3.0), torch.float32)])
-def test_auto_precision_is_the_one_that_multiplies_faster(monkeypatch, seconds, expected):
-    timed = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
-    monkeypatch.setattr(device, "_product_seconds", timed.get)
-    assert device.resolve_precision("auto", torch.device("cpu")) == expected
-
-
-def test_a_precision_is_taken_by_name():
-    cpu = torch.device("cpu")
-    assert device.resolve_precision("float32", cpu) == torch.float32
-    assert device.resolve_precision("auto", cpu) in (torch.float32, torch.bfloat16)
-    with pytest.raises(ValueError, match="unknown precision 'half'"):
-        device.resolve_precision("half", cpu)
-
-
 def test_torch_defaults_are_those_of_a_fresh_process_and_come_back():
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")

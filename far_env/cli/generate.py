@@ -165,7 +165,8 @@ def _from_nothing(options: GenerateOptions) -> Workload:
         ValueError: without a host, on options that need clips, or if the labels are not those that the host takes.
     """
     from far_env.clips.blank import Blank
-    from far_env.device import resolve_device, resolve_precision
+    from far_env.device import resolve_device
+    from far_env.host.precision import resolve_precision
     from far_env.host.weights import load_host
     from far_env.workload import Workload
 

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from far_env.allocator import keep_freed_memory
+from far_env.allocator import keep_fewer_kernels, keep_freed_memory
 from far_env.cli.console import accept_any_text
 from far_env.errors import ClipIdError, MetricUnavailable, PolicyError, TrainingStopped, unknown_name
 from far_env.io import DISK_ERRORS, disk_error
@@ -37,6 +37,7 @@ def run_guarded(prog: str, function: Callable[[], int | None]) -> int:
     """
     accept_any_text()
     keep_freed_memory()
+    keep_fewer_kernels()
     # A plain kill is treated like Ctrl-C, so that training saves its progress.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

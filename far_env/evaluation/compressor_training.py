@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from far_env.config import save_yaml
-from far_env.device import denormals_flushed, resolve_device, resolve_precision
+from far_env.device import denormals_flushed, resolve_device
 from far_env.host.compressor import Compressor, load_compressor, save_compressor
 from far_env.host.far_host import FARHost, require_far
+from far_env.host.precision import resolve_precision
 from far_env.host.training.compressor import NAME, train_compressor, validation_losses
 from far_env.host.training.compressor_clips import encode_clips
 from far_env.host.training.compressor_config import CompressorTraining
@@ -42,7 +43,7 @@ def train(config: CompressorTraining) -> Compressor:
     Compressor.of(host.transformer, block_frames=config.block_frames, channels=1, branches=config.branches)
     run_dir, output_dir = make_run_dir(config.run_dir), make_run_dir(config.output_dir)
     device = resolve_device(config.device)
-    dtype = resolve_precision(session_precision(run_dir, config.precision), device)
+    dtype = resolve_precision(session_precision(run_dir, config.precision), device, training=True)
     with locked(run_dir):
         _check_same_run(config, host, run_dir)
         save_facts(run_dir, run_facts(device, dtype))

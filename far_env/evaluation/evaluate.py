@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+from far_env.allocator import return_freed_memory
 from far_env.clips.clip import check_clip_id
 from far_env.contract import UNLIMITED_FRAMES, RetentionPolicy
 from far_env.evaluation.batches import TokenMemory, check_token_budgets
@@ -160,6 +161,7 @@ def evaluate_grid(
         memory=FRAMES if memory is None else TOKENS,
         units={workload.name: _units(workload) for workload in workloads if workload.host.chunked},
     )
+    return_freed_memory()  # of what ran before, such as the updates of a training
     recorder = None if out is None else Recorder(out, settings)
     with nullcontext() if recorder is None else closing(recorder):
         session = Session(settings, recorder, FrameMemo(memo_bytes), frozenset(optional), progress, features, memory)

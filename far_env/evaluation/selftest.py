@@ -16,9 +16,10 @@ from far_env.clips.clip import SPLITS, Clip
 from far_env.clips.video_folder import VideoFolder
 from far_env.clips.worlds import WORLDS
 from far_env.contract import FrameMeta, RolloutState, TemporalCachePlan, make_plan
-from far_env.device import peak_memory_mib, resolve_device, resolve_precision, timed
+from far_env.device import peak_memory_mib, resolve_device, timed
 from far_env.errors import unknown_name
 from far_env.evaluation.facts import record_facts
+from far_env.host.precision import resolve_precision
 from far_env.host.random_host import random_host
 from far_env.host.zoo import RELEASED
 from far_env.rollout.engine import RolloutBatch

@@ -10,13 +10,14 @@ import re
 import pytest
 import torch
 
-from far_env import device, tensor_files
+from far_env import tensor_files
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings, RewardSettings
 from far_env.agents.trainer import make_workloads, train
 from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.agents.training_logs import log_writers
 from far_env.config import load_yaml, save_yaml
+from far_env.host import precision
 from far_env.policies import load_policy
 from far_env.provenance import run_facts, save_facts
 from tests.damage import assert_sentence
@@ -270,7 +271,7 @@ def test_a_run_stopped_between_the_two_files_of_its_scorer_writes_both(config, t
 
 
 def test_a_resumed_run_keeps_the_precision_that_its_first_session_measured(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "_product_seconds", lambda dtype: 1.0)  # no dtype is faster: float32
+    monkeypatch.setattr(precision, "_layer_seconds", lambda dtype, training: 1.0)  # no dtype is faster: float32
     own = dataclasses.replace(config, precision="auto")
     assert make_workloads(own)[0].host.dtype == torch.float32
     (tmp_path / "run").mkdir()

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from far_env import device
 from far_env.config import load_yaml
 from far_env.errors import TrainingStopped
 from far_env.evaluation.host_training import train_host
+from far_env.host import precision
 from far_env.host.far import FAR
 from far_env.host.far_long import FARLong, initialise_from
 from far_env.host.training import autoencoder as ta
@@ -354,6 +354,7 @@ def test_tensorboard_shows_every_step_of_both_stages_once_after_a_resume_with_th
 def test_a_resumed_training_keeps_the_precision_that_its_first_session_measured(tiny_training, monkeypatch):
     config = dataclasses.replace(tiny_training, precision="auto", quality_clips=0)
     for bfloat16_seconds in (0.1, 1.0):
-        monkeypatch.setattr(device, "_product_seconds", {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}.get)
+        seconds = {(torch.float32, True): 1.0, (torch.bfloat16, True): bfloat16_seconds}
+        monkeypatch.setattr(precision, "_layer_seconds", lambda *key, seconds=seconds: seconds[key])
         train_host(config)
     assert [session["dtype"] for session in load_facts(Path(config.run_dir))] == ["bfloat16", "bfloat16"]

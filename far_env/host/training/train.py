@@ -14,12 +14,13 @@ import torch
 from diffusers import AutoencoderDC
 
 from far_env.config import from_dict, save_yaml
-from far_env.device import denormals_flushed, resolve_device, resolve_precision
+from far_env.device import denormals_flushed, resolve_device
 from far_env.errors import unknown_name
 from far_env.host.autoencoder import Autoencoder
 from far_env.host.far import FAR
 from far_env.host.far_host import FARHost
 from far_env.host.far_long import FARLong, make_transformer
+from far_env.host.precision import resolve_precision
 from far_env.host.training.autoencoder import train_autoencoder
 from far_env.host.training.config import HostTraining
 from far_env.host.training.episodes import Episodes, find_episodes
@@ -63,7 +64,7 @@ def train_models(config: HostTraining) -> FARHost:
         raise ValueError("a source holds latents, so their autoencoder cannot be trained; name it with autoencoder_from")
     check_first_classes(episodes, _transformer_without_memory(config))
     run_dir = make_run_dir(config.run_dir)
-    dtype = resolve_precision(session_precision(run_dir, config.precision), processes.device)
+    dtype = resolve_precision(session_precision(run_dir, config.precision), processes.device, training=True)
     with locked(run_dir) if processes.first else nullcontext():
         if processes.first:
             _check_same_run(config, run_dir)
