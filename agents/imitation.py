@@ -137,8 +137,9 @@ def imitate(
     decisions: list[GraphDecisions] = []
     weights = None if settings.start is None else starting_weights(settings.start, network_config)
     planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips, memory=network_config.memory)
-    for number, parts in enumerate(planned):
-        scorer_path = folder / f"scorer_{number:02d}.ckpt"
+    scorer_paths = [folder / f"scorer_{number:02d}.ckpt" for number in range(len(planned))]
+    unfinished = [number for number, path in enumerate(scorer_paths) if not path.exists()]
+    for number, (parts, scorer_path) in enumerate(zip(planned, scorer_paths, strict=True)):
         actor = network_with_weights(network_config, weights) if number else None  # at first the expert decides
         for part in parts:
             path = part.path(folder, number)
@@ -156,7 +157,7 @@ def imitate(
                 )
                 save_weights(vars(found), path)
             shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
-            if not scorer_path.exists() or number < len(planned) - 1:
+            if unfinished and number <= unfinished[-1]:
                 decisions.append(GraphDecisions(load_expert_data(path), network_config))
         checkpoint = folder / f"learning_{number:02d}.ckpt"
         if not scorer_path.exists():

@@ -39,7 +39,7 @@ def test_the_published_tables_name_policies_that_exist_or_can_be_trained(monkeyp
         assert not differing, f"{name} was trained with another {differing}"
 
 
-def test_rules_are_tuned_by_as_many_rollouts_as_the_learned_policy_was_validated_by():
+def test_rules_are_tuned_by_no_fewer_rollouts_than_the_learned_policy_was_validated_by():
     tables, agents = load_tables(CONFIGS / "results.yaml")
     tuned = [part for table in tables.values() for part in table.parts if part.tune]
     assert {workload for part in tuned for workload in part.workloads} >= {"pan", "cuts", "orbit", "maze_retrieval"}
@@ -48,7 +48,7 @@ def test_rules_are_tuned_by_as_many_rollouts_as_the_learned_policy_was_validated
         config = parse(AgentTraining, shlex.split(agents["pretrained/general"]), "train_agent.py", "")
         for workload in part.workloads:
             validated = config.validation_rollouts[workload]
-            assert validated in (0, part.tune_rollouts), (workload, validated)
+            assert validated <= part.tune_rollouts, (workload, validated)
 
 
 def test_validation_rollouts_are_those_that_a_training_plays():
