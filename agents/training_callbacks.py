@@ -91,6 +91,9 @@ class ValidationCheckpoint(BaseCallback):
         self._save()
         self.model.policy.scorer.requires_grad_(self.updates >= self.settings.critic_warmup_updates)
 
+    def _on_rollout_end(self) -> None:
+        return_freed_memory()  # of the rollout; the update needs most
+
     def _on_training_end(self) -> None:
         self.updates += 1
         self._validate()
