@@ -128,8 +128,8 @@ class PPOSettings:
     critic_warmup_updates: int = 0
     """Updates at the start that train the critic alone, so that an untrained critic does not spoil a trained scorer."""
     imitation_steps: int = 0
-    """Steps of imitation after each update, on decisions of the workloads that the stage does not play, so that they are not
-    forgotten. Needs imitation in the same run."""
+    """Steps of imitation after each update, on the decisions that its last round collected in the workloads that the stage does
+    not play, so that these are not forgotten. Needs imitation in the same run."""
     groups: int = 1
     """Groups into which the environments of each workload are divided: those of a group are generated together. Actors (see
     ray) hold one or more groups each, so there can be no more of them than groups. Results depend on the number of groups in
@@ -148,6 +148,11 @@ class PPOSettings:
     def workload_names(self, of_run: list[str]) -> list[str]:
         """The workloads of the stage, given those of the run."""
         return of_run if self.workload is None else _names(self.workload)
+
+    def other_workload_names(self, of_run: list[str]) -> list[str]:
+        """The workloads of the run that the stage does not play."""
+        played = self.workload_names(of_run)
+        return [name for name in of_run if name not in played]
 
 
 @dataclass(frozen=True)
@@ -321,7 +326,7 @@ class AgentTraining:
             chosen = settings.workload_names(names)
             if missing := [name for name in chosen if name not in names]:
                 raise ValueError(f"{stage}.workload names {', '.join(missing)}, which {self.workload} does not contain")
-            if settings.imitation_steps and not (self.imitation.true_clips and set(names) - set(chosen)):
+            if settings.imitation_steps and not (self.imitation.true_clips and settings.other_workload_names(names)):
                 raise ValueError(
                     f"{stage}.imitation_steps is {settings.imitation_steps}, for which there must be imitation before (set "
                     f"imitation.true_clips) and workloads that the stage does not play (set {stage}.workload)"

@@ -237,14 +237,23 @@ def planned_parts(
     return planned
 
 
-def last_decisions(
-    config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], folder: Path
-) -> dict[str, GraphDecisions]:
-    """Workload → its decisions from the last round that an imitation with these settings has left in ``folder``."""
+def last_round(
+    config: AgentTraining, workloads: Sequence[Workload], budgets: Sequence[int], names: Sequence[str]
+) -> list[tuple[int, Part]]:
+    """The named workloads' parts of the last round, each with the round's number.
+
+    Raises:
+        ValueError: if the round has no clips of one of them.
+    """
     drawn = {"seed": config.seed, "num_clips": config.train_clips, "memory": config.network.memory}
     planned = planned_parts(config.imitation, workloads, budgets, **drawn)
-    paths = {part.workload.name: part.path(folder, len(planned) - 1) for part in planned[-1]}
-    return {name: GraphDecisions(load_expert_data(path), config.network) for name, path in paths.items()}
+    parts = {part.workload.name: part for part in planned[-1]}
+    if missing := [name for name in names if name not in parts]:
+        raise ValueError(
+            f"imitation_steps: the last round of imitation has no clips of {', '.join(missing)}; give it more clips, "
+            "in imitation.rounds or imitation.true_clips"
+        )
+    return [(len(planned) - 1, parts[name]) for name in names]
 
 
 def fit(

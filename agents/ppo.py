@@ -18,7 +18,9 @@ from far_env.agents.budgets import deciding_budgets
 from far_env.agents.config import TOKENS, AgentTraining, PPOSettings
 from far_env.agents.eviction_env import EvictionVecEnv
 from far_env.agents.eviction_policy import EvictionPolicy
-from far_env.agents.imitation import last_decisions
+from far_env.agents.expert_data import load_expert_data
+from far_env.agents.graph_decisions import GraphDecisions
+from far_env.agents.imitation import last_round
 from far_env.agents.rollout_actors import ActorVecEnv, groups_of, make_env, reward_options
 from far_env.agents.token_env import ReductionVecEnv
 from far_env.agents.training_callbacks import (
@@ -132,10 +134,10 @@ class PPOStage:
         config, steps = self.config, self.settings.imitation_steps
         if not steps or self.imitated is None:
             return []
-        played = [workload.name for workload in self.chosen_workloads]
-        decisions = last_decisions(config, self.workloads, self.budgets, self.imitated)
-        others = [part for name, part in decisions.items() if name not in played]
-        return [ImitationBetweenUpdates(others, config.imitation, steps, config.seed)]
+        others = self.settings.other_workload_names(config.workload_names)
+        paths = [part.path(self.imitated, number) for number, part in last_round(config, self.workloads, self.budgets, others)]
+        decisions = [GraphDecisions(load_expert_data(path), config.network) for path in paths]
+        return [ImitationBetweenUpdates(decisions, config.imitation, steps, config.seed)]
 
     def _load(self, path: Path) -> dict[str, Any]:
         """The checkpoint. Raises ValueError if it is damaged or was made with other hosts."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from far_env.agents.budgets import deciding_budgets
 from far_env.agents.checkpoints import LEARNED, RESULTS_FILE, SETTINGS_FILE, WEIGHTS_FILE, save_scorer
 from far_env.agents.config import TOKENS, AgentTraining
-from far_env.agents.imitation import INDEX_FILE, ImitationStage
+from far_env.agents.imitation import INDEX_FILE, ImitationStage, last_round
 from far_env.agents.network import RetentionNetwork, network_with_weights
 from far_env.agents.ppo import CHECKPOINT_FILE, PPOStage
 from far_env.agents.surrogate import SurrogateVectorEnv
@@ -162,6 +162,9 @@ def checked(config: AgentTraining) -> tuple[AgentTraining, list[Workload], tuple
         config = _with_available_clips(config, workloads)
     for workload in workloads:
         _check_fits(config, workload, budgets)
+    for stage in (config.surrogate, config.ppo):
+        if stage.imitation_steps:
+            last_round(config, workloads, budgets, stage.other_workload_names(config.workload_names))
     return config, workloads, budgets
 
 

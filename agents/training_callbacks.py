@@ -160,7 +160,7 @@ class ImitationBetweenUpdates(BaseCallback):
     would hardly move anything if it shared them.
 
     Args:
-        parts: the decisions.
+        parts: the decisions, some of each workload.
         steps: after each update.
     """
 
@@ -183,11 +183,13 @@ class ImitationBetweenUpdates(BaseCallback):
     def _imitate(self) -> None:
         policy = self.model.policy
         frozen = not next(policy.scorer.parameters()).requires_grad
-        if frozen or self.num_timesteps == self.started_at:  # a checkpoint is written after these steps
+        learning_rate = policy.optimizer.param_groups[0]["lr"]  # 0 in the last update
+        # At the start of a session these steps were taken already: a checkpoint is written after them.
+        if frozen or not learning_rate or self.num_timesteps == self.started_at:
             return
         rng = np.random.default_rng((self.seed, 7, self.num_timesteps))
         passes = (shuffled_batches(self.parts, self.settings.batch_size, rng) for _ in itertools.count())
-        optimizer = torch.optim.Adam(policy.scorer.parameters(), lr=policy.optimizer.param_groups[0]["lr"])
+        optimizer = torch.optim.Adam(policy.scorer.parameters(), lr=learning_rate)
         losses = []
         for part, indices in itertools.islice(itertools.chain.from_iterable(passes), self.steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=policy.bfloat16):

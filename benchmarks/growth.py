@@ -8,7 +8,7 @@ World pan, the newest frames are kept, so that every eviction encodes the whole 
 - length: generated frames of a rollout with 4 kept frames; they share the encoding of its context.
 - batch: rollouts that are played together, 4 kept frames.
 - policies: compared in one evaluation of 4 clips, PSNR included, every policy's frames counted.
-- done: rollouts that this process has already played, in batches of 4.
+- done: rollouts that this process has already played, in batches of 4; measured before the others.
 
 Times are per generated frame of one rollout, each the smallest of several. All values of a quantity are measured in turn, so
 that what else the machine does meets them alike. On one thread of a CPU it is the processor's time, without waiting for others.
@@ -144,15 +144,16 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     batch_seconds(workload, BATCH)  # the first rollout takes longer
     repeats, curves = options.repeats, {}
     for axis, curve in {
+        "done": lambda: done_curve(workload, repeats),
         "kept": lambda: smallest(partial(kept_seconds, workload), KEPT, repeats),
         "length": lambda: smallest(partial(length_seconds, workload), LENGTHS, repeats),
         "batch": lambda: smallest(partial(batch_seconds, workload), BATCHES, repeats),
         "policies": lambda: smallest(partial(evaluation_seconds, workload), NUM_POLICIES, repeats),
-        "done": lambda: done_curve(workload, repeats),
     }.items():
         curves[axis] = curve()
         say(f"{AXES[axis]:<30}" + "".join(f"{value:>8}" for value in curves[axis]))
         say(f"{'':<30}" + "".join(f"{milliseconds:>8.2f}" for milliseconds in curves[axis].values()))
+    curves["done"] = curves.pop("done")  # drawn last
     constant, slope = line_through(curves["kept"])
     say(f"{constant:.2f} ms and {slope:.2f} ms for every kept frame")
     result = {

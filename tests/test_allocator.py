@@ -38,7 +38,7 @@ def test_freed_memory_stays_until_it_is_returned():
     assert held > 190 and lost < 20 and returned > 150
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_an_evaluation_begins_without_the_memory_that_was_freed_before(tiny_workload):
     def resident(*_):
         with open("/proc/self/statm") as file:

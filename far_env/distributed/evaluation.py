@@ -1,9 +1,10 @@
 """``far-env evaluate --ray``: actors play episodes, this process keeps them, as one process alone would.
 
 A task is one policy under one budget on one of the batches of a workload's episodes. One process plays several policies
-together; on a CPU an actor computes exactly the same. Records travel to this process, which alone writes the results folder: no
-machine needs to share its disk, what a lost actor had not finished is done again, and nothing is kept twice. Hosts, clips and
-policies are loaded on each machine, from its installation or from the same paths, and compared with those here by their hashes.
+together; on a CPU an actor's plans and latents are the same to the last bit. Records travel to this process, which alone
+writes the results folder: no machine needs to share its disk, what a lost actor had not finished is done again, and nothing is
+kept twice. Hosts, clips and policies are loaded on each machine, from its installation or from the same paths, and compared
+with those here by their hashes.
 """
 
 from __future__ import annotations

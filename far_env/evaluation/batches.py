@@ -66,7 +66,7 @@ def play_frames(
     memo: FrameMemo,
     intervened: IntervenedFrames,
     on_frame: Callable[[int], None],
-    failures: dict[int, str],
+    failures: dict[int, str] | None = None,
 ) -> PlayedBatch | None:
     """Play the clips together with a history of frames, each under its policy.
 
@@ -74,7 +74,7 @@ def play_frames(
     """
     hooks = {"on_frame": on_frame, "before_frame": intervened, "failures": failures}
     rollouts, decisions = play(workload, clips, noise_seeds, policies, max_frames, memo=memo, **hooks)
-    finished = [row for row in range(len(clips)) if row not in failures]
+    finished = [row for row in range(len(clips)) if row not in (failures or {})]
     if not finished:
         return None
     plans = [[_entry(decision) for decision in decisions[row]] for row in finished]

@@ -169,7 +169,9 @@ class Session:
                 bar.set_postfix_str(f"{workload.name} {budget} {names.pop() if len(names) == 1 else f'{len(names)} policies'}")
                 try:
                     failures = self._play_rows(workload, batch, budget, facts, bar)
-                except PolicyError as error:  # of something that all of them need
+                except PolicyError as error:  # of something that all of them need, or of a policy that is not optional
+                    if not any(row.job.name in self.optional for row in batch):
+                        raise
                     failures = dict.fromkeys(range(len(batch)), str(error))
                 for row, reason in failures.items():
                     if batch[row].job in jobs:
@@ -238,7 +240,11 @@ class Session:
     def _play_rows(
         self, workload: Workload, rows: Sequence[Row], budget: int, facts: dict[str, Any], bar: Progress
     ) -> dict[int, str]:
-        """Play rollouts together and keep those that finish; returns why the others fail, by place."""
+        """Play rollouts together and keep those that finish; returns why the others fail, by place.
+
+        Raises:
+            PolicyError: if a policy fails and none of them is optional.
+        """
         clips = [row.clip for row in rows]
         noise_seeds = [row.seed + row.clip.clip_id for row in rows]
         partners = [self.partners[workload.name, clip.clip_id] for clip in clips]
@@ -250,7 +256,8 @@ class Session:
             played = play_tokens(*rollouts, rows[0].job.policy, budget, self.token_memory, bar.update)
         else:
             policies = [row.job.policy for row in rows]
-            played = play_frames(*rollouts, policies, budget, self.memo, intervened, bar.update, failures)
+            kept = failures if any(row.job.name in self.optional for row in rows) else None
+            played = play_frames(*rollouts, policies, budget, self.memo, intervened, bar.update, kept)
         if played is not None:
             finished = [row for place, row in enumerate(rows) if place not in failures]
             self._record(workload, finished, played, intervened, facts)

@@ -85,7 +85,7 @@ def play(
             signal, or one that is not recorded with this workload and host.
         ValueError: if the histories need more memory than is free, or if policies request different signals.
     """
-    policies = policy if isinstance(policy, list) else [policy] * len(clips)
+    policies = policy if isinstance(policy, list | tuple) else [policy] * len(clips)
     budgets = [int(max_frames)] * len(clips) if isinstance(max_frames, Integral) else list(max_frames)
     if not len(clips) == len(noise_seeds) == len(policies) == len(budgets):
         counts = f"{len(clips)} clips, {len(noise_seeds)} noise seeds, {len(policies)} policies and {len(budgets)} budgets"
@@ -153,7 +153,7 @@ def _decide(
     clip_id: int,
     strict: bool,
 ) -> Decision:
-    """Ask the policy about the history of a row, of which ``features`` are (K, 4) and more, and cut it down."""
+    """Ask the policy about the history of a row, and cut it down; ``features`` are (K', 4), padded at the end if K' > K."""
     workload, step, numbers = batch.workload, batch.step(row) - 1, batch.frame_numbers(row)
     metas = frame_meta_list(features[: len(numbers)], step, workload.unit_sizes_mb(numbers))
     capacity = workload.capacity_mb(max_frames)

@@ -97,7 +97,7 @@ def test_a_batch_is_filled_with_several_policies(tiny_workload, passes):
     assert max(passes) == 2
 
 
-def test_a_policy_that_fails_leaves_the_others_of_its_batch_alone(together, tiny_workload, tmp_path):
+def test_a_policy_that_fails_leaves_the_others_of_its_batch_alone(together, tiny_workload):
     options = {"interventions": ["swap"]}
     results = evaluate(tiny_workload, [FailsLate(), "packcache", "random"], optional={"fails_late"}, **options)
     assert len(results.records) == 2 * 2 * 2
@@ -108,10 +108,32 @@ def test_a_policy_that_fails_leaves_the_others_of_its_batch_alone(together, tiny
     assert all(
         "clip 1, step 6: raised RuntimeError: cannot go on" in why for why in results.settings.failed["fails_late"].values()
     )
-    with pytest.raises(PolicyError, match="clip 1, step 6: raised RuntimeError: cannot go on"):
-        evaluate(tiny_workload, [FailsLate(), "packcache"], out=tmp_path)
-    kept = (tmp_path / "records.jsonl").read_text().splitlines()
-    assert len(kept) == 2, "of the other policy under the first budget"
+    with pytest.raises(PolicyError, match="clip 1, step 6: raised RuntimeError: cannot go on") as raised:
+        evaluate(tiny_workload, [FailsLate(), "packcache"])
+    assert isinstance(raised.value.__cause__, RuntimeError), "the policy's own error, with its traceback"
+
+
+class FailsToBegin:
+    """Cannot begin the second clip."""
+
+    name = "fails_to_begin"
+
+    def begin_clip(self, seed):
+        if seed == 43:
+            raise RuntimeError("no such clip")
+
+    def build_temporal_cache_plan(self, chunk_meta_list, rollout_state, budget_state):
+        n = len(chunk_meta_list)
+        return make_plan(range(n)[-int(budget_state["max_frames"]) :], n)
+
+
+def test_a_policy_that_cannot_begin_leaves_the_others_of_its_batch_alone(together, tiny_workload):
+    policies = [FailsToBegin(), "packcache", "random"]
+    results = evaluate(tiny_workload, policies, optional={"fails_to_begin"}, interventions=["swap"])
+    assert {record.policy for record in results.records} == {"packcache", "random"} and len(results.records) == 2 * 2 * 2
+    for key, record in by_key(results).items():
+        assert record.metrics == pytest.approx(together[key].metrics, abs=1e-4) and record.plan == together[key].plan
+    assert all("no such clip" in reason for reason in results.settings.failed["fails_to_begin"].values())
 
 
 class KeepsThenNewest:
