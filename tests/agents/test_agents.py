@@ -132,7 +132,7 @@ def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_
         (lambda c: dataclasses.replace(c, validation_clips=0), "validation_clips must be above 0, got 0"),
         (
             lambda c: dataclasses.replace(c, ppo=PPOSettings(total_timesteps=-1)),
-            "total_timesteps and critic_warmup_updates cannot be negative",
+            "total_timesteps cannot be negative, got -1",
         ),
         (lambda c: dataclasses.replace(c, reward=RewardSettings(scale=-1.0)), "scale must be above 0"),
         (lambda c: dataclasses.replace(c, test_clips=5000), "test_clips is 5000, but pan/test has 4096"),
