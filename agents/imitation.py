@@ -89,6 +89,24 @@ def imitation_loss(network: RetentionNetwork, decisions: Decisions, settings: Im
     return loss + settings.expected_cost_weight * expected_cost + settings.similarity_weight * errors.sum() / both.sum()
 
 
+def imitation_step(
+    network: RetentionNetwork,
+    decisions: Decisions,
+    settings: ImitationSettings,
+    optimizers: Sequence[torch.optim.Optimizer],
+    precision: torch.dtype,
+) -> float:
+    """One step of the optimisers on a batch, with matrix products in this precision; returns the loss before it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        loss = imitation_loss(network, decisions, settings)
+    network.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.item()
+
+
 @torch.no_grad()
 def mean_regret(network: RetentionNetwork, decisions: Decisions) -> float:
     """How much the expected logarithmic error of the scorer's choices is above that of the best, mean over decisions."""
@@ -138,7 +156,7 @@ def imitate(
     weights = None if settings.start is None else starting_weights(settings.start, network_config)
     planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips, memory=network_config.memory)
     scorer_paths = [folder / f"scorer_{number:02d}.ckpt" for number in range(len(planned))]
-    unfinished = [number for number, path in enumerate(scorer_paths) if not path.exists()]
+    last_to_learn = max((number for number, path in enumerate(scorer_paths) if not path.exists()), default=-1)
     for number, (parts, scorer_path) in enumerate(zip(planned, scorer_paths, strict=True)):
         actor = network_with_weights(network_config, weights) if number else None  # at first the expert decides
         for part in parts:
@@ -157,7 +175,7 @@ def imitate(
                 )
                 save_weights(vars(found), path)
             shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
-            if unfinished and number <= unfinished[-1]:
+            if number <= last_to_learn:
                 decisions.append(GraphDecisions(load_expert_data(path), network_config))
         checkpoint = folder / f"learning_{number:02d}.ckpt"
         if not scorer_path.exists():
@@ -302,14 +320,9 @@ def fit(
             losses = []
             for part, indices in shuffled_batches(parts, settings.batch_size, rng):
                 batch = part.batch(indices)
-                with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-                    loss = imitation_loss(network, batch, settings)
-                network.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-                for stepped in (*optimizers.values(), *schedules.values()):
-                    stepped.step()
-                losses.append(loss.item())
+                losses.append(imitation_step(network, batch, settings, tuple(optimizers.values()), precision))
+                for schedule in schedules.values():
+                    schedule.step()
                 bar.set_postfix(pass_=epoch + 1, loss=f"{np.mean(losses[-100:]):.4g}")
                 bar.update(len(batch))
             if checkpoint is not None:

@@ -67,7 +67,7 @@ class PPOStage:
     settings: PPOSettings
     env_class: type[FrameRetentionVectorEnv]
     folder: Path
-    imitated: Path | None = None
+    imitated: Path
 
     @property
     def chosen_workloads(self) -> list[Workload]:
@@ -132,7 +132,7 @@ class PPOStage:
     def _imitation(self) -> list[ImitationBetweenUpdates]:
         """The callback that imitates between updates, if there is one."""
         config, steps = self.config, self.settings.imitation_steps
-        if not steps or self.imitated is None:
+        if not steps:
             return []
         others = self.settings.other_workload_names(config.workload_names)
         paths = [part.path(self.imitated, number) for number, part in last_round(config, self.workloads, self.budgets, others)]

@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from far_env.agents.config import AgentTraining, ImitationSettings, PPOSettings
 from far_env.agents.graph_decisions import GraphDecisions, shuffled_batches
-from far_env.agents.imitation import imitation_loss
+from far_env.agents.imitation import imitation_step
 from far_env.agents.network import RetentionNetwork
 from far_env.agents.training_logs import TIMESTEPS, VALIDATED_AT
 from far_env.agents.validation import validation_scores
@@ -190,15 +190,11 @@ class ImitationBetweenUpdates(BaseCallback):
         rng = np.random.default_rng((self.seed, 7, self.num_timesteps))
         passes = (shuffled_batches(self.parts, self.settings.batch_size, rng) for _ in itertools.count())
         optimizer = torch.optim.Adam(policy.scorer.parameters(), lr=learning_rate)
-        losses = []
-        for part, indices in itertools.islice(itertools.chain.from_iterable(passes), self.steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=policy.bfloat16):
-                loss = imitation_loss(policy.scorer, part.batch(indices), self.settings)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.scorer.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
+        precision = torch.bfloat16 if policy.bfloat16 else torch.float32
+        losses = [
+            imitation_step(policy.scorer, part.batch(indices), self.settings, [optimizer], precision)
+            for part, indices in itertools.islice(itertools.chain.from_iterable(passes), self.steps)
+        ]
         self.logger.record("train/imitation_loss", float(np.mean(losses)))
 
 

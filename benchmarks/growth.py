@@ -153,7 +153,7 @@ def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         curves[axis] = curve()
         say(f"{AXES[axis]:<30}" + "".join(f"{value:>8}" for value in curves[axis]))
         say(f"{'':<30}" + "".join(f"{milliseconds:>8.2f}" for milliseconds in curves[axis].values()))
-    curves["done"] = curves.pop("done")  # drawn last
+    curves = {axis: curves[axis] for axis in AXES}
     constant, slope = line_through(curves["kept"])
     say(f"{constant:.2f} ms and {slope:.2f} ms for every kept frame")
     result = {

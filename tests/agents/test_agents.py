@@ -14,12 +14,12 @@ from far_env import tensor_files
 from far_env.agents.checkpoints import load_scorer
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings, RewardSettings
 from far_env.agents.trainer import make_workloads, train
-from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.agents.training_logs import log_writers
 from far_env.config import load_yaml, save_yaml
 from far_env.host import precision
 from far_env.policies import load_policy
 from far_env.provenance import run_facts, save_facts
+from tests.agents.stopping import stopped_after_checkpoints
 from tests.damage import assert_sentence
 
 
@@ -89,21 +89,10 @@ def test_a_resumed_run_continues_counters_and_ends_as_the_whole_one(config, tmp_
     config = dataclasses.replace(config, network=dataclasses.replace(config.network, **size))
     whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
     train(whole)
-    saves = []
-    original = ValidationCheckpoint._save
-
-    def save_then_stop(self):
-        original(self)
-        saves.append(self.model.num_timesteps)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after_checkpoints(2) as saves, pytest.raises(KeyboardInterrupt):
         train(config)
     assert saves == [0, 32]
     first = (tmp_path / "run" / "progress_00000000.csv").read_text()
-    monkeypatch.setattr(ValidationCheckpoint, "_save", original)
     train(dataclasses.replace(config, resume=True))
     state = torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)
     assert state["num_timesteps"] == 96 and state["n_updates"] == 6
@@ -238,16 +227,9 @@ def test_a_damaged_log_of_an_earlier_session_is_refused_in_one_sentence(tmp_path
     assert not path.exists(), "without a checkpoint it is not needed"
 
 
-def test_a_run_stopped_in_its_first_stages_is_not_continued_with_other_settings(config, tmp_path, monkeypatch):
+def test_a_run_stopped_in_its_first_stages_is_not_continued_with_other_settings(config, tmp_path):
     own = dataclasses.replace(config, surrogate=config.ppo, ppo=PPOSettings(total_timesteps=0))
-    original = ValidationCheckpoint._save
-
-    def save_then_stop(self):
-        original(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after_checkpoints(1), pytest.raises(KeyboardInterrupt):
         train(own)
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
         train(own)

@@ -18,10 +18,10 @@ from far_env.agents.imitation import imitation_loss, last_round
 from far_env.agents.network import network_with_weights
 from far_env.agents.ppo import PPOStage
 from far_env.agents.trainer import EXPERT_DATA_FOLDER, make_workloads, train
-from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.envs.retention_env import FrameRetentionEnv
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.workloads import make_workload, resolve_budgets
+from tests.agents.stopping import stopped_after_checkpoints
 
 
 def test_budgets_are_one_or_several():
@@ -106,7 +106,7 @@ def config(tiny_host_folder, tmp_path) -> AgentTraining:
     )
 
 
-def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, tmp_path, monkeypatch):
+def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, tmp_path):
     whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
     train(whole)
     results = json.loads((tmp_path / "whole" / "results.json").read_text())["tables"]
@@ -115,19 +115,8 @@ def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, t
     assert all(f"validation/psnr_{world}_{budget}" in header for world in ("pan", "cuts") for budget in (2, 6))
     checkpoint = torch.load(tmp_path / "whole" / "checkpoint.ckpt", weights_only=True)
 
-    original = ValidationCheckpoint._save
-    saves = []
-
-    def save_then_stop(self):
-        original(self)
-        saves.append(1)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after_checkpoints(2), pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(ValidationCheckpoint, "_save", original)
     train(dataclasses.replace(config, resume=True))
     resumed = torch.load(tmp_path / "run" / "checkpoint.ckpt", weights_only=True)
     for key, value in checkpoint["policy"].items():
@@ -135,7 +124,7 @@ def test_one_scorer_learns_in_two_worlds_under_two_budgets_and_resumes(config, t
     assert load_scorer(tmp_path / "run")[1]["trained_on"] == "pan, cuts, budget 2, 6, first 8 train clips, seed 0"
 
 
-def test_what_a_stage_does_not_play_is_imitated_between_its_updates(config, tmp_path, monkeypatch):
+def test_what_a_stage_does_not_play_is_imitated_between_its_updates(config, tmp_path):
     """It is learned there, and a stopped run ends as one that was not stopped."""
     settings = dataclasses.replace(config.ppo, workload="cuts", imitation_steps=12, critic_warmup_updates=1)
     config = dataclasses.replace(config, ppo=settings)
@@ -160,18 +149,8 @@ def test_what_a_stage_does_not_play_is_imitated_between_its_updates(config, tmp_
 
     assert loss("whole") < loss("without") - 0.05
 
-    original, saves = ValidationCheckpoint._save, []
-
-    def save_then_stop(self):
-        original(self)
-        saves.append(1)
-        if len(saves) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after_checkpoints(3), pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(ValidationCheckpoint, "_save", original)
     train(dataclasses.replace(config, resume=True))
     ends = [torch.load(tmp_path / name / "checkpoint.ckpt", weights_only=True) for name in ("whole", "run")]
     for key, value in ends[0]["policy"].items():
@@ -202,7 +181,7 @@ def test_a_stage_of_ppo_may_use_some_of_the_workloads(config, tmp_path):
     some = dataclasses.replace(config.ppo, workload="cuts", num_envs=3)
     chosen = dataclasses.replace(config, ppo=some)
     workloads = make_workloads(chosen)
-    stage = PPOStage("PPO", chosen, workloads, (2, 6), some, FrameRetentionVectorEnv, tmp_path)
+    stage = PPOStage("PPO", chosen, workloads, (2, 6), some, FrameRetentionVectorEnv, tmp_path, tmp_path)
     assert [(env.episodes.workload.name, env.num_envs) for env in stage.make_envs()] == [("cuts", 3)]
     both = dataclasses.replace(stage, config=config, settings=config.ppo)
     assert [(env.episodes.workload.name, env.num_envs) for env in both.make_envs()] == [("pan", 2), ("cuts", 2)]

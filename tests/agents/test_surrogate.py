@@ -14,13 +14,13 @@ from far_env.agents.learning_curves import curve
 from far_env.agents.policies import PolicyAgent
 from far_env.agents.surrogate import ESTIMATE, SurrogateRollouts, SurrogateVectorEnv
 from far_env.agents.trainer import train
-from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.envs.vector_env import FrameRetentionVectorEnv
 from far_env.evaluation.evaluate import evaluate
 from far_env.frame_meta import frame_features
 from far_env.policies import load_policy
 from far_env.tensor_files import load_tensors
 from far_env.workloads import make_workload
+from tests.agents.stopping import stopped_after_checkpoints
 
 OPTIONS = {"reward": {"psnr": 1.0}, "num_clips": 20, "autoreset_mode": AutoresetMode.DISABLED}
 
@@ -154,23 +154,14 @@ def config(tmp_path, tiny_host_folder) -> AgentTraining:
     )
 
 
-def test_ppo_with_the_host_starts_from_the_surrogates_scorer_and_both_resume(config, tmp_path, monkeypatch):
+def test_ppo_with_the_host_starts_from_the_surrogates_scorer_and_both_resume(config, tmp_path):
     train(config)
     with_surrogate = load_tensors(tmp_path / "run" / "surrogate" / "checkpoint.ckpt")
     assert with_surrogate["num_timesteps"] == 32
     decisions = [point for point, _ in curve(tmp_path / "run")[1]]
     assert decisions == [0, 32, 32 + 16], "with the surrogate and then with the host"
     alone = dataclasses.replace(config, ppo=PPOSettings(total_timesteps=0), run_dir=str(tmp_path / "alone"))
-
-    save, stops = ValidationCheckpoint._save, iter([False, True])
-
-    def stopping(self):
-        save(self)
-        if next(stops, False):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ValidationCheckpoint, "_save", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after_checkpoints(2), pytest.raises(KeyboardInterrupt):
         train(alone)
     train(dataclasses.replace(alone, resume=True))
     best = load_scorer(tmp_path / "alone")[0].state_dict()

@@ -11,7 +11,6 @@ import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecMonitor
 
-from far_env.agents import training_callbacks
 from far_env.agents.checkpoints import save_scorer
 from far_env.agents.collection import collect
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
@@ -36,6 +35,7 @@ from far_env.rollout.context import true_units
 from far_env.rollout.frame_actions import COMPRESS, DROP, KEEP, granted
 from far_env.rollout.streaming import play_streaming
 from far_env.tensor_files import load_tensors, save_tensors
+from tests.agents.stopping import stopped_after_checkpoints
 
 NETWORK = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2, memory="tokens")
 FULL, SMALL, BUDGET = 16, 4, 60
@@ -311,22 +311,12 @@ def config(host, folder, **changes):
     )
 
 
-def test_a_training_is_resumed_loaded_and_played(tiny_host_folder, tmp_path, monkeypatch, capsys):
+def test_a_training_is_resumed_loaded_and_played(tiny_host_folder, tmp_path, capsys):
     train(config(tiny_host_folder, tmp_path / "whole"))
     output = capsys.readouterr().out
     assert "budget 48 tokens" in output and "learned" in output and "--memory tokens" in output
-    saving, calls = training_callbacks.ValidationCheckpoint._save, []
-
-    def stopping(callback):
-        saving(callback)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_callbacks.ValidationCheckpoint, "_save", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(config(tiny_host_folder, tmp_path / "stopped"))
+    with stopped_after_checkpoints(2), pytest.raises(KeyboardInterrupt):
+        train(config(tiny_host_folder, tmp_path / "stopped"))
     train(config(tiny_host_folder, tmp_path / "stopped"))
     before, after = (load_tensors(tmp_path / name / "checkpoint.ckpt") for name in ("whole", "stopped"))
     assert all(torch.equal(value, after["policy"][name]) for name, value in before["policy"].items())

@@ -16,6 +16,7 @@ from far_env.agents.config import AgentTraining, NetworkConfig, PPOSettings, Rew
 from far_env.agents.trainer import train
 from far_env.agents.training_callbacks import ValidationCheckpoint
 from far_env.distributed.cluster import ActorSettings
+from tests.agents.stopping import stopped_after_checkpoints
 
 NETWORK = NetworkConfig(width=16, edge_width=8, num_layers=1, num_heads=2, signals=("lat_cos",))
 STAGE = PPOSettings(total_timesteps=64, num_envs=8, n_steps=4, batch_size=16, n_epochs=1, groups=2)
@@ -107,20 +108,12 @@ def test_killed_actors_lose_nothing(config, alone, second_node, tmp_path, monkey
     check_same(tmp_path, alone)
 
 
-def test_a_stopped_run_goes_on_with_another_number_of_actors(config, alone, cluster, tmp_path, monkeypatch):
-    original, saves = ValidationCheckpoint._save, []
-
-    def save_then_stop(self):
-        original(self)
-        saves.append(self.model.num_timesteps)
-        if len(saves) in (2, 5):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ValidationCheckpoint, "_save", save_then_stop)
-    for actors in (1, 0):
-        with pytest.raises(KeyboardInterrupt):
-            train(by_actors(config, cluster, tmp_path, actors))
-    train(by_actors(config, cluster, tmp_path, 1))
+def test_a_stopped_run_goes_on_with_another_number_of_actors(config, alone, cluster, tmp_path):
+    with stopped_after_checkpoints(2, 5) as saves:
+        for actors in (1, 0):
+            with pytest.raises(KeyboardInterrupt):
+                train(by_actors(config, cluster, tmp_path, actors))
+        train(by_actors(config, cluster, tmp_path, 1))
     assert saves == [0, 32, 32, 64, 0, 0, 32, 64]
     for stage in ("surrogate", "."):
         expected, actual = state(alone, stage)["policy"], state(tmp_path, stage)["policy"]
