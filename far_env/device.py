@@ -114,9 +114,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Highest memory so far: of the process, or allocated on the GPU; NaN where the system does not count it (Windows)."""
+    """Highest memory so far: of the process, or what torch took of the GPU, used or not; NaN where the system does not count it
+    (Windows).
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_reserved(device) / 2**20
     try:
         import resource
     except ImportError:
@@ -126,10 +128,20 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that new tensors can take: of the GPU, with what torch holds unused, or of the system; None if it does not say."""
+    """Memory that new tensors can take: of the GPU, with what torch holds unused, or of the system; None if it does not say.
+
+    What CUDA graphs need when they are repeated is held unused, too, but nothing else can have it.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        of_graphs = sum(
+            block["size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == device.index and tuple(segment["segment_pool_id"]) != (0, 0)
+            for block in segment["blocks"]
+            if block["state"] == "inactive"
+        )
+        return torch.cuda.mem_get_info(device)[0] + unused - of_graphs
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -67,6 +67,13 @@ def floats_stay_as_they_were():
     assert sys.float_info.min / 2 > 0, "denormal floats are still flushed to zero"
 
 
+@pytest.fixture
+def float32_on_gpu(monkeypatch):
+    """What is float32 is multiplied in float32 on a GPU, not in TF32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 class Golden:
     """One fixture file: its arrays as tensors, its configuration, and the model it describes."""
 

@@ -87,6 +87,32 @@ def test_an_upload_to_a_gpu_may_be_changed_on_the_cpu_at_once():
     assert torch.equal(there.cpu(), torch.arange(2.0**22, dtype=torch.float64))
 
 
+def test_free_memory_of_a_gpu_is_without_what_cuda_graphs_hold(monkeypatch):
+    def segment(pool: tuple[int, int], number: int, *blocks: tuple[str, int]) -> dict:
+        return {"device": number, "segment_pool_id": pool, "blocks": [{"state": state, "size": size} for state, size in blocks]}
+
+    segments = [
+        segment((0, 0), 1, ("inactive", 7), ("active_allocated", 20)),
+        segment((0, 1), 1, ("inactive", 100), ("active_allocated", 3)),
+        segment((0, 1), 0, ("inactive", 5000)),
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda of: 130)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda of: 23)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (1000, 2000))
+    assert device.free_bytes(torch.device("cuda", 1)) == 1007
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
+def test_free_memory_of_a_gpu_is_that_of_the_card_and_what_torch_holds_unused():
+    place = device.resolve_device("cuda")
+    before = device.free_bytes(place)
+    tensor = torch.zeros(2**24, device=place)
+    assert before - device.free_bytes(place) >= tensor.nbytes
+    del tensor
+    assert abs(device.free_bytes(place) - before) < 2**26
+
+
 @pytest.mark.parametrize(("platform", "counted"), [("linux", 300 * 1024), ("darwin", 300 * 1024**2)])
 def test_peak_memory_is_in_mib_where_the_system_counts_kib_or_bytes(monkeypatch, platform, counted):
     resource = pytest.importorskip("resource")

@@ -38,6 +38,8 @@ def run_guarded(prog: str, function: Callable[[], int | None]) -> int:
     accept_any_text()
     keep_freed_memory()
     keep_fewer_kernels()
+    # Precision float32 is to be that on a GPU, too, in the autoencoder's convolutions.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     # A plain kill is treated like Ctrl-C, so that training saves its progress.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

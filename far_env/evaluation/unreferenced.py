@@ -48,7 +48,8 @@ def unreferenced_metrics(
                 likeness = np.array([ssim(a[None], b[None]) for a, b in zip(new, kept, strict=True)])
                 best = np.maximum
             else:
-                likeness, best = lpips(new[:, None], kept[:, None]).cpu().numpy(), np.minimum
+                pairs_there = (frames[:, None].to(predicted.device) for frames in (new, kept))
+                likeness, best = lpips(*pairs_there).cpu().numpy(), np.minimum
             of_unit = np.array([unit for unit, _ in pairs])
             values[name] = float(np.mean([best.reduce(likeness[of_unit == unit]) for unit in np.unique(of_unit)]))
         scores.append(values)

@@ -6,6 +6,7 @@ its inputs from tensors that stay in place, and contains neither uploads nor dec
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from far_env.host.far import FAR
 from far_env.host.sampler import FrameSampler
 
-MAX_GRAPHS = 16
+MAX_GRAPHS = 32
 WARM_UPS = 2
 """Passes before a capture, in which libraries choose kernels and reserve their working memory."""
 
@@ -109,6 +110,7 @@ class CudaGraphs:
         self._graphs: OrderedDict[tuple[FrameShape, int], CapturedFrame] = OrderedDict()
         self._asked: set[tuple[FrameShape, int]] = set()
         self._too_large: set[tuple[FrameShape, int]] = set()
+        self._failed = False
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -116,8 +118,8 @@ class CudaGraphs:
     def find(self, shape: FrameShape, num_rows: int) -> CapturedFrame | None:
         """A graph for at least ``num_rows`` and less than twice as many rows, or None.
 
-        It is made when it is asked for the second time, since making it takes longer than a frame. One that does not fit into
-        memory is not tried again.
+        It is made when it is asked for the second time, since making it takes longer than a frame; so is a dropped one.
+        One that does not fit into memory is not tried again, and none is after any other error in making one.
         """
         key = (shape, num_rows)
         fitting = [rows for other, rows in self._graphs if other == shape and num_rows <= rows < 2 * num_rows]
@@ -125,19 +127,27 @@ class CudaGraphs:
             key = (shape, min(fitting))
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        if key in self._too_large:
+        if key in self._too_large or self._failed:
             return None
         if key not in self._asked:
             self._asked.add(key)
             return None
         try:
-            self._graphs[key] = CapturedFrame(self._model, shape, num_rows, self._capture)
+            # Tensors of torch.inference_mode could not be written to in a later call without it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._graphs[key] = CapturedFrame(self._model, shape, num_rows, self._capture)
         except torch.OutOfMemoryError:
             self._too_large.add(key)
             self._graphs.clear()
             return None
+        except RuntimeError as error:
+            self._failed = True
+            self._graphs.clear()
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"frames are computed without CUDA graphs, because making one failed: {reason}", stacklevel=2)
+            return None
         if len(self._graphs) > self.max_graphs:
-            self._graphs.popitem(last=False)
+            self._asked.discard(self._graphs.popitem(last=False)[0])
         return self._graphs[key]
 
 
@@ -163,9 +173,12 @@ class CudaCapture:
                     compute()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls may disturb the capture; others may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
-                output = compute()
+            try:
+                # Only this thread's calls may disturb the capture; others may use the GPU meanwhile.
+                with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+                    output = compute()
+            finally:
+                torch.cuda.set_stream(current)  # which torch leaves out where the capture fails at its end
 
         def repeat() -> Tensor:
             graph.replay()

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from far_env.device import PRECISIONS, torch_defaults
 from far_env.host.linear import linear
 
+BFLOAT16_CAPABILITY = 8
+"""Of the NVIDIA GPUs that multiply matrices in bfloat16 (Ampere and later); older ones emulate it."""
 _ROWS, _WIDTH = 2048, 192
 """Of the timed layer, which widens the tokens of a batch as the embedded host's MLP does."""
 _REPEATS = 5
@@ -31,7 +33,7 @@ def resolve_precision(precision: str, device: torch.device, training: bool = Fal
     """
     if precision == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            fast = torch.cuda.get_device_capability(device)[0] >= BFLOAT16_CAPABILITY
         else:
             fast = _layer_seconds(torch.float32, training) > _CLEARLY * _layer_seconds(torch.bfloat16, training)
         return torch.bfloat16 if fast else torch.float32

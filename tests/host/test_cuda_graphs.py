@@ -116,7 +116,8 @@ def test_the_graph_used_least_recently_makes_room():
     assert graphs.find(shapes[0], 1) is first
     assert graphs.find(shapes[2], 1) is not None and len(graphs) == 2
     assert graphs.find(shapes[0], 1) is first and len(captured) == 3
-    assert graphs.find(shapes[1], 1) is not second and len(captured) == 4
+    assert graphs.find(shapes[1], 1) is None, "what made room is made again at its second request only"
+    assert graphs.find(shapes[1], 1) not in (None, second) and len(captured) == 4
 
 
 def test_a_graph_that_does_not_fit_is_not_tried_again():
@@ -129,6 +130,32 @@ def test_a_graph_that_does_not_fit_is_not_tried_again():
     graphs = CudaGraphs(tiny({}, None), full)
     assert [graphs.find(FrameShape(1, LATENT, torch.float32, 1), 2) for _ in range(4)] == [None] * 4
     assert len(tries) == 1 and len(graphs) == 0
+
+
+def test_after_another_error_in_making_a_graph_there_are_none_and_a_warning_says_why():
+    tries = []
+
+    def broken(compute):
+        tries.append(compute)
+        raise RuntimeError("operation failed due to a previous error during capture\nCUDA kernel errors might be …")
+
+    graphs = CudaGraphs(tiny({}, None), broken)
+    shapes = [FrameShape(num_kept, LATENT, torch.float32, 1) for num_kept in (1, 2)]
+    assert graphs.find(shapes[0], 2) is None
+    with pytest.warns(UserWarning, match="without CUDA graphs, because making one failed: .* during capture$"):
+        assert graphs.find(shapes[0], 2) is None
+    assert [graphs.find(shape, 2) for shape in shapes * 2] == [None] * 4 and len(tries) == 1
+
+
+def test_a_graph_made_in_inference_mode_serves_calls_outside_of_it():
+    model, shape = tiny({}, None), FrameShape(2, LATENT, torch.float32, 1)
+    graphs = CudaGraphs(model, repeated_in_place)
+    kept, noise, positions, _ = drawn(1, 2, None, 0)
+    with torch.inference_mode():
+        assert graphs.find(shape, 1) is None
+        inside = graphs.find(shape, 1)(kept, noise, positions)
+    with torch.no_grad():
+        assert torch.equal(graphs.find(shape, 1)(kept, noise, positions), inside)
 
 
 class OnlyOnTheGpu(TorchDispatchMode):

@@ -275,8 +275,7 @@ def test_gymnasiums_checker_passes_on_a_conditioned_workload(make):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
-def test_a_gpu_computes_what_the_cpu_does(make, clips):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def test_a_gpu_computes_what_the_cpu_does(make, clips, float32_on_gpu):
     workload = make(1.5)
     parts = {name: copy.deepcopy(getattr(workload.host, name)).to("cuda") for name in ("transformer", "autoencoder")}
     other_workload = replace(workload, host=replace(workload.host, **parts))

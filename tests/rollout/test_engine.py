@@ -320,8 +320,7 @@ def test_bfloat16_stays_close(tiny_host_folder, tiny_workload):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_gpu_computes_what_the_cpu_does(tiny_workload, tiny_long_workload, precision):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def test_a_gpu_computes_what_the_cpu_does(tiny_workload, tiny_long_workload, precision, float32_on_gpu):
     for workload in (tiny_workload, tiny_long_workload):
         clips = [workload.clips.clip("test", i) for i in range(3)]
         exact, _ = play(workload, clips, [1, 2, 3], Drops(1), [1, 4, 9999])

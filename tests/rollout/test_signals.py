@@ -301,7 +301,7 @@ def test_bfloat16_hosts_are_probed_too(tiny_host_folder, tiny_workload):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
-def test_a_gpu_gives_the_signals_of_the_cpu(tiny_workload, tiny_long_workload):
+def test_a_gpu_gives_the_signals_of_the_cpu(tiny_workload, tiny_long_workload, float32_on_gpu):
     for workload in (tiny_workload, tiny_long_workload):
         clip = workload.clips.clip("test", 0)
         received = []
