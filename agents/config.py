@@ -33,8 +33,9 @@ class ImitationSettings:
     """Imitation of an expert that knows the true rest of the clip, before any PPO. See `far_env.agents.imitation`."""
 
     start: str | None = None
-    """Scorer to begin with, pretrained/NAME or a run folder, with a network of the same sizes; for a token memory also one of
-    whole frames, which compresses nothing at first. It learns as after a round: for round_epochs, at a lower rate."""
+    """Scorer to begin with, pretrained/NAME or a run folder, with a network of the same sizes or with fewer layers, to which
+    layers are added that change nothing at first; for a token memory also one of whole frames, which compresses nothing at
+    first. It learns as after a round: for round_epochs, at a lower rate."""
     true_clips: int = 0
     """Clips on whose true frames the expert's decisions are collected first, without a host; shared by the workloads. 0 for no
     imitation."""

@@ -27,7 +27,7 @@ from far_env.agents.config import FRAMES, TOKENS, AgentTraining, ImitationSettin
 from far_env.agents.expert_actors import ActorBatchPlayer
 from far_env.agents.expert_data import load_expert_data
 from far_env.agents.graph_decisions import Decisions, GraphDecisions, shuffled_batches
-from far_env.agents.network import RetentionNetwork, make_network, network_with_weights, token_weights
+from far_env.agents.network import RetentionNetwork, deeper, make_network, network_with_weights, token_weights
 from far_env.allocator import return_freed_memory
 from far_env.host.training.muon import split_parameters
 from far_env.io import read_json, write_json
@@ -191,11 +191,17 @@ def starting_weights(name: str, config: NetworkConfig) -> dict[str, Tensor]:
     """The weights of a trained scorer for a network to begin with.
 
     Raises:
-        ValueError: if there is no such scorer, or if its network is another, but for the memory.
+        ValueError: if there is no such scorer, or if its network is another, but for the memory and fewer layers.
     """
     network, _ = load_scorer(scorer_folder(name))
-    if replace(network.config, memory=config.memory) != config or (config.memory, network.config.memory) == (FRAMES, TOKENS):
-        raise ValueError(f"imitation.start: the network of {name} is not that of this run; give network the same settings")
+    same = replace(network.config, memory=config.memory, num_layers=config.num_layers) == config
+    if not same or network.config.num_layers > config.num_layers or (config.memory, network.config.memory) == (FRAMES, TOKENS):
+        raise ValueError(
+            f"imitation.start: the network of {name} is not that of this run; give network the same settings, and as many layers "
+            "or more"
+        )
+    if network.config.num_layers < config.num_layers:
+        network = deeper(network, config.num_layers)
     if network.config.memory == config.memory:
         return network.state_dict()
     return token_weights(network, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +174,21 @@ class ValueNetwork(nn.Module):
 def make_network(config: NetworkConfig) -> RetentionNetwork:
     """A new scorer for the configured memory."""
     return TokenRetentionNetwork(config) if config.memory == TOKENS else RetentionNetwork(config)
+
+
+def deeper(network: RetentionNetwork, num_layers: int) -> RetentionNetwork:
+    """A network with more layers that scores as this one does to the last bit: what further layers add to their inputs is 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        larger = make_network(replace(network.config, num_layers=num_layers))
+    larger.load_state_dict(network.state_dict(), strict=False)
+    first = network.config.num_layers
+    for edge_update, node_update in zip(larger.edge_updates[first:], larger.node_updates[first:], strict=True):
+        products = () if edge_update.factors is None else (edge_update.product_out,)
+        for layer in (*products, edge_update.down, node_update.out, node_update.down):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return larger
 
 
 UNLIKELY = 4.0
