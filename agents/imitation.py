@@ -197,8 +197,8 @@ def starting_weights(name: str, config: NetworkConfig) -> dict[str, Tensor]:
     same = replace(network.config, memory=config.memory, num_layers=config.num_layers) == config
     if not same or network.config.num_layers > config.num_layers or (config.memory, network.config.memory) == (FRAMES, TOKENS):
         raise ValueError(
-            f"imitation.start: the network of {name} is not that of this run; give network the same settings, and as many layers "
-            "or more"
+            f"imitation.start: the network of {name} is not that of this run; give network the same settings, with as many "
+            "layers or more"
         )
     if network.config.num_layers < config.num_layers:
         network = deeper(network, config.num_layers)

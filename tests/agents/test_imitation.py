@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from far_env.agents import imitation
+from far_env.agents.checkpoints import save_scorer
 from far_env.agents.collection import collect
 from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfig, PPOSettings
 from far_env.agents.graph_decisions import GraphDecisions
@@ -216,6 +217,19 @@ def test_a_stage_gives_the_scorer_of_its_settings(tiny_workload, tmp_path):
     weights = ImitationStage(config, [tiny_workload], (2, 4), tmp_path / "stage").run(None)
     expected = run(tmp_path / "own", [tiny_workload], settings)
     assert weights.keys() == expected.keys() and all(torch.equal(value, expected[key]) for key, value in weights.items())
+
+
+def test_a_training_may_begin_with_a_scorer_of_fewer_layers_but_not_of_more(tmp_path):
+    save_scorer(random_network(NETWORK), NETWORK, {}, tmp_path)
+    two_layers = dataclasses.replace(NETWORK, num_layers=2)
+    weights, own = imitation.starting_weights(str(tmp_path), two_layers), random_network(NETWORK).state_dict()
+    assert weights.keys() == RetentionNetwork(two_layers).state_dict().keys()
+    assert all(torch.equal(weights[key], value) for key, value in own.items())
+    (tmp_path / "two").mkdir()
+    save_scorer(random_network(two_layers), two_layers, {}, tmp_path / "two")
+    for config in (NETWORK, dataclasses.replace(two_layers, width=32)):
+        with pytest.raises(ValueError, match="the same settings, with as many layers or more"):
+            imitation.starting_weights(str(tmp_path / "two"), config)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from far_env.agents.config import NetworkConfig
 from far_env.agents.graph_batches import Scores, network_inputs, stacked
-from far_env.agents.network import RetentionNetwork, ValueNetwork
+from far_env.agents.network import RetentionNetwork, ValueNetwork, deeper
 from far_env.agents.observation import FrameGraph, signal_arrays
 from far_env.agents.policies import numpy_scorer
 from tests.agents.made_rollouts import made_clip
@@ -103,6 +103,25 @@ def in_numpy(network: RetentionNetwork, graph: FrameGraph, steps_left: int, budg
     scorer = numpy_scorer(network)
     scorer.graph = graph
     return scorer.encode(*scorer.inputs(steps_left, budget))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_further_layers_change_no_score_until_they_learn(variant):
+    config = dataclasses.replace(SMALL, **variant)
+    network = random_network(config)
+    inputs = inputs_of(config, graphs_of(config))
+    larger = deeper(network, config.num_layers + 2)
+    assert larger.config == dataclasses.replace(config, num_layers=config.num_layers + 2)
+    assert torch.equal(larger(*inputs), network(*inputs))
+    torch.manual_seed(1)
+    again = deeper(network, config.num_layers + 2)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in larger.state_dict().items())
+    with torch.enable_grad():
+        larger(*inputs)[inputs[3]].sum().backward()
+    further = [layer for layers in (larger.edge_updates, larger.node_updates) for layer in layers[config.num_layers :]]
+    used = [layer.down.weight.grad for layer in further if config.edges or layer in larger.node_updates]
+    assert all(gradient is not None and gradient.any() for gradient in used), "and can learn"
 
 
 @torch.no_grad()
