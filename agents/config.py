@@ -100,7 +100,7 @@ class PPOSettings:
     """MaskablePPO's settings under the names of Stable-Baselines3."""
 
     total_timesteps: int = 80_000
-    """Decisions to learn from, over all environments; 0 skips this stage."""
+    """Evictions to learn from, over all environments; 0 skips this stage."""
     num_envs: int = 64
     """Episodes that are played together."""
     n_steps: int = 20
@@ -169,7 +169,7 @@ class NetworkConfig:
     num_heads: int = 4
     """Attention heads per layer."""
     signals: tuple[str, ...] = ()
-    """Inputs beyond the benchmark's matrix, see `far_env.contract.SIGNALS`; a scorer with signals cannot be exported."""
+    """Inputs beyond the benchmark's `FrameMeta`, see `far_env.contract.SIGNALS`; a scorer with signals cannot be exported."""
     edges: bool = True
     """Whether pairs of frames have features; without them a plain set transformer is left, for comparison."""
     edge_updates: bool = True
@@ -330,7 +330,7 @@ class AgentTraining:
             if settings.imitation_steps and not (self.imitation.true_clips and settings.other_workload_names(names)):
                 raise ValueError(
                     f"{stage}.imitation_steps is {settings.imitation_steps}, for which there must be imitation before (set "
-                    f"imitation.true_clips) and workloads that the stage does not play (set {stage}.workload)"
+                    f"imitation.true_clips) and workloads that the stage does not play (set {stage}.workload); or set it to 0"
                 )
             if settings.total_timesteps and settings.num_envs % (len(chosen) * settings.groups):
                 each = f" with {settings.groups} groups each" * (settings.groups > 1)

@@ -92,7 +92,7 @@ def check_folder(folder: Path) -> Path:
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"the run folder {folder} cannot be written: {place} is no folder that can be; choose another one")
+        raise ValueError(f"the run folder {folder} cannot be written: {place} is not a writable folder; choose another one")
     return place
 
 

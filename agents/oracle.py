@@ -1,4 +1,4 @@
-"""Upper bounds and labels: an expert that uses the true rest of the clip, and a search on the true reward. Neither is a policy.
+"""Labels, and what can be gained: an expert that knows the rest of the clip, and a search on the true reward. Both no policies.
 
 The expert keeps the frames whose content the rest of the clip will need most; the search rolls alternatives out, continues the
 most promising ones, and returns the best finished rollout.

@@ -22,8 +22,8 @@ LEARNED = "pretrained/general"
 TUNED = " tuned"
 RULES: dict[str, Callable[[baselines.BaselineInfo], bool]] = {
     "best rule that reads latents": lambda rule: rule.tier == "L",
-    "best rule with the same inputs, earlier calls included": lambda rule: rule.tier == "M",
-    "best rule without a memory": lambda rule: rule.tier == "M" and rule.family != "tracker",
+    "best rule with the inputs of the learned policy": lambda rule: rule.tier == "M",
+    "best rule of these without a memory of earlier calls": lambda rule: rule.tier == "M" and rule.family != "tracker",
 }
 
 

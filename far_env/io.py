@@ -147,7 +147,7 @@ def make_run_dir(path: str | os.PathLike) -> Path:
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may have removed it
     except OSError as error:
-        raise ValueError(f"the run folder {folder} cannot be written: {error.strerror}; choose another one") from error
+        raise ValueError(f"the folder {folder} cannot be written: {error.strerror}; choose another one") from error
     return folder
 
 

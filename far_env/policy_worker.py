@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def main(path: str, read_fd: int, write_fd: int, memory_bytes: int) -> None:
             try:
                 answer((copies if "copy" in question else one).answer(question))
             except BaseException as error:  # SystemExit as well
-                answer({"error": f"raised {_described(error)}"})
+                answer({"error": f"raised {_described(error)}{_place(error, path)}"})
 
 
 class _OneForAllClips:
@@ -145,6 +146,12 @@ def _decision(decision: object) -> tuple[int, str]:
 
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _place(error: BaseException, path: str) -> str:
+    """The line of the policy file that was being run, in parentheses, if it is known."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def _seed(seed: int) -> None:

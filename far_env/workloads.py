@@ -7,6 +7,7 @@ returns one. Those of far-env are declared the same way and are defined in this 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,7 +203,9 @@ def make_workload(
     try:
         clips = spec.clips(**clip_options, **frames)
     except TypeError as error:
-        raise ValueError(f"workload {name} does not take these clip options: {error}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        which = f"the clip option {unknown[1]}" if unknown else f"these clip options: {error}"
+        raise ValueError(f"workload {name} does not take {which}") from error
     torch_device = resolve_device(device)
     loaded = load_host(host, str(torch_device), resolve_precision(precision, torch_device))
     if loaded.frame_size != clips.size and hasattr(loaded, "with_frame_size"):
@@ -245,7 +248,7 @@ def resolve_budget(budget: int | str) -> int:
     """
     if isinstance(budget, str) and not budget.lstrip("-").isdigit():
         if budget not in BUDGETS:
-            raise ValueError(unknown_name("budget", budget, list(BUDGETS)) + "; a number of frames works too")
+            raise ValueError(unknown_name("budget", budget, list(BUDGETS)) + "; a whole number of frames works too")
         return BUDGETS[budget]
     if isinstance(budget, bool | float):
         raise ValueError(f"the budget must be a whole number of frames, got {budget}")

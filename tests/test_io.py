@@ -42,7 +42,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 def test_a_file_in_the_way_of_a_run_folder_is_one_sentence(tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(ValueError, match=r"the run folder .*run cannot be written"):
+    with pytest.raises(ValueError, match=r"the folder .*run cannot be written"):
         make_run_dir(tmp_path / "run")
 
 

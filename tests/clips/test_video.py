@@ -265,7 +265,7 @@ def test_missing_data_is_one_sentence(tmp_path, monkeypatch):
         UCF101(tmp_path, num_frames=16)
     with pytest.raises(ValueError, match="unknown ucf101 protocol"):
         UCF101(tmp_path, "mcvd", num_frames=16)
-    with pytest.raises(ValueError, match="workload pan does not take these clip options"):
+    with pytest.raises(ValueError, match="workload pan does not take the clip option data_dir"):
         make_workload("pan", data_dir=str(tmp_path))
 
 

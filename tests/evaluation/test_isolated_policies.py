@@ -84,6 +84,14 @@ def test_what_a_file_draws_depends_on_the_clip_alone(tiny_workload, tmp_path):
     assert together == [kept(tiny_workload, policy, [i])[0] for i in (0, 1)] and together[0] != together[1]
 
 
+def test_an_error_says_in_which_line_of_the_file_it_was_raised(tiny_workload, tmp_path):
+    text = "def find(metas):\n    return metas['ages']\n\nclass Policy:\n"
+    text += "    def build_temporal_cache_plan(self, metas, state, budget):\n        return find(metas)\n"
+    path = write(tmp_path, text)
+    with pytest.raises(PolicyError, match=r"raised TypeError: list indices must be .* \(line 2\)$"):
+        kept(tiny_workload, load_policy(str(path)), [0])
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
