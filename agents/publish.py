@@ -177,6 +177,8 @@ far-env evaluate {memory}--workload {settings.workload} --budget {settings.budge
 def _stages(settings: AgentTraining) -> str:
     """The stages of the training, in order."""
     imitation, stages = settings.imitation, []
+    if imitation.start is not None:
+        stages.append(f"the weights of {imitation.start} to begin with")
     if imitation.true_clips:
         clips = f"{imitation.true_clips:,} clips"
         stages.append(f"imitation of an expert that uses the true rest of the clip, on the true frames of {clips}")

@@ -241,8 +241,9 @@ def _scorer_facts(run: Run) -> dict[str, Any]:
     clip_options = ", ".join(f"{name} {value}" for name, value in dict(config.clip_options or {}).items())
     clips = f"first {config.train_clips} train clips" + (f" with {clip_options}" if clip_options else "")
     fed_back = ", true frames fed back" * any(workload.true_feedback for workload in run.workloads)
+    begun = "" if config.imitation.start is None else f", begun with {config.imitation.start}"
     return {
-        "trained_on": f"{worlds}, budget {budgets}, {clips}, seed {config.seed}{fed_back}",
+        "trained_on": f"{worlds}, budget {budgets}, {clips}, seed {config.seed}{fed_back}{begun}",
         "decisions": config.ppo.total_timesteps,
         "decisions_with_surrogate": config.surrogate.total_timesteps,
         "host": ", ".join(hosts),

@@ -19,6 +19,7 @@ SECTION = "results"
 COLUMNS = (("headline", "pan", 4), ("cuts", "cuts", 4), ("orbit", "orbit", 8), ("maze", "maze_retrieval", 8))
 """Table of RESULTS.md, workload and budget of each column."""
 LEARNED = "pretrained/general"
+SPECIALISED = "pretrained/orbit"
 TUNED = " tuned"
 RULES: dict[str, Callable[[baselines.BaselineInfo], bool]] = {
     "best rule that reads latents": lambda rule: rule.tier == "L",
@@ -28,7 +29,7 @@ RULES: dict[str, Callable[[baselines.BaselineInfo], bool]] = {
 
 
 def readme_table(results: str) -> str:
-    """The table in Markdown: full history, the learned policy, and the best rule of each kind in each column.
+    """The table in Markdown: full history, the learned policies, and the best rule of each kind in each column.
 
     Args:
         results: the content of RESULTS.md.
@@ -38,8 +39,9 @@ def readme_table(results: str) -> str:
     """
     cells = [psnr_cells(results, *column) for column in COLUMNS]
     rows = [["policy", *(f"`{workload}`, budget {budget}" for _, workload, budget in COLUMNS)]]
-    for label, policy in (("nothing dropped", FULL_HISTORY), ("learned, one policy for all", LEARNED)):
-        rows.append([f"{label}: `{policy}`", *(column[policy] for column in cells)])
+    shown = {"nothing dropped": FULL_HISTORY, "learned, one policy for all": LEARNED, "learned, for orbit alone": SPECIALISED}
+    for label, policy in shown.items():
+        rows.append([f"{label}: `{policy}`", *(column.get(policy, "") for column in cells)])
     for label, belongs in RULES.items():
         best = [max((name for name in column if _is_rule(name, belongs)), key=_mean(column)) for column in cells]
         names = ", ".join(f"`{policy}`" + " (tuned)" * bool(tuned) for policy, tuned, _ in (n.partition(TUNED) for n in best))
