@@ -293,7 +293,7 @@ def test_future_forcing_is_that_of_lists_with_every_cost_computed_anew(disagreem
 
 
 def test_names_parameters_and_errors():
-    assert set(token_policy_names()) == {*tokens.names(), "pretrained/general", "full_history"}
+    assert set(token_policy_names()) == {*tokens.names(), "pretrained/general", "pretrained/orbit", "full_history"}
     assert len(token_policy_names()) == len(set(token_policy_names()))
     assert load_token_policy("full_history") is None
     policy = load_token_policy("h2o:f_recent=0.25")

@@ -254,7 +254,7 @@ def test_unknown_commands_and_configuration_keys_get_a_near_match(capsys, tmp_pa
 def test_run_folders_that_cannot_be_written_are_refused_before_any_work(capsys, tmp_path, tiny_host_folder):
     (tmp_path / "file").touch()
     status = train_agent.main(["--run-dir", str(tmp_path / "file" / "run"), "--host", str(tiny_host_folder)])
-    refused(capsys, status, "run folder", "cannot be written")
+    refused(capsys, status, "the folder", "run cannot be written: Not a directory; choose another one")
     refused(capsys, cli.main(["export", str(tmp_path), "--out", str(tmp_path / "p.py")]), "holds no trained policy")
     assert not (tmp_path / "p.py").exists()
 
