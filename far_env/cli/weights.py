@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from far_env.config import parse
-from far_env.errors import WeightsError
+from far_env.errors import WeightsError, unknown_name
 
 LPIPS = "lpips"
 """The name of AlexNet's weights, which the metric needs."""
@@ -35,6 +35,8 @@ def weights(args: Sequence[str]) -> None:
 
     names = list(options.names)
     for name in options.names:
+        if name not in (known := [LPIPS, FVD, *zoo.RELEASED]):
+            raise ValueError(unknown_name("weights", name, known))
         autoencoder = None if name in (LPIPS, FVD) else zoo.find_released(name).autoencoder
         if autoencoder is not None and autoencoder not in names:
             names.append(autoencoder)

@@ -217,7 +217,12 @@ def test_the_command_lists_verifies_and_refuses(small_zoo, capsys):
     assert capsys.readouterr().out.count("is complete") == 2, "the autoencoder is checked with its transformer"
     assert cli.main(["weights", "verify"]) == 0
     capsys.readouterr()
-    for args, message in ((["download"], "needs the names"), (["verify", "far_c"], "unknown released model 'far_c'")):
+    refusals = {
+        "needs the names": ["download"],
+        "unknown weights 'far_c'": ["verify", "far_c"],
+        "unknown weights 'lpipss'; did you mean 'lpips'": ["download", "lpipss"],
+    }
+    for message, args in refusals.items():
         assert cli.main(["weights", *args]) == 2
         assert message in capsys.readouterr().err
     for released in small_zoo.values():
