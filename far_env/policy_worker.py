@@ -150,7 +150,7 @@ def _described(error: BaseException) -> str:
 
 def _place(error: BaseException, path: str) -> str:
     """The line of the policy file that was being run, in parentheses, if it is known."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
     return f" (line {lines[-1]})" if lines else ""
 
 

@@ -33,11 +33,11 @@ def weights(args: Sequence[str]) -> None:
     options = parse(WeightsOptions, args, "far-env weights", WeightsOptions.__doc__ or "")
     from far_env.host import zoo
 
-    names = list(options.names)
+    names, known = list(options.names), [LPIPS, FVD, *zoo.RELEASED]
     for name in options.names:
-        if name not in (known := [LPIPS, FVD, *zoo.RELEASED]):
+        if name not in known:
             raise ValueError(unknown_name("weights", name, known))
-        autoencoder = None if name in (LPIPS, FVD) else zoo.find_released(name).autoencoder
+        autoencoder = None if name in (LPIPS, FVD) else zoo.RELEASED[name].autoencoder
         if autoencoder is not None and autoencoder not in names:
             names.append(autoencoder)
     if options.action == "list":
