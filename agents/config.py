@@ -42,6 +42,9 @@ class ImitationSettings:
     rounds: tuple[str, ...] = ()
     """Rounds after that, each a kind and a number of clips, such as "true 500" or "rollouts 500": the scorer decides, on true
     frames again or in rollouts of the host, the expert says what that costs, and the scorer learns from all so far."""
+    layers: tuple[int, ...] = ()
+    """Layers of the network in each stage, that of the expert's decisions first; by default network.num_layers in all. Added
+    layers change nothing at first: a few layers learn the early stages in less time, and more of them the last ones better."""
     budgets_per_clip: int = 2
     """Budgets under which each clip is played."""
     temperature: float = 0.05
@@ -77,6 +80,13 @@ class ImitationSettings:
             raise ValueError(
                 "imitation: expected_cost_weight and similarity_weight cannot be negative, got "
                 f"{self.expected_cost_weight} and {self.similarity_weight}"
+            )
+        if self.layers and (
+            len(self.layers) != 1 + len(self.rounds) or list(self.layers) != sorted(self.layers) or self.layers[0] < 1
+        ):
+            raise ValueError(
+                "imitation.layers: give a number above 0 for the expert's decisions and one for each of the "
+                f"{len(self.rounds)} rounds, none below the one before it, got {list(self.layers)}"
             )
         require_positive(self, "budgets_per_clip", "temperature", "epochs", "round_epochs", "batch_size", "learning_rate")
 
@@ -313,6 +323,11 @@ class AgentTraining:
             for name, given in (("surrogate.total_timesteps", self.surrogate.total_timesteps), ("ray.actors", self.ray.actors)):
                 if given:
                     raise ValueError(f"{name} is {given}, which a training for a token memory does not have; set it to 0")
+        if self.imitation.layers and self.imitation.layers[-1] != self.network.num_layers:
+            raise ValueError(
+                f"imitation.layers ends with {self.imitation.layers[-1]}, but the scorer has network.num_layers "
+                f"{self.network.num_layers}; give both the same number"
+            )
         decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
         if decisions == 0 and self.imitation.true_clips == 0:
             raise ValueError(

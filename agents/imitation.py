@@ -153,12 +153,14 @@ def imitate(
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     precision = workloads[0].host.dtype
     decisions: list[GraphDecisions] = []
-    weights = None if settings.start is None else starting_weights(settings.start, network_config)
+    layers = settings.layers or (network_config.num_layers,) * (1 + len(settings.rounds))
+    configs = [replace(network_config, num_layers=count) for count in layers]
+    weights = None if settings.start is None else starting_weights(settings.start, configs[0])
     planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips, memory=network_config.memory)
     scorer_paths = [folder / f"scorer_{number:02d}.ckpt" for number in range(len(planned))]
     last_to_learn = max((number for number, path in enumerate(scorer_paths) if not path.exists()), default=-1)
     for number, (parts, scorer_path) in enumerate(zip(planned, scorer_paths, strict=True)):
-        actor = network_with_weights(network_config, weights) if number else None  # at first the expert decides
+        actor = network_with_weights(configs[number - 1], weights) if number else None  # at first the expert decides
         for part in parts:
             path = part.path(folder, number)
             if not path.exists():
@@ -179,12 +181,14 @@ def imitate(
                 decisions.append(GraphDecisions(load_expert_data(path), network_config))
         checkpoint = folder / f"learning_{number:02d}.ckpt"
         if not scorer_path.exists():
-            network = fit(decisions, network_config, settings, seed, weights, checkpoint, precision)
+            if actor is not None:
+                weights = deeper(actor, layers[number]).state_dict()
+            network = fit(decisions, configs[number], settings, seed, weights, checkpoint, precision)
             save_tensors(scorer_path, dict(network.state_dict()))
         checkpoint.unlink(missing_ok=True)
         return_freed_memory()
         weights = load_tensors(scorer_path)
-    return network_with_weights(network_config, weights)
+    return network_with_weights(configs[-1], weights)
 
 
 def starting_weights(name: str, config: NetworkConfig) -> dict[str, Tensor]:
@@ -366,7 +370,7 @@ def _check_index(
         "seed": seed,
         "train_clips": num_clips,
         "network": {**asdict(network_config), "signals": list(network_config.signals)},
-        "settings": {**asdict(settings), "rounds": list(settings.rounds)},
+        "settings": {**asdict(settings), "rounds": list(settings.rounds), "layers": list(settings.layers)},
     }
     path = folder / INDEX_FILE
     if path.exists() and read_json(path, "choose another run folder") != index:

@@ -182,9 +182,11 @@ def _stages(settings: AgentTraining) -> str:
     if imitation.true_clips:
         clips = f"{imitation.true_clips:,} clips"
         stages.append(f"imitation of an expert that uses the true rest of the clip, on the true frames of {clips}")
-    for kind, clips in imitation.collected_rounds:
+    layers = imitation.layers or (settings.network.num_layers,) * (1 + len(imitation.rounds))
+    for (kind, clips), before, count in zip(imitation.collected_rounds, layers, layers[1:], strict=False):
         where = "true frames" if kind == "true" else "rollouts"
-        stages.append(f"imitation of the expert's decisions in the scorer's own {where} of {clips:,} clips")
+        added = f", with {count - before} more layers" if count > before else ""
+        stages.append(f"imitation of the expert's decisions in the scorer's own {where} of {clips:,} clips{added}")
     kept = (
         f"keeping the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
     )
