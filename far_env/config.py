@@ -83,7 +83,9 @@ def _typed(value: Any, annotation: Any, where: str) -> Any:
             return value
     wanted = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices)
     infinite = float in choices and isinstance(value, int | float) and not isinstance(value, bool)
-    raise ValueError(f"{where}: expected {wanted}, got {short(value)}{', which is not finite' if infinite else ''}")
+    unquoted = "; put it in quotes if it is meant as text" if str in choices and isinstance(value, bool) else ""
+    why = ", which is not finite" if infinite else unquoted
+    raise ValueError(f"{where}: expected {wanted}, got {short(value)}{why}")
 
 
 class _Loader(yaml.SafeLoader):

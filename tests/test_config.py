@@ -49,6 +49,7 @@ def test_values_are_typed():
         ({"count": True}, r"f: count: expected int, got True"),
         ({"names": "x"}, r"f: names: expected tuple\S*, got 'x'"),
         ({"inner": 3}, r"f: inner: expected a mapping of settings, got int"),
+        ({"where": True}, r"f: where: expected str or NoneType, got True; put it in quotes if it is meant as text"),
         ({"where": 3}, r"f: where: expected str or NoneType, got 3"),
         ({"inner": {"flagg": True}}, r"f: inner: unknown key 'flagg'; did you mean 'flag'\?"),
         ({"zzz": 1}, r"f: unknown key 'zzz'; known: inner, names, size, where, count"),
