@@ -38,13 +38,10 @@ class ImitationSettings:
     first. It learns as after a round: for round_epochs, at a lower rate."""
     true_clips: int = 0
     """Clips on whose true frames the expert's decisions are collected first, without a host; shared by the workloads. 0 for no
-    imitation."""
+    imitation, or where start decides in the first round."""
     rounds: tuple[str, ...] = ()
     """Rounds after that, each a kind and a number of clips, such as "true 500" or "rollouts 500": the scorer decides, on true
     frames again or in rollouts of the host, the expert says what that costs, and the scorer learns from all so far."""
-    layers: tuple[int, ...] = ()
-    """Layers of the network in each stage, that of the expert's decisions first; by default network.num_layers in all. Added
-    layers change nothing at first: a few layers learn the early stages in less time, and more of them the last ones better."""
     budgets_per_clip: int = 2
     """Budgets under which each clip is played."""
     temperature: float = 0.05
@@ -74,21 +71,19 @@ class ImitationSettings:
     def __post_init__(self) -> None:
         if self.true_clips < 0:
             raise ValueError(f"imitation: true_clips cannot be negative, got {self.true_clips}")
-        if self.collected_rounds and not self.true_clips:
-            raise ValueError("imitation: the scorer must have learned before it decides: set true_clips above 0 as well")
+        if self.collected_rounds and not self.true_clips and self.start is None:
+            raise ValueError("imitation: the scorer must have learned before it decides: set true_clips above 0, or start")
         if self.expected_cost_weight < 0 or self.similarity_weight < 0:
             raise ValueError(
                 "imitation: expected_cost_weight and similarity_weight cannot be negative, got "
                 f"{self.expected_cost_weight} and {self.similarity_weight}"
             )
-        if self.layers and (
-            len(self.layers) != 1 + len(self.rounds) or list(self.layers) != sorted(self.layers) or self.layers[0] < 1
-        ):
-            raise ValueError(
-                "imitation.layers: give a number above 0 for the expert's decisions and one for each of the "
-                f"{len(self.rounds)} rounds, none below the one before it, got {list(self.layers)}"
-            )
         require_positive(self, "budgets_per_clip", "temperature", "epochs", "round_epochs", "batch_size", "learning_rate")
+
+    @property
+    def collects(self) -> bool:
+        """Whether decisions are collected."""
+        return bool(self.true_clips or self.rounds)
 
     @property
     def collected_rounds(self) -> list[tuple[str, int]]:
@@ -323,13 +318,8 @@ class AgentTraining:
             for name, given in (("surrogate.total_timesteps", self.surrogate.total_timesteps), ("ray.actors", self.ray.actors)):
                 if given:
                     raise ValueError(f"{name} is {given}, which a training for a token memory does not have; set it to 0")
-        if self.imitation.layers and self.imitation.layers[-1] != self.network.num_layers:
-            raise ValueError(
-                f"imitation.layers ends with {self.imitation.layers[-1]}, but the scorer has network.num_layers "
-                f"{self.network.num_layers}; give both the same number"
-            )
         decisions = self.surrogate.total_timesteps + self.ppo.total_timesteps
-        if decisions == 0 and self.imitation.true_clips == 0:
+        if decisions == 0 and not self.imitation.collects:
             raise ValueError(
                 "nothing would be learned: set imitation.true_clips or the total_timesteps of surrogate or ppo above 0"
             )
@@ -342,7 +332,7 @@ class AgentTraining:
             chosen = settings.workload_names(names)
             if missing := [name for name in chosen if name not in names]:
                 raise ValueError(f"{stage}.workload names {', '.join(missing)}, which {self.workload} does not contain")
-            if settings.imitation_steps and not (self.imitation.true_clips and settings.other_workload_names(names)):
+            if settings.imitation_steps and not (self.imitation.collects and settings.other_workload_names(names)):
                 raise ValueError(
                     f"{stage}.imitation_steps is {settings.imitation_steps}, for which there must be imitation before (set "
                     f"imitation.true_clips) and workloads that the stage does not play (set {stage}.workload); or set it to 0"

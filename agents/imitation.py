@@ -135,10 +135,10 @@ def imitate(
 ) -> RetentionNetwork:
     """Collect decisions part by part, each kept as files in ``folder``, and learn from all of them.
 
-    First the expert acts on true frames; then, round by round, the scorer that has learned all before, on true frames or in
-    rollouts. The clips of a part are shared out so that every workload has equally many frames, which take about equally
-    long, and each clip is played under several of the budgets in turn. What is finished is not made again, so that a stopped
-    run resumes where it stopped.
+    First the expert acts on true frames, if there are clips for it; then, round by round, the scorer that has learned all
+    before, on true frames or in rollouts. The clips of a part are shared out so that every workload has equally many frames,
+    which take about equally long, and each clip is played under several of the budgets in turn. What is finished is not made
+    again, so that a stopped run resumes where it stopped.
 
     The networks learn in the precision of the first workload's host.
 
@@ -153,14 +153,12 @@ def imitate(
     _check_index(folder, settings, network_config, workloads, budgets, seed, num_clips)
     precision = workloads[0].host.dtype
     decisions: list[GraphDecisions] = []
-    layers = settings.layers or (network_config.num_layers,) * (1 + len(settings.rounds))
-    configs = [replace(network_config, num_layers=count) for count in layers]
-    weights = None if settings.start is None else starting_weights(settings.start, configs[0])
+    weights = None if settings.start is None else starting_weights(settings.start, network_config)
     planned = planned_parts(settings, workloads, budgets, seed=seed, num_clips=num_clips, memory=network_config.memory)
     scorer_paths = [folder / f"scorer_{number:02d}.ckpt" for number in range(len(planned))]
     last_to_learn = max((number for number, path in enumerate(scorer_paths) if not path.exists()), default=-1)
     for number, (parts, scorer_path) in enumerate(zip(planned, scorer_paths, strict=True)):
-        actor = network_with_weights(configs[number - 1], weights) if number else None  # at first the expert decides
+        actor = network_with_weights(network_config, weights) if number else None  # at first the expert decides
         for part in parts:
             path = part.path(folder, number)
             if not path.exists():
@@ -181,14 +179,13 @@ def imitate(
                 decisions.append(GraphDecisions(load_expert_data(path), network_config))
         checkpoint = folder / f"learning_{number:02d}.ckpt"
         if not scorer_path.exists():
-            if actor is not None:
-                weights = deeper(actor, layers[number]).state_dict()
-            network = fit(decisions, configs[number], settings, seed, weights, checkpoint, precision)
-            save_tensors(scorer_path, dict(network.state_dict()))
+            if decisions or weights is None:
+                weights = fit(decisions, network_config, settings, seed, weights, checkpoint, precision).state_dict()
+            save_tensors(scorer_path, dict(weights))
         checkpoint.unlink(missing_ok=True)
         return_freed_memory()
         weights = load_tensors(scorer_path)
-    return network_with_weights(configs[-1], weights)
+    return network_with_weights(network_config, weights)
 
 
 def starting_weights(name: str, config: NetworkConfig) -> dict[str, Tensor]:
@@ -250,7 +247,7 @@ def planned_parts(
     shares = np.concatenate([[0], rates.cumsum() / rates.sum()])
     num_drawn = sum(count for _, count in rounds)
     rng = np.random.default_rng((seed, 4))
-    order = np.concatenate([rng.permutation(num_clips) for _ in range(-(-num_drawn // num_clips))]).tolist()
+    order = np.concatenate([rng.permutation(num_clips) for _ in range(max(1, -(-num_drawn // num_clips)))]).tolist()
     planned = []
     for kind, count in rounds:
         clips, order = order[:count], order[count:]
@@ -370,7 +367,7 @@ def _check_index(
         "seed": seed,
         "train_clips": num_clips,
         "network": {**asdict(network_config), "signals": list(network_config.signals)},
-        "settings": {**asdict(settings), "rounds": list(settings.rounds), "layers": list(settings.layers)},
+        "settings": {**asdict(settings), "rounds": list(settings.rounds)},
     }
     path = folder / INDEX_FILE
     if path.exists() and read_json(path, "choose another run folder") != index:

@@ -182,11 +182,9 @@ def _stages(settings: AgentTraining) -> str:
     if imitation.true_clips:
         clips = f"{imitation.true_clips:,} clips"
         stages.append(f"imitation of an expert that uses the true rest of the clip, on the true frames of {clips}")
-    layers = imitation.layers or (settings.network.num_layers,) * (1 + len(imitation.rounds))
-    for (kind, clips), before, count in zip(imitation.collected_rounds, layers, layers[1:], strict=False):
+    for kind, clips in imitation.collected_rounds:
         where = "true frames" if kind == "true" else "rollouts"
-        added = f", with {count - before} more layers" if count > before else ""
-        stages.append(f"imitation of the expert's decisions in the scorer's own {where} of {clips:,} clips{added}")
+        stages.append(f"imitation of the expert's decisions in the scorer's own {where} of {clips:,} clips")
     kept = (
         f"keeping the scorer that is best on {settings.validation_clips} validation clips by {settings.reward.metric.upper()}"
     )

@@ -115,11 +115,11 @@ def run_counts(run: Run, envs: dict[str, list[FrameRetentionVectorEnv]], planned
 def imitation_counts(run: Run) -> Iterator[StageCounts]:
     """A stage for the expert's decisions and one for each round."""
     settings, learned_from = run.config.imitation, 0
-    if not settings.true_clips:
-        return
     planned = planned_parts(settings, run.workloads, run.budgets, seed=run.config.seed, num_clips=run.config.train_clips)
     for number, parts in enumerate(planned):
-        stage = StageCounts(f"imitation, {parts[0].kind if parts else 'nothing'}", {})
+        if not parts:
+            continue
+        stage = StageCounts(f"imitation, {parts[0].kind}", {})
         for part in parts:
             stage.by_workload[part.workload.name] = _part_counts(part, run.config.network.signals)
         learned_from += stage.total("decisions")

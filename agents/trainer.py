@@ -87,7 +87,7 @@ def stages(run: Run) -> list[Stage]:
     config, experiment = run.config, (run.config, run.workloads, run.budgets)
     imitated = run.folder / EXPERT_DATA_FOLDER
     planned: list[Stage] = []
-    if config.imitation.true_clips:
+    if config.imitation.collects or config.imitation.start is not None:
         planned.append(ImitationStage(*experiment, imitated))
     if config.surrogate.total_timesteps:
         folder = run.folder / SURROGATE_FOLDER

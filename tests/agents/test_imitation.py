@@ -17,9 +17,10 @@ from far_env.agents.config import AgentTraining, ImitationSettings, NetworkConfi
 from far_env.agents.expert_data import load_expert_data
 from far_env.agents.graph_decisions import GraphDecisions
 from far_env.agents.imitation import ImitationStage, fit, imitate, imitation_loss, mean_regret
-from far_env.agents.network import RetentionNetwork, deeper, network_with_weights
+from far_env.agents.network import RetentionNetwork
+from far_env.agents.ppo import PPOStage
+from far_env.agents.trainer import Run, stages
 from far_env.clips.worlds import WORLDS
-from far_env.tensor_files import load_tensors
 from far_env.workload import Workload
 from tests.agents.test_network import random_network
 
@@ -133,20 +134,6 @@ def test_expert_true_rounds_and_rollouts_follow_one_another_and_are_not_made_aga
     assert {path.name for path in (tmp_path / "whole").iterdir()} == names
 
 
-def test_later_stages_may_have_more_layers_and_begin_with_the_scorer_before(tiny_workload, tmp_path):
-    deep = dataclasses.replace(NETWORK, num_layers=3)
-    settings = dataclasses.replace(SETTINGS, layers=(1, 1, 3))
-    for _ in range(2):  # the second finds all in place
-        made = imitate(settings, deep, [tiny_workload], (2, 4), tmp_path / "grown", seed=0, num_clips=20)
-    shallow = dataclasses.replace(SETTINGS, rounds=SETTINGS.rounds[:1])
-    before = run(tmp_path / "shallow", [tiny_workload], shallow)
-    assert all(torch.equal(load_tensors(tmp_path / "grown" / "scorer_01.ckpt")[key], value) for key, value in before.items())
-    parts = [load_expert_data(path) for path in sorted((tmp_path / "grown").glob("*.safetensors"))]
-    start = deeper(network_with_weights(NETWORK, before), 3).state_dict()
-    expected = fit([GraphDecisions(part, deep) for part in parts], deep, settings, 0, start).state_dict()
-    assert len(parts) == 3 and all(torch.equal(value, expected[key]) for key, value in made.state_dict().items())
-
-
 @pytest.mark.parametrize("stop", ["save_weights", "save_tensors"])
 def test_a_stage_stopped_anywhere_ends_with_the_same_scorer(tiny_workload, tmp_path, monkeypatch, stop):
     whole = run(tmp_path / "whole", [tiny_workload])
@@ -235,6 +222,39 @@ def test_a_stage_gives_the_scorer_of_its_settings(tiny_workload, tmp_path):
     assert weights.keys() == expected.keys() and all(torch.equal(value, expected[key]) for key, value in weights.items())
 
 
+def test_a_trained_scorer_may_decide_from_the_first_round_on(tiny_workload, tmp_path, collections):
+    start = random_network(NETWORK)
+    save_scorer(start, NETWORK, {}, tmp_path)
+    settings = dataclasses.replace(SETTINGS, start=str(tmp_path), true_clips=0, rounds=("true 2",))
+    for _ in range(2):  # the second finds all in place
+        made = run(tmp_path / "stage", [tiny_workload], settings)
+    assert [noted[1:3] for noted in collections] == [(True, True)]
+    data = load_expert_data(tmp_path / "stage" / "01_true_tiny_pan.safetensors")
+    again = collect(
+        tiny_workload,
+        collections[0][3],
+        collections[0][4],
+        actor=start.eval(),
+        config=NETWORK,
+        true_frames=True,
+        progress=False,
+        seed=int(np.random.default_rng((0, 1, 6)).integers(2**31)),
+    )
+    assert torch.equal(data.kept, again.kept), "it decided"
+    expected = fit([GraphDecisions(data, NETWORK)], NETWORK, settings, 0, start.state_dict()).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in made.items())
+
+
+def test_ppo_may_begin_with_a_trained_scorer_and_no_imitation(tiny_workload, tmp_path):
+    start = random_network(NETWORK)
+    save_scorer(start, NETWORK, {}, tmp_path)
+    config = AgentTraining(imitation=ImitationSettings(start=str(tmp_path)), network=NETWORK, budget="2,4")
+    planned = Run(config, [tiny_workload], (2, 4), tmp_path / "run", {})
+    first, ppo = stages(planned)
+    weights = first.run(None)
+    assert isinstance(ppo, PPOStage) and all(torch.equal(weights[key], value) for key, value in start.state_dict().items())
+
+
 def test_a_training_may_begin_with_a_scorer_of_fewer_layers_but_not_of_more(tmp_path):
     save_scorer(random_network(NETWORK), NETWORK, {}, tmp_path)
     two_layers = dataclasses.replace(NETWORK, num_layers=2)
@@ -251,23 +271,15 @@ def test_a_training_may_begin_with_a_scorer_of_fewer_layers_but_not_of_more(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounds": ("true 1",)}, "the scorer must have learned before it decides: set true_clips above 0"),
+        ({"rounds": ("true 1",)}, "the scorer must have learned before it decides: set true_clips above 0, or start"),
         ({"true_clips": -1}, "true_clips cannot be negative, got -1"),
         ({"expected_cost_weight": -1.0}, "expected_cost_weight and similarity_weight cannot be negative, got -1.0 and 1.0"),
         ({"true_clips": 1, "rounds": ("true 1", "other 5")}, "such as 'true 500', got 'other 5'"),
         ({"true_clips": 1, "rounds": ("true 0",)}, "such as 'true 500', got 'true 0'"),
         ({"true_clips": 1, "rounds": ("rollouts",)}, "such as 'true 500', got 'rollouts'"),
-        ({"true_clips": 1, "rounds": ("true 1",), "layers": (3,)}, r"one for each of the 1 rounds, .* got \[3\]"),
-        ({"true_clips": 1, "rounds": ("true 1",), "layers": (3, 2)}, r"none below the one before it, got \[3, 2\]"),
-        ({"true_clips": 1, "layers": (0,)}, "a number above 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ImitationSettings(**options)
-
-
-def test_the_last_of_the_layers_is_that_of_the_scorer():
-    with pytest.raises(ValueError, match=r"imitation\.layers ends with 2, but the scorer has network\.num_layers 3"):
-        AgentTraining(imitation=ImitationSettings(true_clips=1, layers=(2,)))
