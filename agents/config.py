@@ -86,6 +86,11 @@ class ImitationSettings:
         return bool(self.true_clips or self.rounds)
 
     @property
+    def uses_true_frames(self) -> bool:
+        """Whether decisions are collected on true frames, which lack the signals that only rollouts have."""
+        return bool(self.true_clips) or any(kind == "true" for kind, _ in self.collected_rounds)
+
+    @property
     def collected_rounds(self) -> list[tuple[str, int]]:
         """Kind, true or rollouts, and clips of each round. Raises ValueError if a round is not of the form "true 500"."""
         rounds = []

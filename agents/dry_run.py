@@ -102,7 +102,7 @@ def estimate(run: Run, tflops: float | None = None) -> RunCost:
         raise ValueError("the cost of a training for a token memory is not estimated; leave --dry-run out")
     for workload in run.workloads:
         require_far(workload.host, "an estimate of what a run costs")
-    if run.config.imitation.collects:
+    if run.config.imitation.uses_true_frames:
         check_true_signals(run.config.network.signals)
     workloads = [on_meta(workload) for workload in run.workloads]
     planned = [stage for stage in stages(replace(run, workloads=workloads)) if isinstance(stage, PPOStage)]

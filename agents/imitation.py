@@ -247,7 +247,7 @@ def planned_parts(
     shares = np.concatenate([[0], rates.cumsum() / rates.sum()])
     num_drawn = sum(count for _, count in rounds)
     rng = np.random.default_rng((seed, 4))
-    order = np.concatenate([rng.permutation(num_clips) for _ in range(max(1, -(-num_drawn // num_clips)))]).tolist()
+    order = [clip for _ in range(-(-num_drawn // num_clips)) for clip in rng.permutation(num_clips).tolist()]
     planned = []
     for kind, count in rounds:
         clips, order = order[:count], order[count:]

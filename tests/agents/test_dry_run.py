@@ -238,6 +238,14 @@ def test_what_would_stop_a_run_stops_a_dry_one(config, capsys, change, sentence)
     assert sentence in capsys.readouterr().err
 
 
+def test_rounds_in_rollouts_alone_may_have_signals_that_true_frames_lack(config):
+    network = NetworkConfig(signals=("attn_mass",))
+    rounds = ImitationSettings(start="a trained scorer", rounds=("rollouts 4",), round_epochs=1)
+    nothing = dataclasses.replace(config.ppo, total_timesteps=0)
+    config = dataclasses.replace(config, imitation=rounds, network=network, surrogate=nothing, ppo=nothing)
+    assert [cost.counts.name for cost in estimate(run_of(config), 1.0).stages] == ["imitation, rollouts", "table"]
+
+
 def test_folders_that_a_run_refuses_are_refused(config, capsys, tmp_path):
     folder = Path(config.run_dir)
     folder.parent.mkdir()
